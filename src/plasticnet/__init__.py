@@ -1,0 +1,29 @@
+"""plasticnet: neural networks that choose their own size while they train."""
+
+from plasticnet.compact import Take
+from plasticnet.errors import PlasticError
+from plasticnet.estimators import ESTIMATORS
+from plasticnet.growth import Growth, narrow
+from plasticnet.io import load, load_checkpoint, save, save_checkpoint
+from plasticnet.net import PlasticNet
+from plasticnet.schedule import Schedule, Stage
+from plasticnet.tracing import register_rule, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESTIMATORS",
+    "Growth",
+    "PlasticError",
+    "PlasticNet",
+    "Schedule",
+    "Stage",
+    "Take",
+    "load",
+    "load_checkpoint",
+    "narrow",
+    "register_rule",
+    "save",
+    "save_checkpoint",
+    "trace",
+]

@@ -1,0 +1,127 @@
+"""Self-check: close random units on a randomised copy and compare masked with cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from plasticnet.compact import cut
+from plasticnet.gates import fold, gated, readers
+from plasticnet.tracing import copy_inputs
+from plasticnet.units import Trace, Units
+
+CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
+
+
+def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """The trace without the sites that masking and cutting disagree on; those are frozen.
+
+    On the meta device there is nothing to compare: the trace is returned as it is, unchecked.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if not traced.sites or any(t.is_meta for t in tensors):
+        return traced
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    try:
+        twin, args, kwargs, tolerance = _randomised(model, args, kwargs)
+        bad = _culprits(twin, traced.sites, args, kwargs, tolerance)
+    finally:
+        torch.set_rng_state(state)
+    sites = {n: u for n, u in traced.sites.items() if n not in bad}
+    frozen = {**traced.frozen, **bad}
+    return Trace(sites, frozen, traced.uses, checked=True)
+
+
+def _randomised(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], float]:
+    """A copy with random parameters (zero-initialised heads and norms hide errors), in double
+    precision where the model runs in it."""
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for p in twin.parameters():
+            if p.dim() > 1 and p.is_floating_point():
+                p.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
+            elif p.is_floating_point():
+                p.uniform_(0.5, 1.5)
+        for name, b in twin.named_buffers():
+            if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                b.uniform_(0.5, 1.5)
+
+    def double(t: Any) -> Any:
+        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    try:
+        precise = copy.deepcopy(twin).double()
+        precise_args, precise_kwargs = tree_map(double, (args, kwargs))
+        _run(precise, precise_args, precise_kwargs)
+    except Exception:  # whatever the model dislikes about double precision, it runs in its own
+        return twin, args, kwargs, 1e-3
+    return precise, precise_args, precise_kwargs, 1e-8
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    args, kwargs = copy_inputs((args, kwargs))
+    with torch.no_grad():
+        return [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _culprits(
+    model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> dict[str, str]:
+    """Bisect: the sites that disagree by themselves, with what was seen."""
+    reason = _disagreement(model, sites, args, kwargs, tolerance)
+    if reason is None:
+        return {}
+    names = list(sites)
+    if len(names) == 1:
+        return {names[0]: reason}
+    halves = [{n: sites[n] for n in part} for part in (names[: len(names) // 2], names[len(names) // 2 :])]
+    bad: dict[str, str] = {}
+    for half in halves:
+        bad.update(_culprits(model, half, args, kwargs, tolerance))
+    rest = {n: u for n, u in sites.items() if n not in bad}
+    if not bad or (rest and _disagreement(model, rest, args, kwargs, tolerance) is not None):
+        return dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
+    return bad
+
+
+def _disagreement(
+    model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> str | None:
+    """Why masking and cutting differ for these sites, or None if they agree."""
+    reference = _run(model, args, kwargs)
+    for share in CLOSED_SHARES:
+        factors = {n: (torch.rand(u.size) >= share).to(reference[0]) for n, u in sites.items()}
+        for f in factors.values():
+            f[int(torch.randint(len(f), ()))] = 1.0
+        z = torch.cat([*factors.values(), reference[0].new_ones(1)])
+        found = readers(sites, model)
+        with gated(model, found, None), torch.no_grad():
+            a, k = copy_inputs((args, kwargs))
+            masked = [
+                t
+                for t in tree_leaves(functional_call(model, fold(model, found, z), a, k))
+                if isinstance(t, Tensor) and t.is_floating_point()
+            ]
+        try:
+            small = cut(copy.deepcopy(model), sites, factors)
+            compared = _run(small, args, kwargs)
+        except Exception as error:  # a forward that hard-codes a width can fail in any way
+            what = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            return f"the model does not run when units are cut: {what}"
+        for a, b in zip(masked, compared, strict=True):
+            scale = max(a.abs().max().item(), 1e-300)
+            if a.shape != b.shape or not (a - b).abs().max().item() <= tolerance * scale:
+                return "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+        moved = any(not torch.equal(full, a) for full, a in zip(reference, masked, strict=True))
+        if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):
+            return "closing its units does not move the output, so that the check cannot vouch for it"
+    return None

@@ -1,0 +1,221 @@
+"""The command line: train, demo, inspect, report, export."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from plasticnet import __version__, io, report, train
+from plasticnet.data import load_data
+from plasticnet.errors import PlasticError
+from plasticnet.models import factory
+from plasticnet.net import PlasticNet
+
+app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
+console = Console()
+MODES = {"prune": ("prune",), "grow": ("grow",), "both": ("dense", "prune", "grow"), "dense": ("dense",)}
+
+
+@app.command("train")
+def train_command(
+    data: Annotated[str, typer.Option(help="digits, moons or mnist")] = "digits",
+    model: Annotated[str, typer.Option(help="mlp:300-100, lenet5 or PACKAGE:FACTORY")] = "mlp:256-128",
+    mode: Annotated[str, typer.Option(help="prune, grow, dense, or both (all three)")] = "both",
+    epochs: Annotated[int, typer.Option(help="epochs of each run")] = 150,
+    k: Annotated[float, typer.Option(help="plasticity of the middle stage")] = 7.0,
+    penalty: Annotated[float, typer.Option(help="strength of the pressure on the cost")] = 0.05,
+    cost: Annotated[str, typer.Option(help="units, parameters or macs")] = "parameters",
+    scale: Annotated[str, typer.Option(help="linear, or log: pressure relative to what is left")] = "log",
+    estimator: Annotated[str, typer.Option(help="arm, disarm, ar or loorf")] = "disarm",
+    gates: Annotated[str, typer.Option(help="draw per sample, per batch, or auto")] = "auto",
+    inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
+    start: Annotated[int, typer.Option(help="units per site that growing starts from")] = 3,
+    batch: Annotated[int, typer.Option(help="batch size")] = 32,
+    lr: Annotated[float, typer.Option(help="learning rate of the weights (Adam)")] = 3e-3,
+    gate_lr: Annotated[float, typer.Option(help="learning rate of the gates (Adam)")] = 5e-2,
+    seed: Annotated[int, typer.Option(help="seed of weights, draws, batches and split")] = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="where MNIST lies")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option(help="go on with an interrupted run in --out")] = False,
+) -> None:
+    """Train a network that prunes itself, grows, or both beside a dense one."""
+    choices: dict[str, Any] = {"cost": cost, "scale": scale, "gates": gates}
+    config = train.Config(
+        epochs=epochs, k=k, penalty=penalty, estimator=estimator, inputs=tuple(inputs or ()), start=start,
+        batch=batch, lr=lr, gate_lr=gate_lr, seed=seed, **choices,
+    )  # fmt: skip
+    if mode not in MODES:
+        raise PlasticError(f"--mode {mode}: choose one of {', '.join(MODES)}")
+    _run(data, model, MODES[mode], config, data_dir, out, resume)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/demo")) -> None:
+    """On embedded handwritten digits: prune a too wide network, grow a too narrow one."""
+    config = train.Config(
+        epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2
+    )
+    _run("digits", "mlp:256-128", MODES["both"], config, None, out, resume=False)
+
+
+def _run(
+    data_name: str,
+    model_name: str,
+    modes: tuple[str, ...],
+    config: train.Config,
+    data_dir: Path | None,
+    out: Path,
+    resume: bool,
+) -> None:
+    data = load_data(data_name, data_dir, config.seed)
+    make = factory(model_name, data.shape, data.classes)
+    out.mkdir(parents=True, exist_ok=True)
+    described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
+    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    metrics: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
+    for mode in modes:
+        folder = out / mode
+        folder.mkdir(exist_ok=True)
+        if not resume:
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        with Live(console=console, refresh_per_second=8) as live:
+
+            def show(record: dict[str, Any], mode: str = mode, live: Live = live) -> None:
+                metrics.append({"run": mode, **record})
+                _write_metrics(out, metrics)
+                live.update(_progress(mode, record, config.epochs))
+
+            torch.manual_seed(config.seed)
+            result = train.run(
+                make(), data, config, _mode(mode), on_epoch=show,
+                checkpoint=folder / "checkpoint.safetensors", resume=resume,
+            )  # fmt: skip
+        io.save(result.compact, folder / "compact.safetensors")
+        results[mode] = result.summary
+    (out / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
+    title = f"plasticnet: {model_name} on {data_name}"
+    (out / "report.html").write_text(report.render(title, results, metrics, described))
+    console.print(_table(results))
+    console.print(f"written to {out}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
+
+
+def _mode(mode: str) -> train.Mode:
+    return "dense" if mode == "dense" else "prune" if mode == "prune" else "grow"
+
+
+def _write_metrics(out: Path, metrics: list[dict[str, Any]]) -> None:
+    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+
+
+def _progress(mode: str, record: dict[str, Any], epochs: int) -> Table:
+    table = Table("run", "epoch", "loss", "validation", "k", "open units", "parameters", "MACs")
+    units = "-".join(str(n) for n in list(record["units"].values())[:8])
+    table.add_row(
+        mode, f"{record['epoch']}/{epochs}", f"{record['loss']:.4f}", f"{100 * record['val_accuracy']:.2f} %",
+        "∞" if record["k"] == "inf" else f"{record['k']:g}", units, f"{record['parameters']:,}", f"{record['macs']:,}",
+    )  # fmt: skip
+    return table
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table(*report.COLUMNS)
+    for row in report.rows(results):
+        table.add_row(*row)
+    return table
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its settings."""
+    return {
+        "plasticnet": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="mlp:300-100, lenet5, torchvision:resnet18 or PACKAGE:FACTORY")],
+    input: Annotated[str, typer.Option(help="shape of the input, batch first: 1,3,224,224")] = "1,1,28,28",
+    inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> None:
+    """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
+    shape = _shape(input)
+    net = PlasticNet(factory(model, shape[1:], 10)(), (torch.randn(*shape),), inputs=tuple(inputs or ()))
+    summary = net.summary()
+    if json_output:
+        typer.echo(json.dumps(summary.as_dict(), indent=2))
+        return
+    table = Table("site", "units", "parameters/unit", "MACs/unit", "read by")
+    for s in summary.sites:
+        table.add_row(s.name, str(s.units), f"{s.unit_parameters:,.0f}", f"{s.unit_macs:,.0f}", ", ".join(s.consumers))
+    console.print(table)
+    console.print(f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample")
+    for name, reason in summary.frozen.items():
+        console.print(f"frozen {name}: {reason}", markup=False, highlight=False)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise PlasticError(f"--input {text}: write the shape as 1,3,224,224")
+    return shape
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(help="folder that train wrote")]) -> None:
+    """Write report.html of a run anew."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        results = json.loads((run / "summary.json").read_text())
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise PlasticError(f"{run} is not a finished run: {error}") from error
+    title = f"plasticnet: {config['model']} on {config['data']}"
+    (run / "report.html").write_text(report.render(title, results, metrics, config))
+    console.print(f"written {run / 'report.html'}")
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="compact.safetensors")],
+    model: Annotated[str, typer.Option(help="the original model, as in train")],
+    input: Annotated[str, typer.Option(help="shape of the input, batch first")],
+    out: Annotated[Path, typer.Option(help="a .pt2 file")],
+    classes: Annotated[int, typer.Option(help="outputs of an mlp")] = 10,
+) -> None:
+    """Turn a saved network into a torch.export program."""
+    shape = _shape(input)
+    small = io.load(file, factory(model, shape[1:], classes))
+    torch.export.save(torch.export.export(small, (torch.randn(*shape),)), out)
+    console.print(f"written {out}")
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except PlasticError as error:
+        print(f"plasticnet: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

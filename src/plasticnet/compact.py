@@ -1,0 +1,106 @@
+"""Compaction: fold what the gates multiply, cut what they close, and leave a plain module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plasticnet import resize
+from plasticnet.gates import fold, readers
+from plasticnet.units import InputUnits, Units
+
+
+class Take(nn.Module):
+    """Selects features: ``x.index_select(axis, indices)``. Compaction puts it before a consumer whose
+    input features were gated one by one."""
+
+    indices: Tensor
+
+    def __init__(self, indices: Tensor, axis: int = -1) -> None:
+        super().__init__()
+        self.axis = axis
+        self.register_buffer("indices", indices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features, ...) to (..., len(indices), ...)."""
+        return x.index_select(self.axis, self.indices)
+
+    def extra_repr(self) -> str:
+        """How many features are taken, and along which axis."""
+        return f"{len(self.indices)}, axis={self.axis}"
+
+
+def insert_take(model: nn.Module, consumer: str, take: Take) -> None:
+    """Replace a module by ``Sequential(take, module)`` wherever the model holds it."""
+    target = model.get_submodule(consumer)
+    wrapped = nn.Sequential(take, target)
+    wrapped.train(target.training)
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is target and module is not wrapped:
+                module._modules[name] = wrapped
+
+
+def lengths(model: nn.Module) -> dict[tuple[str, int], int]:
+    """The size of every dimension of every parameter and buffer."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {(name, d): n for name, t in tensors for d, n in enumerate(t.shape)}
+
+
+def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> nn.Module:
+    """Bring ``model`` (changed in place and returned) to its final form: the units whose factor is
+    0 are cut, other factors are multiplied into the consumers' weights, input sites become `Take`.
+
+    ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
+    weights of zero.
+    """
+    z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
+    with torch.no_grad():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, weight in fold(model, readers(sites, model), z).items():
+            parameters[name].copy_(weight)
+    sources = survivors(sites, {name: f.cpu().numpy() for name, f in factors.items()}, above=0.0)
+    planned = resize.plan(sites, lengths(model), sources)
+    resize.apply(model, planned, {})
+    for u in planned.units.values():
+        if isinstance(u, InputUnits) and (u.size < u.full):
+            device = next(model.parameters()).device
+            axis = u.consumers[0].axis
+            assert axis is not None
+            insert_take(model, u.consumers[0].module, Take(torch.from_numpy(u.features).to(device), axis))
+    return model
+
+
+def survivors(sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float) -> dict[str, list[int]]:
+    """For every site the units whose value exceeds ``above`` (the best one, if none does); without
+    the units whose features are all gone."""
+    keep = {name: _best(values[name], values[name] > above) for name in sites}
+    for name, u in sites.items():
+        virtual = [s for s in u.slices if s.tensor in sites]
+        if virtual and {c.tensor for c in u.consumers} == {sites[s.tensor].consumers[0].tensor for s in virtual}:
+            read = np.zeros(u.size, dtype=bool)
+            for s in virtual:
+                features = sites[s.tensor]
+                assert isinstance(features, InputUnits)
+                present = np.isin(np.arange(features.full), features.features[keep[s.tensor]])
+                read |= present[s.index].any(1)
+            keep[name] = _best(np.where(read, values[name], values[name] - 2.0), keep[name] & read)
+    for name, u in sites.items():  # an input site needs one feature whose producer stays
+        if isinstance(u, InputUnits):
+            alive = np.ones(u.full, dtype=bool)
+            for other, producer in sites.items():
+                for s in producer.slices:
+                    if s.tensor == name:
+                        alive[s.index[~keep[other]].reshape(-1)] = False
+            alive = alive[u.features]
+            keep[name] = _best(np.where(alive, values[name], values[name] - 2.0), keep[name] & alive)
+    return {name: np.flatnonzero(mask).tolist() for name, mask in keep.items() if not mask.all()}
+
+
+def _best(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    if not mask.any():
+        mask = np.arange(len(values)) == int(np.argmax(values))
+    return mask

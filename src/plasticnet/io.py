@@ -1,0 +1,191 @@
+"""Files: a compact module as safetensors with a shape recipe; a checkpoint as safetensors with a tree.
+
+No pickle: a file can hold tensors, and JSON that is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from plasticnet.attributes import WIDTHS, mismatches
+from plasticnet.compact import Take, insert_take
+from plasticnet.errors import PlasticError
+from plasticnet.resize import replace
+
+_KEY = "plasticnet"
+_FORMAT = 1
+
+
+def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a compacted (or any plain) module: its tensors, and what a factory of the original
+    architecture needs to take its shape. Equal modules give equal bytes; the file appears whole or
+    not at all."""
+    attributes: dict[str, dict[str, int]] = {}
+    takes: dict[str, int] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, Take):
+            takes[name.rpartition(".")[0]] = child.axis
+        widths = {a: v for a in WIDTHS if isinstance(v := child.__dict__.get(a), int) and not isinstance(v, bool)}
+        if widths:
+            attributes[name] = widths
+    recipe = {"format": _FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
+    _write(path, {n: t.detach().cpu().contiguous() for n, t in _tensors(module).items()}, recipe)
+
+
+def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
+    """The module in a file that `save` wrote, in evaluation mode. ``factory`` builds the original
+    architecture, in any width.
+
+    Raises `PlasticError` when the file is not one of ours, is damaged, or belongs to another
+    architecture (naming the tensor and the shapes).
+    """
+    tensors, recipe = _read(path, "module")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
+    for name, axis in _mapping(path, recipe, "takes").items():
+        indices = tensors.get(f"{name}.0.indices")
+        if not isinstance(axis, int) or indices is None or indices.dim() != 1 or indices.dtype != torch.int64:
+            raise PlasticError(f"{path}: damaged (the features taken before {name!r})")
+        insert_take(_submodule(path, model, name) and model, name, Take(indices, axis))
+    for name, widths in _mapping(path, recipe, "attributes").items():
+        _set_widths(path, _submodule(path, model, name), name, widths)
+    _set_tensors(path, model, tensors)
+    return model.eval()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def _submodule(path: Any, model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise PlasticError(f"{path} belongs to another architecture: {type(model).__name__} has no {name!r}") from None
+
+
+def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
+    if not isinstance(widths, dict):
+        raise PlasticError(f"{path}: damaged (the widths of {name!r})")
+    for attribute, value in widths.items():
+        old = module.__dict__.get(attribute)
+        if attribute not in WIDTHS or not isinstance(old, int) or not isinstance(value, int) or value < 0:
+            raise PlasticError(f"{path}: may not set {name}.{attribute} from {old!r} to {value!r}")
+        setattr(module, attribute, value)
+
+
+def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = _tensors(model)
+    extra, missing = sorted(tensors.keys() - own.keys())[:5], sorted(own.keys() - tensors.keys())[:5]
+    if extra or missing:
+        raise PlasticError(
+            f"{path} belongs to another architecture than {type(model).__name__}: "
+            f"only the file has {extra}, only the model {missing}"
+        )
+    for name, old in own.items():
+        new = tensors[name].to(old.device)
+        if new.dim() != old.dim():
+            raise PlasticError(
+                f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
+                f"{tuple(old.shape)} in {type(model).__name__}"
+            )
+        replace(model, old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    for name, module in model.named_modules():
+        for what in mismatches(module):
+            raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
+
+
+# -- checkpoints ------------------------------------------------------------------------------
+
+
+def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
+    """Write nested dicts and lists of tensors, numbers and strings (state dicts, say).
+
+    Raises `PlasticError` for anything else.
+    """
+    tensors: dict[str, Tensor] = {}
+    _write(path, tensors, {"format": _FORMAT, "kind": "checkpoint", "tree": _encode(tree, tensors)})
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What `save_checkpoint` wrote. Raises `PlasticError` when the file is not one or is damaged."""
+    tensors, recipe = _read(path, "checkpoint")
+    try:
+        return _decode(recipe["tree"], tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlasticError(f"{path}: damaged ({error!r})") from error
+
+
+def _encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        key = f"{len(tensors):06d}"
+        tensors[key] = tree.detach().cpu().contiguous().clone()
+        return {"tensor": key}
+    if isinstance(tree, Mapping):
+        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {type(tree).__name__ if isinstance(tree, list) else "tuple": [_encode(v, tensors) for v in tree]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise PlasticError(f"a checkpoint cannot hold a {type(tree).__name__}")
+
+
+def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(data, dict):
+        return data
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {_decode(k, tensors): _decode(v, tensors) for k, v in value}
+    if kind not in ("list", "tuple"):
+        raise ValueError(kind)
+    items = [_decode(v, tensors) for v in value]
+    return items if kind == "list" else tuple(items)
+
+
+# -- safetensors ------------------------------------------------------------------------------
+
+
+def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
+    """One metadata key, so that equal content gives equal bytes; replaced atomically."""
+    data = serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)})
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, target)
+
+
+def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            if _KEY not in metadata:
+                raise PlasticError(f"{path} is a safetensors file, but not one that plasticnet wrote")
+            recipe = json.loads(metadata[_KEY])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise PlasticError(f"{path} is not a plasticnet file, or is damaged or truncated: {error}") from error
+    except OSError as error:
+        raise PlasticError(f"{path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict) or recipe.get("format") != _FORMAT or recipe.get("kind") != kind:
+        found = (recipe.get("kind"), recipe.get("format")) if isinstance(recipe, dict) else "none"
+        raise PlasticError(f"{path} holds {found}; expected ({kind!r}, {_FORMAT})")
+    return tensors, recipe
+
+
+def _mapping(path: Any, recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = recipe.get(key)
+    if not isinstance(value, dict):
+        raise PlasticError(f"{path}: damaged (its recipe has no {key})")
+    return value

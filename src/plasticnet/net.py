@@ -1,0 +1,287 @@
+"""PlasticNet: a model with a gate on every unit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from plasticnet import objective, resize, state
+from plasticnet.check import self_check
+from plasticnet.compact import cut, lengths, survivors
+from plasticnet.cost import COSTS, CostModel
+from plasticnet.errors import PlasticError
+from plasticnet.estimators import ESTIMATORS
+from plasticnet.gates import OPEN_LOGIT, Site, fold, gated, per_sample_sites, readers
+from plasticnet.summary import Summary, summarise
+from plasticnet.tracing import call_arguments, trace
+from plasticnet.units import InputUnits
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+
+
+class PlasticNet(nn.Module):
+    """A model whose units open and close while it trains.
+
+    The model is gated in place: its parameters are the ones that are trained, and `resize` replaces
+    them. It starts as the model it is: k is infinity and every gate is open.
+
+    Attributes: ``model``, the module; ``sites``, name to `Site`; ``frozen``, what cannot be gated and
+    why; ``excluded``, sites left alone because of ``exclude``; ``checked``, whether the self-check ran
+    (it cannot on the meta device). Other attributes are the model's.
+
+    Raises `PlasticError` when the model rejects the example inputs or has nothing to gate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        estimator: str = "disarm",
+        gates: Literal["auto", "sample", "batch"] = "auto",
+        inputs: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        """``inputs`` are name patterns of consumers whose input features are gated one by one;
+        ``exclude`` are name patterns of sites to leave alone; ``gates`` says whether gates are drawn
+        per sample or per batch ("auto": per sample where that is unbiased)."""
+        super().__init__()
+        if estimator not in ESTIMATORS:
+            raise PlasticError(f"estimator={estimator!r}: choose one of {', '.join(ESTIMATORS)}")
+        if gates not in ("auto", "sample", "batch"):
+            raise PlasticError(f"gates={gates!r}: choose one of auto, sample, batch")
+        args, kwargs = call_arguments(example_inputs)
+        inputs, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude))
+        traced = trace(model, example_inputs, inputs=inputs)
+        self.excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in exclude))
+        for name in self.excluded:
+            del traced.sites[name]
+        traced = self_check(model, traced, args, kwargs)
+        if not traced.sites:
+            reasons = "; ".join(f"{n}: {r}" for n, r in list(traced.frozen.items())[:5])
+            raise PlasticError(f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'})")
+        self.model = model
+        self.frozen: Mapping[str, str] = MappingProxyType(traced.frozen)
+        self.checked = traced.checked
+        self.estimator = estimator
+        self.gates_mode = gates
+        device = next(model.parameters()).device
+        self.gates = nn.ModuleDict({n.replace(".", "/"): Site(u, device) for n, u in traced.sites.items()})
+        self._uses = traced.uses
+        self._k = math.inf
+        self._samples_apart: bool | None = None  # for "auto": whether per-sample draws are possible
+        self._pass = objective.Pass()
+        self._refresh()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlasticNet:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        frozen = {**self.__dict__, "frozen": None}
+        new.__dict__.update(copy.deepcopy(frozen, memo))
+        new.__dict__["frozen"] = self.frozen
+        return new
+
+    # -- reading ------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Name to `Site`, in execution order."""
+        return MappingProxyType({site.name: site for site in self._sites()})
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.gates.values() if isinstance(site, Site)]
+
+    @property
+    def k(self) -> float:
+        """How plastic the gates are: 0 is dropout, infinity ordinary training of what is open.
+
+        Setting it to 0 or infinity drops the gates' gradients: they get none there.
+        Raises `PlasticError` when it is negative or not a number.
+        """
+        return self._k
+
+    @k.setter
+    def k(self, value: float) -> None:
+        if not isinstance(value, int | float) or not value >= 0:
+            raise PlasticError(f"k={value!r}: k is a number from 0 (dropout) to infinity (ordinary training)")
+        self._k = float(value)
+        if value == 0 or math.isinf(value):
+            for site in self._sites():
+                site.phi.grad = None
+
+    def summary(self) -> Summary:
+        """Units, parameters and multiply-adds: per site and in total, all and open. Prints as a table."""
+        return summarise(self._sites(), self._cost, self._k, self.model, self.frozen, self.excluded)
+
+    def param_groups(self, lr: float, gate_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: the model's parameters, with ``options`` (weight_decay, say),
+        and the gates' logits, with their own rate (default: ten times ``lr``) and no weight decay."""
+        return [
+            {"params": list(self.model.parameters()), "lr": lr, **options},
+            {
+                "params": [s.phi for s in self._sites()],
+                "lr": 10 * lr if gate_lr is None else gate_lr,
+                "weight_decay": 0.0,
+            },
+        ]
+
+    # -- running ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. In training at finite k the gates are drawn, in evaluation they are
+        at their mean (pi where pi >= 1/2, else 0)."""
+        plastic = self.training and not math.isinf(self._k)
+        z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
+        self._pass.calls += 1
+        per_sample = z.dim() == 2 and len(z) > 1
+        hooked = [r for r in self._readers if r.per_sample] if per_sample else []
+        folded = [r for r in self._readers if not (per_sample and r.per_sample)]
+        shared = z[0] if z.dim() == 2 else z
+        with gated(self.model, hooked, z), gated(self.model, folded, None):
+            if not folded or bool((shared == 1).all()):
+                return self.model(*args, **kwargs)
+            return functional_call(self.model, fold(self.model, folded, shared), args, kwargs)
+
+    def _mean_gates(self) -> Tensor:
+        """The gates at evaluation, and the constant 1 that ends every vector of gates."""
+        gates = [site.mean_gate(self._k) for site in self._sites()]
+        return torch.cat([*gates, gates[0].new_ones(1)])
+
+    def expected_loss(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The training loss, a scalar whose backward also gives the gates their gradient.
+
+        ``closure`` runs the network and returns the losses of the samples, shape (batch,), or their
+        mean, a scalar. It is called twice at finite k (once otherwise), under the same random numbers
+        and with BatchNorm's statistics updated once; it should have no other side effect.
+
+        Raises `PlasticError` in evaluation mode, when the closure never calls the network or returns
+        something else, and when a loss is not finite.
+        """
+        return objective.expected_loss(self, closure)
+
+    def penalty(
+        self,
+        strength: float,
+        cost: Literal["units", "parameters", "macs"] = "units",
+        scale: Literal["linear", "log"] = "linear",
+    ) -> Tensor:
+        """``strength`` times the expected cost (or its logarithm), a scalar differentiable in the gates.
+
+        The cost is the expected number of open units, of parameters, or of multiply-adds for one
+        sample. The logarithm keeps the pressure relative to what is left (NPN, section 3, is linear).
+        """
+        if cost not in COSTS or scale not in ("linear", "log"):
+            raise PlasticError(f"cost={cost!r}, scale={scale!r}: choose from {', '.join(COSTS)} and linear, log")
+        expected = self._cost.expected({s.name: s.probability(self._k) for s in self._sites()}, cost)
+        return strength * (expected if scale == "linear" else expected.log())
+
+    # -- changing size ------------------------------------------------------------------------
+
+    def resize(
+        self, sources: resize.Sources, optimizer: Optimizers = None, *, init: str = "preserve", grace: int = 0
+    ) -> None:
+        """Rebuild sites from lists of source indices: ``{"conv1": [0, 2, -1]}`` keeps units 0 and 2 of
+        ``conv1`` and adds one. Kept units carry their optimizer state.
+
+        ``optimizer`` is the one, or all of those, that hold the parameters. New units get random
+        incoming weights, and outgoing ones of zero ("preserve") or random too ("random"); they are
+        held open and unpriced for ``grace`` epochs of the schedule. In an input site -1 re-opens a
+        closed feature.
+
+        Raises `PlasticError`, and changes nothing, for an unknown site, an index out of range, a site
+        left empty, or optimizers that do not hold every trainable parameter.
+        """
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [])
+        planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
+        value = OPEN_LOGIT / (self._k if 0 < self._k < math.inf else 7)
+        logits = {s.name: (s.phi, value) for s in self._sites()}
+        moved = resize.apply(self.model, planned, logits, optimizers, init)
+        for site in self._sites():
+            site.phi = moved.get(site.phi, site.phi)
+            if site.name in planned.sources:
+                source = planned.sources[site.name]
+                site.grace = resize.rewrite(site.grace, {0: source})
+                site.grace[torch.from_numpy(source < 0).to(site.grace.device)] = grace
+        self._adopt(planned)
+
+    def _adopt(self, planned: resize.Plan) -> None:
+        for site in self._sites():
+            site.units = planned.units[site.name]
+            if isinstance(site.units, InputUnits):
+                site.features = torch.from_numpy(site.units.features).to(site.phi.device)
+        self._refresh()
+
+    def grow(
+        self, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
+    ) -> None:
+        """Add units: ``{"conv1": 2}``. See `resize`."""
+        unknown = [n for n in counts if n not in self.sites]
+        if unknown:
+            raise PlasticError(f"there is no site {unknown[0]!r}; the sites are: {', '.join(self.sites)}")
+        sources = {n: [*range(len(self.sites[n])), *[-1] * count] for n, count in counts.items()}
+        self.resize(sources, optimizer, init=init, grace=grace)
+
+    def prune(self, below: float = 0.5, optimizer: Optimizers = None) -> dict[str, int]:
+        """Cut the units whose gate has a probability below ``below``, and those whose features are
+        all cut; every site keeps at least one. Returns how many were cut per site."""
+        values = {s.name: s.probability(self._k).detach().cpu().numpy() for s in self._sites()}
+        floor = float(np.nextafter(np.float32(below), np.float32(-1)))
+        sources = survivors({s.name: s.units for s in self._sites()}, values, above=floor)
+        before = {n: len(s) for n, s in self.sites.items()}
+        if sources:
+            self.resize(sources, optimizer)
+        return {n: before[n] - len(s) for n, s in self.sites.items() if before[n] != len(s)}
+
+    def compact(self) -> nn.Module:
+        """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units
+        are cut, and the mean gates of the open ones are multiplied into the weights that read them."""
+        small = copy.deepcopy(self.model).eval()
+        return cut(
+            small, {s.name: s.units for s in self._sites()}, {s.name: s.mean_gate(self._k) for s in self._sites()}
+        )
+
+    def _refresh(self) -> None:
+        """Work out anew what depends on the sites' sizes."""
+        units = {s.name: s.units for s in self._sites()}
+        self._readers = readers(units, self.model)
+        self._per_sample = per_sample_sites(units, self._readers)
+        self._cost = CostModel(units, self.model, self._uses)
+
+    # -- saving -------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """k, so that the state dict holds tensors only."""
+        return torch.tensor(self._k, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore k."""
+        self.k = float(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Resize to the sizes in ``state_dict``, then load it. The parameters stay the same objects, so
+        optimizers may be built before or after.
+
+        Raises `PlasticError`, and changes nothing, when it belongs to another architecture.
+        """
+        planned = state.plan_load({s.name: s.units for s in self._sites()}, self.model, state_dict)
+        state.resize_in_place(self.model, self._sites(), planned)
+        self._adopt(planned)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -1,0 +1,150 @@
+"""Schedule: k over the stages, units that hibernate are cut, new ones wake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates import OPEN_LOGIT
+from plasticnet.growth import Growth
+from plasticnet.net import PlasticNet
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``epochs`` epochs at one ``k`` (0: dropout, finite: plastic, infinity: ordinary training)."""
+
+    epochs: int
+    k: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or not self.k >= 0:
+            raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): both must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What `Schedule.step` did: units cut and grown per site, and k for the next epoch."""
+
+    cut: Mapping[str, int] = field(default_factory=dict)
+    grown: Mapping[str, int] = field(default_factory=dict)
+    k: float = math.inf
+
+
+class Schedule:
+    """Moves a network through its stages; call `step` at the end of every epoch.
+
+    On entering a plastic stage from ordinary training the open gates start at pi = 0.95. During it,
+    units with pi below ``hibernate`` are cut at the end of each epoch, and ``growth`` adds units. On
+    leaving it, the network hardens: units with pi < 1/2 are cut.
+    """
+
+    def __init__(
+        self,
+        net: PlasticNet,
+        optimizer: Optimizer | Sequence[Optimizer],
+        stages: Sequence[Stage],
+        *,
+        hibernate: float = 0.01,
+        growth: Growth | None = None,
+    ) -> None:
+        """Raises `PlasticError` when there are no epochs."""
+        if not stages or not sum(s.epochs for s in stages):
+            raise PlasticError("a schedule needs at least one stage with epochs")
+        self.net = net
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self.stages = [s for s in stages if s.epochs]
+        self.hibernate = hibernate
+        self.growth = growth
+        self.epoch = 0
+        self._enter(self.stage)
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of all stages together."""
+        return sum(s.epochs for s in self.stages)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the epoch that is running (the last one, at the end)."""
+        end = 0
+        for stage in self.stages:
+            end += stage.epochs
+            if self.epoch < end:
+                return stage
+        return self.stages[-1]
+
+    def step(self, val_loss: float | None = None) -> Change:
+        """End an epoch. ``val_loss`` is the loss on held-out data; growth decides by it.
+
+        Raises `PlasticError` when growth needs a validation loss and there is none, or it is NaN.
+        """
+        before = self.stage
+        plastic = 0 < before.k < math.inf
+        if plastic and self.growth is not None and (val_loss is None or math.isnan(float(val_loss))):
+            raise PlasticError(f"val_loss={val_loss}: growth needs the validation loss of every plastic epoch")
+        self.epoch += 1
+        cut: dict[str, int] = {}
+        grown: dict[str, int] = {}
+        if plastic:
+            for site in self.net.sites.values():
+                site.grace.sub_(1).clamp_(min=0)
+            cut = self.net.prune(self.hibernate, self.optimizers)
+            if self.growth is not None and val_loss is not None and self.stage is before:
+                grown = self.growth.step(self.net, float(val_loss), self.optimizers)
+        if self.stage is not before:
+            for name, n in self._enter(self.stage).items():
+                cut[name] = cut.get(name, 0) + n
+        elif self.epoch == self.epochs and plastic:
+            self._drop_gate_state()
+        return Change(cut, grown, self.net.k)
+
+    def _enter(self, stage: Stage) -> dict[str, int]:
+        """Set k; harden or open the gates; forget the gates' moments, which belong to another k."""
+        net, before = self.net, self.net.k
+        cut: dict[str, int] = {}
+        if stage.k == before:
+            return cut
+        if math.isinf(stage.k):
+            for site in net.sites.values():
+                site.grace.zero_()
+            cut = net.prune(0.5, self.optimizers)
+        net.k = stage.k
+        if 0 < stage.k < math.inf and (before == 0 or math.isinf(before)):
+            with torch.no_grad():
+                for site in net.sites.values():
+                    site.phi.copy_(torch.where(site.open, OPEN_LOGIT / stage.k, site.phi))
+            if self.growth is not None:
+                self.growth.hold(net)
+        self._drop_gate_state()
+        return cut
+
+    def _drop_gate_state(self) -> None:
+        logits = {site.phi for site in self.net.sites.values()}
+        for optimizer in self.optimizers:
+            for phi in logits & optimizer.state.keys():
+                del optimizer.state[phi]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and the state of growth; the network has its own."""
+        return {"epoch": self.epoch, "growth": None if self.growth is None else self.growth.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`. Load the network's state too: it holds k and the sizes.
+
+        Raises `PlasticError` when the state has an epoch that this schedule does not, or growth differs.
+        """
+        if not 0 <= int(state["epoch"]) <= self.epochs:
+            raise PlasticError(f"the state is at epoch {state['epoch']}, but this schedule has {self.epochs}")
+        if (state["growth"] is None) != (self.growth is None):
+            raise PlasticError("the state was saved with growth and this schedule has none, or the other way round")
+        self.epoch = int(state["epoch"])
+        self.net.k = self.stage.k
+        if self.growth is not None:
+            self.growth.load_state_dict(state["growth"])

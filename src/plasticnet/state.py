@@ -1,0 +1,83 @@
+"""Loading a state dict into a network of another size: resize first, then copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from plasticnet import resize
+from plasticnet.compact import lengths
+from plasticnet.errors import PlasticError
+from plasticnet.gates import Site
+from plasticnet.units import InputUnits, Units
+
+
+def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, Any]) -> resize.Plan:
+    """The resize that brings ``model`` to the sizes in ``state``, a `PlasticNet` state dict.
+
+    Raises `PlasticError` naming the tensor and the shapes when no resize does.
+    """
+    targets = {name: state.get(f"gates.{name.replace('.', '/')}.phi") for name in units}
+    missing = [n for n, t in targets.items() if not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0]
+    extra = {k for k in state if k.startswith("gates.")} - {
+        f"gates.{n.replace('.', '/')}.{leaf}" for n in units for leaf in ("phi", "grace", "features")
+    }
+    if missing or extra:
+        raise PlasticError(
+            f"the state belongs to another architecture: gates are missing for {missing}, "
+            f"and {sorted(extra)} are unknown here"
+        )
+    sources: dict[str, list[int]] = {}
+    for name, u in units.items():
+        size = len(state[f"gates.{name.replace('.', '/')}.phi"])
+        if size != u.size and not isinstance(u, InputUnits):
+            sources[name] = [*range(min(size, u.size)), *[-1] * max(0, size - u.size)]
+    planned = resize.plan(units, lengths(model), sources)
+    for name, u in planned.units.items():
+        if isinstance(u, InputUnits):
+            _plan_features(planned, u, state.get(f"gates.{name.replace('.', '/')}.features"))
+    _compare(model, planned, state)
+    return planned
+
+
+def _plan_features(planned: resize.Plan, u: InputUnits, features: Any) -> None:
+    array = features.cpu().numpy() if isinstance(features, Tensor) else np.zeros(0, dtype=np.int64)
+    if array.ndim != 1 or len(array) == 0 or array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
+        raise PlasticError(
+            f"site {u.name!r}: its features in the state are not an increasing list within 0 to {u.full - 1}"
+        )
+    columns = u.slices[0]
+    take = np.zeros(len(array), dtype=np.int64)  # whatever: the values are loaded afterwards
+    planned.sources[u.name] = planned.takes[columns.tensor, columns.dim] = take
+    columns.index = np.arange(len(array))[:, None]
+    planned.units[u.name] = InputUnits(u.name, len(array), u.slices, u.consumers, array, u.full)
+
+
+def _compare(model: nn.Module, planned: resize.Plan, state: Mapping[str, Any]) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        expected = tuple(len(planned.takes.get((name, d), range(n))) for d, n in enumerate(tensor.shape))
+        found = state.get(f"model.{name}")
+        if isinstance(found, Tensor) and tuple(found.shape) != expected:
+            raise PlasticError(
+                f"the state belongs to another architecture: {name} has shape {tuple(found.shape)}, and {expected} here"
+            )
+
+
+def resize_in_place(model: nn.Module, sites: Iterable[Site], planned: resize.Plan) -> None:
+    """Apply a plan, keeping every Parameter the same object: nothing has been run since it was built
+    or the run is over, so that no autograd graph remembers the old shapes."""
+    sites = list(sites)
+    logits = {s.name: (s.phi, 0.0) for s in sites}
+    moved = resize.apply(model, planned, logits)
+    for old, new in moved.items():
+        old.data, old.grad = new.data, None
+        for module in model.modules():
+            for key, value in module._parameters.items():
+                if value is new:
+                    module._parameters[key] = old
+    for site in sites:
+        if site.name in planned.sources:
+            site.grace = resize.rewrite(site.grace, {0: planned.sources[site.name]})

@@ -1,0 +1,125 @@
+"""Tracing: run a model once to learn which parameter slices live and die together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+from plasticnet.errors import PlasticError
+from plasticnet.tracing import contractions, rules  # noqa: F401  (importing registers the rules)
+from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
+from plasticnet.tracing.sites import build
+from plasticnet.units import Trace
+
+__all__ = ["Tracer", "call_arguments", "register_rule", "trace"]
+
+
+def register_rule(op: Any, rule: Rule | str) -> None:
+    """Teach tracing how an operation moves labels.
+
+    ``op`` is an ``OpOverload``, an ``OpOverloadPacket`` or a name like ``"mylib::gelu2"``. ``rule`` is
+    called as ``rule(tracer, func, args, kwargs, out)`` after the operation ran, and attaches labels to
+    ``out`` by ``tracer.put``; or it names an operation whose rule serves here too, such as
+    ``"aten::pointwise"``.
+
+    Raises `PlasticError` when the named operation has no rule.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise PlasticError(f"no operation {rule!r} has a rule; known: {', '.join(sorted(RULES))}")
+        rule = RULES[rule]
+    RULES[op_name(op)] = rule
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a tuple of arguments or a mapping of them."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise PlasticError(
+        "example_inputs must be a tuple of arguments or a dict of keyword arguments, "
+        f"not a {type(example_inputs).__name__}"
+    )
+
+
+def trace(model: nn.Module, example_inputs: Any, *, inputs: Sequence[str] = ()) -> Trace:
+    """Find the units of a model by running a copy of it, in evaluation and in training mode.
+
+    ``example_inputs`` is a tuple of arguments or a dict of keyword arguments, the batch on the first
+    axis; ``inputs`` are name patterns of the modules whose input features get a site of their own.
+    The result is not self-checked; `PlasticNet` does that.
+
+    Raises `PlasticError` when the model rejects the inputs, with the model's error as the cause.
+    """
+    args, kwargs = call_arguments(example_inputs)
+    facts = Facts()
+    with unfused():
+        try:
+            _run(model, facts, inputs, args, kwargs, training=False)
+        except Exception as error:
+            shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
+            raise PlasticError(
+                f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
+                "Pass example_inputs that model(*example_inputs) accepts."
+            ) from error
+        _run_training(model, facts, inputs, args, kwargs)
+    parameters = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    return build(facts, [name for name in parameters if name not in facts.seen])
+
+
+def _run(
+    model: nn.Module, facts: Facts, inputs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+) -> None:
+    twin = copy.deepcopy(model).train(training)
+    args, kwargs = copy_inputs((args, kwargs))
+    Tracer(twin, facts, inputs, count=not training).run(args, kwargs)
+
+
+def _run_training(
+    model: nn.Module, facts: Facts, inputs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Layers that run in training only (auxiliary heads) join units too. Statistics over a batch of
+    one are refused by BatchNorm, so such a batch is doubled."""
+    state = torch.get_rng_state()
+    try:
+        _run(model, facts, inputs, args, kwargs, training=True)
+    except (ValueError, RuntimeError):
+        args, kwargs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
+        try:
+            _run(model, facts, inputs, args, kwargs, training=True)
+        except (ValueError, RuntimeError) as error:
+            raise PlasticError(
+                f"{type(model).__name__} runs on the example inputs in evaluation but not in training mode: {error}. "
+                "Pass example inputs that it can train on (a batch of two or more, say)."
+            ) from error
+    finally:
+        torch.set_rng_state(state)
+
+
+def copy_inputs(tree: Any) -> Any:
+    """Inputs of their own for a run, so that an in-place first operation leaves the caller's alone."""
+    return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, tree)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Run attention and recurrent layers through their plain operations."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    (mkldnn, *_) = torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=mkldnn)
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -1,0 +1,180 @@
+"""Rules for what multiplies and sums: linear maps, convolutions, normalisation, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from plasticnet.tracing.labels import Axis, Mark, Tag, labelled, plain
+from plasticnet.tracing.mode import Tracer, rule
+
+
+def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out[..., i, j] = sum_c a[..., i, c] b[..., c, j]`` for mm (2-D operands)."""
+    row, column = tracer.tag(a).axes[0], None
+    if tracer.tag(a).source is not None and tracer.tag(b).source is None:
+        tracer.contract(b, 0, a, 1, out.numel() / max(a.shape[0], 1))
+        row = tracer.produce(a, 0)
+    else:
+        tracer.contract(a, 1, b, 0, out.numel() / max(b.shape[1], 1))
+        column = tracer.produce(b, 1)
+    tracer.put(out, Tag((row, tracer.tag(b).axes[1] if column is None else column)))
+
+
+@rule("mm")
+def _mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    _matmul(tracer, args[0], args[1], out)
+
+
+@rule("addmm", "_addmm_activation")
+def _addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    bias, a, b = args[:3]
+    _matmul(tracer, a, b, out)
+    tag = tracer.tag(out)
+    if bias.dim() == 2:
+        tracer.meet(tracer.ledger.read(tag, 0), tracer.ledger.read(tracer.tag(bias), 0), "added to a product")
+    if bias.shape[-1] == out.shape[-1]:
+        tracer.attach(tracer.ledger.read(tag, 1), bias, "a bias without units", bias.dim() - 1)
+    else:
+        tracer.freeze(bias, "one channel broadcast over many")
+
+
+@rule("mv", "addmv")
+def _mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    matrix, vector = args[-2:]
+    if tracer.tag(matrix).source is not None:
+        tracer.contract(vector, 0, matrix, 1, 1)
+        axis = tracer.produce(matrix, 0)
+    else:
+        tracer.contract(matrix, 1, vector, 0, out.numel())
+        axis = tracer.tag(matrix).axes[0]
+    tracer.put(out, Tag((axis,)))
+    if len(args) == 3:
+        tracer.attach(tracer.ledger.read(tracer.tag(out), 0), args[0], "a bias without units")
+
+
+@rule("dot")
+def _dot(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    if tracer.tag(args[0]).source is not None:
+        tracer.contract(args[1], 0, args[0], 0, 1)
+    else:
+        tracer.contract(args[0], 0, args[1], 0, 1)
+
+
+@rule("linear")
+def _linear(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, weight = args[:2]
+    tracer.contract(x, x.dim() - 1, weight, 1, out.numel() / max(weight.shape[0], 1))
+    tracer.put(out, Tag((*tracer.tag(x).axes[:-1], tracer.produce(weight, 0))))
+    if len(args) > 2:
+        tracer.attach(tracer.ledger.read(tracer.tag(out), out.dim() - 1), args[2], "a bias without units")
+
+
+@rule("bmm", "baddbmm")
+def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Two stacks of matrices: the stacks are joined (that ties attention heads), the sum freezes."""
+    a, b = args[-2:]
+    if len(args) == 3:
+        tracer.freeze(args[0], "added to a product of two activations")
+    ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
+    tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
+    for t, axis in ((ta, 2), (tb, 1)):
+        tracer.ledger.freeze(tracer.ledger.read(t, axis), "a product of two activations or of two weights")
+    tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2])))
+
+
+@rule("convolution")
+def _convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x, weight, bias, *_, transposed, _, groups = args[:9]
+    into, born = (0, 1) if transposed else (1, 0)
+    channel = x.dim() - (weight.dim() - 1)
+    positions = (x.numel() / x.shape[channel]) if transposed else (out.numel() / out.shape[channel])
+    if groups == 1:
+        tracer.contract(x, channel, weight, into, positions)
+        axis = tracer.produce(weight, born)
+    else:
+        axis = _grouped(tracer, x, channel, weight, groups, transposed, positions)
+    if weight.dim() > 2:
+        tracer.freeze(weight, "a kernel's extent", range(2, weight.dim()))
+    spatial = map(plain, out.shape[channel + 1 :])
+    tracer.put(out, Tag((*tracer.ledger.settle(tracer.tag(x)).axes[:channel], axis, *spatial)))
+    tracer.attach(tracer.ledger.read(tracer.tag(out), channel), bias, "a bias without units")
+
+
+def _grouped(
+    tracer: Tracer, x: Tensor, channel: int, weight: Tensor, groups: int, transposed: bool, positions: float
+) -> Axis:
+    """A unit is a whole group: its inputs and its outputs. What it reads passes through, so the
+    convolution is no consumer; a gate here and at the next consumer would act twice."""
+    ledger = tracer.ledger
+    labels = ledger.read(tracer.tag(x), channel)
+    weight_tag = tracer.tag(weight)
+    if weight_tag.source is None:
+        tracer.freeze(x, "a grouped convolution with a computed weight", [channel])
+        tracer.freeze(weight, "a grouped convolution with a computed weight")
+        return plain(weight.shape[1] * groups if transposed else weight.shape[0])
+    if tracer.count:
+        uses = tracer.facts.uses
+        uses[weight_tag.source] = uses.get(weight_tag.source, 0.0) + positions / (tracer.batch or 1)
+    rows = ledger.read(weight_tag, 0)
+    ledger.freeze(ledger.read(weight_tag, 1), "the inside of a group")
+    for x_group, row_group in zip(labels.reshape(groups, -1), rows.reshape(groups, -1), strict=True):
+        if (x_group < 0).any():
+            ledger.freeze(row_group, "a group that reads something that cannot be cut")
+            ledger.freeze(x_group, "a group that reads something that cannot be cut")
+        else:
+            ledger.join_all(np.concatenate([x_group, row_group]))
+    if not transposed:
+        return tracer.produce(weight, 0)
+    inside = weight.shape[1]
+    tracer.facts.producers.setdefault((weight_tag.source, 0))
+    return labelled(np.repeat(rows.reshape(groups, -1)[:, 0], inside))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+      "_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm")  # fmt: skip
+def _batch_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x = args[0]
+    tag = tracer.ledger.settle(tracer.tag(x))
+    labels = tracer.ledger.read(tag, 1)
+    for vector in args[1:5]:
+        if isinstance(vector, Tensor):
+            tracer.attach(labels, vector, "a normalisation vector without units")
+    tracer.put(out[0], Tag(tag.axes))
+
+
+@rule("native_group_norm")
+def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, weight, bias, _, channels, _, groups = args[:7]
+    tag = tracer.ledger.settle(tracer.tag(x))
+    labels = tracer.ledger.read(tag, 1)
+    for vector in (weight, bias):
+        tracer.attach(labels, vector, "a normalisation vector without units")
+    for group in labels.reshape(groups, channels // groups):
+        if (group < 0).any():
+            tracer.ledger.freeze(group, "a normalisation group with something that cannot be cut")
+        tracer.ledger.join_all(group)
+    tracer.put(out[0], Tag(tag.axes))
+
+
+@rule("native_layer_norm", "_fused_rms_norm")
+def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    x, shape = args[:2]
+    tag = tracer.ledger.settle(tracer.tag(x))
+    axes = range(x.dim() - len(shape), x.dim())
+    tracer.freeze(x, "normalised over its channels (LayerNorm or RMSNorm)", axes)
+    for vector in args[2:4]:
+        if isinstance(vector, Tensor):
+            tracer.freeze(vector, "normalised over its channels (LayerNorm or RMSNorm)")
+    tracer.put(out[0], Tag(tag.axes))
+
+
+@rule("embedding")
+def _embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    table, index = args[:2]
+    tracer.freeze(table, "the vocabulary of an embedding", [0])
+    batch = tracer.tag(index).axes
+    lead = [a if any(f.mark is Mark.BATCH for f in a) else plain(n) for a, n in zip(batch, index.shape, strict=True)]
+    tracer.put(out, Tag((*lead, tracer.produce(table, 1))))

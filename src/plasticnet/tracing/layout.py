@@ -1,0 +1,137 @@
+"""Layout on labels: reshape, and cutting an axis into pieces."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from plasticnet.tracing.labels import Axis, Factor, Ledger, Mark, Tag, labelled, plain, split_labels
+
+
+def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
+    """The labels of ``tensor.reshape(shape)``.
+
+    A labelled factor that is taken apart keeps its labels on the pieces together (see `Block`);
+    `Ledger.settle` decides later what was meant.
+    """
+    pool: deque[Factor] = deque(f for axis in tag.axes for f in axis)
+    split_sizes = _split_sizes([f.size for f in pool], shape)
+    if any(f.is_split and len(sizes) > 1 for f, sizes in zip(pool, split_sizes, strict=True)):
+        pool = deque(f for axis in ledger.settle(tag).axes for f in axis)
+    pieces: deque[Factor] = deque()
+    for f, sizes in zip(pool, split_sizes, strict=True):
+        pieces.extend(_split(f, sizes))
+    axes: list[Axis] = []
+    for size in shape:
+        axis: list[Factor] = []
+        need = size
+        while need > 1 or (need == 1 and not axis and pieces and pieces[0].size == 1):
+            f = pieces.popleft()
+            while need % f.size:  # sizes that do not nest: the labels are lost
+                f = _merge(ledger, f, pieces.popleft())
+            need //= f.size
+            axis.append(f)
+        axes.append(tuple(axis))
+    if pieces and axes:
+        axes[-1] = axes[-1] + tuple(pieces)
+    return Tag(tuple(axes))
+
+
+def _split_sizes(factors: Sequence[int], shape: Sequence[int]) -> list[list[int]]:
+    """For each factor, the sizes that the new shape cuts it into ([its size] when it stays whole)."""
+    cuts: list[list[int]] = []
+    needs = deque(s for s in shape if s > 1)
+    need = needs.popleft() if needs else 1
+    for i, size in enumerate(factors):
+        if size == 1:
+            cuts.append([1])
+            continue
+        sizes: list[int] = []
+        rest = size
+        while rest > 1:
+            if rest % need == 0:
+                step = need
+            elif need % rest == 0:
+                step = rest
+            else:
+                return cuts + [[f] for f in factors[i:]]
+            sizes.append(step)
+            rest //= step
+            need //= step
+            if need == 1:
+                need = needs.popleft() if needs else 1
+            if need == 1:
+                break
+        if rest > 1:
+            sizes.append(rest)
+        cuts.append(sizes)
+    return cuts
+
+
+def _split(f: Factor, sizes: Sequence[int]) -> list[Factor]:
+    if len(sizes) == 1:
+        return [f]
+    if f.block is not None:
+        return split_labels(f.block.labels.reshape(sizes))
+    mark = f.mark if f.mark is Mark.SAME else Mark.NONE
+    return [Factor(size, mark) for size in sizes]
+
+
+def _merge(ledger: Ledger, a: Factor, b: Factor) -> Factor:
+    for f in (a, b):
+        if f.block is not None:
+            ledger.freeze(f.block.labels, "a reshape that does not follow its channels")
+    return Factor(a.size * b.size)
+
+
+def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]]) -> list[Tag]:
+    """The labels of the pieces ``[start, stop)`` of an axis (split, chunk, slice, unbind).
+
+    Pieces of equal length that tile the axis are taken to be what ``chunk`` makes: their members
+    at equal places are joined, so that equal pieces remain when units go. Where the code meant a
+    fixed length instead, the self-check finds the disagreement and freezes the site.
+    """
+    factors = tag.axes[axis]
+    size = sum(1 for _ in factors) and int(np.prod([f.size for f in factors]))
+    if all(start == 0 and stop == size for start, stop in bounds):
+        return [tag for _ in bounds]
+    if len(factors) == 1 and factors[0].is_split:
+        return [_piece_of_block(ledger, tag, axis, stop - start) for start, stop in bounds]
+    labels = ledger.read(tag, axis)
+    settled = ledger.settle(tag)
+    if (labels < 0).all():
+        mark = factors[0].mark if len(factors) == 1 and factors[0].mark is Mark.SAME else Mark.NONE
+        return [settled.with_axis(axis, plain(stop - start, mark)) for start, stop in bounds]
+    length = bounds[0][1] - bounds[0][0]
+    tiles = length > 0 and size % length == 0
+    if tiles and all(b - a == length and a % length == 0 for a, b in bounds) and length > 1:
+        for row in labels.reshape(-1, length)[1:]:
+            ledger.join(labels[:length], row)
+            ledger.freeze(np.where(row < 0, labels[:length], -1), "a chunk beside one that cannot be cut")
+            ledger.freeze(np.where(labels[:length] < 0, row, -1), "a chunk beside one that cannot be cut")
+    elif length == 1:
+        ledger.freeze(labels, "single channels are picked by position")
+    else:
+        ledger.freeze(labels, "cut into pieces of unequal length")
+    return [settled.with_axis(axis, labelled(labels[start:stop])) for start, stop in bounds]
+
+
+def _piece_of_block(ledger: Ledger, tag: Tag, axis: int, length: int) -> Tag:
+    """A piece of one factor of split labels, as q, k and v of a packed projection: that factor is
+    constant, and what lies at equal places of the others is joined."""
+    (factor,) = tag.axes[axis]
+    assert factor.block is not None
+    block = np.moveaxis(factor.block.labels, factor.part, 0)
+    for row in block[1:]:
+        ledger.join(block[0].reshape(-1), row.reshape(-1))
+    rest = split_labels(block[0])
+    old_parts = [p for p in range(factor.block.labels.ndim) if p != factor.part]
+
+    def follow(f: Factor) -> Factor:
+        if f.block is not factor.block:
+            return f
+        return Factor(length) if f is factor else rest[old_parts.index(f.part)]
+
+    return Tag(tuple(tuple(follow(f) for f in a) for a in tag.axes))

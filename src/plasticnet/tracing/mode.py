@@ -1,0 +1,214 @@
+"""The dispatch mode: runs the model once and lets every operation move its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, labelled, plain
+from plasticnet.units import Consumer
+
+Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
+RULES: dict[str, Rule] = {}
+
+
+def op_name(op: Any) -> str:
+    """``aten::add`` for ``aten.add.Tensor``, ``torch.ops.aten.add`` or the string itself."""
+    if isinstance(op, str):
+        return op
+    if isinstance(op, torch._ops.OpOverload):
+        return op._schema.name
+    return op._qualified_op_name
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule of the library for the ATen operations of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update((f"aten::{name}", function) for name in names)
+        return function
+
+    return register
+
+
+@dataclass
+class Facts:
+    """What the runs of a model have in common: the ledger and who produces and consumes what."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    producers: dict[tuple[str, int], None] = field(default_factory=dict)
+    consumers: dict[tuple[str, int], list[Consumer]] = field(default_factory=dict)
+    inputs: dict[str, Consumer] = field(default_factory=dict)  # virtual axis name -> its consumer
+    uses: dict[str, float] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+
+class Tracer(TorchDispatchMode):
+    """Moves labels while ``model`` runs; a rule gets the tracer and uses `tag`, `put`, `join`,
+    `freeze` and `ledger`."""
+
+    def __init__(self, model: nn.Module, facts: Facts, input_patterns: Sequence[str] = (), count: bool = True) -> None:
+        super().__init__()
+        self.facts = facts
+        self.ledger = facts.ledger
+        self.model = model
+        self.input_patterns = input_patterns
+        self.count = count
+        self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.calls: list[tuple[str, Tensor | None]] = []
+        self.batch: int | None = None
+        self.names: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self.names[id(tensor)] = name
+            axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
+            source = name if isinstance(tensor, nn.Parameter) else None
+            self.tags[tensor] = Tag(axes, source, tuple(range(tensor.dim())))
+
+    # -- running ----------------------------------------------------------------------------
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the model once on these inputs; whatever its outputs carry is frozen."""
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.dim():
+                self.batch = self.batch or tensor.shape[0]
+                mark = Mark.BATCH if tensor.shape[0] == self.batch else Mark.NONE
+                self.tags[tensor] = Tag((plain(tensor.shape[0], mark), *map(plain, tensor.shape[1:])))
+        handles: list[Any] = []
+        for name, module in self.model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                handles.append(module.register_forward_pre_hook(self._enter(name)))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            with torch.no_grad(), self:
+                out = self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.freeze(leaf, "reaches the model's output")
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            self.calls.append((name, first))
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self.calls.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
+        found = RULES.get(func._schema.name)
+        if found is None and torch.Tag.pointwise in func.tags:
+            found = RULES["aten::pointwise"]
+        if found is not None:
+            found(self, func, args, kwargs, out)
+        elif any(self.tag(t).labelled for t in tensors):
+            self.unknown(func, tensors)
+        return out
+
+    def unknown(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        """Freeze every label that an operation without a rule touches."""
+        for t in tensors:
+            self.freeze(t, f"used by {func._schema.name}, for which there is no rule (see register_rule)")
+
+    # -- what rules use ---------------------------------------------------------------------
+
+    def tag(self, tensor: Tensor) -> Tag:
+        """The labels of a tensor; none if it was never seen."""
+        found = self.tags.get(tensor)
+        if found is None or len(found.axes) != tensor.dim():
+            found = Tag(tuple(plain(n) for n in tensor.shape))
+        return found
+
+    def put(self, tensor: Tensor, tag: Tag) -> None:
+        """Attach labels to a result."""
+        self.tags[tensor] = tag
+
+    def freeze(self, tensor: Tensor, reason: str, axes: Sequence[int] | None = None) -> None:
+        """Freeze all labels on these axes of a tensor (default: on all)."""
+        tag = self.tag(tensor)
+        for i in range(len(tag.axes)) if axes is None else axes:
+            if has_labels(tag.axes[i]):
+                self.ledger.freeze(self.ledger.read(tag, i), reason)
+
+    def meet(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
+        """Join two axes of equal length; a label that meets none is frozen."""
+        self.ledger.join(a, b)
+        self.ledger.freeze(np.where(b < 0, a, -1), reason)
+        self.ledger.freeze(np.where(a < 0, b, -1), reason)
+
+    def attach(self, labels: np.ndarray, vector: Tensor | None, reason: str, axis: int = 0) -> None:
+        """Join a per-channel vector (bias, norm weight, running mean) with its channels."""
+        if vector is not None and vector.dim():
+            self.meet(labels, self.ledger.read(self.tag(vector), axis), reason)
+
+    def produce(self, weight: Tensor, axis: int) -> Axis:
+        """The axis of new units that one dimension of a parameter gives birth to."""
+        tag = self.tag(weight)
+        if tag.source is not None:
+            self.facts.producers.setdefault((tag.source, tag.dims[axis]))
+        return tag.axes[axis]
+
+    def contract(self, x: Tensor, x_axis: int, weight: Tensor, w_axis: int, positions: float) -> None:
+        """Sum over an axis of ``x`` and one of ``weight``; ``positions`` counts how often each
+        weight is multiplied."""
+        tx, tw = self.tag(x), self.tag(weight)
+        labels = self.ledger.read(tx, x_axis)
+        if tw.source is None or tx.source is not None:
+            reason = "a product of two activations or of two weights"
+            self.ledger.freeze(labels, reason)
+            self.ledger.freeze(self.ledger.read(tw, w_axis), reason)
+            return
+        name, dim = tw.source, tw.dims[w_axis]
+        if self.count:
+            self.facts.uses[name] = self.facts.uses.get(name, 0.0) + positions / (self.batch or 1)
+        columns = self.ledger.read(tw, w_axis)
+        consumer = self._consumer(name, dim, labels)
+        virtual = f"{consumer.module}.input"
+        if consumer.axis is not None and any(fnmatchcase(consumer.module, p) for p in self.input_patterns):
+            self.facts.inputs.setdefault(virtual, consumer)
+            self.facts.producers.setdefault((virtual, 0))
+            features = self.ledger.fresh(virtual, 0, len(labels))
+            self.ledger.join(labels, features)
+            self.ledger.freeze(np.where(labels < 0, features, -1), "features of the model's input")
+        else:
+            self.meet(labels, columns, "one side of this contraction cannot be cut (the model's input, or frozen)")
+        found = self.facts.consumers.setdefault((name, dim), [])
+        if consumer not in found:
+            found.append(consumer)
+
+    def _consumer(self, name: str, dim: int, labels: np.ndarray) -> Consumer:
+        """Who reads these labels: the innermost module call that owns the parameter, if its first
+        input carries exactly them on one axis."""
+        owner = name.rpartition(".")[0]
+        axis, per_sample = None, False
+        if self.calls and self.calls[-1][0] == owner and self.calls[-1][1] is not None:
+            first = self.calls[-1][1]
+            tag = self.tag(first)
+            places = [i for i, a in enumerate(tag.axes) if self._reads(tag, i, a, labels)]
+            if (labels < 0).all():  # nothing to tell axes apart by: a convolution reads axis 1, a linear the last
+                convolution = isinstance(self.model.get_submodule(owner), nn.modules.conv._ConvNd)
+                places = [p for p in places if p == (1 if convolution else len(tag.axes) - 1)]
+            if len(places) == 1:
+                axis = places[0] - len(tag.axes)
+                per_sample = is_batch(tag.axes[0]) and places[0] != 0
+        return Consumer(name, dim, owner, axis, per_sample)
+
+    def _reads(self, tag: Tag, index: int, axis: Axis, labels: np.ndarray) -> bool:
+        size = int(np.prod([f.size for f in axis])) if axis else 1
+        return size == len(labels) and bool((self.ledger.read(tag, index) == labels).all())

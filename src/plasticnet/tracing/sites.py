@@ -1,0 +1,191 @@
+"""From labels to sites: connected components, grouped by where they are born."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from plasticnet.tracing.mode import Facts
+from plasticnet.units import InputUnits, Slice, Trace, Units
+
+_MAX_PIECES = 4  # a producer whose units fall into more pieces than this has no layout to speak of
+
+
+@dataclass
+class _Classes:
+    """Labels by class: ``of[label]`` is the class, ``members(c)`` its labels in order."""
+
+    of: np.ndarray
+    order: np.ndarray
+    starts: np.ndarray
+
+    def members(self, c: int) -> np.ndarray:
+        return self.order[self.starts[c] : self.starts[c + 1]]
+
+
+def build(facts: Facts, unseen: Sequence[str]) -> Trace:
+    """Group the classes of joined labels into sites; list what is frozen with its reason."""
+    ledger = facts.ledger
+    origins = list(ledger.origins())
+    origin_of = np.zeros(ledger.total, dtype=np.int64)
+    starts = np.zeros(len(origins), dtype=np.int64)
+    for i, (tensor, _, labels) in enumerate(origins):
+        origin_of[labels] = i
+        starts[i] = labels[0] if len(labels) else 0
+        if tensor in unseen:
+            ledger.freeze(labels, "never used while the model ran")
+    names = [(tensor, dim) for tensor, dim, _ in origins]
+    for i, key in enumerate(names):
+        if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
+            ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
+    classes = _classes(ledger.total, ledger.pairs)
+    reasons = _frozen_classes(classes, ledger.frozen)
+
+    trace = Trace({}, {}, dict(facts.uses))
+    taken: set[int] = set()
+    for key in facts.producers:
+        if key[0] in facts.inputs:
+            _input_site(key[0], facts, trace)
+            continue
+        labels = origins[names.index(key)][2]
+        mine = [c for c in dict.fromkeys(classes.of[labels].tolist()) if c not in taken]
+        taken.update(mine)
+        name = key[0].rpartition(".")[0] or key[0]
+        _sites_of(name, mine, classes, reasons, origin_of, starts, names, facts, trace)
+    _attach_consumers(facts, trace)
+    return trace
+
+
+def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:
+    a = np.concatenate([p[0] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    b = np.concatenate([p[1] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
+    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(total, total))
+    count, of = connected_components(graph, directed=False)
+    order = np.argsort(of, kind="stable")
+    return _Classes(of, order, np.searchsorted(of[order], np.arange(count + 1)))
+
+
+def _frozen_classes(classes: _Classes, frozen: list[tuple[np.ndarray, str]]) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for labels, reason in frozen:
+        for c in np.unique(classes.of[labels]).tolist():
+            reasons.setdefault(c, reason)
+    return reasons
+
+
+def _sites_of(
+    name: str,
+    mine: list[int],
+    classes: _Classes,
+    reasons: dict[int, str],
+    origin_of: np.ndarray,
+    starts: np.ndarray,
+    names: list[tuple[str, int]],
+    facts: Facts,
+    trace: Trace,
+) -> None:
+    """The sites, or the reasons against them, of the classes born in one producer."""
+    groups: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for c in mine:
+        members = classes.members(c)
+        born_in = tuple(origin_of[members].tolist())
+        reason = reasons.get(c)
+        if reason is None and not any(names[o] in facts.consumers or names[o][0] in facts.inputs for o in born_in):
+            reason = "nothing that can be cut reads it"
+        if reason is not None:
+            trace.frozen.setdefault(_free_name(name, trace, reason), reason)
+        else:
+            groups.setdefault(born_in, []).append(members)
+    for born_in, members in groups.items():
+        matrix = np.stack(members)  # (units, slots): labels
+        cuts = _pieces(matrix)
+        if len(cuts) - 1 > _MAX_PIECES:
+            trace.frozen[_free_name(name, trace)] = "its units lie in an order that resizing cannot keep"
+            continue
+        for first, last in pairwise(cuts):
+            part = matrix[first:last]
+            slices = []
+            for origin in dict.fromkeys(born_in):
+                columns = [i for i, o in enumerate(born_in) if o == origin]
+                index = part[:, columns] - starts[origin]
+                consumed = names[origin] in facts.consumers or names[origin][0] in facts.inputs
+                slices.append(Slice(*names[origin], index, _runs(index), consumed))
+            site = _free_name(name, trace)
+            trace.sites[site] = Units(site, len(part), slices)
+
+
+def _free_name(name: str, trace: Trace, reason: str | None = None) -> str:
+    """``conv1``, or ``conv1#2`` when another group of units of ``conv1`` has that name."""
+    candidate, n = name, 1
+    while candidate in trace.sites or trace.frozen.get(candidate, reason) != reason:
+        n += 1
+        candidate = f"{name}#{n}"
+    return candidate
+
+
+def _pieces(matrix: np.ndarray) -> list[int]:
+    """Where to cut a list of units so that in each piece they follow one another regularly."""
+    cuts, first = [0], 0
+    for u in range(1, len(matrix)):
+        step = matrix[u] - matrix[u - 1]
+        regular = (
+            _is_regular(matrix[u - 1], step) if u == first + 1 else (step == matrix[first + 1] - matrix[first]).all()
+        )
+        if not regular:
+            cuts.append(u)
+            first = u
+    return [*cuts, len(matrix)]
+
+
+def _is_regular(unit: np.ndarray, step: np.ndarray) -> bool:
+    """Whether the next unit follows each stretch of this one directly."""
+    slot = 0
+    while slot < len(unit):
+        length = int(step[slot])
+        stretch = slice(slot, slot + length)
+        if length < 1 or slot + length > len(unit) or (step[stretch] != length).any():
+            return False
+        if (np.diff(unit[stretch]) != 1).any():
+            return False
+        slot += length
+    return True
+
+
+def _runs(index: np.ndarray) -> tuple[int, ...]:
+    """The stretches of a unit: from the step to the next one, or, for one unit, from its gaps."""
+    runs: list[int] = []
+    slot = 0
+    while slot < index.shape[1]:
+        if len(index) > 1:
+            length = int(index[1, slot] - index[0, slot])
+        else:
+            gaps = np.flatnonzero(np.diff(index[0, slot:]) != 1)
+            length = int(gaps[0]) + 1 if len(gaps) else index.shape[1] - slot
+        runs.append(length)
+        slot += length
+    return tuple(runs)
+
+
+def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
+    """Turn a virtual input axis into a site; one that is one-to-one with a site is that site."""
+    consumer = facts.inputs[virtual]
+    owners = [(u, s) for u in trace.sites.values() for s in u.slices if s.tensor == virtual]
+    full = next(len(labels) for tensor, _, labels in facts.ledger.origins() if tensor == virtual)
+    if len(owners) == 1 and owners[0][1].index.shape == (full, 1):
+        owners[0][1].tensor, owners[0][1].dim = consumer.tensor, consumer.dim
+        return
+    columns = Slice(consumer.tensor, consumer.dim, np.arange(full)[:, None], (1,), consumed=True)
+    trace.sites[virtual] = InputUnits(virtual, full, [columns], [consumer], np.arange(full), full)
+
+
+def _attach_consumers(facts: Facts, trace: Trace) -> None:
+    for units in trace.sites.values():
+        read = {(s.tensor, s.dim) for s in units.slices}
+        for (tensor, dim), consumers in facts.consumers.items():
+            if (tensor, dim) in read or any((c.module + ".input", 0) in read for c in consumers):
+                units.consumers.extend(c for c in consumers if c not in units.consumers)

@@ -1,0 +1,53 @@
+"""What the tests share: small networks of many kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+class ConvNet(nn.Module):
+    """Convolutions, BatchNorm, a residual sum, a concatenation, flatten, dropout."""
+
+    def __init__(self, norm: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.conv3 = nn.Conv2d(6, 4, 1)
+        self.drop = nn.Dropout(dropout)
+        self.fc1 = nn.Linear(10 * 4, 8)
+        self.fc2 = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        y = x + self.conv2(x).relu()
+        y = torch.cat([y, self.conv3(x)], 1)
+        y = nn.functional.max_pool2d(y, 2).flatten(1)
+        return self.fc2(self.drop(self.fc1(y).relu()))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def images(n: int = 4) -> Tensor:
+    return torch.randn(n, 3, 4, 4)
+
+
+def randomise_gates(net: object, closed: float = 0.4) -> None:
+    """Random logits, some closed, at least one open per site."""
+    with torch.no_grad():
+        for site in net.sites.values():  # pyright: ignore[reportAttributeAccessIssue]
+            site.phi.copy_(torch.rand_like(site.phi) - closed)
+            site.phi[int(torch.randint(len(site), ()))] = 0.3

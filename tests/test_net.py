@@ -1,0 +1,286 @@
+"""The network: k-limits bit-exact, draws, passes without side effects, bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ConvNet, images, mlp, randomise_gates
+from torch import Tensor, nn
+
+from plasticnet import ESTIMATORS, PlasticError, PlasticNet
+
+
+def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [(torch.randn(8, 3, 4, 4, generator=generator), torch.arange(8) % 3) for _ in range(n)]
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_infinite_k_is_bit_identical_to_the_plain_model(estimator: str) -> None:
+    model = ConvNet(dropout=0.3)
+    plain = copy.deepcopy(model)
+    net = PlasticNet(model, (images(),), estimator=estimator)
+
+    def run(module: nn.Module, groups: list, loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        torch.manual_seed(1)
+        optimizer = torch.optim.Adam(groups, lr=1e-2)
+        module.train()
+        for x, y in batches(50):
+            loss = loss_of(x, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    run(plain, list(plain.parameters()), lambda x, y: F.cross_entropy(plain(x), y, reduction="none").mean())
+    run(
+        net,
+        net.param_groups(1e-2),
+        lambda x, y: (
+            net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none")) + net.penalty(0.1, "macs", "log")
+        ),
+    )
+    for (name, a), b in zip(plain.state_dict().items(), net.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("gates", ["sample", "batch"])
+def test_k_zero_is_dropout(gates: str) -> None:
+    model = mlp(5, 7, 3)
+    net = PlasticNet(model, (torch.randn(4, 5),), gates=gates)  # pyright: ignore[reportArgumentType]
+    net.k = 0
+    net.train()
+    x = torch.randn(4, 5)
+    loss = net.expected_loss(lambda: net(x).pow(2).sum(1)) + net.penalty(1.0)
+    loss.backward()
+    u = net._pass.u
+    assert u is not None
+    mask = (u < 0.5).float()
+    by_hand = model[2](F.dropout(model[1](model[0](x)), 0.0) * mask)  # dropout(x, 0.5) * 0.5 has this mask
+    torch.testing.assert_close(loss.detach() - 3.5, by_hand.pow(2).sum(1).mean())
+    assert all(site.phi.grad is None for site in net.sites.values())
+    net.eval()
+    torch.testing.assert_close(net(x), model[2](model[1](model[0](x)) * 0.5))
+
+
+def test_gates_keep_no_moments_that_move_them() -> None:
+    net = PlasticNet(mlp(5, 7, 3), (torch.randn(4, 5),))
+    net.k = 5.0
+    net.train()
+    x = torch.randn(4, 5)
+    net.expected_loss(lambda: net(x).pow(2).sum(1)).backward()
+    assert net.sites["0"].phi.grad is not None
+    net.k = math.inf
+    assert net.sites["0"].phi.grad is None
+
+
+def test_partner_pass_leaves_buffers_and_random_numbers() -> None:
+    def run(estimator: str) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(0)
+        net = PlasticNet(ConvNet(dropout=0.5), (images(),), estimator=estimator)
+        net.k = 3.0
+        net.train()
+        torch.manual_seed(7)
+        x = images(8)
+        net.expected_loss(lambda: net(x).pow(2).sum(1))
+        return {k: v for k, v in net.model.state_dict().items() if "running" in k or "tracked" in k}, torch.rand(3)
+
+    single, one = run("ar")  # one pass
+    double, two = run("disarm")  # two
+    assert single.keys() == double.keys()
+    for name in single:
+        assert torch.equal(single[name], double[name]), name
+    assert int(single["bn1.num_batches_tracked"]) == 1
+    assert torch.equal(one, two)
+
+
+def test_both_passes_see_the_same_dropout() -> None:
+    net = PlasticNet(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), nn.Dropout(0.5)), (torch.randn(2, 4),))
+    net.k = 3.0
+    net.train()
+    seen: list[Tensor] = []
+    x = torch.randn(6, 4)
+
+    def closure() -> Tensor:
+        out = net(x)
+        seen.append(out.detach() == 0)
+        return out.pow(2).sum(1)
+
+    net.gates_mode = "sample"
+    net.expected_loss(closure)
+    assert len(seen) == 2
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_partner_pass_is_skipped_when_nothing_is_uncertain() -> None:
+    net = PlasticNet(mlp(5, 7, 3), (torch.randn(4, 5),))
+    net.k = 7.0
+    for site in net.sites.values():
+        site.grace.fill_(1)
+    net.train()
+    calls = []
+    x = torch.randn(4, 5)
+
+    def closure() -> Tensor:
+        calls.append(1)
+        return net(x).sum(1)
+
+    net.expected_loss(closure)
+    assert len(calls) == 1
+
+
+def test_auto_draws_per_batch_where_samples_interact() -> None:
+    class Mixing(nn.Module):
+        """Adds the mean over the batch: rows are samples, but not independent ones."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.a(x).tanh())
+            return h + h.mean(0, keepdim=True)
+
+    for model, apart in ((Mixing(), False), (mlp(4, 6, 2), True)):
+        net = PlasticNet(model, (torch.randn(4, 4),))
+        net.k = 3.0
+        net.train()
+        x = torch.randn(8, 4)
+        net.expected_loss(lambda net=net, x=x: net(x).pow(2).sum(1))
+        assert net._samples_apart is apart
+        assert len(net._pass.u) == (8 if apart else 1)  # pyright: ignore[reportArgumentType]
+    norm = PlasticNet(ConvNet(), (images(),))
+    norm.k = 3.0
+    norm.train()
+    norm.expected_loss(lambda: norm(images(8)).pow(2).sum(1))
+    assert len(norm._pass.u) == 1  # pyright: ignore[reportArgumentType]
+
+
+def test_per_sample_gates_equal_a_loop_over_samples() -> None:
+    """The fast path (one batch, gates in hooks) against the readable one (sample by sample, folded)."""
+    net = PlasticNet(ConvNet(norm=False), (images(),), gates="sample", inputs=("fc1",))
+    net.k = 2.0
+    randomise_gates(net)
+    net.train()
+    x = images(6)
+    together = net(x)
+    u = net._pass.u
+    assert u is not None
+    pi = torch.cat([s.probability(2.0) for s in net.sites.values()])
+    z = (u < pi).float()
+    net.k = math.inf
+    for i in range(6):
+        with torch.no_grad():
+            for site, part in zip(net.sites.values(), z[i].split([len(s) for s in net.sites.values()]), strict=True):
+                site.phi.copy_(part - 0.5)
+        torch.testing.assert_close(net(x[i : i + 1]), together[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_and_order_do_not_matter() -> None:
+    def gradients(order: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 6, 2), (torch.randn(4, 4),))
+        net.k = 3.0
+        net.train()
+        torch.manual_seed(1)
+        x = torch.randn(8, 4)
+        loss = net.expected_loss(lambda: net(x).pow(2).sum(1))
+        if order == "zero after":
+            for p in net.parameters():
+                p.grad = None
+        (loss / 4).backward(retain_graph=order == "accumulate")
+        if order == "accumulate":
+            (loss * 0.75).backward()
+            return [p.grad / 4 for p in net.parameters() if p.grad is not None]
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    reference = gradients("plain")
+    for order in ("zero after", "accumulate"):
+        for a, b in zip(reference, gradients(order), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_around_expected_loss_trains_the_weights() -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(4, 4),))
+    net.k = 3.0
+    net.train()
+    x = torch.randn(8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = net.expected_loss(lambda: net(x).float().pow(2).sum(1))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_delegates_and_copies() -> None:
+    net = PlasticNet(ConvNet(), (images(),))
+    assert net.fc1 is net.model.fc1
+    twin = copy.deepcopy(net)
+    assert twin.sites["conv1"].phi is not net.sites["conv1"].phi
+    with pytest.raises(AttributeError):
+        _ = net.nothing_of_the_kind
+    assert "conv1" in str(net.summary())
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+
+def test_rejected_inputs_keep_the_cause() -> None:
+    with pytest.raises(PlasticError, match=r"does not run on the example inputs.*\(2, 9\)") as caught:
+        PlasticNet(mlp(4, 6, 2), (torch.randn(2, 9),))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_nothing_to_gate() -> None:
+    with pytest.raises(PlasticError, match="nothing to gate.*reaches the model's output"):
+        PlasticNet(nn.Linear(4, 2), (torch.randn(2, 4),))
+    with pytest.raises(PlasticError, match="nothing to gate"):
+        PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), exclude=("0",))
+
+
+@pytest.mark.parametrize(
+    ("closure", "message"),
+    [
+        (lambda net, x: torch.zeros(()), "never called"),
+        (lambda net, x: net.model(x).sum(), "never called"),
+        (lambda net, x: net(x), "must return the losses"),
+        (lambda net, x: net(x).sum().item(), "must return the losses"),
+        (lambda net, x: net(x).sum(1) * math.nan, "not finite"),
+        (lambda net, x: net(x).sum(1)[:2], "2"),
+    ],
+)
+def test_bad_closures(closure: Callable[[PlasticNet, Tensor], Tensor], message: str) -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), gates="sample")
+    net.k = 3.0
+    net.train()
+    x = torch.randn(4, 4)
+    with pytest.raises(PlasticError, match=message):
+        net.expected_loss(lambda: closure(net, x))
+
+
+def test_scalar_closure_with_per_sample_gates_is_refused() -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), gates="sample")
+    net.k = 3.0
+    x = torch.randn(4, 4)
+    with pytest.raises(PlasticError, match="reduction="):
+        net.train().expected_loss(lambda: net(x).sum())
+
+
+def test_other_refusals() -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),))
+    for k in (-1, math.nan, "7"):
+        with pytest.raises(PlasticError, match="k is a number"):
+            net.k = k  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(PlasticError, match="training mode"):
+        net.eval().expected_loss(lambda: net(torch.randn(2, 4)).sum())
+    with pytest.raises(PlasticError, match="estimator"):
+        PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), estimator="magic")
+    with pytest.raises(PlasticError, match="gates"):
+        PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), gates="row")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlasticError, match="cost"):
+        net.penalty(1.0, "flops")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlasticError, match="example_inputs"):
+        PlasticNet(mlp(4, 6, 2), 3)
