@@ -235,7 +235,7 @@ def test_rejected_inputs_keep_the_cause() -> None:
 
 
 def test_nothing_to_gate() -> None:
-    with pytest.raises(PlasticError, match="nothing to gate.*reaches the model's output"):
+    with pytest.raises(PlasticError, match=r"nothing to gate.*reaches the model's output"):
         PlasticNet(nn.Linear(4, 2), (torch.randn(2, 4),))
     with pytest.raises(PlasticError, match="nothing to gate"):
         PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), exclude=("0",))

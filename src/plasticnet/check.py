@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from plasticnet.compact import cut
+from plasticnet import resize
+from plasticnet.compact import cut, lengths
 from plasticnet.gates import fold, gated, readers
 from plasticnet.tracing import copy_inputs
-from plasticnet.units import Trace, Units
+from plasticnet.units import InputUnits, Trace, Units
 
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
 
@@ -31,12 +33,14 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
     torch.manual_seed(0)
     try:
         twin, args, kwargs, tolerance = _randomised(model, args, kwargs)
-        bad = _culprits(twin, traced.sites, args, kwargs, tolerance)
+        bad = _culprits(lambda sites: _cut_differs(twin, sites, args, kwargs, tolerance), traced.sites)
+        sites = {n: u for n, u in traced.sites.items() if n not in bad}
+        stuck = _culprits(lambda sites: _growth_differs(twin, sites, args, kwargs, tolerance), sites)
     finally:
         torch.set_rng_state(state)
-    sites = {n: u for n, u in traced.sites.items() if n not in bad}
-    frozen = {**traced.frozen, **bad}
-    return Trace(sites, frozen, traced.uses, checked=True)
+    for name in stuck:
+        sites[name] = replace(sites[name], growable=False)
+    return Trace(sites, {**traced.frozen, **bad}, traced.uses, checked=True)
 
 
 def _randomised(
@@ -73,11 +77,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
         return [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _culprits(
-    model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
-) -> dict[str, str]:
-    """Bisect: the sites that disagree by themselves, with what was seen."""
-    reason = _disagreement(model, sites, args, kwargs, tolerance)
+def _culprits(differs: Callable[[Mapping[str, Units]], str | None], sites: Mapping[str, Units]) -> dict[str, str]:
+    """Bisect: the sites that fail a comparison by themselves, with what was seen."""
+    reason = differs(sites) if sites else None
     if reason is None:
         return {}
     names = list(sites)
@@ -86,22 +88,51 @@ def _culprits(
     halves = [{n: sites[n] for n in part} for part in (names[: len(names) // 2], names[len(names) // 2 :])]
     bad: dict[str, str] = {}
     for half in halves:
-        bad.update(_culprits(model, half, args, kwargs, tolerance))
+        bad.update(_culprits(differs, half))
     rest = {n: u for n, u in sites.items() if n not in bad}
-    if not bad or (rest and _disagreement(model, rest, args, kwargs, tolerance) is not None):
+    if not bad or (rest and differs(rest) is not None):
         return dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
     return bad
 
 
-def _disagreement(
+def _growth_differs(
+    model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> str | None:
+    """Whether function-preserving growth of these sites moves the output, or fails."""
+    grown = copy.deepcopy(model)
+    sources = {n: [*range(u.size), -1] for n, u in sites.items() if not isinstance(u, InputUnits)}
+    try:
+        resize.apply(grown, resize.plan(sites, lengths(grown), sources), {})
+        for a, b in zip(_run(model, args, kwargs), _run(grown, args, kwargs), strict=True):
+            if not _close(a, b, tolerance):
+                return "growing its units changes the output"
+    except Exception as error:  # a forward that hard-codes a width can fail in any way
+        return f"the model does not run when units are added: {error}"
+    return None
+
+
+def _random_gates(units: int, share: float) -> Tensor:
+    """0 for about ``share`` of the units, 1 for an odd number of them: an even one can agree with a
+    hard-coded width by luck."""
+    gates = (torch.rand(units) >= share).float()
+    if int(gates.sum()) % 2 == 0:
+        place = int(torch.randint(units, ()))
+        gates[place] = 1.0 - gates[place]
+    return gates
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = max(a.abs().max().item(), 1e-300) if a.numel() else 1.0
+    return a.shape == b.shape and (not a.numel() or (a - b).abs().max().item() <= tolerance * scale)
+
+
+def _cut_differs(
     model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
 ) -> str | None:
     """Why masking and cutting differ for these sites, or None if they agree."""
     reference = _run(model, args, kwargs)
     for share in CLOSED_SHARES:
-        factors = {n: (torch.rand(u.size) >= share).to(reference[0]) for n, u in sites.items()}
-        for f in factors.values():
-            f[int(torch.randint(len(f), ()))] = 1.0
+        factors = {n: _random_gates(u.size, share).to(reference[0]) for n, u in sites.items()}
         z = torch.cat([*factors.values(), reference[0].new_ones(1)])
         found = readers(sites, model)
         with gated(model, found, None), torch.no_grad():
@@ -118,8 +149,7 @@ def _disagreement(
             what = str(error).splitlines()[0][:200] if str(error) else repr(error)
             return f"the model does not run when units are cut: {what}"
         for a, b in zip(masked, compared, strict=True):
-            scale = max(a.abs().max().item(), 1e-300)
-            if a.shape != b.shape or not (a - b).abs().max().item() <= tolerance * scale:
+            if not _close(a, b, tolerance):
                 return "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
         moved = any(not torch.equal(full, a) for full, a in zip(reference, masked, strict=True))
         if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):

@@ -79,9 +79,13 @@ def _run(
 ) -> None:
     data = load_data(data_name, data_dir, config.seed)
     make = factory(model_name, data.shape, data.classes)
-    out.mkdir(parents=True, exist_ok=True)
     described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
-    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    text = json.dumps(described, indent=2) + "\n"
+    if resume:
+        _check_same(out / "config.json", data_name, model_name)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(text)
     metrics: list[dict[str, Any]] = []
     results: dict[str, dict[str, Any]] = {}
     for mode in modes:
@@ -101,13 +105,27 @@ def _run(
                 make(), data, config, _mode(mode), on_epoch=show,
                 checkpoint=folder / "checkpoint.safetensors", resume=resume,
             )  # fmt: skip
+        if not console.is_terminal:  # there Live ends without a new line
+            console.print()
+        if not result.summary.get("growth_stopped", True):
+            console.print("growth had not stopped by itself when the plastic stage ended; more --epochs would help")
         io.save(result.compact, folder / "compact.safetensors")
         results[mode] = result.summary
     (out / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
     title = f"plasticnet: {model_name} on {data_name}"
-    (out / "report.html").write_text(report.render(title, results, metrics, described))
+    (out / "report.html").write_text(report.render(title, results, metrics, json.loads(text)))
     console.print(_table(results))
     console.print(f"written to {out}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
+
+
+def _check_same(path: Path, data_name: str, model_name: str) -> None:
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PlasticError(f"--resume: there is no run in {path.parent}: {error}") from error
+    held = f"{before.get('model')} on {before.get('data')}" if isinstance(before, dict) else "something else"
+    if held != f"{model_name} on {data_name}":
+        raise PlasticError(f"--resume: {path.parent} holds a run of {held}, not of {model_name} on {data_name}")
 
 
 def _mode(mode: str) -> train.Mode:
@@ -188,8 +206,12 @@ def report_command(run: Annotated[Path, typer.Argument(help="folder that train w
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise PlasticError(f"{run} is not a finished run: {error}") from error
-    title = f"plasticnet: {config['model']} on {config['data']}"
-    (run / "report.html").write_text(report.render(title, results, metrics, config))
+    try:
+        title = f"plasticnet: {config['model']} on {config['data']}"
+        page = report.render(title, results, metrics, config)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise PlasticError(f"{run} is not a finished run: {error!r}") from error
+    (run / "report.html").write_text(page)
     console.print(f"written {run / 'report.html'}")
 
 
@@ -204,12 +226,20 @@ def export(
     """Turn a saved network into a torch.export program."""
     shape = _shape(input)
     small = io.load(file, factory(model, shape[1:], classes))
-    torch.export.save(torch.export.export(small, (torch.randn(*shape),)), out)
+    example = torch.randn(max(2, shape[0]), *shape[1:])
+    dynamic = ({0: torch.export.Dim("batch")},)  # any batch size
+    try:
+        small(example)  # its own error says more than the exporter's
+        torch.export.save(torch.export.export(small, (example,), dynamic_shapes=dynamic), out)
+    except Exception as error:  # the model's own, the exporter's or the file system's
+        what = (str(error).splitlines() or [repr(error)])[0]
+        raise PlasticError(f"cannot export for input {input} to {out}: {what}") from error
     console.print(f"written {out}")
 
 
 def main() -> None:
     """Run the command line; an error of ours is one line, not a traceback."""
+    sys.path.insert(0, str(Path.cwd()))  # for PACKAGE:FACTORY, as with python -m
     try:
         app()
     except PlasticError as error:

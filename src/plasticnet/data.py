@@ -96,7 +96,7 @@ def _mnist(data_dir: str | Path | None, generator: torch.Generator) -> Data:
         raise PlasticError("mnist needs --data-dir, the folder that holds MNIST/raw (torchvision's layout)")
     try:
         train, test = (MNIST(str(data_dir), train=t, download=False) for t in (True, False))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OSError, EOFError, AssertionError, IndexError) as error:
         raise PlasticError(f"no MNIST in {data_dir}: {error}") from error
 
     def split(images: Tensor, labels: Tensor) -> Split:

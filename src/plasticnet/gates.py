@@ -23,6 +23,11 @@ from plasticnet.units import InputUnits, Units
 OPEN_LOGIT = 3.0  # k phi of a gate that starts open: sigmoid(3) = 0.95 (the authors' setting)
 
 
+def gate_key(name: str) -> str:
+    """The name of a site's module within the network: no dots, and no clash with attributes."""
+    return f"site/{name.replace('.', '/')}"
+
+
 def probability(phi: Tensor, k: float) -> Tensor:
     """``sigmoid(k phi)``, with its limits: 1/2 at k = 0, and 1[phi >= 0] at k = infinity."""
     if k == 0:
@@ -42,10 +47,11 @@ class Site(nn.Module):
     phi: nn.Parameter
     grace: Tensor
 
-    def __init__(self, units: Units, device: torch.device) -> None:
+    def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.phi = nn.Parameter(torch.full((units.size,), OPEN_LOGIT / 7, device=device))
+        device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
+        self.phi = nn.Parameter(torch.full((units.size,), OPEN_LOGIT / 7, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))
         if isinstance(units, InputUnits):
             self.register_buffer("features", torch.from_numpy(units.features).to(device))

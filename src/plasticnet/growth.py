@@ -23,7 +23,8 @@ class Growth:
     The paper's rule (NPN, section 4.2): where the validation loss improved on the best so far, units
     wake. Here it is judged over periods of ``patience`` epochs, and an improvement counts from a share
     ``gain`` of the first loss on: without a threshold growth never ends. Every period adds a share
-    ``rate`` of its units to every site (at least one, up to ``maximum`` by site name); after
+    ``rate`` of its units to every site (at least one, up to ``maximum`` by
+    site name; features of new channels come with them); after
     ``failures`` periods in a row without improvement growth has stopped for good.
 
     While it grows, all units are held open and unpriced: under pressure, new ones would close before
@@ -77,9 +78,12 @@ class Growth:
 
     def counts(self, net: PlasticNet) -> dict[str, int]:
         """How many units each site would get now."""
+        unknown = [name for name in self.maximum if name not in net.sites]
+        if unknown:
+            raise PlasticError(f"maximum: there is no site {unknown[0]!r}; the sites are: {', '.join(net.sites)}")
         counts: dict[str, int] = {}
         for name, site in net.sites.items():
-            room = self.maximum.get(name, math.inf) - len(site)
+            room = self.maximum.get(name, math.inf) - len(site) if site.units.growable else 0
             if isinstance(site.units, InputUnits):
                 room = min(room, site.units.full - len(site))
             n = min(math.ceil(self.rate * len(site)), room)
@@ -92,7 +96,9 @@ class Growth:
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
+        """Restore `state_dict`. Raises `PlasticError` when something else is given."""
+        if not isinstance(state, Mapping) or any(not isinstance(state.get(name), int | float) for name in _STATE):
+            raise PlasticError(f"the state of growth has the numbers {', '.join(_STATE)}; this is {state!r}")
         for name in _STATE:
             setattr(self, name, state[name])
 

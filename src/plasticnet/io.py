@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from plasticnet.attributes import WIDTHS, mismatches
+from plasticnet.attributes import WIDTHS, group_size, mismatches
 from plasticnet.compact import Take, insert_take
 from plasticnet.errors import PlasticError
-from plasticnet.resize import replace
+from plasticnet.resize import replace_tensor
 
 _KEY = "plasticnet"
 _FORMAT = 1
@@ -38,7 +38,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         if widths:
             attributes[name] = widths
     recipe = {"format": _FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
-    _write(path, {n: t.detach().cpu().contiguous() for n, t in _tensors(module).items()}, recipe)
+    _write(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
@@ -52,14 +52,30 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     model = factory()
     if not isinstance(model, nn.Module):
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
-    for name, axis in _mapping(path, recipe, "takes").items():
+    takes = _mapping(path, recipe, "takes")
+    for name, axis in takes.items():
         indices = tensors.get(f"{name}.0.indices")
-        if not isinstance(axis, int) or indices is None or indices.dim() != 1 or indices.dtype != torch.int64:
+        sound = (
+            indices is not None and indices.dim() == 1 and indices.dtype == torch.int64 and bool((indices >= 0).all())
+        )
+        if type(axis) is not int or not -8 <= axis < 0 or indices is None or not sound:
             raise PlasticError(f"{path}: damaged (the features taken before {name!r})")
-        insert_take(_submodule(path, model, name) and model, name, Take(indices, axis))
+        _submodule(path, model, name)
+        insert_take(model, name, Take(indices, axis))
+    groups = {name: group_size(module) for name, module in model.named_modules()}
     for name, widths in _mapping(path, recipe, "attributes").items():
         _set_widths(path, _submodule(path, model, name), name, widths)
     _set_tensors(path, model, tensors)
+    for name, module in model.named_modules():
+        for what in mismatches(module, groups.get(name)):
+            raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
+    for name in takes:
+        take, layer = model.get_submodule(f"{name}.0"), model.get_submodule(f"{name}.1")
+        width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
+        if isinstance(take, Take) and width not in (None, len(take.indices)):
+            raise PlasticError(
+                f"{path}: damaged ({len(take.indices)} features are taken before {name!r}, {width} are read)"
+            )
     return model.eval()
 
 
@@ -79,7 +95,7 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         raise PlasticError(f"{path}: damaged (the widths of {name!r})")
     for attribute, value in widths.items():
         old = module.__dict__.get(attribute)
-        if attribute not in WIDTHS or not isinstance(old, int) or not isinstance(value, int) or value < 0:
+        if attribute not in WIDTHS or type(old) is not int or type(value) is not int or value < 1:
             raise PlasticError(f"{path}: may not set {name}.{attribute} from {old!r} to {value!r}")
         setattr(module, attribute, value)
 
@@ -94,15 +110,14 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
         )
     for name, old in own.items():
         new = tensors[name].to(old.device)
+        if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:
+            raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
         if new.dim() != old.dim():
             raise PlasticError(
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
                 f"{tuple(old.shape)} in {type(model).__name__}"
             )
-        replace(model, old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-    for name, module in model.named_modules():
-        for what in mismatches(module):
-            raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
+        replace_tensor(model, old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 # -- checkpoints ------------------------------------------------------------------------------
@@ -162,8 +177,12 @@ def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dic
     data = serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)})
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, target)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PlasticError(f"{path} cannot be written: {error}") from error
 
 
 def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -52,6 +52,8 @@ def factory(name: str, shape: Sequence[int], classes: int) -> Callable[[], nn.Mo
     if head == "mlp":
         try:
             hidden = [int(w) for w in tail.split("-")]
+            if min(hidden) < 1:
+                raise ValueError
         except ValueError:
             raise PlasticError(f"model {name!r}: write the hidden widths as in mlp:300-100") from None
         features = 1
@@ -62,14 +64,17 @@ def factory(name: str, shape: Sequence[int], classes: int) -> Callable[[], nn.Mo
         models = _import("torchvision.models", name)
         return lambda: _call(models.get_model, name, tail, weights=None)
     if tail:
-        return lambda: _call(getattr(_import(head, name), tail, None), name)
+        function = getattr(_import(head, name), tail, None)
+        if not callable(function):
+            raise PlasticError(f"model {name!r}: {head} has no factory {tail!r}")
+        return lambda: _call(function, name)
     raise PlasticError(f"unknown model {name!r}: use mlp:300-100, lenet5, torchvision:NAME or PACKAGE:FACTORY")
 
 
 def _import(package: str, name: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise PlasticError(f"model {name!r}: cannot import {package}: {error}") from error
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from plasticnet.compact import cut, lengths, survivors
 from plasticnet.cost import COSTS, CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import OPEN_LOGIT, Site, fold, gated, per_sample_sites, readers
+from plasticnet.gates import OPEN_LOGIT, Site, fold, gate_key, gated, per_sample_sites, readers
 from plasticnet.summary import Summary, summarise
 from plasticnet.tracing import call_arguments, trace
 from plasticnet.units import InputUnits
@@ -63,6 +64,9 @@ class PlasticNet(nn.Module):
         args, kwargs = call_arguments(example_inputs)
         inputs, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude))
         traced = trace(model, example_inputs, inputs=inputs)
+        for pattern in exclude:
+            if not any(fnmatchcase(n, pattern) for n in traced.sites):
+                raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
         self.excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in exclude))
         for name in self.excluded:
             del traced.sites[name]
@@ -75,8 +79,8 @@ class PlasticNet(nn.Module):
         self.checked = traced.checked
         self.estimator = estimator
         self.gates_mode = gates
-        device = next(model.parameters()).device
-        self.gates = nn.ModuleDict({n.replace(".", "/"): Site(u, device) for n, u in traced.sites.items()})
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in traced.sites.items()})
         self._uses = traced.uses
         self._k = math.inf
         self._samples_apart: bool | None = None  # for "auto": whether per-sample draws are possible
@@ -120,10 +124,10 @@ class PlasticNet(nn.Module):
 
     @k.setter
     def k(self, value: float) -> None:
-        if not isinstance(value, int | float) or not value >= 0:
+        if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
             raise PlasticError(f"k={value!r}: k is a number from 0 (dropout) to infinity (ordinary training)")
         self._k = float(value)
-        if value == 0 or math.isinf(value):
+        if self._k == 0 or math.isinf(self._k):
             for site in self._sites():
                 site.phi.grad = None
 
@@ -133,15 +137,15 @@ class PlasticNet(nn.Module):
 
     def param_groups(self, lr: float, gate_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Two groups for an optimizer: the model's parameters, with ``options`` (weight_decay, say),
-        and the gates' logits, with their own rate (default: ten times ``lr``) and no weight decay."""
-        return [
-            {"params": list(self.model.parameters()), "lr": lr, **options},
-            {
-                "params": [s.phi for s in self._sites()],
-                "lr": 10 * lr if gate_lr is None else gate_lr,
-                "weight_decay": 0.0,
-            },
-        ]
+        and the gates' logits, with their own rate (default: ten times ``lr``), no weight decay, and,
+        for optimizers of Adam's family, a shorter memory: the gradients of the first steps are large,
+        and a long memory of them would hold the gates back."""
+        gates: dict[str, Any] = {
+            "params": [s.phi for s in self._sites()],
+            "lr": 10 * lr if gate_lr is None else gate_lr,
+        }
+        weights = {"params": list(self.model.parameters()), "lr": lr, **options}
+        return [weights, {**gates, "weight_decay": 0.0, "betas": (0.9, 0.99)}]
 
     # -- running ------------------------------------------------------------------------------
 
@@ -190,6 +194,8 @@ class PlasticNet(nn.Module):
         """
         if cost not in COSTS or scale not in ("linear", "log"):
             raise PlasticError(f"cost={cost!r}, scale={scale!r}: choose from {', '.join(COSTS)} and linear, log")
+        if not strength >= 0:
+            raise PlasticError(f"strength={strength}: a penalty that rewards size is not one; use 0 or more")
         expected = self._cost.expected({s.name: s.probability(self._k) for s in self._sites()}, cost)
         return strength * (expected if scale == "linear" else expected.log())
 
@@ -233,6 +239,8 @@ class PlasticNet(nn.Module):
         self, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
     ) -> None:
         """Add units: ``{"conv1": 2}``. See `resize`."""
+        if any(n < 0 for n in counts.values()):
+            raise PlasticError(f"{dict(counts)}: the number of units to add cannot be negative; use prune or resize")
         unknown = [n for n in counts if n not in self.sites]
         if unknown:
             raise PlasticError(f"there is no site {unknown[0]!r}; the sites are: {', '.join(self.sites)}")
@@ -277,10 +285,13 @@ class PlasticNet(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Resize to the sizes in ``state_dict``, then load it. The parameters stay the same objects, so
-        optimizers may be built before or after.
+        optimizers may be built before or after (load their state too if they have any).
 
         Raises `PlasticError`, and changes nothing, when it belongs to another architecture.
         """
+        state.compare_keys(self.state_dict().keys(), state_dict.keys())
+        before, self.k = self.k, float(state_dict["_extra_state"])  # refused here if it is no k
+        self.k = before
         planned = state.plan_load({s.name: s.units for s in self._sites()}, self.model, state_dict)
         state.resize_in_place(self.model, self._sites(), planned)
         self._adopt(planned)

@@ -124,4 +124,5 @@ def _plasticity(axes: Axes, plastic: Mapping[str, Any]) -> None:
     axes.set(xlabel="epoch", ylabel="k (solid)")
     axes.set_yticks([*sorted(set(finite)), top], [*(f"{k:g}" for k in sorted(set(finite))), "∞"])
     other.set(ylabel="mean 2π(1-π) (dashed)")
-    axes.legend()
+    if plastic:
+        axes.legend()

@@ -8,7 +8,7 @@ new); `apply` rewrites parameters, buffers, module attributes and the optimizers
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from plasticnet.attributes import update_attributes
 from plasticnet.errors import PlasticError
-from plasticnet.units import InputUnits, Slice, Units
+from plasticnet.units import InputUnits, Units
 
 Sources = Mapping[str, Sequence[int]]
 INITS = ("preserve", "random")
@@ -34,6 +34,7 @@ class Plan:
     sources: dict[str, np.ndarray] = field(default_factory=dict)
     units: dict[str, Units] = field(default_factory=dict)
     consumed: set[tuple[str, int]] = field(default_factory=set)
+    groups: dict[str, int] = field(default_factory=dict)  # grouped convolutions: rows of one group
 
 
 # -- planning ---------------------------------------------------------------------------------
@@ -59,17 +60,15 @@ def plan(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sou
         if key[0] not in inputs:
             result.takes[key] = take
     for name, u in sites.items():
-        slices = [
-            Slice(s.tensor, s.dim, indices.get((s.tensor, s.dim, name), s.index), s.runs, s.consumed) for s in u.slices
-        ]
+        slices = [replace(s, index=indices.get((s.tensor, s.dim, name), s.index)) for s in u.slices]
         result.consumed.update((s.tensor, s.dim) for s in slices if s.consumed)
+        result.groups.update({s.tensor: s.group for s in slices if s.group})
         size = len(result.sources.get(name, range(u.size)))
         if isinstance(u, InputUnits):
             planned = result.units[name]
             assert isinstance(planned, InputUnits)
-            result.units[name] = InputUnits(name, size, slices, u.consumers, planned.features, planned.full)
-        else:
-            result.units[name] = Units(name, size, slices, u.consumers)
+            u = replace(u, features=planned.features, full=planned.full)
+        result.units[name] = replace(u, size=size, slices=slices)
     return result
 
 
@@ -77,7 +76,10 @@ def _checked(sites: Mapping[str, Units], name: str, sources: list[int]) -> np.nd
     if name not in sites:
         raise PlasticError(f"there is no site {name!r}; the sites are: {', '.join(sites)}")
     u = sites[name]
-    array = np.asarray(sources, dtype=np.int64).reshape(-1)
+    array = np.asarray(sources).reshape(-1)
+    if len(array) and not np.issubdtype(array.dtype, np.integer):
+        raise PlasticError(f"site {name!r}: source indices are integers, not {array.dtype}")
+    array = array.astype(np.int64)
     kept = array[array >= 0]
     if len(array) == 0:
         raise PlasticError(f"site {name!r}: all {u.size} units would be removed; keep at least one")
@@ -85,6 +87,10 @@ def _checked(sites: Mapping[str, Units], name: str, sources: list[int]) -> np.nd
         raise PlasticError(f"site {name!r} has {u.size} units; indices must be 0 to {u.size - 1}, or -1 for a new unit")
     if (np.diff(kept) <= 0).any():
         raise PlasticError(f"site {name!r}: the kept units must be named once each, in increasing order")
+    if not u.growable and (array < 0).any():
+        raise PlasticError(
+            f"site {name!r} can lose units but not gain any: new ones would come to lie in the wrong place"
+        )
     if isinstance(u, InputUnits) and len(array) > u.full:
         raise PlasticError(f"site {name!r} has {u.full} features in all; {len(array)} were asked for")
     return array
@@ -207,7 +213,7 @@ def apply(
                 moved[old] = nn.Parameter(new, requires_grad=old.requires_grad)
                 takes_of[old] = takes
             else:
-                replace(model, old, new)
+                replace_tensor(model, old, new)
         for site, (logits, value) in gates.items():
             if site in plan.sources:
                 take = plan.sources[site]
@@ -218,10 +224,10 @@ def apply(
         for old, new in moved.items():
             if old.grad is not None:
                 new.grad = rewrite(old.grad, takes_of[old])
-            replace(model, old, new)
+            replace_tensor(model, old, new)
         for optimizer in optimizers:
             _rebind(optimizer, moved, takes_of)
-    update_attributes(model, plan.takes)
+    update_attributes(model, plan.takes, plan.groups)
     return moved
 
 
@@ -274,7 +280,7 @@ def _vector_value(model: nn.Module, name: str, new: Tensor, take: np.ndarray) ->
     return kept.double().mean().item() if kept.numel() else 0.0
 
 
-def replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
     """Put ``new`` wherever the model holds ``old`` (shared parameters have several places)."""
     for module in model.modules():
         for store in (module._parameters, module._buffers):

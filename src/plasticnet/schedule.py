@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates import OPEN_LOGIT
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
+from plasticnet.resize import check_optimizers
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Stage:
     k: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or not self.k >= 0:
-            raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): both must be 0 or more")
+        numbers = type(self.epochs) is int and isinstance(self.k, Real) and not isinstance(self.k, bool)
+        if not numbers or self.epochs < 0 or not self.k >= 0:
+            raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): whole epochs and a number, both 0 or more")
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,17 @@ class Schedule:
         hibernate: float = 0.01,
         growth: Growth | None = None,
     ) -> None:
-        """Raises `PlasticError` when there are no epochs."""
+        """Raises `PlasticError` when there are no epochs, or the optimizers lack a parameter of the network."""
         if not stages or not sum(s.epochs for s in stages):
             raise PlasticError("a schedule needs at least one stage with epochs")
         self.net = net
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        check_optimizers(self.optimizers, dict(net.named_parameters()))
         self.stages = [s for s in stages if s.epochs]
         self.hibernate = hibernate
         self.growth = growth
         self.epoch = 0
-        self._enter(self.stage)
+        self._enter(self.stage, cut=False)  # what is here now may be replaced by a checkpoint
 
     @property
     def epochs(self) -> int:
@@ -83,12 +87,16 @@ class Schedule:
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch. ``val_loss`` is the loss on held-out data; growth decides by it.
 
-        Raises `PlasticError` when growth needs a validation loss and there is none, or it is NaN.
+        Raises `PlasticError` at the end of the schedule, and when growth needs a validation loss and there is
+        none, or it is NaN.
         """
+        if self.epoch >= self.epochs:
+            raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
         before = self.stage
         plastic = 0 < before.k < math.inf
         if plastic and self.growth is not None and (val_loss is None or math.isnan(float(val_loss))):
             raise PlasticError(f"val_loss={val_loss}: growth needs the validation loss of every plastic epoch")
+        check_optimizers(self.optimizers, dict(self.net.named_parameters()))
         self.epoch += 1
         cut: dict[str, int] = {}
         grown: dict[str, int] = {}
@@ -105,16 +113,19 @@ class Schedule:
             self._drop_gate_state()
         return Change(cut, grown, self.net.k)
 
-    def _enter(self, stage: Stage) -> dict[str, int]:
+    def _enter(self, stage: Stage, cut: bool = True) -> dict[str, int]:
         """Set k; harden or open the gates; forget the gates' moments, which belong to another k."""
         net, before = self.net, self.net.k
-        cut: dict[str, int] = {}
+        gone: dict[str, int] = {}
         if stage.k == before:
-            return cut
-        if math.isinf(stage.k):
+            return gone
+        if math.isinf(stage.k) and cut:
             for site in net.sites.values():
                 site.grace.zero_()
-            cut = net.prune(0.5, self.optimizers)
+            gone = net.prune(0.5, self.optimizers)
+            with torch.no_grad():  # the one unit that every site keeps is there to be used
+                for site in net.sites.values():
+                    site.phi.copy_(torch.where(site.open, site.phi, OPEN_LOGIT / before if before else 1.0))
         net.k = stage.k
         if 0 < stage.k < math.inf and (before == 0 or math.isinf(before)):
             with torch.no_grad():
@@ -123,7 +134,7 @@ class Schedule:
             if self.growth is not None:
                 self.growth.hold(net)
         self._drop_gate_state()
-        return cut
+        return gone
 
     def _drop_gate_state(self) -> None:
         logits = {site.phi for site in self.net.sites.values()}
@@ -140,11 +151,12 @@ class Schedule:
 
         Raises `PlasticError` when the state has an epoch that this schedule does not, or growth differs.
         """
-        if not 0 <= int(state["epoch"]) <= self.epochs:
-            raise PlasticError(f"the state is at epoch {state['epoch']}, but this schedule has {self.epochs}")
-        if (state["growth"] is None) != (self.growth is None):
+        epoch, growth = state.get("epoch"), state.get("growth")
+        if type(epoch) is not int or not 0 <= epoch <= self.epochs:
+            raise PlasticError(f"the state is at epoch {epoch!r}, but this schedule has {self.epochs}")
+        if (growth is None) != (self.growth is None):
             raise PlasticError("the state was saved with growth and this schedule has none, or the other way round")
-        self.epoch = int(state["epoch"])
+        if self.growth is not None and growth is not None:
+            self.growth.load_state_dict(growth)
+        self.epoch = epoch
         self.net.k = self.stage.k
-        if self.growth is not None:
-            self.growth.load_state_dict(state["growth"])

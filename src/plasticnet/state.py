@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,17 @@ from torch import Tensor, nn
 from plasticnet import resize
 from plasticnet.compact import lengths
 from plasticnet.errors import PlasticError
-from plasticnet.gates import Site
+from plasticnet.gates import Site, gate_key
 from plasticnet.units import InputUnits, Units
+
+
+def compare_keys(own: Iterable[str], found: Iterable[str]) -> None:
+    """Raise `PlasticError` unless a state dict names the same tensors as the network."""
+    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    if missing or extra:
+        raise PlasticError(
+            f"the state belongs to another architecture: it lacks {missing[:5]}, and has {extra[:5]} on top"
+        )
 
 
 def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, Any]) -> resize.Plan:
@@ -20,32 +30,42 @@ def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, 
 
     Raises `PlasticError` naming the tensor and the shapes when no resize does.
     """
-    targets = {name: state.get(f"gates.{name.replace('.', '/')}.phi") for name in units}
-    missing = [n for n, t in targets.items() if not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0]
-    extra = {k for k in state if k.startswith("gates.")} - {
-        f"gates.{n.replace('.', '/')}.{leaf}" for n in units for leaf in ("phi", "grace", "features")
-    }
-    if missing or extra:
-        raise PlasticError(
-            f"the state belongs to another architecture: gates are missing for {missing}, "
-            f"and {sorted(extra)} are unknown here"
-        )
+    for name, u in units.items():
+        leaves = ("phi", "grace", "features") if isinstance(u, InputUnits) else ("phi", "grace")
+        found = [state[f"gates.{gate_key(name)}.{leaf}"] for leaf in leaves]
+        if any(not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0 or len(t) != len(found[0]) for t in found):
+            raise PlasticError(f"site {name!r}: its gates in the state are not of one shape (units,)")
     sources: dict[str, list[int]] = {}
     for name, u in units.items():
-        size = len(state[f"gates.{name.replace('.', '/')}.phi"])
+        size = len(state[f"gates.{gate_key(name)}.phi"])
         if size != u.size and not isinstance(u, InputUnits):
             sources[name] = [*range(min(size, u.size)), *[-1] * max(0, size - u.size)]
-    planned = resize.plan(units, lengths(model), sources)
+    sizes = lengths(model)
+    for u in units.values():  # whichever features are open now: the state says which will be
+        if isinstance(u, InputUnits):
+            columns = u.slices[0]
+            sizes[columns.tensor, columns.dim] = u.full
+            index = np.arange(u.full)
+            whole = replace(u, size=u.full, features=index, slices=[replace(columns, index=index[:, None])])
+            units = {**units, u.name: whole}
+    planned = resize.plan(units, sizes, sources)
     for name, u in planned.units.items():
         if isinstance(u, InputUnits):
-            _plan_features(planned, u, state.get(f"gates.{name.replace('.', '/')}.features"))
+            _plan_features(planned, u, state.get(f"gates.{gate_key(name)}.features"))
     _compare(model, planned, state)
     return planned
 
 
 def _plan_features(planned: resize.Plan, u: InputUnits, features: Any) -> None:
     array = features.cpu().numpy() if isinstance(features, Tensor) else np.zeros(0, dtype=np.int64)
-    if array.ndim != 1 or len(array) == 0 or array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
+    if (
+        not np.issubdtype(array.dtype, np.integer)
+        or array.ndim != 1
+        or len(array) == 0
+        or array[0] < 0
+        or array[-1] >= u.full
+        or (np.diff(array) <= 0).any()
+    ):
         raise PlasticError(
             f"site {u.name!r}: its features in the state are not an increasing list within 0 to {u.full - 1}"
         )
@@ -53,7 +73,7 @@ def _plan_features(planned: resize.Plan, u: InputUnits, features: Any) -> None:
     take = np.zeros(len(array), dtype=np.int64)  # whatever: the values are loaded afterwards
     planned.sources[u.name] = planned.takes[columns.tensor, columns.dim] = take
     columns.index = np.arange(len(array))[:, None]
-    planned.units[u.name] = InputUnits(u.name, len(array), u.slices, u.consumers, array, u.full)
+    planned.units[u.name] = replace(u, size=len(array), features=array)
 
 
 def _compare(model: nn.Module, planned: resize.Plan, state: Mapping[str, Any]) -> None:

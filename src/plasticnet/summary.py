@@ -77,7 +77,7 @@ def summarise(
 ) -> Summary:
     """See `Summary`."""
     full = {s.name: torch.ones(len(s), dtype=torch.float64) for s in sites}
-    opened = {s.name: (s.mean_gate(k) > 0).double().cpu() for s in sites}
+    opened = {s.name: full[s.name] if s.phi.is_meta else (s.mean_gate(k) > 0).double().cpu() for s in sites}
 
     def total(pi: Mapping[str, Tensor], kind: str) -> float:
         return float(cost.expected(pi, kind))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plasticnet.cost import COSTS
 from plasticnet.data import Data, Split
 from plasticnet.errors import PlasticError
 from plasticnet.growth import Growth, narrow
@@ -43,12 +44,25 @@ class Config:
     weight_decay: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch, self.start) < 1 or min(self.lr, self.gate_lr) <= 0 or not self.penalty >= 0:
+            raise PlasticError(
+                f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
+                f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
+            )
+        if self.cost not in COSTS or self.scale not in ("linear", "log"):
+            raise PlasticError(
+                f"cost={self.cost!r}, scale={self.scale!r}: choose from {', '.join(COSTS)} and linear, log"
+            )
+
     def stages(self, mode: Mode) -> list[Stage]:
         """Ordinary training, then plastic, then hardened: 5, 70 and 25 % of the epochs."""
         if mode == "dense":
             return [Stage(self.epochs, math.inf)]
+        if self.epochs < 3:
+            raise PlasticError(f"epochs={self.epochs}: the three stages need at least 3")
         first, last = max(1, round(0.05 * self.epochs)), max(1, round(0.25 * self.epochs))
-        return [Stage(first, math.inf), Stage(max(0, self.epochs - first - last), self.k), Stage(last, math.inf)]
+        return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k), Stage(last, math.inf)]
 
 
 @dataclass(frozen=True)
@@ -69,18 +83,15 @@ def build(
     widest = {name: len(site) for name, site in net.sites.items()}
     if mode == "grow":
         narrow(net, config.start)
-    weights, gates = net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay)
-    # The noise of the first steps is large; a long memory of it would hold the gates back.
-    optimizer = torch.optim.Adam([weights, {**gates, "betas": (0.9, 0.99)}])
-    # Long enough to tell a plateau from a bad batch: some 100 steps.
-    steps = -(-len(data.train) // config.batch)
-    growth = Growth(patience=-(-100 // steps), maximum=widest) if mode == "grow" else None
-    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth)
+    optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
+    # Long enough to tell a standstill from a bad batch: periods of some 100 steps, 400 to give up.
+    period = -(-len(data.train) // config.batch)
+    patience = -(-100 // period)
+    growth = Growth(patience=patience, failures=-(-400 // (patience * period)), maximum=widest)
+    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth if mode == "grow" else None)
 
 
-def train_epoch(
-    net: PlasticNet, optimizer: torch.optim.Optimizer, train: Split, config: Config, priced: bool = True
-) -> float:
+def train_epoch(net: PlasticNet, optimizer: torch.optim.Optimizer, train: Split, config: Config) -> float:
     """One epoch over shuffled batches; returns the mean training loss."""
     net.train()
     total = torch.zeros(())
@@ -92,7 +103,7 @@ def train_epoch(
 
         loss = net.expected_loss(losses)
         total += loss.detach() * len(index)
-        if priced and not math.isinf(net.k):
+        if not math.isinf(net.k):
             loss = loss + net.penalty(config.penalty, config.cost, config.scale)
         optimizer.zero_grad()
         loss.backward()
@@ -164,8 +175,17 @@ def run(
     history: list[dict[str, Any]] = []
     if resume and checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint)
-        if saved["config"] != _plain(config):
-            raise PlasticError(f"{checkpoint} belongs to a run with another configuration; leave out --resume")
+        if not isinstance(saved, dict) or not saved.keys() >= {
+            "config",
+            "model",
+            "net",
+            "optimizer",
+            "schedule",
+            "rng",
+        }:
+            raise PlasticError(f"{checkpoint} is not a checkpoint of a training run")
+        if saved["config"] != _plain(config) or saved["model"] != str(model):
+            raise PlasticError(f"{checkpoint} belongs to a run with another configuration or model; leave out --resume")
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -178,11 +198,15 @@ def run(
         history.append(record)
         if checkpoint is not None:
             state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            state |= {"rng": torch.get_rng_state(), "history": history, "config": _plain(config)}
+            state |= {"rng": torch.get_rng_state(), "history": history, "config": _plain(config), "model": str(model)}
             save_checkpoint(state, checkpoint)
         if on_epoch:
             on_epoch(record)
-    return Result(mode, net, (small := net.compact()), _summary(net, small, data, mode, history))
+    small = net.compact()
+    summary = _summary(net, small, data, mode, history)
+    if schedule.growth is not None:
+        summary["growth_stopped"] = schedule.growth.stopped
+    return Result(mode, net, small, summary)
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Slice:
     index: np.ndarray
     runs: tuple[int, ...]
     consumed: bool = False  # the dimension that a contraction sums over (else it produces the units)
+    group: int = 0  # for dimension 0 of a grouped convolution's weight, the rows of one group
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class Consumer:
 
 @dataclass
 class Units:
-    """One site as tracing found it: ``size`` units, the slices that they own and who reads them."""
+    """One site as tracing found it: ``size`` units, the slices that they own and who reads them.
+
+    ``growable`` is False where units can be cut exactly but new ones would come to lie in the wrong
+    place (a normalisation group that spans a concatenation, say); the self-check finds out.
+    """
 
     name: str
     size: int
     slices: list[Slice]
     consumers: list[Consumer] = field(default_factory=list)
+    growable: bool = field(default=True, kw_only=True)
 
     @property
     def is_input(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def trace(model: nn.Module, example_inputs: Any, *, inputs: Sequence[str] = ()) 
     axis; ``inputs`` are name patterns of the modules whose input features get a site of their own.
     The result is not self-checked; `PlasticNet` does that.
 
-    Raises `PlasticError` when the model rejects the inputs, with the model's error as the cause.
+    Raises `PlasticError` when the model rejects the inputs, with the model's error as the cause, and when a
+    pattern matches nothing.
     """
     args, kwargs = call_arguments(example_inputs)
     facts = Facts()
@@ -73,6 +75,11 @@ def trace(model: nn.Module, example_inputs: Any, *, inputs: Sequence[str] = ()) 
                 "Pass example_inputs that model(*example_inputs) accepts."
             ) from error
         _run_training(model, facts, inputs, args, kwargs)
+    consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
+    for pattern in inputs:
+        if not any(fnmatchcase(name, pattern) for name in consumers):
+            known = ", ".join(sorted(consumers))
+            raise PlasticError(f"inputs={pattern!r} matches no module whose input can be gated: {known}")
     parameters = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     return build(facts, [name for name in parameters if name not in facts.seen])
 

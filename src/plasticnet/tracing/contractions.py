@@ -119,6 +119,7 @@ def _grouped(
         uses = tracer.facts.uses
         uses[weight_tag.source] = uses.get(weight_tag.source, 0.0) + positions / (tracer.batch or 1)
     rows = ledger.read(weight_tag, 0)
+    tracer.facts.grouped[weight_tag.source] = len(rows) // groups
     ledger.freeze(ledger.read(weight_tag, 1), "the inside of a group")
     for x_group, row_group in zip(labels.reshape(groups, -1), rows.reshape(groups, -1), strict=True):
         if (x_group < 0).any():

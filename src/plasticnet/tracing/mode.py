@@ -50,6 +50,7 @@ class Facts:
     inputs: dict[str, Consumer] = field(default_factory=dict)  # virtual axis name -> its consumer
     uses: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped convolutions: rows of a group
 
 
 class Tracer(TorchDispatchMode):

@@ -114,7 +114,8 @@ def _sites_of(
                 columns = [i for i, o in enumerate(born_in) if o == origin]
                 index = part[:, columns] - starts[origin]
                 consumed = names[origin] in facts.consumers or names[origin][0] in facts.inputs
-                slices.append(Slice(*names[origin], index, _runs(index), consumed))
+                group = facts.grouped.get(names[origin][0], 0) if names[origin][1] == 0 else 0
+                slices.append(Slice(*names[origin], index, _runs(index), consumed, group))
             site = _free_name(name, trace)
             trace.sites[site] = Units(site, len(part), slices)
 

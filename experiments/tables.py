@@ -1,0 +1,61 @@
+"""Write the results in README.md from the committed JSON; --check only says whether it is up to date."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from common import RESULTS, spread
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def table(name: str, title: str, script: str) -> str:
+    """One experiment: a row per mode, mean ± standard deviation over the seeds."""
+    content = json.loads((RESULTS / f"{name}.json").read_text())
+    results, env = content["results"], content["environment"]
+    modes = list(dict.fromkeys(r["mode"] for r in results))
+    seeds = len({r["seed"] for r in results})
+    lines = [
+        f"**{title}** ({script}; {seeds} seeds, mean ± standard deviation; torch {env['torch']}, "
+        f"{env['threads']} thread, {env['device']}, {env['date']})",
+        "",
+        "| network | test accuracy, % | units per site, by seed | parameters | multiply-adds | training, CPU s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for mode in modes:
+        rows = [r for r in results if r["mode"] == mode]
+        units = ", ".join("-".join(str(n) for n in r["units"].values()) for r in rows)
+        if len({tuple(r["units"].values()) for r in rows}) == 1:
+            units = "-".join(str(n) for n in rows[0]["units"].values())
+        cells = [
+            spread([100 * r["test_accuracy"] for r in rows]),
+            units,
+            spread([r["parameters"] for r in rows], 0),
+            spread([r["macs"] for r in rows], 0),
+            spread([r["train_cpu_seconds"] for r in rows], 0),
+        ]
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Replace what stands between the markers."""
+    parts = [
+        table("moons", "Moons, gates on 100 inputs and 80 hidden units", "experiments/moons.py"),
+        table("lenet_mnist", "LeNet-5 on MNIST, 15 epochs each", "experiments/lenet_mnist.py"),
+    ]
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    new = f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}"
+    if "--check" in sys.argv:
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

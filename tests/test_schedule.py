@@ -1,0 +1,486 @@
+"""Schedule: k over the stages, hibernation, hardening, and going on from a checkpoint bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ConvNet, images, mlp
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+import plasticnet as pn
+from plasticnet import Growth, PlasticError, PlasticNet, Schedule, Stage
+
+INF = math.inf
+
+
+def small(**options: Any) -> tuple[PlasticNet, Optimizer]:
+    net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),), **options)
+    return net, Adam(net.param_groups(1e-2))
+
+
+def set_probabilities(net: PlasticNet, site: str, *pi: float) -> None:
+    with torch.no_grad():
+        net.sites[site].phi.copy_(torch.tensor(pi).logit() / net.k)
+
+
+def train_step(net: PlasticNet, optimizer: Optimizer, x: Tensor | None = None, strength: float = 1e-3) -> None:
+    x = torch.randn(6, 4) if x is None else x
+    y = torch.arange(len(x)) % 3
+    net.train()
+    loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none"))
+    optimizer.zero_grad()
+    (loss + net.penalty(strength)).backward()
+    optimizer.step()
+
+
+# -- stages -----------------------------------------------------------------------------------
+
+
+def test_k_follows_the_stages() -> None:
+    net, optimizer = small()
+    stages = [Stage(2, 0), Stage(0, 3.0), Stage(1), Stage(2, 7.0), Stage(1, 9.0), Stage(2)]
+    schedule = Schedule(net, optimizer, stages)
+    assert schedule.epochs == 8
+    seen = []
+    for epoch in range(schedule.epochs):
+        seen.append(net.k)
+        assert schedule.epoch == epoch
+        assert schedule.stage.k == net.k
+        assert schedule.step().k == net.k
+    assert seen == [0, 0, INF, 7, 7, 9, INF, INF]
+    assert net.k == INF
+    assert schedule.stage is stages[-1]
+
+
+@pytest.mark.parametrize("before", [0.0, INF])
+def test_open_gates_enter_a_plastic_stage_at_095(before: float) -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, before), Stage(1, 4.0)])
+    with torch.no_grad():
+        net.sites["0"].phi.copy_(torch.tensor([0.01, 5.0, -0.2, 0.0, 1.0, -3.0]))
+    schedule.step()
+    expected = torch.tensor([0.9526, 0.9526, -1, 0.9526, 0.9526, -1])
+    pi = net.sites["0"].probability(4.0).detach()
+    torch.testing.assert_close(pi[expected > 0], expected[expected > 0], atol=1e-4, rtol=0)
+    assert net.sites["0"].phi[[2, 5]].tolist() == pytest.approx([-0.2, -3.0])  # closed ones stay
+
+
+def test_gates_stay_between_plastic_stages() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 4.0), Stage(1, 6.0)])
+    set_probabilities(net, "0", 0.2, 0.3, 0.4, 0.6, 0.7, 0.8)
+    phi = net.sites["0"].phi.detach().clone()
+    schedule.step()
+    assert torch.equal(net.sites["0"].phi, phi)
+
+
+def test_hibernation_cuts_what_is_below_the_threshold() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(9, 7.0)], hibernate=0.05)
+    set_probabilities(net, "0", 0.9, 0.04, 0.06, 0.3, 0.01, 0.5)
+    phi = net.sites["0"].phi.detach()[[0, 2, 3, 5]]
+    weight = net.model[0].weight.detach()[[0, 2, 3, 5]]
+    change = schedule.step(0.1)
+    assert (change.cut, change.grown, change.k) == ({"0": 2}, {}, 7.0)
+    assert torch.equal(net.sites["0"].phi, phi)
+    assert torch.equal(net.model[0].weight, weight)
+    assert schedule.step().cut == {}
+    set_probabilities(net, "0", 0.01, 0.02, 0.04, 0.03)
+    assert schedule.step().cut == {"0": 3}  # the best one stays
+    assert len(net.sites["0"]) == 1
+    assert net.sites["0"].probability(7.0).item() == pytest.approx(0.04)
+    train_step(net, optimizer)
+
+
+def test_grace_shields_from_hibernation_and_runs_out() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(9, 7.0)])
+    set_probabilities(net, "0", 0.9, 0.001, 0.9, 0.001, 0.9, 0.9)
+    net.sites["0"].grace[1] = 3
+    assert schedule.step().cut == {"0": 1}
+    assert net.sites["0"].grace.tolist() == [0, 2, 0, 0, 0]
+    assert [schedule.step().cut for _ in range(2)] == [{}, {"0": 1}]
+
+
+def test_hardening_cuts_the_closed_and_opens_the_rest() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 7.0), Stage(2)])
+    set_probabilities(net, "0", 0.9, 0.49, 0.51, 0.3, 0.2, 0.5)
+    set_probabilities(net, "2", 0.1, 0.2, 0.45, 0.3, 0.4)
+    net.sites["0"].grace[3] = 5  # ends here: at k = inf nothing is held open
+    x = torch.randn(5, 4)
+    kept = net.model[0].weight.detach()[[0, 2, 5]]
+    assert schedule.step().cut == {"0": 3, "2": 4}
+    assert torch.equal(net.model[0].weight, kept)
+    assert not net.sites["0"].grace.any()
+    net.eval()
+    assert torch.equal(net(x), net.model(x)) is bool(net.sites["2"].open.all())
+    before = [s.phi.detach().clone() for s in net.sites.values()]
+    for _ in range(3):
+        train_step(net, optimizer)
+    assert all(torch.equal(s.phi, b) for s, b in zip(net.sites.values(), before, strict=True))
+
+
+def test_the_unit_that_a_closed_site_keeps_is_open() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 7.0), Stage(2)])
+    set_probabilities(net, "2", 0.1, 0.2, 0.45, 0.3, 0.4)
+    schedule.step()
+    assert net.sites["2"].open.tolist() == [True]
+    assert net.summary().open_parameters == sum(p.numel() for p in net.compact().parameters())
+
+
+def test_ends_hardened_only_by_a_stage() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 7.0)])
+    set_probabilities(net, "0", 0.9, 0.4, 0.9, 0.4, 0.9, 0.9)
+    assert schedule.step().cut == {}
+    assert net.k == 7.0
+
+
+def test_gates_moments_go_when_k_changes() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 5.0), Stage(1, 5.0), Stage(1, 7.0), Stage(1)])
+    phi = net.sites["0"].phi
+    kept = []
+    for _ in range(3):
+        train_step(net, optimizer)
+        assert optimizer.state[phi]
+        schedule.step()
+        phi = net.sites["0"].phi
+        kept.append(bool(optimizer.state.get(phi)))
+        assert optimizer.state[net.model[0].weight]  # the weights keep theirs
+    assert kept == [True, False, False]
+
+
+def test_several_optimizers() -> None:
+    net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),))
+    weights, gates = net.param_groups(1e-2)
+    optimizers = [SGD([weights], momentum=0.9), Adam([gates])]
+    schedule = Schedule(net, optimizers, [Stage(1, 7.0), Stage(1)])
+    set_probabilities(net, "0", 0.9, 0.001, 0.9, 0.4, 0.9, 0.9)
+    x = torch.randn(6, 4)
+    net.train()
+    (net.expected_loss(lambda: net(x).pow(2).sum(1)) + net.penalty(1.0)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert schedule.step().cut == {"0": 2}
+    assert not optimizers[1].state
+    assert {p for g in optimizers[0].param_groups for p in g["params"]} == set(net.model.parameters())
+    assert {p for g in optimizers[1].param_groups for p in g["params"]} == {s.phi for s in net.sites.values()}
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        (-1, 7.0),
+        (3, -1.0),
+        (3, math.nan),
+        (3, "7"),
+        (2.5, 7.0),
+    ],
+)
+def test_bad_stages(stage: tuple[Any, Any]) -> None:
+    with pytest.raises(PlasticError, match="Stage"):
+        Stage(*stage)
+
+
+def test_no_epochs() -> None:
+    net, optimizer = small()
+    for stages in ([], [Stage(0), Stage(0, 7.0)]):
+        with pytest.raises(PlasticError, match="at least one stage"):
+            Schedule(net, optimizer, stages)
+
+
+@pytest.mark.parametrize("val_loss", [None, math.nan])
+def test_growth_needs_a_validation_loss(val_loss: float | None) -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0)], growth=Growth(patience=1))
+    schedule.step(val_loss)  # not in ordinary training
+    grace = net.sites["0"].grace.clone()
+    with pytest.raises(PlasticError, match="val_loss"):
+        schedule.step(val_loss)
+    assert schedule.epoch == 1
+    assert torch.equal(net.sites["0"].grace, grace)
+    assert schedule.step(1.0).grown == {"0": 3, "2": 3}
+
+
+def test_an_optimizer_of_something_else_is_refused_at_once() -> None:
+    net, _ = small()
+    state = copy.deepcopy(net.state_dict())
+    for optimizer in (
+        Adam(net.model.parameters()),
+        Adam([s.phi for s in net.sites.values()]),
+        Adam(mlp(2, 2).parameters()),
+    ):
+        with pytest.raises(PlasticError, match="do not hold"):
+            Schedule(net, optimizer, [Stage(3, 7.0)])
+    assert_same(net.state_dict(), state)
+
+
+def test_no_epoch_after_the_last() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1, 7.0)])
+    schedule.step()
+    set_probabilities(net, "0", 0.9, 0.001, 0.9, 0.9, 0.9, 0.9)
+    with pytest.raises(PlasticError, match="over"):
+        schedule.step()
+    assert (schedule.epoch, len(net.sites["0"])) == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": 4, "growth": None}, "epoch 4.*has 3"),
+        ({"epoch": -1, "growth": None}, "epoch -1"),
+        ({"epoch": 1, "growth": Growth().state_dict()}, "growth"),
+        ({}, "epoch"),
+        ({"epoch": "one", "growth": None}, "one"),
+    ],
+)
+def test_bad_states(state: dict[str, Any], message: str) -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(2, 7.0)])
+    with pytest.raises(PlasticError, match=message):
+        schedule.load_state_dict(state)
+    assert (schedule.epoch, net.k) == (0, INF)
+
+
+# -- going on from a checkpoint ---------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[Iterable], Optimizer]] = {
+    "adam": Adam,
+    "sgd": lambda groups: SGD(groups, momentum=0.9),
+    "adamw": AdamW,
+}
+STAGES = [Stage(2), Stage(6, 7.0), Stage(2)]
+
+
+class Run:
+    """A training run of one kind, that can be stopped and loaded."""
+
+    def __init__(self, model: str, mode: str, optimizer: str) -> None:
+        torch.manual_seed(0)
+        self.mode, self.optimizer_name = mode, optimizer
+        make, self.x = (mlp, torch.randn(24, 8)) if model == "mlp" else (ConvNet, images(24))
+        self.y = (self.x.flatten(1)[:, 0] > 0).long()
+        module = make(8, 10, 6, 3) if make is mlp else ConvNet(dropout=0.2)
+        self.net = PlasticNet(module, (self.x[:2],), inputs=("0",) if make is mlp else ("fc1",))
+        if mode == "grow":
+            pn.narrow(self.net, 2)
+        self.build()
+
+    def build(self) -> None:
+        rates = (0.1, 0.3) if self.optimizer_name == "sgd" else (1e-2, 0.2 if self.mode == "grow" else 0.08)
+        self.optimizer = OPTIMIZERS[self.optimizer_name](self.net.param_groups(*rates))
+        growth = Growth(patience=1, failures=1, grace=1, rate=1.0) if self.mode == "grow" else None
+        self.schedule = Schedule(self.net, self.optimizer, STAGES, hibernate=0.2, growth=growth)
+
+    def epoch(self) -> tuple[float, pn.schedule.Change]:
+        total = 0.0
+        for index in torch.randperm(len(self.x)).split(8):
+            x, y = self.x[index], self.y[index]
+            self.net.train()
+            loss = self.net.expected_loss(lambda x=x, y=y: F.cross_entropy(self.net(x), y, reduction="none"))
+            self.optimizer.zero_grad()
+            (loss + self.net.penalty(0.1)).backward()
+            self.optimizer.step()
+            total += loss.item()
+        val_loss = {"grow": 1 / (1 + self.schedule.epoch) if self.schedule.epoch < 4 else 1.0}.get(self.mode)
+        return total, self.schedule.step(val_loss)
+
+    def state(self) -> dict[str, Any]:
+        parts = {"net": self.net, "optimizer": self.optimizer, "schedule": self.schedule}
+        return {**{n: p.state_dict() for n, p in parts.items()}, "rng": torch.get_rng_state()}
+
+    def load(self, state: dict[str, Any], net: bool = True) -> None:
+        if net:
+            self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{i}")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["prune", "grow"])
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_going_on_equals_never_stopping(model: str, mode: str, optimizer: str, tmp_path: Path) -> None:
+    whole = Run(model, mode, optimizer)
+    sizes, expected = [{n: len(s) for n, s in whole.net.sites.items()}], []
+    stops = (2, 5, 8)  # on entering the plastic stage, within it, after hardening
+    for epoch in range(10):
+        expected.append(whole.epoch())
+        sizes.append({n: len(s) for n, s in whole.net.sites.items()})
+        if epoch + 1 in stops:
+            pn.save_checkpoint(whole.state(), tmp_path / str(epoch + 1))
+    assert sizes[5] != sizes[0]  # or the test would say little
+    assert sizes[8] != sizes[5]
+    for stop in stops:
+        for rebuilt in (False, True):
+            saved = pn.load_checkpoint(tmp_path / str(stop))  # anew: optimizers take its tensors as their own
+            run = Run(model, mode, optimizer)
+            if rebuilt:  # the optimizer is built on the loaded network
+                run.net.load_state_dict(saved["net"])
+                run.build()
+            run.load(saved)
+            seen = [run.epoch() for _ in range(10 - stop)]
+            assert seen == expected[stop:]
+            assert_same(run.state(), whole.state(), f"{stop}")
+
+
+def test_a_schedule_built_on_a_loaded_network_leaves_it_alone() -> None:
+    run = Run("mlp", "prune", "adam")
+    for _ in range(3):
+        run.epoch()
+    with torch.no_grad():
+        run.net.sites["2"].phi[:2] = torch.tensor([-0.05, 0.4])  # the first one is closed, not yet hibernating
+    state = copy.deepcopy(run.state())
+    again = Run("mlp", "prune", "adam")
+    again.net.load_state_dict(state["net"])
+    again.build()
+    again.load(state, net=False)
+    assert_same(again.state(), state)
+
+
+@pytest.mark.xfail(strict=True, reason="Schedule.__init__ opens (and holds) the gates of a net loaded after hardening")
+@pytest.mark.parametrize("growth", [False, True])
+def test_a_schedule_that_starts_plastic_leaves_a_hardened_network_alone(growth: bool) -> None:
+    def build(net: PlasticNet) -> tuple[Optimizer, Schedule]:
+        optimizer = Adam(net.param_groups(1e-2))
+        return optimizer, Schedule(
+            net, optimizer, [Stage(1, 7.0), Stage(2)], growth=Growth(patience=1, failures=1) if growth else None
+        )
+
+    net, _ = small()
+    _, schedule = build(net)
+    set_probabilities(net, "0", 0.9, 0.8, 0.7, 0.6, 0.9, 0.9)
+    schedule.step(1.0)
+    state, schedule_state = copy.deepcopy(net.state_dict()), schedule.state_dict()
+    again, _ = small()
+    again.load_state_dict(state)
+    _, schedule = build(again)
+    schedule.load_state_dict(schedule_state)
+    assert_same(again.state_dict(), state)
+
+
+def test_a_trained_optimizer_takes_another_size() -> None:
+    """Loading into objects that have been in use, and have other sizes."""
+    run, other = Run("conv", "prune", "adam"), Run("conv", "prune", "adam")
+    for _ in range(9):
+        other.epoch()
+    torch.manual_seed(1)
+    for _ in range(4):
+        run.epoch()
+    state = copy.deepcopy(run.state())
+    expected = [run.epoch() for _ in range(3)]
+    other.load(state)
+    assert [other.epoch() for _ in range(3)] == expected
+    assert_same(other.state(), run.state())
+
+
+def others() -> list[Any]:
+    return [
+        pytest.param(mlp(4, 6, 5, 5, 3), torch.randn(2, 4), (), id="other sites"),
+        pytest.param(mlp(7, 6, 5, 3), torch.randn(2, 7), (), id="another input"),
+        pytest.param(mlp(4, 6, 5, 2), torch.randn(2, 4), (), id="another output"),
+        pytest.param(mlp(4, 6, 5, 3), torch.randn(2, 4), ("0",), id="input sites"),
+        pytest.param(
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.PReLU(5), nn.Linear(5, 3)),
+            torch.randn(2, 4), (), id="tensors too many",
+        ),
+        pytest.param(
+            nn.Sequential(nn.Linear(4, 6, bias=False), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+            torch.randn(2, 4), (), id="tensors too few",
+        ),
+    ]  # fmt: skip
+
+
+def assert_refused_and_unchanged(net: PlasticNet, state: dict[str, Any]) -> None:
+    before = copy.deepcopy(net.state_dict())
+    parameters = list(net.parameters())
+    widths = repr(net.model)
+    with pytest.raises(PlasticError, match=r"model\.|gates|another architecture|features|site|k="):
+        net.load_state_dict(state)
+    assert_same(net.state_dict(), before)
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    assert repr(net.model) == widths
+
+
+@pytest.mark.parametrize(("model", "x", "inputs"), others())
+def test_state_of_another_architecture_changes_nothing(model: nn.Module, x: Tensor, inputs: tuple[str, ...]) -> None:
+    net, _ = small()
+    other = PlasticNet(model, (x,), inputs=inputs)
+    other.resize({"0": [0, 2]})  # and of another size
+    assert_refused_and_unchanged(net, other.state_dict())
+    assert_refused_and_unchanged(other, net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"0.phi": None},
+        {"0.phi": torch.zeros(0)},
+        {"0.phi": torch.zeros(2, 2)},
+        {"0.grace": torch.zeros(9)},
+        {"0/input.phi": torch.zeros(3)},
+        {"0/input.features": torch.tensor([3, 1, 2, 0])},
+        {"0/input.features": torch.tensor([0, 1, 2, 4])},
+        {"0/input.features": torch.tensor([0.0, 1, 2, 3])},
+        {"0/input.features": None},
+        {"model.0.weight": torch.zeros(6, 9)},
+        {"model.0.weight": None},
+        {"_extra_state": torch.tensor(-1.0)},
+        {"_extra_state": None},
+        pytest.param(
+            {"_extra_state": torch.ones(2)},
+            marks=pytest.mark.xfail(strict=True, reason="PlasticNet.load_state_dict: float() of two numbers"),
+        ),
+    ],
+)
+def test_damaged_state_changes_nothing(changes: dict[str, Tensor | None]) -> None:
+    net, _ = small(inputs=("0",))
+    state = copy.deepcopy(net.state_dict())
+    net.resize({"2": [0, 1]})
+    net.load_state_dict(state)
+    net.resize({"2": [0, 1]})
+    for ending, value in changes.items():
+        (name,) = [n for n in state if n.endswith(ending)]
+        state[name] = value
+    assert_refused_and_unchanged(net, {n: t for n, t in state.items() if t is not None})
+
+
+def test_a_state_whose_features_lie_elsewhere() -> None:
+    def make() -> PlasticNet:
+        return PlasticNet(ConvNet(), (images(),), inputs=("fc1",))
+
+    net, fresh, x = make(), make(), images()
+    net.resize({"conv3": [0], "fc1.input": [0, 5, 24]})
+    fresh.resize({"fc1.input": [37, 39]})  # both of a channel that `net` does not have
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
