@@ -40,7 +40,7 @@ def main() -> None:
 
     net = pn.PlasticNet(Net(), (x[:2],))
     print(net.summary(), end="\n\n")
-    optimizer = torch.optim.Adam(net.param_groups(lr=3e-3, gate_lr=0.1), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(net.param_groups(lr=3e-3, gate_lr=0.1))
     schedule = pn.Schedule(net, optimizer, [pn.Stage(2, k=math.inf), pn.Stage(20, k=7.0), pn.Stage(6, k=math.inf)])
     for epoch in range(schedule.epochs):
         net.train()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.units import InputUnits, Units
 
+INITIAL_LOGIT = 3.0 / 7  # phi of a new network: open, at the authors' k = 7
 OPEN_LOGIT = 3.0  # k phi of a gate that starts open: sigmoid(3) = 0.95 (the authors' setting)
 
 
@@ -51,7 +52,7 @@ class Site(nn.Module):
         super().__init__()
         self.units = units
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
-        self.phi = nn.Parameter(torch.full((units.size,), OPEN_LOGIT / 7, dtype=dtype, device=device))
+        self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))
         if isinstance(units, InputUnits):
             self.register_buffer("features", torch.from_numpy(units.features).to(device))

@@ -22,7 +22,7 @@ from plasticnet.compact import cut, lengths, survivors
 from plasticnet.cost import COSTS, CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import OPEN_LOGIT, Site, fold, gate_key, gated, per_sample_sites, readers
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, fold, gate_key, gated, per_sample_sites, readers
 from plasticnet.summary import Summary, summarise
 from plasticnet.tracing import call_arguments, trace
 from plasticnet.units import InputUnits
@@ -217,7 +217,7 @@ class PlasticNet(nn.Module):
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [])
         planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
-        value = OPEN_LOGIT / (self._k if 0 < self._k < math.inf else 7)
+        value = OPEN_LOGIT / self._k if 0 < self._k < math.inf else INITIAL_LOGIT
         logits = {s.name: (s.phi, value) for s in self._sites()}
         moved = resize.apply(self.model, planned, logits, optimizers, init)
         for site in self._sites():
@@ -290,8 +290,7 @@ class PlasticNet(nn.Module):
         Raises `PlasticError`, and changes nothing, when it belongs to another architecture.
         """
         state.compare_keys(self.state_dict().keys(), state_dict.keys())
-        before, self.k = self.k, float(state_dict["_extra_state"])  # refused here if it is no k
-        self.k = before
+        state.check_k(state_dict["_extra_state"])
         planned = state.plan_load({s.name: s.units for s in self._sites()}, self.model, state_dict)
         state.resize_in_place(self.model, self._sites(), planned)
         self._adopt(planned)

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from plasticnet.errors import PlasticError
-from plasticnet.gates import OPEN_LOGIT
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
 from plasticnet.resize import check_optimizers
@@ -67,7 +67,11 @@ class Schedule:
         self.hibernate = hibernate
         self.growth = growth
         self.epoch = 0
-        self._enter(self.stage, cut=False)  # what is here now may be replaced by a checkpoint
+        # A network that has been trained or loaded is not changed here; its checkpoint follows, or its gates stay.
+        fresh = all(bool((site.phi == INITIAL_LOGIT).all()) for site in net.sites.values())
+        before, net.k = net.k, self.stage.k
+        if fresh and 0 < self.stage.k < math.inf and before != self.stage.k:
+            self._open(self.stage.k)
 
     @property
     def epochs(self) -> int:
@@ -113,28 +117,36 @@ class Schedule:
             self._drop_gate_state()
         return Change(cut, grown, self.net.k)
 
-    def _enter(self, stage: Stage, cut: bool = True) -> dict[str, int]:
+    def _enter(self, stage: Stage) -> dict[str, int]:
         """Set k; harden or open the gates; forget the gates' moments, which belong to another k."""
         net, before = self.net, self.net.k
-        gone: dict[str, int] = {}
+        cut: dict[str, int] = {}
         if stage.k == before:
-            return gone
-        if math.isinf(stage.k) and cut:
-            for site in net.sites.values():
-                site.grace.zero_()
-            gone = net.prune(0.5, self.optimizers)
-            with torch.no_grad():  # the one unit that every site keeps is there to be used
-                for site in net.sites.values():
-                    site.phi.copy_(torch.where(site.open, site.phi, OPEN_LOGIT / before if before else 1.0))
+            return cut
         net.k = stage.k
-        if 0 < stage.k < math.inf and (before == 0 or math.isinf(before)):
-            with torch.no_grad():
-                for site in net.sites.values():
-                    site.phi.copy_(torch.where(site.open, OPEN_LOGIT / stage.k, site.phi))
-            if self.growth is not None:
-                self.growth.hold(net)
+        if math.isinf(stage.k):
+            cut = self._harden()
+        elif stage.k and (before == 0 or math.isinf(before)):
+            self._open(stage.k)
         self._drop_gate_state()
-        return gone
+        return cut
+
+    def _harden(self) -> dict[str, int]:
+        for site in self.net.sites.values():
+            site.grace.zero_()
+        cut = self.net.prune(0.5, self.optimizers)
+        with torch.no_grad():  # the one unit that a closed site keeps is there to be used
+            for site in self.net.sites.values():
+                if not bool(site.open.any()):
+                    site.phi.fill_(INITIAL_LOGIT)
+        return cut
+
+    def _open(self, k: float) -> None:
+        with torch.no_grad():
+            for site in self.net.sites.values():
+                site.phi.copy_(torch.where(site.open, OPEN_LOGIT / k, site.phi))
+        if self.growth is not None:
+            self.growth.hold(self.net)
 
     def _drop_gate_state(self) -> None:
         logits = {site.phi for site in self.net.sites.values()}

@@ -25,6 +25,12 @@ def compare_keys(own: Iterable[str], found: Iterable[str]) -> None:
         )
 
 
+def check_k(k: Any) -> None:
+    """Raise `PlasticError` unless this is what `PlasticNet` saves of k: one number, 0 or more."""
+    if not isinstance(k, Tensor) or k.numel() != 1 or not float(k) >= 0:
+        raise PlasticError(f"the state has k={k!r}; k is one number from 0 to infinity")
+
+
 def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, Any]) -> resize.Plan:
     """The resize that brings ``model`` to the sizes in ``state``, a `PlasticNet` state dict.
 

@@ -45,7 +45,8 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch, self.start) < 1 or min(self.lr, self.gate_lr) <= 0 or not self.penalty >= 0:
+        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.penalty < math.inf
+        if min(self.epochs, self.batch, self.start) < 1 or not rates:
             raise PlasticError(
                 f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
                 f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
@@ -158,6 +159,9 @@ def _size(net: PlasticNet) -> dict[str, Any]:
     }
 
 
+_CHECKPOINT = {"net", "optimizer", "schedule", "rng", "history", "config", "model"}
+
+
 def run(
     model: nn.Module,
     data: Data,
@@ -175,14 +179,7 @@ def run(
     history: list[dict[str, Any]] = []
     if resume and checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint)
-        if not isinstance(saved, dict) or not saved.keys() >= {
-            "config",
-            "model",
-            "net",
-            "optimizer",
-            "schedule",
-            "rng",
-        }:
+        if not isinstance(saved, dict) or saved.keys() != _CHECKPOINT:
             raise PlasticError(f"{checkpoint} is not a checkpoint of a training run")
         if saved["config"] != _plain(config) or saved["model"] != str(model):
             raise PlasticError(f"{checkpoint} belongs to a run with another configuration or model; leave out --resume")
