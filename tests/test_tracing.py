@@ -78,6 +78,7 @@ EXACT: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "pointwise": (lambda x: F.gelu(x) * x.sigmoid() + 1, 8),
     "spatial": (lambda x: F.interpolate(F.pad(F.avg_pool2d(x, 2), (1, 1, 1, 1), mode="reflect"), scale_factor=2), 8),
     "chunk": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), 4),
+    "dropout": (nn.Sequential(nn.Dropout2d(), nn.AlphaDropout(), nn.Dropout()), 8),
     "glu": (lambda x: F.glu(x, 1), 4),
     "shuffle": (shuffle, 4),
     "stack": (lambda x: torch.stack([x, x], 2).sum(2), 8),
@@ -124,6 +125,45 @@ def test_frozen_with_its_reason(name: str) -> None:
     between, reason = FROZEN[name]
     with pytest.raises(pn.PlasticError, match=f"nothing to gate.*a: .*({reason})"):
         pn.PlasticNet(Body(between), (images(),))
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "units"),
+    [
+        (
+            nn.Sequential(
+                nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.MaxPool1d(2), nn.ConvTranspose1d(6, 4, 2),
+                nn.AdaptiveAvgPool1d(3), nn.Flatten(), nn.Linear(12, 2),
+            ),
+            torch.randn(3, 2, 12), [6, 4],
+        ),
+        (
+            nn.Sequential(
+                nn.Conv3d(2, 6, 3, padding=1), nn.BatchNorm3d(6), nn.AvgPool3d(2), nn.Conv3d(6, 6, 1, groups=6),
+                nn.ConvTranspose3d(6, 4, 2, groups=2), nn.Flatten(), nn.Linear(108, 2),
+            ),
+            torch.randn(3, 2, 4, 4, 4), [2],
+        ),
+        (
+            nn.Sequential(
+                nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.InstanceNorm2d(6, affine=True),
+                nn.Conv2d(6, 2, 3, padding=1, padding_mode="replicate"),
+            ),
+            torch.randn(3, 3, 4, 4), [6],
+        ),
+    ],
+    ids=["1d", "3d, depthwise, grouped and transposed", "padding modes and instance norm"],
+)  # fmt: skip
+def test_layer_kinds(model: nn.Module, x: Tensor, units: list[int]) -> None:
+    net = pn.PlasticNet(model.double(), (x.double(),))
+    assert [len(s) for s in net.sites.values()] == units
+    assert all(s.units.growable for s in net.sites.values())
+    net.k = 3.0
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi.copy_(torch.linspace(-0.5, 0.5, len(site)))
+    out = net.eval()(x.double())
+    assert (out - net.compact()(x.double())).abs().max() <= 1e-9 * out.detach().abs().max()
 
 
 def test_a_frozen_site_leaves_the_others() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from plasticnet import objective, resize, state
 from plasticnet.check import self_check
@@ -155,6 +156,7 @@ class PlasticNet(nn.Module):
         plastic = self.training and not math.isinf(self._k)
         z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
         self._pass.calls += 1
+        self._pass.sizes.update(n for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for n in t.shape[:2])
         per_sample = z.dim() == 2 and len(z) > 1
         hooked = [r for r in self._readers if r.per_sample] if per_sample else []
         folded = [r for r in self._readers if not (per_sample and r.per_sample)]

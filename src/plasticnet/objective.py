@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ class Pass:
 
     role: str = "free"  # "training", "partner", "probe"; "free" outside expected_loss
     calls: int = 0
+    sizes: set[int] = field(default_factory=set)  # of the first two axes of the inputs; one of them is the batch
     u: Tensor | None = None
     v: Tensor | None = None
     probe: Callable[[int], Tensor] | None = None
@@ -111,7 +112,7 @@ def _run(
     net._pass = Pass(role, probe=probe)
     try:
         f = closure()
-        calls = net._pass.calls
+        calls, sizes = net._pass.calls, net._pass.sizes
     finally:
         net._pass.role = "free"
     if calls == 0:
@@ -121,6 +122,11 @@ def _run(
         raise PlasticError(
             f"the closure returned {what}; it must return the losses of the samples, shape (batch,), "
             "or their mean, a scalar"
+        )
+    if f.dim() and len(f) not in {*sizes, calls * max(sizes, default=0)}:
+        raise PlasticError(
+            f"the closure returned losses of shape {tuple(f.shape)}, which is not (batch,); "
+            "return one per sample, or the mean"
         )
     if not bool(torch.isfinite(f.detach()).all()):
         raise PlasticError("the loss is not finite (NaN or infinite); lower the learning rate or check the data")

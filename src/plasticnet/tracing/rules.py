@@ -103,7 +103,7 @@ def _view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
         tracer.put(out, reshape(tracer.ledger, tracer.tag(args[0]), out.shape))
 
 
-@rule("detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy")
+@rule("detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg")
 def _same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     tracer.put(out, tracer.tag(args[0]))
 
@@ -329,23 +329,18 @@ def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
         tracer.put(o, Tag((*tag.axes[:leading], *map(plain, o.shape[leading:]))))
 
 
-@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
-      "scalar_tensor")  # fmt: skip
+@rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty",
+      "empty_like", "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor")  # fmt: skip
 def _constant(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Equal entries: any subset of them will do."""
+    """Equal entries, or none yet (dropout fills them with noise): any subset of them will do."""
     tracer.put(out, Tag(tuple(plain(n, Mark.SAME) for n in out.shape)))
 
 
-@rule("empty_like", "new_empty", "empty", "rand", "randn", "arange", "linspace", "_local_scalar_dense", "item", "size",
-      "sym_size", "is_same_size", "equal", "new_empty_strided", "empty_strided", "resolve_conj", "resolve_neg",
-      "_assert_async", "_assert_scalar", "_is_all_true")  # fmt: skip
-def _no_labels(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A result without units; a number read from a tensor freezes what it was read from."""
-    if func._schema.name.endswith("_like"):
-        tracer.put(out, Tag(tuple(plain(n, Mark.SAME) for n in out.shape)))
-    elif not func._schema.name.startswith("aten::new_"):
-        for t in _tensors(args, kwargs):
-            tracer.freeze(t, f"its value is read by {func._schema.name}")
+@rule("_local_scalar_dense", "item", "equal", "_assert_async", "_assert_scalar", "_is_all_true")
+def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A number read from a tensor can steer anything."""
+    for t in _tensors(args, kwargs):
+        tracer.freeze(t, f"its value is read by {func._schema.name}")
 
 
 @rule("index", "index_select", "gather")
