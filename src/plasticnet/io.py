@@ -23,6 +23,7 @@ from plasticnet.resize import replace_tensor
 
 _KEY = "plasticnet"
 _FORMAT = 1
+_DEPTH = 64  # of nested dicts and lists; state dicts have about five
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -137,35 +138,39 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     tensors, recipe = _read(path, "checkpoint")
     try:
         return _decode(recipe["tree"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PlasticError(f"{path}: damaged ({error!r})") from error
 
 
-def _encode(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        raise PlasticError(f"a checkpoint cannot be nested more than {_DEPTH} deep")
     if isinstance(tree, Tensor):
         key = f"{len(tensors):06d}"
         tensors[key] = tree.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(tree, Mapping):
-        return {"dict": [[_encode(k, tensors), _encode(v, tensors)] for k, v in tree.items()]}
+        return {"dict": [[_encode(k, tensors), _encode(v, tensors, depth + 1)] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
-        return {type(tree).__name__ if isinstance(tree, list) else "tuple": [_encode(v, tensors) for v in tree]}
+        return {"list" if isinstance(tree, list) else "tuple": [_encode(v, tensors, depth + 1) for v in tree]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise PlasticError(f"a checkpoint cannot hold a {type(tree).__name__}")
 
 
-def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     if not isinstance(data, dict):
         return data
+    if depth > _DEPTH:
+        raise ValueError(f"nested more than {_DEPTH} deep")
     ((kind, value),) = data.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in value}
+        return {_decode(k, tensors, depth + 1): _decode(v, tensors, depth + 1) for k, v in value}
     if kind not in ("list", "tuple"):
         raise ValueError(kind)
-    items = [_decode(v, tensors) for v in value]
+    items = [_decode(v, tensors, depth + 1) for v in value]
     return items if kind == "list" else tuple(items)
 
 
