@@ -1,0 +1,35 @@
+"""The README's Python runs as written, its table is what the committed JSON says, and the example works."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "small.safetensors").exists()
+
+
+def test_results_are_those_of_the_committed_json() -> None:
+    command = [sys.executable, str(ROOT / "experiments" / "tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run experiments/tables.py"
+
+
+@pytest.mark.slow
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "own_model.py"), run_name="__main__")
