@@ -227,7 +227,7 @@ def test_report_is_the_same_page(tmp_path: Path) -> None:
 
 def test_export(finished: Path, tmp_path: Path) -> None:
     file, out = finished / "prune" / "compact.safetensors", tmp_path / "small.pt2"
-    succeed("export", file, "--model", "mlp:6-4", "--input", "1,100", "--out", out)
+    succeed("export", file, "--model", "mlp:6-4", "--input", "1,100", "--classes", "2", "--out", out)
     x = torch.randn(3, 100)  # any batch
     small = load(file, factory("mlp:6-4", (100,), 2))
     torch.testing.assert_close(torch.export.load(out).module()(x), small(x))

@@ -22,6 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from plasticnet import PlasticError, PlasticNet, Take, load, load_checkpoint, save, save_checkpoint
+from plasticnet.models import MLP
 
 Factory = Callable[[], nn.Module]
 
@@ -452,3 +453,24 @@ def test_a_failing_write_leaves_nothing_else(tmp_path: Path) -> None:
     with full_disk(), pytest.raises(PlasticError, match="m cannot be written"):
         save(ConvNet(), tmp_path / "m")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_no_resize_touches_must_fit(tmp_path: Path) -> None:
+    """The file of a network with 5 outputs does not load into one with 7."""
+    net = PlasticNet(MLP([4, 6, 5]), (torch.randn(2, 4),))
+    net.resize({"1": [0, 2]})
+    save(net.compact(), tmp_path / "m")
+    assert load(tmp_path / "m", lambda: MLP([4, 9, 5]))(torch.randn(1, 4)).shape == (1, 5)
+    with pytest.raises(PlasticError, match=r"3.weight has shape \(5, 2\) in the file, \(7, 6\)"):
+        load(tmp_path / "m", lambda: MLP([4, 6, 7]))
+    save(load(tmp_path / "m", lambda: MLP([4, 6, 5])), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
+
+
+def test_what_is_not_saved_or_loaded(tmp_path: Path) -> None:
+    net = PlasticNet(MLP([4, 6, 5]), (torch.randn(2, 4),))
+    with pytest.raises(PlasticError, match="compact"):
+        save(net, tmp_path / "m")
+    save(net.compact(), tmp_path / "m")
+    with pytest.raises(PlasticError, match="takes a factory"):
+        load(tmp_path / "m", MLP([4, 6, 5]))

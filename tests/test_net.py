@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -225,6 +227,64 @@ def test_delegates_and_copies() -> None:
     assert "conv1" in str(net.summary())
 
 
+def test_signature_and_pickle() -> None:
+    net = PlasticNet(ConvNet(), (images(),))
+    assert list(inspect.signature(net.forward).parameters) == ["x"]
+    assert pickle.loads(pickle.dumps(net)).frozen == net.frozen
+
+
+def test_moves_with_its_readers() -> None:
+    net = PlasticNet(ConvNet(), (images(),), inputs=("fc1",)).to("meta")
+    assert {r.units.device.type for r in net._readers} == {"meta"}
+
+
+class Counting(nn.Module):
+    """Binds a buffer anew in every training pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.n = self.n + 1
+        return self.b(self.a(x).tanh())
+
+
+def test_rebound_buffers_count_once() -> None:
+    net = PlasticNet(Counting(), (torch.randn(2, 3),))
+    net.k = 3.0
+    net.train()
+    for _ in range(3):
+        net.expected_loss(lambda: net(torch.randn(4, 3)).pow(2).sum(1))
+    assert net.model.n == 3
+
+
+@pytest.mark.parametrize("k", [3.0, math.inf])
+def test_a_bad_batch_leaves_the_statistics_alone(k: float) -> None:
+    net = PlasticNet(ConvNet(), (images(),))
+    net.k = k
+    net.train()
+    before = {n: b.clone() for n, b in net.model.named_buffers()}
+    state = torch.get_rng_state()
+    with pytest.raises(PlasticError, match="not finite"):
+        net.expected_loss(lambda: net(torch.full((4, 3, 4, 4), math.nan)).sum(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    for n, b in net.model.named_buffers():
+        assert torch.equal(b, before[n]), n
+
+
+def test_auto_asks_again_after_a_batch_of_one() -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),))
+    net.k = 3.0
+    net.train()
+    for n, apart in ((1, None), (4, True)):
+        x = torch.randn(n, 4)
+        net.expected_loss(lambda x=x: net(x).pow(2).sum(1))
+        assert net._samples_apart is apart
+
+
 # -- bad input --------------------------------------------------------------------------------
 
 
@@ -269,6 +329,15 @@ def test_scalar_closure_with_per_sample_gates_is_refused() -> None:
         net.train().expected_loss(lambda: net(x).sum())
 
 
+def test_gates_that_are_not_finite_cut_nothing() -> None:
+    net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),))
+    with torch.no_grad():
+        net.sites["0"].phi[2] = math.nan
+    with pytest.raises(PlasticError, match="not finite"):
+        net.prune()
+    assert len(net.sites["0"]) == 6
+
+
 def test_other_refusals() -> None:
     net = PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),))
     for k in (-1, math.nan, "7"):
@@ -280,6 +349,20 @@ def test_other_refusals() -> None:
         PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), estimator="magic")
     with pytest.raises(PlasticError, match="gates"):
         PlasticNet(mlp(4, 6, 2), (torch.randn(2, 4),), gates="row")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlasticError, match="not gated yet"):
+        PlasticNet(net, (torch.randn(2, 4),))
+    for strength in (-1.0, math.nan, math.inf, "1"):
+        with pytest.raises(PlasticError, match="strength"):
+            net.penalty(strength)  # pyright: ignore[reportArgumentType]
+    for below in (math.nan, -0.1, 2, "a"):
+        with pytest.raises(PlasticError, match="probability"):
+            net.prune(below)  # pyright: ignore[reportArgumentType]
+    for counts in ({"0": -1}, {"0": 1.5}):
+        with pytest.raises(PlasticError, match="whole numbers"):
+            net.grow(counts)  # pyright: ignore[reportArgumentType]
+    for sources in (None, [0, 1], {"0": None}, {"0": [0.5]}):
+        with pytest.raises(PlasticError, match="indices"):
+            net.resize(sources)  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlasticError, match="cost"):
         net.penalty(1.0, "flops")  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlasticError, match="example_inputs"):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from plasticnet import resize
 from plasticnet.compact import cut, lengths
 from plasticnet.gates import fold, gated, readers
+from plasticnet.snapshot import side_effect_free
 from plasticnet.tracing import copy_inputs
 from plasticnet.units import InputUnits, Trace, Units
 
@@ -29,15 +30,12 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
     tensors = [*model.parameters(), *model.buffers()]
     if not traced.sites or any(t.is_meta for t in tensors):
         return traced
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with side_effect_free(model):
+        torch.default_generator.manual_seed(0)
         twin, args, kwargs, tolerance = _randomised(model, args, kwargs)
         bad = _culprits(lambda sites: _cut_differs(twin, sites, args, kwargs, tolerance), traced.sites)
         sites = {n: u for n, u in traced.sites.items() if n not in bad}
         stuck = _culprits(lambda sites: _growth_differs(twin, sites, args, kwargs, tolerance), sites)
-    finally:
-        torch.set_rng_state(state)
     for name in stuck:
         sites[name] = replace(sites[name], growable=False)
     return Trace(sites, {**traced.frozen, **bad}, traced.uses, checked=True)
@@ -74,25 +72,31 @@ def _randomised(
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     args, kwargs = copy_inputs((args, kwargs))
     with torch.no_grad():
-        return [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        return _floating(model(*args, **kwargs))
 
 
-def _culprits(differs: Callable[[Mapping[str, Units]], str | None], sites: Mapping[str, Units]) -> dict[str, str]:
-    """Bisect: the sites that fail a comparison by themselves, with what was seen."""
+Comparison = Callable[[Mapping[str, Units]], str | None]
+
+
+def _culprits(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]:
+    """The sites that fail a comparison, with what was seen; the others pass it together."""
+    bad = _bisect(differs, sites)
+    rest = {n: u for n, u in sites.items() if n not in bad}
+    reason = differs(rest) if bad and rest else None
+    return bad if reason is None else dict.fromkeys(sites, reason)
+
+
+def _bisect(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]:
     reason = differs(sites) if sites else None
     if reason is None:
         return {}
     names = list(sites)
     if len(names) == 1:
         return {names[0]: reason}
-    halves = [{n: sites[n] for n in part} for part in (names[: len(names) // 2], names[len(names) // 2 :])]
     bad: dict[str, str] = {}
-    for half in halves:
-        bad.update(_culprits(differs, half))
-    rest = {n: u for n, u in sites.items() if n not in bad}
-    if not bad or (rest and differs(rest) is not None):
-        return dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
-    return bad
+    for part in (names[: len(names) // 2], names[len(names) // 2 :]):
+        bad.update(_bisect(differs, {n: sites[n] for n in part}))
+    return bad or dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
 
 
 def _growth_differs(
@@ -131,27 +135,38 @@ def _cut_differs(
 ) -> str | None:
     """Why masking and cutting differ for these sites, or None if they agree."""
     reference = _run(model, args, kwargs)
+    if not reference:
+        return "the model has no floating-point output to compare"
     for share in CLOSED_SHARES:
         factors = {n: _random_gates(u.size, share).to(reference[0]) for n, u in sites.items()}
-        z = torch.cat([*factors.values(), reference[0].new_ones(1)])
-        found = readers(sites, model)
-        with gated(model, found, None), torch.no_grad():
-            a, k = copy_inputs((args, kwargs))
-            masked = [
-                t
-                for t in tree_leaves(functional_call(model, fold(model, found, z), a, k))
-                if isinstance(t, Tensor) and t.is_floating_point()
-            ]
         try:
-            small = cut(copy.deepcopy(model), sites, factors)
-            compared = _run(small, args, kwargs)
+            compared = _run(cut(copy.deepcopy(model), sites, factors), args, kwargs)
         except Exception as error:  # a forward that hard-codes a width can fail in any way
             what = str(error).splitlines()[0][:200] if str(error) else repr(error)
             return f"the model does not run when units are cut: {what}"
-        for a, b in zip(masked, compared, strict=True):
-            if not _close(a, b, tolerance):
-                return "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+        masked = _masked(model, sites, factors, args, kwargs)
+        if not all(_close(a, b, tolerance) for a, b in zip(masked, compared, strict=True)):
+            return "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
         moved = any(not torch.equal(full, a) for full, a in zip(reference, masked, strict=True))
         if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):
             return "closing its units does not move the output, so that the check cannot vouch for it"
     return None
+
+
+def _masked(
+    model: nn.Module,
+    sites: Mapping[str, Units],
+    factors: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[Tensor]:
+    """The outputs with the gates multiplied in, nothing cut."""
+    z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
+    found = readers(sites, model)
+    args, kwargs = copy_inputs((args, kwargs))
+    with gated(model, found, None), torch.no_grad():
+        return _floating(functional_call(model, fold(model, found, z), args, kwargs))
+
+
+def _floating(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -12,6 +12,8 @@ from plasticnet import resize
 from plasticnet.gates import fold, readers
 from plasticnet.units import InputUnits, Units
 
+RESIZED = "_plasticnet_resized"
+
 
 class Take(nn.Module):
     """Selects features: ``x.index_select(axis, indices)``. Compaction puts it before a consumer whose
@@ -65,13 +67,24 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
     sources = survivors(sites, {name: f.cpu().numpy() for name, f in factors.items()}, above=0.0)
     planned = resize.plan(sites, lengths(model), sources)
     resize.apply(model, planned, {})
+    taken: list[str] = []
     for u in planned.units.values():
         if isinstance(u, InputUnits) and (u.size < u.full):
             device = next(model.parameters()).device
             axis = u.consumers[0].axis
             assert axis is not None
             insert_take(model, u.consumers[0].module, Take(torch.from_numpy(u.features).to(device), axis))
+            taken.append(u.consumers[0].module)
+    owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in sites}
+    # For `save`: which dimensions of which tensors are not those of the original architecture.
+    setattr(model, RESIZED, sorted([_renamed(tensor, taken), dim] for tensor, dim in owned))
     return model
+
+
+def _renamed(tensor: str, taken: list[str]) -> str:
+    """The name of a tensor after `insert_take`."""
+    owner, _, leaf = tensor.rpartition(".")
+    return f"{owner}.1.{leaf}" if owner in taken else tensor
 
 
 def survivors(sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float) -> dict[str, list[int]]:

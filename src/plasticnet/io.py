@@ -17,8 +17,9 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from plasticnet.attributes import WIDTHS, group_size, mismatches
-from plasticnet.compact import Take, insert_take
+from plasticnet.compact import RESIZED, Take, insert_take
 from plasticnet.errors import PlasticError
+from plasticnet.net import PlasticNet
 from plasticnet.resize import replace_tensor
 
 _KEY = "plasticnet"
@@ -30,6 +31,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compacted (or any plain) module: its tensors, and what a factory of the original
     architecture needs to take its shape. Equal modules give equal bytes; the file appears whole or
     not at all."""
+    if any(isinstance(child, PlasticNet) for child in module.modules()):
+        raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
     attributes: dict[str, dict[str, int]] = {}
     takes: dict[str, int] = {}
     for name, child in module.named_modules():
@@ -39,6 +42,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         if widths:
             attributes[name] = widths
     recipe = {"format": _FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
+    if hasattr(module, RESIZED):
+        recipe["resized"] = getattr(module, RESIZED)
     _write(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
 
 
@@ -50,6 +55,8 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     architecture (naming the tensor and the shapes).
     """
     tensors, recipe = _read(path, "module")
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise PlasticError(f"load takes a factory, such as {type(factory).__name__} itself, not what it returns")
     model = factory()
     if not isinstance(model, nn.Module):
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
@@ -66,7 +73,12 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     groups = {name: group_size(module) for name, module in model.named_modules()}
     for name, widths in _mapping(path, recipe, "attributes").items():
         _set_widths(path, _submodule(path, model, name), name, widths)
-    _set_tensors(path, model, tensors)
+    resized = recipe.get("resized")
+    if resized is not None:
+        if not isinstance(resized, list):
+            raise PlasticError(f"{path}: damaged (which dimensions were resized)")
+        setattr(model, RESIZED, resized)
+    _set_tensors(path, model, tensors, resized)
     for name, module in model.named_modules():
         for what in mismatches(module, groups.get(name)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
@@ -101,7 +113,8 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         setattr(module, attribute, value)
 
 
-def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Any) -> None:
+    """Replace every tensor; only dimensions in ``resized`` (any, if None) may differ from the model's."""
     own = _tensors(model)
     extra, missing = sorted(tensors.keys() - own.keys())[:5], sorted(own.keys() - tensors.keys())[:5]
     if extra or missing:
@@ -113,7 +126,9 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
         new = tensors[name].to(old.device)
         if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:
             raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
-        if new.dim() != old.dim():
+        fixed = [d for d in range(old.dim()) if resized is not None and [name, d] not in resized]
+        takes = name.endswith(".0.indices")
+        if new.dim() != old.dim() or (not takes and any(new.shape[d] != old.shape[d] for d in fixed)):
             raise PlasticError(
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
                 f"{tuple(old.shape)} in {type(model).__name__}"

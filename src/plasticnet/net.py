@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal
@@ -62,6 +64,8 @@ class PlasticNet(nn.Module):
             raise PlasticError(f"estimator={estimator!r}: choose one of {', '.join(ESTIMATORS)}")
         if gates not in ("auto", "sample", "batch"):
             raise PlasticError(f"gates={gates!r}: choose one of auto, sample, batch")
+        if not isinstance(model, nn.Module) or any(isinstance(m, PlasticNet) for m in model.modules()):
+            raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
         args, kwargs = call_arguments(example_inputs)
         inputs, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude))
         traced = trace(model, example_inputs, inputs=inputs)
@@ -76,7 +80,8 @@ class PlasticNet(nn.Module):
             reasons = "; ".join(f"{n}: {r}" for n, r in list(traced.frozen.items())[:5])
             raise PlasticError(f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'})")
         self.model = model
-        self.frozen: Mapping[str, str] = MappingProxyType(traced.frozen)
+        self._frozen = traced.frozen
+        self._signature = inspect.signature(model.forward)
         self.checked = traced.checked
         self.estimator = estimator
         self.gates_mode = gates
@@ -96,13 +101,10 @@ class PlasticNet(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlasticNet:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        frozen = {**self.__dict__, "frozen": None}
-        new.__dict__.update(copy.deepcopy(frozen, memo))
-        new.__dict__["frozen"] = self.frozen
-        return new
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PlasticNet:
+        super()._apply(fn, recurse)
+        self._refresh()  # the readers' indices live on the parameters' device
+        return self
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -110,6 +112,11 @@ class PlasticNet(nn.Module):
     def sites(self) -> Mapping[str, Site]:
         """Name to `Site`, in execution order."""
         return MappingProxyType({site.name: site for site in self._sites()})
+
+    @property
+    def frozen(self) -> Mapping[str, str]:
+        """The name of whatever cannot be gated, to the reason."""
+        return MappingProxyType(self._frozen)
 
     def _sites(self) -> list[Site]:
         return [site for site in self.gates.values() if isinstance(site, Site)]
@@ -150,9 +157,15 @@ class PlasticNet(nn.Module):
 
     # -- running ------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward. In training at finite k the gates are drawn, in evaluation they are
-        at their mean (pi where pi >= 1/2, else 0)."""
+    @property
+    def forward(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The model's forward, with its signature. In training at finite k the gates are drawn, in
+        evaluation they are at their mean (pi where pi >= 1/2, else 0)."""
+        run = partial(self._forward)
+        run.__signature__ = self._signature  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         plastic = self.training and not math.isinf(self._k)
         z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
         self._pass.calls += 1
@@ -196,8 +209,8 @@ class PlasticNet(nn.Module):
         """
         if cost not in COSTS or scale not in ("linear", "log"):
             raise PlasticError(f"cost={cost!r}, scale={scale!r}: choose from {', '.join(COSTS)} and linear, log")
-        if not strength >= 0:
-            raise PlasticError(f"strength={strength}: a penalty that rewards size is not one; use 0 or more")
+        if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
+            raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
         expected = self._cost.expected({s.name: s.probability(self._k) for s in self._sites()}, cost)
         return strength * (expected if scale == "linear" else expected.log())
 
@@ -218,6 +231,8 @@ class PlasticNet(nn.Module):
         left empty, or optimizers that do not hold every trainable parameter.
         """
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [])
+        if not isinstance(sources, Mapping) or not all(isinstance(o, Optimizer) for o in optimizers):
+            raise PlasticError("resize takes a mapping of site to source indices, and an optimizer or a list of them")
         planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
         value = OPEN_LOGIT / self._k if 0 < self._k < math.inf else INITIAL_LOGIT
         logits = {s.name: (s.phi, value) for s in self._sites()}
@@ -241,8 +256,8 @@ class PlasticNet(nn.Module):
         self, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
     ) -> None:
         """Add units: ``{"conv1": 2}``. See `resize`."""
-        if any(n < 0 for n in counts.values()):
-            raise PlasticError(f"{dict(counts)}: the number of units to add cannot be negative; use prune or resize")
+        if any(type(n) is not int or n < 0 for n in counts.values()):
+            raise PlasticError(f"{dict(counts)}: the units to add are whole numbers, 0 or more; to remove, use prune")
         unknown = [n for n in counts if n not in self.sites]
         if unknown:
             raise PlasticError(f"there is no site {unknown[0]!r}; the sites are: {', '.join(self.sites)}")
@@ -252,7 +267,12 @@ class PlasticNet(nn.Module):
     def prune(self, below: float = 0.5, optimizer: Optimizers = None) -> dict[str, int]:
         """Cut the units whose gate has a probability below ``below``, and those whose features are
         all cut; every site keeps at least one. Returns how many were cut per site."""
+        if not isinstance(below, Real) or not 0 <= float(below) <= 1:
+            raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
         values = {s.name: s.probability(self._k).detach().cpu().numpy() for s in self._sites()}
+        for site in self._sites():
+            if not bool(torch.isfinite(site.phi).all()):
+                raise PlasticError(f"site {site.name!r}: its gates are not finite; go back to a checkpoint")
         floor = float(np.nextafter(np.float32(below), np.float32(-1)))
         sources = survivors({s.name: s.units for s in self._sites()}, values, above=floor)
         before = {n: len(s) for n, s in self.sites.items()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS, partner_gates
+from plasticnet.snapshot import Snapshot, side_effect_free
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
@@ -90,22 +90,6 @@ def _draws_per_sample(net: PlasticNet) -> bool:
     return net._samples_apart is not False and not uses_batch_statistics(net.model)
 
 
-@contextmanager
-def _side_effect_free(net: PlasticNet) -> Iterator[None]:
-    """Run a pass that leaves random numbers and buffers as if it had not been run."""
-    devices = {p.device for p in net.parameters() if p.device.type == "cuda"}
-    buffers = [(b, b.detach().clone()) for b in net.model.buffers()]
-    try:
-        with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)), torch.no_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
-        # Under autocast the pass has cached weights cast without gradient.
-        torch.clear_autocast_cache()
-
-
 def _run(
     net: PlasticNet, closure: Callable[[], Tensor], role: str, probe: Callable[[int], Tensor] | None = None
 ) -> Tensor:
@@ -137,6 +121,15 @@ def expected_loss(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
     """See `PlasticNet.expected_loss`."""
     if not net.training:
         raise PlasticError("expected_loss needs training mode; call net.train() first")
+    snapshot = Snapshot(net.model)
+    try:
+        return _estimate(net, closure)
+    except BaseException:  # a bad batch must not ruin BatchNorm's statistics
+        snapshot.restore()
+        raise
+
+
+def _estimate(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
     if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
         f = _run(net, closure, "training")
         return f.mean() if f.dim() else f
@@ -144,7 +137,7 @@ def expected_loss(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
     estimator = ESTIMATORS[net.estimator]
     f2 = None
     if estimator.partner != "none":
-        with _side_effect_free(net):
+        with side_effect_free(net.model):
             f2 = _run(net, closure, "partner")
     f1 = _run(net, closure, "training")
     loss = f1.mean() if f1.dim() else f1
@@ -173,13 +166,15 @@ def _resolve_auto(net: PlasticNet, closure: Callable[[], Tensor]) -> None:
         z[: rows // 2, :-1] = torch.where(_shared(net), 1.0, torch.rand(rows // 2, units, device=device).round())
         return z
 
-    with _side_effect_free(net):
+    with side_effect_free(net.model):
         reference = _run(net, closure, "probe", all_open)
-    if reference.dim() == 0 or len(reference) < 2 or not any(net._per_sample.values()):
+    if reference.dim() and len(reference) < 2:
+        return  # one sample says nothing about two: ask the next batch
+    if not reference.dim() or not any(net._per_sample.values()):
         net._samples_apart = False
         return
     try:
-        with _side_effect_free(net):
+        with side_effect_free(net.model):
             moved = _run(net, closure, "probe", half_random)
     except PlasticError:  # rows that are not samples, or a loss that overflows: one draw per batch is safe
         net._samples_apart = False

@@ -7,7 +7,7 @@ new); `apply` rewrites parameters, buffers, module attributes and the optimizers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -46,7 +46,7 @@ def plan(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sou
     Raises `PlasticError` for an unknown site, an index out of range or out of order, a site that
     would be left without units, or more features than an input site has.
     """
-    result = Plan(sources={name: _checked(sites, name, list(s)) for name, s in sources.items()})
+    result = Plan(sources={name: _checked(sites, name, s) for name, s in sources.items()})
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
     for name, u in inputs.items():
         full_take, _ = _positions(sites, result.sources, (name, 0), u.full)
@@ -72,11 +72,11 @@ def plan(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sou
     return result
 
 
-def _checked(sites: Mapping[str, Units], name: str, sources: list[int]) -> np.ndarray:
+def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarray:
     if name not in sites:
         raise PlasticError(f"there is no site {name!r}; the sites are: {', '.join(sites)}")
     u = sites[name]
-    array = np.asarray(sources).reshape(-1)
+    array = np.asarray(list(sources) if isinstance(sources, Iterable) else [sources]).reshape(-1)
     if len(array) and not np.issubdtype(array.dtype, np.integer):
         raise PlasticError(f"site {name!r}: source indices are integers, not {array.dtype}")
     array = array.astype(np.int64)

@@ -63,6 +63,8 @@ class Schedule:
         self.net = net
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         check_optimizers(self.optimizers, dict(net.named_parameters()))
+        if not 0 <= hibernate <= 1:
+            raise PlasticError(f"hibernate={hibernate}: the probability below which a unit is cut, from 0 to 1")
         self.stages = [s for s in stages if s.epochs]
         self.hibernate = hibernate
         self.growth = growth

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from plasticnet.errors import PlasticError
+from plasticnet.snapshot import side_effect_free
 from plasticnet.tracing import contractions, rules  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
 from plasticnet.tracing.sites import build
@@ -65,7 +66,7 @@ def trace(model: nn.Module, example_inputs: Any, *, inputs: Sequence[str] = ()) 
     """
     args, kwargs = call_arguments(example_inputs)
     facts = Facts()
-    with unfused():
+    with unfused(), side_effect_free(model):
         try:
             _run(model, facts, inputs, args, kwargs, training=False)
         except Exception as error:
@@ -97,7 +98,6 @@ def _run_training(
 ) -> None:
     """Layers that run in training only (auxiliary heads) join units too. Statistics over a batch of
     one are refused by BatchNorm, so such a batch is doubled."""
-    state = torch.get_rng_state()
     try:
         _run(model, facts, inputs, args, kwargs, training=True)
     except (ValueError, RuntimeError):
@@ -109,8 +109,6 @@ def _run_training(
                 f"{type(model).__name__} runs on the example inputs in evaluation but not in training mode: {error}. "
                 "Pass example inputs that it can train on (a batch of two or more, say)."
             ) from error
-    finally:
-        torch.set_rng_state(state)
 
 
 def copy_inputs(tree: Any) -> Any:

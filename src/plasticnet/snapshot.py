@@ -1,0 +1,47 @@
+"""What a run of a model changes beside its outputs: random numbers and buffers, kept and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Snapshot:
+    """The random number generators and the buffers of a model as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(d) for d in self._devices]
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
+            (module, key, b, b.detach().clone())
+            for module in model.modules()
+            for key, b in module._buffers.items()
+            if b is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back: a buffer that was bound anew too."""
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self._devices, self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            for module, key, buffer, before in self._buffers:
+                buffer.copy_(before)
+                module._buffers[key] = buffer
+
+
+@contextmanager
+def side_effect_free(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, leaving random numbers and buffers as if nothing had been run."""
+    snapshot = Snapshot(model)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        snapshot.restore()
+        # Under autocast the pass has cached weights cast without gradient.
+        torch.clear_autocast_cache()
