@@ -38,7 +38,23 @@ def table(name: str, title: str, script: str) -> str:
             spread([r["train_cpu_seconds"] for r in rows], 0),
         ]
         lines.append(f"| {mode} | {' | '.join(cells)} |")
+    lines += ["", *notes(results)]
     return "\n".join(lines)
+
+
+def notes(results: list[dict]) -> list[str]:
+    """What an experiment recorded beyond the columns: the share of the weights that is gone, and growth."""
+    found = []
+    for mode in dict.fromkeys(r["mode"] for r in results):
+        rows = [r for r in results if r["mode"] == mode]
+        if "weights_gone" in rows[0]:
+            found.append(
+                f"Of the 8,160 weights {spread([100 * r['weights_gone'] for r in rows], 1)} % are gone ({mode})."
+            )
+        if "growth_stopped" in rows[0]:
+            stopped = sum(r["growth_stopped"] for r in rows)
+            found.append(f"Growth stopped by itself in {stopped} of {len(rows)} runs.")
+    return [" ".join(found)] if found else []
 
 
 def main() -> int:
