@@ -107,30 +107,34 @@ def _culprits(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]
     for family in families.values():
         names = list(family)
         reason = differs(family)
-        if reason is not None and len(names) > _LARGE_FAMILY:
-            probes = [differs({n: sites[n]}) for n in (names[0], names[len(names) // 2], names[-1])]
-            if None not in probes:
-                bad.update(dict.fromkeys(names, reason))
-                continue
-        if reason is not None:
-            bad.update(_bisect(differs, family))
+        if reason is None:
+            continue
+        probes = [names[0], names[len(names) // 2], names[-1]] if len(names) > _LARGE_FAMILY else []
+        if probes and all(differs({n: sites[n]}) is not None for n in probes):
+            bad.update(dict.fromkeys(names, reason))
+        else:
+            bad.update(_bisect(differs, family, reason))
     rest = {n: u for n, u in sites.items() if n not in bad}
-    bad.update(_bisect(differs, rest))
+    reason = differs(rest) if rest else None
+    if reason is None:
+        return bad
+    bad.update(_bisect(differs, rest, reason))
     rest = {n: u for n, u in rest.items() if n not in bad}
     reason = differs(rest) if rest else None
     return bad if reason is None else dict.fromkeys(sites, reason)
 
 
-def _bisect(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]:
-    reason = differs(sites) if sites else None
-    if reason is None:
-        return {}
+def _bisect(differs: Comparison, sites: Mapping[str, Units], reason: str) -> dict[str, str]:
+    """The culprits among sites that fail together for ``reason``."""
     names = list(sites)
     if len(names) == 1:
         return {names[0]: reason}
     bad: dict[str, str] = {}
     for part in (names[: len(names) // 2], names[len(names) // 2 :]):
-        bad.update(_bisect(differs, {n: sites[n] for n in part}))
+        half = {n: sites[n] for n in part}
+        half_reason = differs(half)
+        if half_reason is not None:
+            bad.update(_bisect(differs, half, half_reason))
     return bad or dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
 
 

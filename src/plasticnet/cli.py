@@ -23,7 +23,12 @@ from plasticnet.net import PlasticNet
 
 app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
 console = Console()
-MODES = {"prune": ("prune",), "grow": ("grow",), "both": ("dense", "prune", "grow"), "dense": ("dense",)}
+MODES: dict[str, tuple[train.Mode, ...]] = {
+    "prune": ("prune",),
+    "grow": ("grow",),
+    "both": ("dense", "prune", "grow"),
+    "dense": ("dense",),
+}
 
 
 @app.command("train")
@@ -71,7 +76,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the results")] = Pat
 def _run(
     data_name: str,
     model_name: str,
-    modes: tuple[str, ...],
+    modes: tuple[train.Mode, ...],
     config: train.Config,
     data_dir: Path | None,
     out: Path,
@@ -102,7 +107,7 @@ def _run(
 
             torch.manual_seed(config.seed)
             result = train.run(
-                make(), data, config, _mode(mode), on_epoch=show,
+                make(), data, config, mode, on_epoch=show,
                 checkpoint=folder / "checkpoint.safetensors", resume=resume,
             )  # fmt: skip
         if not console.is_terminal:  # there Live ends without a new line
@@ -126,10 +131,6 @@ def _check_same(path: Path, data_name: str, model_name: str) -> None:
     held = f"{before.get('model')} on {before.get('data')}" if isinstance(before, dict) else "something else"
     if held != f"{model_name} on {data_name}":
         raise PlasticError(f"--resume: {path.parent} holds a run of {held}, not of {model_name} on {data_name}")
-
-
-def _mode(mode: str) -> train.Mode:
-    return "dense" if mode == "dense" else "prune" if mode == "prune" else "grow"
 
 
 def _write_metrics(out: Path, metrics: list[dict[str, Any]]) -> None:

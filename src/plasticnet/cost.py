@@ -13,9 +13,17 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from plasticnet.errors import PlasticError
 from plasticnet.units import InputUnits, Units
 
 COSTS = ("units", "parameters", "macs")
+SCALES = ("linear", "log")
+
+
+def check_names(cost: str, scale: str) -> None:
+    """Raise `PlasticError` unless these are a cost and a scale."""
+    if cost not in COSTS or scale not in SCALES:
+        raise PlasticError(f"cost={cost!r}, scale={scale!r}: choose from {', '.join(COSTS)} and {', '.join(SCALES)}")
 
 
 class CostModel:

@@ -23,9 +23,9 @@ class Growth:
     The paper's rule (NPN, section 4.2): where the validation loss improved on the best so far, units
     wake. Here it is judged over periods of ``patience`` epochs, and an improvement counts from a share
     ``gain`` of the first loss on: without a threshold growth never ends. Every period adds a share
-    ``rate`` of its units to every site (at least one, up to ``maximum`` by
-    site name; features of new channels come with them); after
-    ``failures`` periods in a row without improvement growth has stopped for good.
+    ``rate`` of its units to every site (at least one, up to ``maximum`` by site name; features of new
+    channels come with them). After ``failures`` periods in a row without improvement growth has
+    stopped for good.
 
     While it grows, all units are held open and unpriced: under pressure, new ones would close before
     they have learned anything. The pressure begins ``grace`` epochs after growth has stopped, and

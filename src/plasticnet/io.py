@@ -127,8 +127,7 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
         if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:
             raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
         fixed = [d for d in range(old.dim()) if resized is not None and [name, d] not in resized]
-        takes = name.endswith(".0.indices")
-        if new.dim() != old.dim() or (not takes and any(new.shape[d] != old.shape[d] for d in fixed)):
+        if new.dim() != old.dim() or any(new.shape[d] != old.shape[d] for d in fixed):
             raise PlasticError(
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
                 f"{tuple(old.shape)} in {type(model).__name__}"

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from plasticnet import objective, resize, state
 from plasticnet.check import self_check
 from plasticnet.compact import cut, lengths, survivors
-from plasticnet.cost import COSTS, CostModel
+from plasticnet.cost import CostModel, check_names
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
 from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, fold, gate_key, gated, per_sample_sites, readers
@@ -207,8 +207,7 @@ class PlasticNet(nn.Module):
         The cost is the expected number of open units, of parameters, or of multiply-adds for one
         sample. The logarithm keeps the pressure relative to what is left (NPN, section 3, is linear).
         """
-        if cost not in COSTS or scale not in ("linear", "log"):
-            raise PlasticError(f"cost={cost!r}, scale={scale!r}: choose from {', '.join(COSTS)} and linear, log")
+        check_names(cost, scale)
         if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
             raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
         expected = self._cost.expected({s.name: s.probability(self._k) for s in self._sites()}, cost)

@@ -123,13 +123,13 @@ def expected_loss(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
         raise PlasticError("expected_loss needs training mode; call net.train() first")
     snapshot = Snapshot(net.model)
     try:
-        return _estimate(net, closure)
+        return _estimate(net, closure, snapshot)
     except BaseException:  # a bad batch must not ruin BatchNorm's statistics
         snapshot.restore()
         raise
 
 
-def _estimate(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
+def _estimate(net: PlasticNet, closure: Callable[[], Tensor], snapshot: Snapshot) -> Tensor:
     if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
         f = _run(net, closure, "training")
         return f.mean() if f.dim() else f
@@ -137,7 +137,7 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor]) -> Tensor:
     estimator = ESTIMATORS[net.estimator]
     f2 = None
     if estimator.partner != "none":
-        with side_effect_free(net.model):
+        with side_effect_free(net.model, snapshot):
             f2 = _run(net, closure, "partner")
     f1 = _run(net, closure, "training")
     loss = f1.mean() if f1.dim() else f1

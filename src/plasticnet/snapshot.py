@@ -35,9 +35,12 @@ class Snapshot:
 
 
 @contextmanager
-def side_effect_free(model: nn.Module) -> Iterator[None]:
-    """Run without gradients, leaving random numbers and buffers as if nothing had been run."""
-    snapshot = Snapshot(model)
+def side_effect_free(model: nn.Module, snapshot: Snapshot | None = None) -> Iterator[None]:
+    """Run without gradients, leaving random numbers and buffers as if nothing had been run.
+
+    ``snapshot`` is one that was taken already, with nothing run since.
+    """
+    snapshot = snapshot or Snapshot(model)
     try:
         with torch.no_grad():
             yield

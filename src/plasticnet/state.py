@@ -57,21 +57,14 @@ def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, 
     planned = resize.plan(units, sizes, sources)
     for name, u in planned.units.items():
         if isinstance(u, InputUnits):
-            _plan_features(planned, u, state.get(f"gates.{gate_key(name)}.features"))
+            _plan_features(planned, u, state[f"gates.{gate_key(name)}.features"].cpu().numpy())
     _compare(model, planned, state)
     return planned
 
 
-def _plan_features(planned: resize.Plan, u: InputUnits, features: Any) -> None:
-    array = features.cpu().numpy() if isinstance(features, Tensor) else np.zeros(0, dtype=np.int64)
-    if (
-        not np.issubdtype(array.dtype, np.integer)
-        or array.ndim != 1
-        or len(array) == 0
-        or array[0] < 0
-        or array[-1] >= u.full
-        or (np.diff(array) <= 0).any()
-    ):
+def _plan_features(planned: resize.Plan, u: InputUnits, array: np.ndarray) -> None:
+    integers = np.issubdtype(array.dtype, np.integer)
+    if not integers or array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
         raise PlasticError(
             f"site {u.name!r}: its features in the state are not an increasing list within 0 to {u.full - 1}"
         )
@@ -100,10 +93,7 @@ def resize_in_place(model: nn.Module, sites: Iterable[Site], planned: resize.Pla
     moved = resize.apply(model, planned, logits)
     for old, new in moved.items():
         old.data, old.grad = new.data, None
-        for module in model.modules():
-            for key, value in module._parameters.items():
-                if value is new:
-                    module._parameters[key] = old
+        resize.replace_tensor(model, new, old)
     for site in sites:
         if site.name in planned.sources:
             site.grace = resize.rewrite(site.grace, {0: planned.sources[site.name]})

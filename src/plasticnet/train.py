@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plasticnet.cost import COSTS
+from plasticnet.cost import check_names
 from plasticnet.data import Data, Split
 from plasticnet.errors import PlasticError
 from plasticnet.growth import Growth, narrow
@@ -51,10 +51,7 @@ class Config:
                 f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
                 f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
             )
-        if self.cost not in COSTS or self.scale not in ("linear", "log"):
-            raise PlasticError(
-                f"cost={self.cost!r}, scale={self.scale!r}: choose from {', '.join(COSTS)} and linear, log"
-            )
+        check_names(self.cost, self.scale)
 
     def stages(self, mode: Mode) -> list[Stage]:
         """Ordinary training, then plastic, then hardened: 5, 70 and 25 % of the epochs."""
