@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from plasticnet import PlasticNet
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +58,38 @@ def randomise_gates(net: object, closed: float = 0.4) -> None:
         for site in net.sites.values():  # pyright: ignore[reportAttributeAccessIssue]
             site.phi.copy_(torch.rand_like(site.phi) - closed)
             site.phi[int(torch.randint(len(site), ()))] = 0.3
+
+
+def small(**options: Any) -> tuple[PlasticNet, Optimizer]:
+    net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),), **options)
+    return net, Adam(net.param_groups(1e-2))
+
+
+def train_step(net: PlasticNet, optimizer: Optimizer, x: Tensor | None = None, strength: float = 1e-3) -> None:
+    x = torch.randn(6, 4) if x is None else x
+    y = torch.arange(len(x)) % 3
+    net.train()
+    loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none"))
+    optimizer.zero_grad()
+    (loss + net.penalty(strength)).backward()
+    optimizer.step()
+
+
+def set_probabilities(net: PlasticNet, site: str, *pi: float) -> None:
+    with torch.no_grad():
+        net.sites[site].phi.copy_(torch.tensor(pi).logit() / net.k)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{i}")
+    else:
+        assert a == b or (a != a and b != b), where
