@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint zoo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+$(VENV)/.zoo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,zoo]"
+	touch $@
+
+zoo: $(VENV)/.zoo
+	$(BIN)/python benchmarks/zoo.py $(ZOO); code=$$?; $(BIN)/python benchmarks/zoo_table.py && exit $$code
 
 clean:
 	rm -rf $(VENV) runs

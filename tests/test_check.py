@@ -45,7 +45,7 @@ def test_leaves_the_model_and_the_random_numbers_alone() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_a_site_that_can_be_cut_but_not_grown() -> None:
+def test_a_single_unit_that_cannot_grow_is_frozen() -> None:
     class Spanning(nn.Module):
         """Normalisation groups of 4 over a concatenation of 6 and 2: one spans the seam."""
 
@@ -58,9 +58,11 @@ def test_a_site_that_can_be_cut_but_not_grown() -> None:
             return self.out(self.norm(torch.cat([self.a(x), self.b(x)], 1)))
 
     net = PlasticNet(Spanning().double(), (images().double(),))
-    assert {n: (len(s), s.units.growable) for n, s in net.sites.items()} == {"a": (1, True), "a#2": (1, False)}
+    assert {n: (len(s), s.units.growable) for n, s in net.sites.items()} == {"a": (1, True)}
+    assert "neither cut nor added to" in net.frozen["a#2"]
+    net.sites["a"].units.growable = False
     with pytest.raises(PlasticError, match="can lose units but not gain any"):
-        net.grow({"a#2": 1})
+        net.grow({"a": 1})
 
 
 def test_random_gates_leave_an_odd_number_open() -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from plasticnet import PlasticError, Schedule, load, save
 from plasticnet.cli import app, main
-from plasticnet.models import MLP, factory
+from plasticnet.models import MLP, LeNet5, factory
 
 MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100", "--inputs", "1"]
 RUNS = {"prune": ["prune"], "grow": ["grow"], "dense": ["dense"], "both": ["dense", "prune", "grow"]}
@@ -181,32 +181,7 @@ def test_resume_of_a_damaged_run_is_refused(
     fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", tmp_path, "--resume")
 
 
-# -- inspect, report, export ------------------------------------------------------------------
-
-
-def test_inspect_json() -> None:
-    found = json.loads(succeed("inspect", "lenet5", "--input", "1,1,28,28", "--json"))
-    sites = {s["name"]: s for s in found["sites"]}
-    assert list(sites) == ["conv1", "conv2", "fc1"]
-    assert [s["units"] for s in found["sites"]] == [20, 50, 500]
-    assert sites["conv1"]["unit_parameters"] == 26 + 50 * 25
-    assert sites["conv1"]["unit_macs"] == 24 * 24 * 25 + 50 * 25 * 8 * 8
-    assert sites["conv1"]["consumers"] == ["conv2"]
-    assert found["parameters"] == 431_080
-    assert found["k"] == "inf"
-    assert "fc2" in found["frozen"]
-
-
-def test_inspect_with_input_sites() -> None:
-    found = json.loads(succeed("inspect", "lenet5", "--inputs", "fc*", "--json"))
-    assert {s["name"]: s["units"] for s in found["sites"]}["fc1.input"] == 800
-
-
-def test_inspect_table() -> None:
-    text = succeed("inspect", "torchvision:resnet18", "--input", "1,3,64,64")
-    assert "layer1.0.conv1" in text
-    assert "frozen fc: " in text
-    assert "11,689,512 parameters" in text
+# -- report, export --------------------------------------------------------------------------
 
 
 def test_report_is_written_anew(finished: Path) -> None:
@@ -225,12 +200,28 @@ def test_report_is_the_same_page(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text() == before
 
 
-def test_export(finished: Path, tmp_path: Path) -> None:
-    file, out = finished / "prune" / "compact.safetensors", tmp_path / "small.pt2"
-    succeed("export", file, "--model", "mlp:6-4", "--input", "1,100", "--classes", "2", "--out", out)
-    x = torch.randn(3, 100)  # any batch
-    small = load(file, factory("mlp:6-4", (100,), 2))
-    torch.testing.assert_close(torch.export.load(out).module()(x), small(x))
+@pytest.mark.parametrize("file", ["small.pt2", pytest.param("small.onnx", marks=pytest.mark.slow)])
+def test_export(file: str, finished: Path, tmp_path: Path) -> None:
+    saved, out = finished / "prune" / "compact.safetensors", tmp_path / file
+    if out.suffix == ".onnx":
+        ort = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    text = succeed("export", saved, "--model", "mlp:6-4", "--input", "1,100", "--classes", "2", "--out", out)
+    assert "any batch size" in text
+    x = torch.randn(3, 100)
+    y = load(saved, factory("mlp:6-4", (100,), 2))(x)
+    if out.suffix == ".onnx":
+        session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        found = torch.export.load(out).module()(x)
+    torch.testing.assert_close(found, y)
+
+
+def test_export_knows_the_input_of_known_models(tmp_path: Path) -> None:
+    save(LeNet5(), tmp_path / "m")
+    succeed("export", tmp_path / "m", "--model", "lenet5", "--out", tmp_path / "x.pt2")
+    assert (tmp_path / "x.pt2").exists()
 
 
 # -- what is wrong ----------------------------------------------------------------------------
@@ -264,7 +255,9 @@ def test_export(finished: Path, tmp_path: Path) -> None:
         ("report OUT", "not a finished run"),
         ("export OUT/nope --model mlp:4 --input 1,100 --out OUT/x.pt2", "nope"),
         ("export OUT/nope --model mlp:4 --input x --out OUT/x.pt2", "1,3,224,224"),
+        ("export OUT/nope --model mlp:4 --out OUT/x.pt2", "nope"),
         ("inspect :f", "':f'"),
+        ("inspect plasticnet.models:LeNet5", "--input 1,3,224,224"),
         ("train --data moons --epochs 2 --mode prune --out OUT", "epochs=2"),
         ("train --data moons --epochs 3 --batch 0 --mode prune --out OUT", "batch=0"),
         ("train --data moons --epochs 3 --lr -1 --mode prune --out OUT", "lr=-1"),
@@ -302,7 +295,7 @@ def test_export_of_another_architecture(
     assert not (tmp_path / "x.pt2").exists()
 
 
-@pytest.mark.parametrize(("shape", "out"), [("1,99", "x.pt2"), ("1,100", "gone/x.pt2")])
+@pytest.mark.parametrize(("shape", "out"), [("1,99", "x.pt2"), ("1,100", "gone/x.pt2"), ("1,100", "x.pth")])
 def test_export_of_something_impossible(
     shape: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

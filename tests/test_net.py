@@ -235,7 +235,7 @@ def test_signature_and_pickle() -> None:
 
 def test_moves_with_its_readers() -> None:
     net = PlasticNet(ConvNet(), (images(),), inputs=("fc1",)).to("meta")
-    assert {r.units.device.type for r in net._readers} == {"meta"}
+    assert {r.units.device.type for r in net._gating.readers} == {"meta"}
 
 
 class Counting(nn.Module):

@@ -3,9 +3,11 @@
 from plasticnet.compact import Take
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
+from plasticnet.exporting import export
 from plasticnet.growth import Growth, narrow
 from plasticnet.io import load, load_checkpoint, save, save_checkpoint
 from plasticnet.net import PlasticNet
+from plasticnet.pretrained import equalise, save_pretrained
 from plasticnet.schedule import Schedule, Stage
 from plasticnet.tracing import register_rule, trace
 
@@ -19,11 +21,14 @@ __all__ = [
     "Schedule",
     "Stage",
     "Take",
+    "equalise",
+    "export",
     "load",
     "load_checkpoint",
     "narrow",
     "register_rule",
     "save",
     "save_checkpoint",
+    "save_pretrained",
     "trace",
 ]

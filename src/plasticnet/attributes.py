@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from torch import nn
 
+from plasticnet.attention import free_heads, head_size
+from plasticnet.units import Units, Width, owner
+
 _CONV = nn.modules.conv._ConvNd
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
-# Attributes that a recipe may set: each names a width or a number of groups.
+# Attributes of torch's own layers, which follow the shapes of their parameters.
 WIDTHS = (
     "in_features",
     "out_features",
@@ -21,6 +24,9 @@ WIDTHS = (
     "num_groups",
     "num_parameters",
     "embedding_dim",
+    "normalized_shape",
+    "input_size",
+    "hidden_size",
 )
 
 
@@ -30,26 +36,77 @@ _NORM_WIDTHS = ("num_features", "num_channels")
 def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarray], groups: Mapping[str, int]) -> None:
     """Bring the attributes of every module whose parameters were resized up to date.
 
-    ``groups`` maps the weights of grouped convolutions to the rows of one group: a convolution of
-    one group looks like an ordinary one.
+    ``groups`` maps the weights of grouped layers to the rows of one group: a convolution of one
+    group looks like an ordinary one.
     """
     for tensor, rows in groups.items():
-        owner, _, leaf = tensor.rpartition(".")
-        module = model.get_submodule(owner)
+        module = model.get_submodule(owner(tensor))
         if isinstance(module, _CONV):
-            module.groups = module.get_parameter(leaf).shape[0] // rows
-    owners = {tensor.rpartition(".")[0] for tensor, _ in takes}
-    for owner in owners:
-        module = model.get_submodule(owner)
-        for name, value in _expected(module):
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, value)
+            module.groups = model.get_parameter(tensor).shape[0] // rows
+        elif isinstance(module, nn.GroupNorm):
+            module.num_groups = model.get_parameter(tensor).shape[0] // rows
+    for name in dict.fromkeys(owner(tensor) for tensor, _ in takes):
+        module = model.get_submodule(name)
+        for attribute, value in _expected(module):
+            if type(getattr(module, attribute, None)) is type(value):
+                setattr(module, attribute, value)
+        for attention in (module, model.get_submodule(name.rpartition(".")[0])):
+            size = head_size(attention)
+            if size is not None:
+                free_heads(attention, size)
 
 
-def _expected(module: nn.Module) -> Iterator[tuple[str, int]]:
+def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
+    """Let attributes follow a change of so many units."""
+    for width, units in shifts:
+        module = model.get_submodule(width.module)
+        value = getattr(module, width.attribute)
+        if width.place is None:
+            value = value + units * width.per_unit
+        else:
+            changed = [v + units * width.per_unit * (i == width.place) for i, v in enumerate(value)]
+            value = type(value)(changed)
+        setattr(module, width.attribute, value)
+
+
+def candidates(model: nn.Module, units: Units) -> list[Width]:
+    """Attributes that may follow the size of a site, judging by their value: the number of its units,
+    a multiple of it, or the length of a dimension that it lies along.
+
+    They are sought in the modules that own its slices, and in those that hold these modules, up to the
+    one that holds them all.
+    """
+    paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
+    common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    widths = {tensors[s.tensor].shape[s.dim]: s.index.shape[1] for s in units.slices if s.tensor in tensors}
+    found: list[Width] = []
+    for name in names:
+        module = model.get_submodule(name)
+        known = {attribute for attribute, _ in _expected(module)}
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or attribute in known:
+                continue
+            places = [(None, value)] if type(value) is int else []
+            if isinstance(value, list | tuple) and type(value) in (list, tuple):
+                places = [(i, v) for i, v in enumerate(value) if type(v) is int]
+            for place, v in places:
+                per_unit = widths.get(v) or (v // units.size if v and v % units.size == 0 else 0)
+                if per_unit and any(w % per_unit == 0 for w in widths.values()):
+                    found.append(Width(name, attribute, per_unit, place))
+    return sorted(found, key=lambda w: w.per_unit)  # numbers of units first: they are read most often
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weight comes from a parametrization: reading it could change its state."""
+    return isinstance(module, nn.Linear | _CONV) and module._parameters.get("weight") is None
+
+
+def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     """What the widths of a module should be, judging by its parameters."""
     shape = next((t.shape for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
-    if shape is None or len(shape) == 0:
+    if shape is None or len(shape) == 0 or _is_computed(module):
         return
     if isinstance(module, nn.Linear):
         yield from (("out_features", shape[0]), ("in_features", shape[1]))
@@ -64,7 +121,14 @@ def _expected(module: nn.Module) -> Iterator[tuple[str, int]]:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         yield "num_features", shape[0]
     elif isinstance(module, nn.GroupNorm):
-        yield from (("num_groups", module.num_groups * shape[0] // module.num_channels), ("num_channels", shape[0]))
+        yield "num_channels", shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        yield "normalized_shape", tuple(shape)
+    elif isinstance(module, nn.RNNBase):
+        hidden = shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        yield from (("input_size", shape[1]), ("hidden_size", hidden))
+    elif isinstance(module, nn.RNNCellBase):
+        yield from (("input_size", shape[1]), ("hidden_size", module.weight_hh.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", shape[0]
     elif isinstance(module, nn.Embedding):
@@ -74,9 +138,9 @@ def _expected(module: nn.Module) -> Iterator[tuple[str, int]]:
 def group_size(module: nn.Module) -> int | None:
     """Channels of one group, which no resize changes; None where there are no groups."""
     if isinstance(module, _CONV) and module.groups > 1:
-        return module.weight.shape[0] // module.groups
+        return (module.in_channels if isinstance(module, _TRANSPOSED) else module.out_channels) // module.groups
     if isinstance(module, nn.GroupNorm):
-        return module.num_channels // max(module.num_groups, 1)
+        return module.num_channels // module.num_groups if module.num_groups > 1 else None
     return None
 
 
@@ -87,7 +151,7 @@ def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
         vector = getattr(module, leaf, None)
         if outputs is not None and vector is not None and vector.shape != (outputs,):
             yield f"{leaf} has shape {tuple(vector.shape)}, for {outputs} outputs"
-    if isinstance(module, _CONV):
+    if isinstance(module, _CONV) and not _is_computed(module):
         expected = module.weight.shape[0] // group if group else 1
         if module.groups != expected:
             yield f"groups is {module.groups}, but its parameters say {expected}"
@@ -96,5 +160,9 @@ def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
     for name, value in _expected(module):
         if getattr(module, name, value) != value:
             yield f"{name} is {getattr(module, name)}, but its parameters say {value}"
-    if isinstance(module, _CONV) and tuple(module.weight.shape[2:]) != tuple(module.kernel_size):
+    if (
+        isinstance(module, _CONV)
+        and not _is_computed(module)
+        and tuple(module.weight.shape[2:]) != tuple(module.kernel_size)
+    ):
         yield f"the kernel is {tuple(module.kernel_size)}, but weight has shape {tuple(module.weight.shape)}"

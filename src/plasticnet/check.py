@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from plasticnet import resize
 from plasticnet.compact import cut, lengths
-from plasticnet.gates import fold, gated, readers
-from plasticnet.snapshot import side_effect_free
+from plasticnet.gating import Gating
+from plasticnet.repair import Comparison, repaired
+from plasticnet.snapshot import duplicate, side_effect_free
 from plasticnet.tracing import copy_inputs
-from plasticnet.units import InputUnits, Trace, Units
+from plasticnet.units import BlockUnits, InputUnits, Trace, Units
 
 _LARGE_FAMILY = 5
 _ATTEMPTS = 3  # with other random parameters, where units had no effect (all behind a dead ReLU, say)
+_PRECISE = 50_000_000  # parameters up to which the comparison is made in double precision
+_DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 _BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
 
@@ -36,34 +38,35 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
     if not traced.sites or any(t.is_meta for t in tensors):
         return traced
     with side_effect_free(model):
-        bad, stuck = _trial(model, traced.sites, args, kwargs, seed=0)
+        found = _trial(model, traced, args, kwargs, seed=0)
         for seed in range(1, _ATTEMPTS):
-            if _BLIND in bad.values():
-                bad, stuck = _trial(model, traced.sites, args, kwargs, seed)
-    sites = {n: replace(u, growable=n not in stuck) for n, u in traced.sites.items() if n not in bad}
-    return Trace(sites, {**traced.frozen, **bad}, traced.uses, checked=True)
+            if _BLIND in found.frozen.values():
+                found = _trial(model, traced, args, kwargs, seed)
+    return replace(found, frozen={**traced.frozen, **found.frozen}, checked=True)
 
 
-def _trial(
-    model: nn.Module, sites: Mapping[str, Units], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-) -> tuple[dict[str, str], dict[str, str]]:
-    """The sites that cannot be cut, and those of the others that cannot be grown, with the reasons."""
+def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Trace:
+    """The sites that pass, with the attributes that must follow them, and the reasons against the others."""
     torch.default_generator.manual_seed(seed)
-    twin, args, kwargs, tolerance = _randomised(model, args, kwargs)
-    bad = _culprits(partial(_cut_differs, twin, args, kwargs, tolerance), sites)
-    good = {n: u for n, u in sites.items() if n not in bad}
-    return bad, _culprits(partial(_growth_differs, twin, args, kwargs, tolerance), good)
+    run = _randomised(model, args, kwargs, traced.trains_more)
+    sites = dict(traced.sites)
+    bad = _culprits(run.cut_differs, sites, partial(repaired, run.model))
+    good = {n: sites[n] for n in traced.sites if n in sites and n not in bad}
+    stuck = _culprits(run.growth_differs, good)
+    good = {n: replace(u, growable=u.growable and n not in stuck) for n, u in good.items()}
+    for n in [n for n, u in good.items() if u.size == 1 and not u.growable and not isinstance(u, BlockUnits)]:
+        bad[n] = "all its channels form a single unit, which can be neither cut nor added to"
+        del good[n]
+    return replace(traced, sites=good, frozen=bad)
 
 
-def _randomised(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], float]:
+def _randomised(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> _Run:
     """A copy with random parameters (zero-initialised heads and norms hide errors), in double
     precision where the model runs in it."""
-    twin = copy.deepcopy(model).eval()
+    twin = duplicate(model).eval()
     with torch.no_grad():
         for p in twin.parameters():
-            if p.dim() > 1 and p.is_floating_point():
+            if (p.dim() > 1 and p.is_floating_point()) or p.is_complex():
                 p.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
             elif p.is_floating_point():
                 p.uniform_(0.5, 1.5)
@@ -72,28 +75,99 @@ def _randomised(
                 b.uniform_(0.5, 1.5)
 
     def double(t: Any) -> Any:
-        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+            return t
+        return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
+    if sum(p.numel() for p in twin.parameters()) <= _PRECISE:
+        try:
+            precise = duplicate(twin)._apply(double)
+            precise_args, precise_kwargs = tree_map(double, (args, kwargs))
+            return _Run(precise, precise_args, precise_kwargs, 1e-8, training)
+        except Exception:  # whatever the model dislikes about double precision, it runs in its own
+            pass
+    return _Run(twin, args, kwargs, 1e-3, training)
+
+
+class _Run:
+    """A model with random parameters, and its outputs: what masking and cutting are compared on."""
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float, training: bool
+    ) -> None:
+        self.model, self.args, self.kwargs, self.tolerance = model, args, kwargs, tolerance
+        self.training = training  # whether to compare in training mode too
+        self.reference = self.outputs(model)
+
+    def outputs(self, model: nn.Module, training: bool = False) -> list[Tensor]:
+        """What the model returns, as it is in evaluation or (without dropout) in training."""
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        with torch.no_grad(), _mode(model, training):
+            return _comparable(model(*args, **kwargs))
+
+    def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+        """The outputs with the gates multiplied in, nothing cut."""
+        z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        with side_effect_free(self.model), _mode(self.model, training):
+            return _comparable(Gating(sites, self.model).run(z, args, kwargs))
+
+    def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
+        """Why masking and cutting differ for these sites, or None if they agree."""
+        if not self.reference:
+            return "the model has no floating-point output to compare"
+        device = next(self.model.parameters()).device
+        for share in CLOSED_SHARES:
+            factors = {n: _random_gates(u.size, share).to(device) for n, u in sites.items()}
+            try:
+                small = cut(duplicate(self.model), sites, factors)
+                compared = self.outputs(small)
+                trained = self.outputs(small, training=True) if self.training else []
+            except Exception as error:  # a forward that hard-codes a width can fail in any way
+                what = str(error).splitlines()[0][:200] if str(error) else repr(error)
+                return f"the model does not run when units are cut: {what}"
+            masked = self.masked(sites, factors)
+            if not _close(masked, compared, self.tolerance):
+                return _DISAGREE
+            if self.training and not _close(self.masked(sites, factors, training=True), trained, self.tolerance):
+                return _DISAGREE
+            moved = any(not torch.equal(a, b) for a, b in zip(self.reference, masked, strict=True))
+            if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):
+                return _BLIND
+        return None
+
+    def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
+        """Whether function-preserving growth of these sites moves the output, or fails."""
+        sources = {n: [*range(u.size), -1] for n, u in sites.items() if u.growable and not isinstance(u, InputUnits)}
+        try:
+            grown = duplicate(self.model)
+            resize.apply(grown, resize.plan(sites, lengths(grown), sources), {})
+            if not _close(self.reference, self.outputs(grown), self.tolerance):
+                return "growing its units changes the output"
+        except Exception as error:  # a forward that hard-codes a width can fail in any way
+            return f"the model does not run when units are added: {error}"
+        return None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation, or training in which nothing is random: dropout would differ between widths."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
     try:
-        precise = copy.deepcopy(twin).double()
-        precise_args, precise_kwargs = tree_map(double, (args, kwargs))
-        _run(precise, precise_args, precise_kwargs)
-    except Exception:  # whatever the model dislikes about double precision, it runs in its own
-        return twin, args, kwargs, 1e-3
-    return precise, precise_args, precise_kwargs, 1e-8
+        yield
+    finally:
+        model.eval()
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    args, kwargs = copy_inputs((args, kwargs))
-    with torch.no_grad():
-        return _floating(model(*args, **kwargs))
+Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]
 
 
-Comparison = Callable[[Mapping[str, Units]], str | None]
-
-
-def _culprits(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]:
-    """The sites that fail a comparison, with what was seen; the others pass it together.
+def _culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None = None) -> dict[str, str]:
+    """The sites that fail a comparison, with what was seen; the others pass it together. ``repair``
+    may replace the sites of a family by some that pass.
 
     Layers come in families (``blocks.0.mlp``, ``blocks.1.mlp``, ...). A large one whose first, middle
     and last member fail is given up as a whole: trying every member of a deep model takes minutes.
@@ -107,6 +181,12 @@ def _culprits(differs: Comparison, sites: Mapping[str, Units]) -> dict[str, str]
     for family in families.values():
         names = list(family)
         reason = differs(family)
+        better = repair(differs, family) if repair and reason is not None else None
+        if better is not None:
+            for n in family:  # a tied family is one site
+                del sites[n]
+            sites.update(better)
+            continue
         if reason is None:
             continue
         probes = [names[0], names[len(names) // 2], names[-1]] if len(names) > _LARGE_FAMILY else []
@@ -138,74 +218,27 @@ def _bisect(differs: Comparison, sites: Mapping[str, Units], reason: str) -> dic
     return bad or dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
 
 
-def _growth_differs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float, sites: Mapping[str, Units]
-) -> str | None:
-    """Whether function-preserving growth of these sites moves the output, or fails."""
-    grown = copy.deepcopy(model)
-    sources = {n: [*range(u.size), -1] for n, u in sites.items() if not isinstance(u, InputUnits)}
-    try:
-        resize.apply(grown, resize.plan(sites, lengths(grown), sources), {})
-        for a, b in zip(_run(model, args, kwargs), _run(grown, args, kwargs), strict=True):
-            if not _close(a, b, tolerance):
-                return "growing its units changes the output"
-    except Exception as error:  # a forward that hard-codes a width can fail in any way
-        return f"the model does not run when units are added: {error}"
-    return None
-
-
 def _random_gates(units: int, share: float) -> Tensor:
     """0 for about ``share`` of the units, 1 for an odd number of them: an even one can agree with a
-    hard-coded width by luck."""
-    gates = (torch.rand(units) >= share).float()
-    if int(gates.sum()) % 2 == 0:
-        place = int(torch.randint(units, ()))
-        gates[place] = 1.0 - gates[place]
+    hard-coded width by luck, and a single one broadcasts, so that it serves for the second share only."""
+    count = round(units * (1 - share))
+    if count % 2 == 0 and units != 3:
+        count += 1 if count + 1 < units else -1
+    gates = torch.zeros(units)
+    gates[torch.randperm(units)[: max(count, 1)]] = 1.0
     return gates
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    scale = max(a.abs().max().item(), 1e-300) if a.numel() else 1.0
-    return a.shape == b.shape and (not a.numel() or (a - b).abs().max().item() <= tolerance * scale)
+def _close(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
+    """Whether outputs agree, up to a share of the largest entry of each."""
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return False
+        if a.numel() and not (a - b).abs().max().item() <= tolerance * max(a.abs().max().item(), 1e-300):
+            return False
+    return True
 
 
-def _cut_differs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float, sites: Mapping[str, Units]
-) -> str | None:
-    """Why masking and cutting differ for these sites, or None if they agree."""
-    reference = _run(model, args, kwargs)
-    if not reference:
-        return "the model has no floating-point output to compare"
-    for share in CLOSED_SHARES:
-        factors = {n: _random_gates(u.size, share).to(reference[0]) for n, u in sites.items()}
-        try:
-            compared = _run(cut(copy.deepcopy(model), sites, factors), args, kwargs)
-        except Exception as error:  # a forward that hard-codes a width can fail in any way
-            what = str(error).splitlines()[0][:200] if str(error) else repr(error)
-            return f"the model does not run when units are cut: {what}"
-        masked = _masked(model, sites, factors, args, kwargs)
-        if not all(_close(a, b, tolerance) for a, b in zip(masked, compared, strict=True)):
-            return "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
-        moved = any(not torch.equal(full, a) for full, a in zip(reference, masked, strict=True))
-        if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):
-            return _BLIND
-    return None
-
-
-def _masked(
-    model: nn.Module,
-    sites: Mapping[str, Units],
-    factors: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> list[Tensor]:
-    """The outputs with the gates multiplied in, nothing cut."""
-    z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
-    found = readers(sites, model)
-    args, kwargs = copy_inputs((args, kwargs))
-    with gated(model, found, None), torch.no_grad():
-        return _floating(functional_call(model, fold(model, found, z), args, kwargs))
-
-
-def _floating(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]
+def _comparable(tree: Any) -> list[Tensor]:
+    """The outputs of real or complex numbers; objects such as a memory of keys and values are none."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]

@@ -11,18 +11,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from plasticnet import __version__, io, report, train
+from plasticnet import __version__, exporting, io, models, report, train
 from plasticnet.data import load_data
 from plasticnet.errors import PlasticError
-from plasticnet.models import factory
 from plasticnet.net import PlasticNet
 
 app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
 console = Console()
+NAMES = "mlp:300-100, lenet5, torchvision:resnet18, timm:resnet18, transformers:bert or PACKAGE:FACTORY"
 MODES: dict[str, tuple[train.Mode, ...]] = {
     "prune": ("prune",),
     "grow": ("grow",),
@@ -34,7 +36,7 @@ MODES: dict[str, tuple[train.Mode, ...]] = {
 @app.command("train")
 def train_command(
     data: Annotated[str, typer.Option(help="digits, moons or mnist")] = "digits",
-    model: Annotated[str, typer.Option(help="mlp:300-100, lenet5 or PACKAGE:FACTORY")] = "mlp:256-128",
+    model: Annotated[str, typer.Option(help=NAMES)] = "mlp:256-128",
     mode: Annotated[str, typer.Option(help="prune, grow, dense, or both (all three)")] = "both",
     epochs: Annotated[int, typer.Option(help="epochs of each run")] = 150,
     k: Annotated[float, typer.Option(help="plasticity of the middle stage")] = 7.0,
@@ -83,7 +85,7 @@ def _run(
     resume: bool,
 ) -> None:
     data = load_data(data_name, data_dir, config.seed)
-    make = factory(model_name, data.shape, data.classes)
+    make = models.factory(model_name, data.shape, data.classes)
     described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
     text = json.dumps(described, indent=2) + "\n"
     if resume:
@@ -167,25 +169,40 @@ def environment() -> dict[str, Any]:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="mlp:300-100, lenet5, torchvision:resnet18 or PACKAGE:FACTORY")],
-    input: Annotated[str, typer.Option(help="shape of the input, batch first: 1,3,224,224")] = "1,1,28,28",
+    model: Annotated[str, typer.Argument(help=NAMES)],
+    input: Annotated[str | None, typer.Option(help="shape of the input, batch first: 1,3,224,224")] = None,
     inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
+    residual: Annotated[bool, typer.Option(help="gate what LayerNorm and RMSNorm normalise, too")] = False,
+    blocks: Annotated[list[str] | None, typer.Option(help="name pattern of modules that are units as a whole")] = None,
+    full: Annotated[bool, typer.Option(help="a transformers model in its own size, not a tiny one")] = False,
+    meta: Annotated[bool, typer.Option(help="without memory or arithmetic, for large models: unchecked")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="name everything that is frozen")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
-    shape = _shape(input)
-    net = PlasticNet(factory(model, shape[1:], 10)(), (torch.randn(*shape),), inputs=tuple(inputs or ()))
+    shape = _shape(input) if input is not None else None
+    module = models.build(models.factory(model, (shape or models.IMAGE)[1:], 10, full=full), meta)
+    net = PlasticNet(
+        module, models.example_inputs(model, module, shape),
+        inputs=tuple(inputs or ()), residual=residual, blocks=tuple(blocks or ()),
+    )  # fmt: skip
     summary = net.summary()
     if json_output:
-        typer.echo(json.dumps(summary.as_dict(), indent=2))
+        typer.echo(json.dumps({**summary.as_dict(), "checked": net.checked}, indent=2))
         return
-    table = Table("site", "units", "parameters/unit", "MACs/unit", "read by")
-    for s in summary.sites:
-        table.add_row(s.name, str(s.units), f"{s.unit_parameters:,.0f}", f"{s.unit_macs:,.0f}", ", ".join(s.consumers))
+    table = Table(box=SIMPLE)
+    table.add_column("site", overflow="fold")
+    for column in ("units", "parameters/unit", "MACs/unit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("read by", overflow="fold")
+    for row in summary.rows():
+        table.add_row(*map(escape, row))
     console.print(table)
-    console.print(f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample")
-    for name, reason in summary.frozen.items():
-        console.print(f"frozen {name}: {reason}", markup=False, highlight=False)
+    lines = [f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample", summary.prunable()]
+    if not net.checked:
+        lines.append("unchecked: on the meta device masking and cutting cannot be compared")
+    for line in [*lines, *(f"frozen {reason}" for reason in summary.reasons(every=show_all))]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -219,23 +236,19 @@ def report_command(run: Annotated[Path, typer.Argument(help="folder that train w
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="compact.safetensors")],
-    model: Annotated[str, typer.Option(help="the original model, as in train")],
-    input: Annotated[str, typer.Option(help="shape of the input, batch first")],
-    out: Annotated[Path, typer.Option(help="a .pt2 file")],
+    model: Annotated[str, typer.Option(help=f"the original model: {NAMES}")],
+    out: Annotated[Path, typer.Option(help="an .onnx or .pt2 file")],
+    input: Annotated[str | None, typer.Option(help="shape of the input, batch first")] = None,
     classes: Annotated[int, typer.Option(help="outputs of an mlp")] = 10,
 ) -> None:
-    """Turn a saved network into a torch.export program."""
-    shape = _shape(input)
-    small = io.load(file, factory(model, shape[1:], classes))
-    example = torch.randn(max(2, shape[0]), *shape[1:])
-    dynamic = ({0: torch.export.Dim("batch")},)  # any batch size
-    try:
-        small(example)  # its own error says more than the exporter's
-        torch.export.save(torch.export.export(small, (example,), dynamic_shapes=dynamic), out)
-    except Exception as error:  # the model's own, the exporter's or the file system's
-        what = (str(error).splitlines() or [repr(error)])[0]
-        raise PlasticError(f"cannot export for input {input} to {out}: {what}") from error
-    console.print(f"written {out}")
+    """Turn a saved network into an ONNX file or a torch.export program, and check that it computes the same."""
+    shape = _shape(input) if input is not None else None
+    small = io.load(file, models.factory(model, (shape or models.IMAGE)[1:], classes))
+    written = exporting.export(small, out, models.example_inputs(model, small, shape))
+    batch = "any batch size" if written.dynamic_batch else "the batch size of --input only"
+    console.print(
+        f"written {out} ({batch}; differs from the module by {written.error:.1e} at most, relatively)", soft_wrap=True
+    )
 
 
 def main() -> None:

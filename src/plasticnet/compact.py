@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from plasticnet import resize
-from plasticnet.gates import fold, readers
-from plasticnet.units import InputUnits, Units
+from plasticnet.gating import fold, readers
+from plasticnet.units import BlockUnits, InputUnits, Units
 
-RESIZED = "_plasticnet_resized"
+# A compact module's plain record, for `save`: the dimensions that are not those of the original
+# architecture ("resized"), attributes that were set for them ("widths"), and blocks that are gone ("removed").
+RECORD = "_plasticnet"
 
 
 class Take(nn.Module):
@@ -59,6 +63,21 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
     ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
     weights of zero.
     """
+    record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
+    gone = [
+        b
+        for n, u in sites.items()
+        if isinstance(u, BlockUnits)
+        for b, f in zip(u.blocks, factors[n], strict=True)
+        if f == 0
+    ]
+    sites = _without(sites, gone)
+    for block in gone:
+        remove_block(model, block)
+    if not sites:
+        setattr(model, RECORD, {**record, "removed": sorted({*record["removed"], *gone})})
+        return model
+    factors = {name: factors[name] for name in sites}
     z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
     with torch.no_grad():
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -75,10 +94,47 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
             assert axis is not None
             insert_take(model, u.consumers[0].module, Take(torch.from_numpy(u.features).to(device), axis))
             taken.append(u.consumers[0].module)
-    owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in sites}
-    # For `save`: which dimensions of which tensors are not those of the original architecture.
-    setattr(model, RESIZED, sorted([_renamed(tensor, taken), dim] for tensor, dim in owned))
+    inputs = {name for name, u in sites.items() if isinstance(u, InputUnits)}
+    owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in inputs}
+    resized = {(_renamed(tensor, taken), dim) for tensor, dim in [*owned, *map(tuple, record["resized"])]}
+    widths = {(w.module, w.attribute) for u in sites.values() for w in u.widths} | set(map(tuple, record["widths"]))
+    removed = {*record["removed"], *gone}
+    setattr(model, RECORD, {"resized": _sorted(resized), "widths": _sorted(widths), "removed": sorted(removed)})
     return model
+
+
+def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(pair) for pair in sorted(pairs)]
+
+
+def remove_block(model: nn.Module, name: str) -> None:
+    """Take a block out of the container that runs its members in turn (the others keep their names);
+    elsewhere an identity takes its place."""
+    owner, _, key = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(parent, nn.Sequential | nn.ModuleList):
+        del parent._modules[key]
+    else:
+        setattr(parent, key, nn.Identity())
+
+
+def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:
+    """The sites, less whatever lies in blocks that are gone, and less the sites of blocks."""
+
+    def stays(name: str) -> bool:
+        return not any(f"{name}.".startswith(f"{block}.") for block in gone)
+
+    left: dict[str, Units] = {}
+    for name, u in sites.items():
+        if isinstance(u, BlockUnits):
+            continue
+        slices = [s for s in u.slices if stays(s.tensor)]
+        consumers = [c for c in u.consumers if stays(c.tensor)]
+        if slices and (consumers or not u.consumers):
+            norms = [n for n in u.norms if stays(n.tensor)]
+            widths = tuple(w for w in u.widths if stays(w.module))
+            left[name] = replace(u, slices=slices, consumers=consumers, norms=norms, widths=widths)
+    return left
 
 
 def _renamed(tensor: str, taken: list[str]) -> str:
@@ -90,9 +146,10 @@ def _renamed(tensor: str, taken: list[str]) -> str:
 def survivors(sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float) -> dict[str, list[int]]:
     """For every site the units whose value exceeds ``above`` (the best one, if none does); without
     the units whose features are all gone."""
+    sites = {name: u for name, u in sites.items() if not isinstance(u, BlockUnits)}  # `cut` removes those
     keep = {name: _best(values[name], values[name] > above) for name in sites}
     for name, u in sites.items():
-        virtual = [s for s in u.slices if s.tensor in sites]
+        virtual = [s for s in u.slices if isinstance(sites.get(s.tensor), InputUnits)]
         if virtual and {c.tensor for c in u.consumers} == {sites[s.tensor].consumers[0].tensor for s in virtual}:
             read = np.zeros(u.size, dtype=bool)
             for s in virtual:

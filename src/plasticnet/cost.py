@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import InputUnits, Units
+from plasticnet.units import BlockUnits, InputUnits, Units
 
+_Block = tuple[str, int] | None  # a site of blocks, and which of them
 COSTS = ("units", "parameters", "macs")
 SCALES = ("linear", "log")
 
@@ -36,9 +37,11 @@ class CostModel:
         for name, u in sites.items():
             for s in u.slices:
                 owners.setdefault((s.tensor, s.dim), {})[name] = s.index.shape[1]
-        self.constant = {"units": 0.0, "parameters": 0.0, "macs": 0.0}
-        # One entry per tensor that shrinks: fixed factor, how often it is used, and its gated dimensions.
-        self.terms: list[tuple[float, float, list[tuple[float, dict[str, int], str | None]]]] = []
+        blocks = [(n, u) for n, u in sites.items() if isinstance(u, BlockUnits)]
+        # What does not shrink, by the gate of its block (None outside of blocks): parameters, MACs.
+        self.constant: dict[_Block, dict[str, float]] = {}
+        # One entry per tensor that shrinks: fixed factor, how often it is used, its gated dimensions, its block.
+        self.terms: list[tuple[float, float, list[tuple[float, dict[str, int], str | None]], _Block]] = []
         for tensor, p in model.named_parameters():
             use = uses.get(tensor, 0.0)
             dims = []
@@ -48,22 +51,27 @@ class CostModel:
                 if widths:
                     dims.append((float(length - sum(w * sites[n].size for n, w in widths.items())), widths, site))
             fixed = prod(n for d, n in enumerate(p.shape) if (tensor, d) not in owners)
+            block = next(((n, i) for n, u in blocks if (i := u.inside(tensor)) is not None), None)
             if dims:
-                self.terms.append((float(fixed), use, dims))
+                self.terms.append((float(fixed), use, dims, block))
             else:
-                self.constant["parameters"] += p.numel()
-                self.constant["macs"] += p.numel() * use
+                constant = self.constant.setdefault(block, {"parameters": 0.0, "macs": 0.0})
+                constant["parameters"] += p.numel()
+                constant["macs"] += p.numel() * use
 
     def expected(self, pi: Mapping[str, Tensor], cost: str) -> Tensor:
         """The expected cost, a scalar, for gate probabilities of shape (units,) per site."""
         sums = {name: p.sum() for name, p in pi.items()}
         if cost == "units":
             return torch.stack(list(sums.values())).sum()
-        total = torch.zeros((), device=next(iter(sums.values())).device) + self.constant[cost]
-        for fixed, use, dims in self.terms:
+        total = torch.zeros_like(next(iter(sums.values())))
+        for block, constant in self.constant.items():
+            total = total + constant[cost] * (1.0 if block is None else pi[block[0]][block[1]])
+        for fixed, use, dims, block in self.terms:
             factor = fixed * (use if cost == "macs" else 1.0)
             if factor:
-                total = total + factor * self._product(dims, pi, sums)
+                product = self._product(dims, pi, sums)
+                total = total + factor * (product if block is None else product * pi[block[0]][block[1]])
         return total
 
     def _product(

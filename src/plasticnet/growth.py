@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import InputUnits
+from plasticnet.units import BlockUnits, InputUnits
 
 if TYPE_CHECKING:
     from plasticnet.net import Optimizers, PlasticNet
@@ -114,7 +114,8 @@ def narrow(net: PlasticNet, units: int) -> None:
     """
     if units < 1:
         raise PlasticError(f"cannot start from {units} units a site; at least 1 is needed")
-    channels = {n: list(range(units)) for n, s in net.sites.items() if len(s) > units and not _selects(s)}
+    wide = {n: s for n, s in net.sites.items() if len(s) > units and not isinstance(s.units, BlockUnits)}
+    channels = {n: list(range(units)) for n, s in wide.items() if not _selects(s)}
     net.resize(channels)
     features = {n: _spread(len(s), units) for n, s in net.sites.items() if len(s) > units and _selects(s)}
     net.resize(features)

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from plasticnet.attention import free_heads, head_size
 from plasticnet.attributes import WIDTHS, group_size, mismatches
-from plasticnet.compact import RESIZED, Take, insert_take
+from plasticnet.compact import RECORD, Take, insert_take, remove_block
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.resize import replace_tensor
@@ -33,17 +34,18 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     not at all."""
     if any(isinstance(child, PlasticNet) for child in module.modules()):
         raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
-    attributes: dict[str, dict[str, int]] = {}
+    record: dict[str, Any] = getattr(module, RECORD, {})
+    attributes: dict[str, dict[str, Any]] = {}
     takes: dict[str, int] = {}
     for name, child in module.named_modules():
         if isinstance(child, Take):
             takes[name.rpartition(".")[0]] = child.axis
-        widths = {a: v for a in WIDTHS if isinstance(v := child.__dict__.get(a), int) and not isinstance(v, bool)}
+        own = [a for a in WIDTHS if a in child.__dict__] + [a for m, a in record.get("widths", []) if m == name]
+        widths = {a: _plain(child.__dict__[a]) for a in own if _is_width(child.__dict__[a])}
         if widths:
             attributes[name] = widths
     recipe = {"format": _FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
-    if hasattr(module, RESIZED):
-        recipe["resized"] = getattr(module, RESIZED)
+    recipe.update((key, record[key]) for key in ("resized", "removed") if key in record)
     _write(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
 
 
@@ -60,6 +62,13 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     model = factory()
     if not isinstance(model, nn.Module):
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
+    model.eval()  # first: in training mode spectral_norm changes its state when its weight is read
+    removed = recipe.get("removed", [])
+    for name in removed if isinstance(removed, list) else [None]:
+        if not isinstance(name, str) or not name:
+            raise PlasticError(f"{path}: damaged (which blocks were removed)")
+        _submodule(path, model, name)
+        remove_block(model, name)
     takes = _mapping(path, recipe, "takes")
     for name, axis in takes.items():
         indices = tensors.get(f"{name}.0.indices")
@@ -71,14 +80,18 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         _submodule(path, model, name)
         insert_take(model, name, Take(indices, axis))
     groups = {name: group_size(module) for name, module in model.named_modules()}
+    heads = {name: size for name, module in model.named_modules() if (size := head_size(module)) is not None}
     for name, widths in _mapping(path, recipe, "attributes").items():
         _set_widths(path, _submodule(path, model, name), name, widths)
     resized = recipe.get("resized")
     if resized is not None:
-        if not isinstance(resized, list):
+        if not isinstance(resized, list) or not all(isinstance(pair, list) for pair in resized):
             raise PlasticError(f"{path}: damaged (which dimensions were resized)")
-        setattr(model, RESIZED, resized)
+        widths = [[name, a] for name, own in recipe["attributes"].items() for a in own if a not in WIDTHS]
+        setattr(model, RECORD, {"resized": resized, "widths": widths, "removed": removed})
     _set_tensors(path, model, tensors, resized)
+    for name, size in heads.items():
+        free_heads(model.get_submodule(name), size)
     for name, module in model.named_modules():
         for what in mismatches(module, groups.get(name)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
@@ -89,7 +102,21 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
             raise PlasticError(
                 f"{path}: damaged ({len(take.indices)} features are taken before {name!r}, {width} are read)"
             )
-    return model.eval()
+    return model
+
+
+def _is_width(value: Any) -> bool:
+    """Whether an attribute may be set from a file: a whole number, or a tuple or list of them."""
+    values = value if type(value) in (tuple, list) else [value]
+    return bool(values) and all(type(v) is int and v >= 1 for v in values)
+
+
+def _length(value: Any) -> int:
+    return 1 if isinstance(value, int) else len(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else list(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -108,9 +135,10 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         raise PlasticError(f"{path}: damaged (the widths of {name!r})")
     for attribute, value in widths.items():
         old = module.__dict__.get(attribute)
-        if attribute not in WIDTHS or type(old) is not int or type(value) is not int or value < 1:
+        fits = _is_width(old) and _is_width(value) and not attribute.startswith("_")
+        if not fits or isinstance(old, int) != isinstance(value, int) or _length(old) != _length(value):
             raise PlasticError(f"{path}: may not set {name}.{attribute} from {old!r} to {value!r}")
-        setattr(module, attribute, value)
+        setattr(module, attribute, value if isinstance(old, int) else tuple(value) if isinstance(old, tuple) else value)
 
 
 def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Any) -> None:
@@ -192,7 +220,12 @@ def _decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
 
 
 def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
-    """One metadata key, so that equal content gives equal bytes; replaced atomically."""
+    """One metadata key, so that equal content gives equal bytes; replaced atomically. safetensors has
+    no complex128: such tensors are written as pairs."""
+    pairs = sorted(n for n, t in tensors.items() if t.dtype == torch.complex128)
+    if pairs:
+        tensors = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in tensors.items()}
+        recipe = {**recipe, "complex": pairs}
     data = serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)})
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
@@ -212,7 +245,9 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], d
                 raise PlasticError(f"{path} is a safetensors file, but not one that plasticnet wrote")
             recipe = json.loads(metadata[_KEY])
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RecursionError) as error:
+            for name in recipe.get("complex", []) if isinstance(recipe, dict) else []:
+                tensors[name] = torch.view_as_complex(tensors[name])
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
         raise PlasticError(f"{path} is not a plasticnet file, or is damaged or truncated: {error}") from error
     except OSError as error:
         raise PlasticError(f"{path} cannot be read: {error}") from error

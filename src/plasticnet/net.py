@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +23,9 @@ from plasticnet.compact import cut, lengths, survivors
 from plasticnet.cost import CostModel, check_names
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, fold, gate_key, gated, per_sample_sites, readers
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key
+from plasticnet.gating import Gating
+from plasticnet.snapshot import duplicate
 from plasticnet.summary import Summary, summarise
 from plasticnet.tracing import call_arguments, trace
 from plasticnet.units import InputUnits
@@ -55,10 +55,15 @@ class PlasticNet(nn.Module):
         gates: Literal["auto", "sample", "batch"] = "auto",
         inputs: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        residual: bool = False,
+        blocks: Sequence[str] = (),
     ) -> None:
         """``inputs`` are name patterns of consumers whose input features are gated one by one;
         ``exclude`` are name patterns of sites to leave alone; ``gates`` says whether gates are drawn
-        per sample or per batch ("auto": per sample where that is unbiased)."""
+        per sample or per batch ("auto": per sample where that is unbiased). ``residual`` gates what
+        LayerNorm, RMSNorm and their like normalise, and embeddings, too: the norms then take their
+        statistics over the open units. ``blocks`` are name patterns of modules that are units as a
+        whole: a closed one hands on its first input."""
         super().__init__()
         if estimator not in ESTIMATORS:
             raise PlasticError(f"estimator={estimator!r}: choose one of {', '.join(ESTIMATORS)}")
@@ -67,8 +72,8 @@ class PlasticNet(nn.Module):
         if not isinstance(model, nn.Module) or any(isinstance(m, PlasticNet) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
         args, kwargs = call_arguments(example_inputs)
-        inputs, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude))
-        traced = trace(model, example_inputs, inputs=inputs)
+        inputs, exclude, blocks = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude, blocks))
+        traced = trace(model, example_inputs, inputs=inputs, residual=residual, blocks=blocks)
         for pattern in exclude:
             if not any(fnmatchcase(n, pattern) for n in traced.sites):
                 raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
@@ -85,7 +90,8 @@ class PlasticNet(nn.Module):
         self.checked = traced.checked
         self.estimator = estimator
         self.gates_mode = gates
-        like = next(p for p in model.parameters() if p.is_floating_point())
+        parameters = [p.real if p.is_complex() else p for p in model.parameters()]
+        like = next(p for p in parameters if p.is_floating_point())
         self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in traced.sites.items()})
         self._uses = traced.uses
         self._k = math.inf
@@ -170,14 +176,7 @@ class PlasticNet(nn.Module):
         z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
         self._pass.calls += 1
         self._pass.sizes.update(n for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for n in t.shape[:2])
-        per_sample = z.dim() == 2 and len(z) > 1
-        hooked = [r for r in self._readers if r.per_sample] if per_sample else []
-        folded = [r for r in self._readers if not (per_sample and r.per_sample)]
-        shared = z[0] if z.dim() == 2 else z
-        with gated(self.model, hooked, z), gated(self.model, folded, None):
-            if not folded or bool((shared == 1).all()):
-                return self.model(*args, **kwargs)
-            return functional_call(self.model, fold(self.model, folded, shared), args, kwargs)
+        return self._gating.run(z, args, kwargs)
 
     def _mean_gates(self) -> Tensor:
         """The gates at evaluation, and the constant 1 that ends every vector of gates."""
@@ -282,7 +281,7 @@ class PlasticNet(nn.Module):
     def compact(self) -> nn.Module:
         """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units
         are cut, and the mean gates of the open ones are multiplied into the weights that read them."""
-        small = copy.deepcopy(self.model).eval()
+        small = duplicate(self.model).eval()
         return cut(
             small, {s.name: s.units for s in self._sites()}, {s.name: s.mean_gate(self._k) for s in self._sites()}
         )
@@ -290,8 +289,7 @@ class PlasticNet(nn.Module):
     def _refresh(self) -> None:
         """Work out anew what depends on the sites' sizes."""
         units = {s.name: s.units for s in self._sites()}
-        self._readers = readers(units, self.model)
-        self._per_sample = per_sample_sites(units, self._readers)
+        self._gating = Gating(units, self.model)
         self._cost = CostModel(units, self.model, self._uses)
 
     # -- saving -------------------------------------------------------------------------------

@@ -79,11 +79,13 @@ def _uniform(net: PlasticNet, rows: int, pi: Tensor) -> Tensor:
 
 def _shared(net: PlasticNet) -> Tensor:
     """Which gates the whole batch shares in any case, a boolean mask of shape (units,)."""
-    return torch.cat([torch.full((len(s),), not net._per_sample[s.name], device=s.phi.device) for s in net._sites()])
+    return torch.cat(
+        [torch.full((len(s),), not net._gating.per_sample[s.name], device=s.phi.device) for s in net._sites()]
+    )
 
 
 def _draws_per_sample(net: PlasticNet) -> bool:
-    if net.gates_mode == "batch" or not any(net._per_sample.values()):
+    if net.gates_mode == "batch" or not any(net._gating.per_sample.values()):
         return False
     if net.gates_mode == "sample":
         return True
@@ -166,11 +168,15 @@ def _resolve_auto(net: PlasticNet, closure: Callable[[], Tensor]) -> None:
         z[: rows // 2, :-1] = torch.where(_shared(net), 1.0, torch.rand(rows // 2, units, device=device).round())
         return z
 
-    with side_effect_free(net.model):
-        reference = _run(net, closure, "probe", all_open)
+    try:
+        with side_effect_free(net.model):
+            reference = _run(net, closure, "probe", all_open)
+    except PlasticError:  # a layer's rows are not the samples; whatever else is wrong will be said again
+        net._samples_apart = False
+        return
     if reference.dim() and len(reference) < 2:
         return  # one sample says nothing about two: ask the next batch
-    if not reference.dim() or not any(net._per_sample.values()):
+    if not reference.dim() or not any(net._gating.per_sample.values()):
         net._samples_apart = False
         return
     try:
@@ -196,7 +202,7 @@ def _surrogate(net: PlasticNet, f1: Tensor, f2: Tensor) -> Tensor:
     start = 0
     for site in net._sites():
         columns = slice(start, start := start + len(site))
-        per_sample = len(u) > 1 and net._per_sample[site.name]
+        per_sample = len(u) > 1 and net._gating.per_sample[site.name]
         gradient = site_gradient(net, site, columns, u, f1, f2, per_sample)
         total = total + (site.phi * gradient).sum()
     return total - total.detach()

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plasticnet.attributes import update_attributes
+from plasticnet.attributes import shift_widths, update_attributes
 from plasticnet.errors import PlasticError
-from plasticnet.units import InputUnits, Units
+from plasticnet.units import BlockUnits, InputUnits, Units, Width
 
 Sources = Mapping[str, Sequence[int]]
 INITS = ("preserve", "random")
@@ -34,7 +35,8 @@ class Plan:
     sources: dict[str, np.ndarray] = field(default_factory=dict)
     units: dict[str, Units] = field(default_factory=dict)
     consumed: set[tuple[str, int]] = field(default_factory=set)
-    groups: dict[str, int] = field(default_factory=dict)  # grouped convolutions: rows of one group
+    groups: dict[str, int] = field(default_factory=dict)  # grouped layers: rows of one group
+    shifts: list[tuple[Width, int]] = field(default_factory=list)  # attributes, by how many units they grow
 
 
 # -- planning ---------------------------------------------------------------------------------
@@ -64,6 +66,7 @@ def plan(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sou
         result.consumed.update((s.tensor, s.dim) for s in slices if s.consumed)
         result.groups.update({s.tensor: s.group for s in slices if s.group})
         size = len(result.sources.get(name, range(u.size)))
+        result.shifts += [(width, size - u.size) for width in u.widths if size != u.size]
         if isinstance(u, InputUnits):
             planned = result.units[name]
             assert isinstance(planned, InputUnits)
@@ -76,6 +79,8 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
     if name not in sites:
         raise PlasticError(f"there is no site {name!r}; the sites are: {', '.join(sites)}")
     u = sites[name]
+    if isinstance(u, BlockUnits):
+        raise PlasticError(f"site {name!r} holds whole blocks: their gates skip them, and compact removes them")
     array = np.asarray(list(sources) if isinstance(sources, Iterable) else [sources]).reshape(-1)
     if len(array) and not np.issubdtype(array.dtype, np.integer):
         raise PlasticError(f"site {name!r}: source indices are integers, not {array.dtype}")
@@ -227,6 +232,7 @@ def apply(
             replace_tensor(model, old, new)
         for optimizer in optimizers:
             _rebind(optimizer, moved, takes_of)
+    shift_widths(model, plan.shifts)
     update_attributes(model, plan.takes, plan.groups)
     return moved
 
@@ -259,11 +265,13 @@ def _initialise(
         fresh = torch.from_numpy(np.flatnonzero(take < 0)).to(new.device)
         if len(fresh) == 0 or ((name, dim) in consumed and init == "preserve"):
             continue
-        if new.dim() > 1 and new.is_floating_point():
+        if new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
             bound = (new.shape[dim] / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
             if (name, dim) in consumed:
                 bound = (new.shape[0] / max(new.numel(), 1)) ** 0.5
-            new.index_copy_(dim, fresh, torch.empty_like(new.index_select(dim, fresh)).uniform_(-bound, bound))
+            added = torch.empty_like(new.index_select(dim, fresh))
+            (torch.view_as_real(added) if new.is_complex() else added).uniform_(-bound, bound)
+            new.index_copy_(dim, fresh, added)
         else:
             new.index_fill_(dim, fresh, _vector_value(model, name, new, take))
 
@@ -271,13 +279,13 @@ def _initialise(
 def _vector_value(model: nn.Module, name: str, new: Tensor, take: np.ndarray) -> float:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
     if leaf in ("bias", "running_mean"):
         return 0.0
     if leaf == "running_var" or (norm and leaf == "weight"):
         return 1.0
-    kept = new[torch.from_numpy(take >= 0).to(new.device)]
-    return kept.double().mean().item() if kept.numel() else 0.0
+    kept = new[torch.from_numpy(take >= 0).to(new.device)] if new.dim() == 1 else new
+    return kept.to(torch.complex128 if new.is_complex() else torch.float64).mean().item() if kept.numel() else 0.0
 
 
 def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
@@ -287,6 +295,9 @@ def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
             for key, value in store.items():
                 if value is old:
                     store[key] = new  # pyright: ignore[reportArgumentType]
+        if isinstance(module, nn.RNNBase):
+            own: list[Any] = module._flat_weights  # a second list of the same parameters
+            module._flat_weights = [new if w is old else w for w in own]
 
 
 # -- optimizers -------------------------------------------------------------------------------

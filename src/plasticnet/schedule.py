@@ -16,6 +16,7 @@ from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
 from plasticnet.resize import check_optimizers
+from plasticnet.units import BlockUnits
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Schedule:
         cut = self.net.prune(0.5, self.optimizers)
         with torch.no_grad():  # the one unit that a closed site keeps is there to be used
             for site in self.net.sites.values():
-                if not bool(site.open.any()):
+                if not bool(site.open.any()) and not isinstance(site.units, BlockUnits):
                     site.phi.fill_(INITIAL_LOGIT)
         return cut
 

@@ -1,12 +1,20 @@
-"""What a run of a model changes beside its outputs: random numbers and buffers, kept and put back."""
+"""Copies of models; and what a run changes beside its outputs (random numbers, buffers), kept and put back."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy. Attributes that are results of a computation (the weight of the old weight_norm) are
+    copied by value: ``deepcopy`` refuses them."""
+    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 class Snapshot:

@@ -11,6 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+def owner(tensor: str) -> str:
+    """The name of the module that a parameter belongs to; for what a parametrization keeps (weight_norm,
+    say), of the module that it is a parameter of."""
+    module = tensor.rpartition(".")[0]
+    return f".{module}".partition(".parametrizations.")[0].removeprefix(".")
+
+
 @dataclass
 class Slice:
     """Where the units of one site lie along one dimension of one tensor.
@@ -45,10 +52,36 @@ class Consumer:
     per_sample: bool
 
 
+@dataclass(frozen=True)
+class Norm:
+    """Statistics over gated units: while ``module`` runs, they are taken over the open ones only.
+
+    The units lie along ``axis`` (counted from the end) of what is normalised, in the order of dimension
+    ``dim`` of the module's parameter ``tensor``.
+    """
+
+    module: str
+    axis: int
+    tensor: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Width:
+    """An integer attribute of a module that grows by ``per_unit`` with every unit of a site: a number
+    of heads, say, or the width of all of them. ``place`` is its index where the attribute is a tuple."""
+
+    module: str
+    attribute: str
+    per_unit: int
+    place: int | None = None
+
+
 @dataclass
 class Units:
     """One site as tracing found it: ``size`` units, the slices that they own and who reads them.
 
+    ``norms`` take statistics over the units, and ``widths`` are attributes that follow their number.
     ``growable`` is False where units can be cut exactly but new ones would come to lie in the wrong
     place (a normalisation group that spans a concatenation, say); the self-check finds out.
     """
@@ -57,12 +90,9 @@ class Units:
     size: int
     slices: list[Slice]
     consumers: list[Consumer] = field(default_factory=list)
+    norms: list[Norm] = field(default_factory=list, kw_only=True)
+    widths: tuple[Width, ...] = field(default=(), kw_only=True)
     growable: bool = field(default=True, kw_only=True)
-
-    @property
-    def is_input(self) -> bool:
-        """Whether this is an input site: features selected in front of one consumer."""
-        return False
 
 
 @dataclass
@@ -77,10 +107,20 @@ class InputUnits(Units):
     features: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     full: int = 0
 
-    @property
-    def is_input(self) -> bool:
-        """True: see `Units.is_input`."""
-        return True
+
+@dataclass
+class BlockUnits(Units):
+    """Whole blocks as units, so that depth is learned: a closed block hands on its first input.
+
+    ``blocks`` are the modules, whose output has the shape of their first input. They own no slices;
+    what lies inside a block has sites of its own.
+    """
+
+    blocks: tuple[str, ...] = ()
+
+    def inside(self, tensor: str) -> int | None:
+        """The block that a module or tensor of this name belongs to, by its place, or None."""
+        return next((i for i, block in enumerate(self.blocks) if f"{tensor}.".startswith(f"{block}.")), None)
 
 
 @dataclass
@@ -89,10 +129,12 @@ class Trace:
 
     ``sites`` maps a name to its units, in execution order; ``frozen`` maps the name of whatever
     cannot be gated to the reason; ``uses`` maps a parameter to how often each of its entries is
-    multiplied for one sample (the multiply-adds of a layer are ``uses * numel``).
+    multiplied for one sample (the multiply-adds of a layer are ``uses * numel``). ``trains_more``
+    says that parameters are used in training that are not used in evaluation (auxiliary heads).
     """
 
     sites: dict[str, Units]
     frozen: dict[str, str]
     uses: dict[str, float]
     checked: bool = False
+    trains_more: bool = False

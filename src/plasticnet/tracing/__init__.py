@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from plasticnet.errors import PlasticError
-from plasticnet.snapshot import side_effect_free
-from plasticnet.tracing import contractions, rules  # noqa: F401  (importing registers the rules)
+from plasticnet.snapshot import duplicate, side_effect_free
+from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
+from plasticnet.tracing.blocks import find_blocks
 from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
 from plasticnet.tracing.sites import build
 from plasticnet.units import Trace
@@ -54,56 +55,75 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     )
 
 
-def trace(model: nn.Module, example_inputs: Any, *, inputs: Sequence[str] = ()) -> Trace:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    inputs: Sequence[str] = (),
+    residual: bool = False,
+    blocks: Sequence[str] = (),
+) -> Trace:
     """Find the units of a model by running a copy of it, in evaluation and in training mode.
 
     ``example_inputs`` is a tuple of arguments or a dict of keyword arguments, the batch on the first
-    axis; ``inputs`` are name patterns of the modules whose input features get a site of their own.
-    The result is not self-checked; `PlasticNet` does that.
+    axis; ``inputs`` are name patterns of the modules whose input features get a site of their own,
+    ``blocks`` of those that are units as a whole; ``residual`` gates embeddings and what LayerNorm, RMSNorm
+    and their like normalise, too. The result is not self-checked; `PlasticNet` does that.
 
     Raises `PlasticError` when the model rejects the inputs, with the model's error as the cause, and when a
     pattern matches nothing.
     """
     args, kwargs = call_arguments(example_inputs)
     facts = Facts()
+    run = partial(_run, model, facts, inputs, residual)
     with unfused(), side_effect_free(model):
         try:
-            _run(model, facts, inputs, args, kwargs, training=False)
+            run(args, kwargs, training=False)
         except Exception as error:
             shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
             raise PlasticError(
                 f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
                 "Pass example_inputs that model(*example_inputs) accepts."
             ) from error
-        _run_training(model, facts, inputs, args, kwargs)
+        evaluated = set(facts.seen)
+        _run_training(model, run, args, kwargs)
+        found = find_blocks(model, blocks, args, kwargs)
     consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
     for pattern in inputs:
         if not any(fnmatchcase(name, pattern) for name in consumers):
             known = ", ".join(sorted(consumers))
             raise PlasticError(f"inputs={pattern!r} matches no module whose input can be gated: {known}")
     parameters = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-    return build(facts, [name for name in parameters if name not in facts.seen])
+    traced = build(facts, [name for name in parameters if name not in facts.seen])
+    traced.trains_more = any(name not in evaluated and name in facts.seen for name, _ in model.named_parameters())
+    traced.sites.update(found[0])
+    traced.frozen.update(found[1])
+    return traced
 
 
 def _run(
-    model: nn.Module, facts: Facts, inputs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+    model: nn.Module,
+    facts: Facts,
+    inputs: Sequence[str],
+    residual: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
 ) -> None:
-    twin = copy.deepcopy(model).train(training)
+    twin = duplicate(model).train(training)
     args, kwargs = copy_inputs((args, kwargs))
-    Tracer(twin, facts, inputs, count=not training).run(args, kwargs)
+    Tracer(twin, facts, inputs, count=not training, residual=residual).run(args, kwargs)
 
 
-def _run_training(
-    model: nn.Module, facts: Facts, inputs: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _run_training(model: nn.Module, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Layers that run in training only (auxiliary heads) join units too. Statistics over a batch of
     one are refused by BatchNorm, so such a batch is doubled."""
     try:
-        _run(model, facts, inputs, args, kwargs, training=True)
+        run(args, kwargs, training=True)
     except (ValueError, RuntimeError):
         args, kwargs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
         try:
-            _run(model, facts, inputs, args, kwargs, training=True)
+            run(args, kwargs, training=True)
         except (ValueError, RuntimeError) as error:
             raise PlasticError(
                 f"{type(model).__name__} runs on the example inputs in evaluation but not in training mode: {error}. "

@@ -72,12 +72,26 @@ def _linear(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
         tracer.attach(tracer.ledger.read(tracer.tag(out), out.dim() - 1), args[2], "a bias without units")
 
 
+def _single(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """A stack of one product with a weight, which is how einsum writes a linear map."""
+    row, column = tracer.tag(a).axes[1], tracer.tag(b).axes[2]
+    if tracer.tag(b).source is not None:
+        tracer.contract(a, 2, b, 1, out.numel() / max(b.shape[2], 1))
+        column = tracer.produce(b, 2)
+    else:
+        tracer.contract(b, 1, a, 2, out.numel() / max(a.shape[1], 1))
+        row = tracer.produce(a, 1)
+    tracer.put(out, Tag((tracer.ledger.settle(tracer.tag(a)).axes[0], row, column)))
+
+
 @rule("bmm", "baddbmm")
 def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Two stacks of matrices: the stacks are joined (that ties attention heads), the sum freezes."""
     a, b = args[-2:]
     if len(args) == 3:
         tracer.freeze(args[0], "added to a product of two activations")
+    if a.shape[0] == 1 and (tracer.tag(a).source is None) != (tracer.tag(b).source is None):
+        return _single(tracer, a, b, out)
     ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
     tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
     for t, axis in ((ta, 2), (tb, 1)):
@@ -153,23 +167,47 @@ def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     labels = tracer.ledger.read(tag, 1)
     for vector in (weight, bias):
         tracer.attach(labels, vector, "a normalisation vector without units")
-    for group in labels.reshape(groups, channels // groups):
-        if (group < 0).any():
-            tracer.ledger.freeze(group, "a normalisation group with something that cannot be cut")
-        tracer.ledger.join_all(group)
+    if groups > 1 or not tracer.normalise(x, 1, weight):
+        source = None if weight is None else tracer.tag(weight).source
+        if source is not None:
+            tracer.facts.grouped[source] = channels // groups
+        for group in labels.reshape(groups, channels // groups):
+            if (group < 0).any():
+                tracer.ledger.freeze(group, "a normalisation group with something that cannot be cut")
+            tracer.ledger.join_all(group)
     tracer.put(out[0], Tag(tag.axes))
+
+
+_NORMALISED = "normalised over its channels (LayerNorm or RMSNorm); residual=True gates it"
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x, shape = args[:2]
     tag = tracer.ledger.settle(tracer.tag(x))
-    axes = range(x.dim() - len(shape), x.dim())
-    tracer.freeze(x, "normalised over its channels (LayerNorm or RMSNorm)", axes)
-    for vector in args[2:4]:
-        if isinstance(vector, Tensor):
-            tracer.freeze(vector, "normalised over its channels (LayerNorm or RMSNorm)")
+    vectors = [vector for vector in args[2:4] if isinstance(vector, Tensor)]
+    if len(shape) == 1 and vectors and tracer.normalise(x, x.dim() - 1, vectors[0]):
+        for vector in vectors[1:]:
+            tracer.attach(tracer.ledger.read(tag, x.dim() - 1), vector, "a normalisation vector without units")
+    else:
+        for tensor in (x, *vectors):
+            tracer.freeze(tensor, _NORMALISED, range(tensor.dim() - len(shape), tensor.dim()))
     tracer.put(out[0], Tag(tag.axes))
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def _weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """A weight from its rows' directions and lengths: rows may go, what a length is over may not."""
+    direction, length = args[:2]
+    dim = args[2] if len(args) > 2 else 0
+    tag = tracer.ledger.settle(tracer.tag(direction))
+    others = [d for d in range(direction.dim()) if d != dim % direction.dim()]
+    tracer.freeze(direction, "a weight whose length is fixed by weight_norm", others)
+    labels = tracer.ledger.read(tag, dim)
+    tracer.attach(labels, length, "a length without units", dim)
+    for o in out if isinstance(out, tuple) else (out,):
+        if o.shape == direction.shape:
+            tracer.put(o, Tag(tag.axes))
 
 
 @rule("embedding")
@@ -178,4 +216,7 @@ def _embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -
     tracer.freeze(table, "the vocabulary of an embedding", [0])
     batch = tracer.tag(index).axes
     lead = [a if any(f.mark is Mark.BATCH for f in a) else plain(n) for a, n in zip(batch, index.shape, strict=True)]
+    source = tracer.tag(table).source
+    if source is not None and not tracer.residual:
+        tracer.facts.embeddings.add(source)
     tracer.put(out, Tag((*lead, tracer.produce(table, 1))))

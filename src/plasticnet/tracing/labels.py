@@ -7,6 +7,7 @@ the batch, or carries one integer label per index, or neither.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -98,17 +99,24 @@ def has_labels(axis: Axis) -> bool:
 @dataclass(frozen=True, eq=False)
 class Tag:
     """The axes of one tensor. ``source`` names the parameter that it is a plain view of, and
-    ``dims`` says which of the parameter's dimensions each axis is."""
+    ``dims`` says which of the parameter's dimensions each axis is. A ``blank`` tensor was made with equal
+    entries, or none, to be written to."""
 
     axes: tuple[Axis, ...]
     source: str | None = None
     dims: tuple[int, ...] = ()
+    blank: bool = False
 
     def with_axis(self, index: int, axis: Axis) -> Tag:
         """A copy with one axis replaced."""
         axes = list(self.axes)
         axes[index] = axis
         return Tag(tuple(axes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes."""
+        return tuple(axis_size(a) for a in self.axes)
 
     @property
     def labelled(self) -> bool:
@@ -139,6 +147,12 @@ class Ledger:
         """Every (tensor, dim, labels) that was handed out, in order."""
         for start, tensor, dim, size in self._origins:
             yield tensor, dim, np.arange(start, start + size)
+
+    def origin(self, label: int) -> tuple[str, int]:
+        """The tensor and dimension that a label was handed out for."""
+        starts = [start for start, *_ in self._origins]
+        _, tensor, dim, _ = self._origins[bisect_right(starts, label) - 1]
+        return tensor, dim
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
         """The labels at equal places live and die together; those without a partner are ignored."""

@@ -20,6 +20,7 @@ def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
     split_sizes = _split_sizes([f.size for f in pool], shape)
     if any(f.is_split and len(sizes) > 1 for f, sizes in zip(pool, split_sizes, strict=True)):
         pool = deque(f for axis in ledger.settle(tag).axes for f in axis)
+        split_sizes = _split_sizes([f.size for f in pool], shape)
     pieces: deque[Factor] = deque()
     for f, sizes in zip(pool, split_sizes, strict=True):
         pieces.extend(_split(f, sizes))

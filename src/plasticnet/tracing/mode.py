@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, labelled, plain
-from plasticnet.units import Consumer
+from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.units import Consumer, Norm
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
+_PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"
 
 
 def op_name(op: Any) -> str:
@@ -50,20 +51,31 @@ class Facts:
     inputs: dict[str, Consumer] = field(default_factory=dict)  # virtual axis name -> its consumer
     uses: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
-    grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped convolutions: rows of a group
+    grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped layers: rows of one group
+    steered: bool = False  # whether a value was read while the model ran, as `if x.sum() > 0` does
+    embeddings: set[str] = field(default_factory=set)  # tables whose own units are left alone
+    norms: dict[tuple[str, int], Norm] = field(default_factory=dict)  # statistics over gated units
 
 
 class Tracer(TorchDispatchMode):
     """Moves labels while ``model`` runs; a rule gets the tracer and uses `tag`, `put`, `join`,
     `freeze` and `ledger`."""
 
-    def __init__(self, model: nn.Module, facts: Facts, input_patterns: Sequence[str] = (), count: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        facts: Facts,
+        input_patterns: Sequence[str] = (),
+        count: bool = True,
+        residual: bool = False,
+    ) -> None:
         super().__init__()
         self.facts = facts
         self.ledger = facts.ledger
         self.model = model
         self.input_patterns = input_patterns
         self.count = count
+        self.residual = residual
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[tuple[str, Tensor | None]] = []
         self.batch: int | None = None
@@ -73,6 +85,21 @@ class Tracer(TorchDispatchMode):
             axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
             source = name if isinstance(tensor, nn.Parameter) else None
             self.tags[tensor] = Tag(axes, source, tuple(range(tensor.dim())))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                self._tie_layers(f"{name}." if name else "", module)
+
+    def _tie_layers(self, prefix: str, module: nn.RNNBase) -> None:
+        """One hidden size serves all layers and directions: a unit is the same one in all of them."""
+        names = [n for n in module._flat_weights_names if n.startswith("weight_hh")]
+        if module.proj_size:
+            for n in module._flat_weights_names:
+                for d, size in enumerate(module.get_parameter(n).shape):
+                    self.ledger.freeze(self.ledger.fresh(prefix + n, d, size), "a recurrent layer with a projection")
+            return
+        first, *others = [self.ledger.fresh(prefix + n, 1, module.hidden_size) for n in names]
+        for other in others:
+            self.ledger.join(first, other)
 
     # -- running ----------------------------------------------------------------------------
 
@@ -163,7 +190,11 @@ class Tracer(TorchDispatchMode):
         tag = self.tag(weight)
         if tag.source is not None:
             self.facts.producers.setdefault((tag.source, tag.dims[axis]))
-        return tag.axes[axis]
+            return tag.axes[axis]
+        labels = self.ledger.read(tag, axis)
+        if (labels >= 0).any():  # a computed weight: what it is computed from gives birth to the units
+            self.facts.producers.setdefault(self.ledger.origin(int(labels.max())))
+        return labelled(labels)
 
     def contract(self, x: Tensor, x_axis: int, weight: Tensor, w_axis: int, positions: float) -> None:
         """Sum over an axis of ``x`` and one of ``weight``; ``positions`` counts how often each
@@ -171,9 +202,8 @@ class Tracer(TorchDispatchMode):
         tx, tw = self.tag(x), self.tag(weight)
         labels = self.ledger.read(tx, x_axis)
         if tw.source is None or tx.source is not None:
-            reason = "a product of two activations or of two weights"
-            self.ledger.freeze(labels, reason)
-            self.ledger.freeze(self.ledger.read(tw, w_axis), reason)
+            self.ledger.freeze(labels, _PRODUCT)
+            self.ledger.freeze(self.ledger.read(tw, w_axis), _PRODUCT)
             return
         name, dim = tw.source, tw.dims[w_axis]
         if self.count:
@@ -187,11 +217,28 @@ class Tracer(TorchDispatchMode):
             features = self.ledger.fresh(virtual, 0, len(labels))
             self.ledger.join(labels, features)
             self.ledger.freeze(np.where(labels < 0, features, -1), "features of the model's input")
-        else:
+        elif not is_same(tx.axes[x_axis]):  # equal entries (a first hidden state of zeros) fit any width
             self.meet(labels, columns, "one side of this contraction cannot be cut (the model's input, or frozen)")
         found = self.facts.consumers.setdefault((name, dim), [])
         if consumer not in found:
             found.append(consumer)
+
+    def normalise(self, x: Tensor, axis: int, vector: Tensor | None = None) -> bool:
+        """Statistics over an axis of ``x`` that may be taken over the open units only, if masked norms
+        were asked for and the module at work owns a vector of the axis' length, whose units these are."""
+        if not self.residual or not self.calls:
+            return False
+        owner = self.calls[-1][0]
+        for name, tensor in self.model.get_submodule(owner).named_parameters(owner, recurse=False):
+            dims = [d for d, n in enumerate(tensor.shape) if n != 1]
+            if len(dims) == 1 and tensor.shape[dims[0]] == x.shape[axis] and vector in (None, tensor):
+                self.attach(
+                    self.ledger.read(self.tag(x), axis), tensor, "a normalisation vector without units", dims[0]
+                )
+                norm = Norm(owner, axis % x.dim() - x.dim(), name, dims[0])
+                self.facts.norms.setdefault((name, dims[0]), norm)
+                return True
+        return False
 
     def _consumer(self, name: str, dim: int, labels: np.ndarray) -> Consumer:
         """Who reads these labels: the innermost module call that owns the parameter, if its first

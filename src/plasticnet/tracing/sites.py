@@ -10,9 +10,11 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from plasticnet.tracing.labels import Ledger
 from plasticnet.tracing.mode import Facts
-from plasticnet.units import InputUnits, Slice, Trace, Units
+from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
+_EMBEDDING = "the features of an embedding; residual=True gates them"
 _MAX_PIECES = 4  # a producer whose units fall into more pieces than this has no layout to speak of
 
 
@@ -40,6 +42,8 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
         if tensor in unseen:
             ledger.freeze(labels, "never used while the model ran")
     names = [(tensor, dim) for tensor, dim, _ in origins]
+    if facts.steered:
+        _freeze_for_other_branches(ledger, unseen)
     for i, key in enumerate(names):
         if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
@@ -55,10 +59,28 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
         labels = origins[names.index(key)][2]
         mine = [c for c in dict.fromkeys(classes.of[labels].tolist()) if c not in taken]
         taken.update(mine)
-        name = key[0].rpartition(".")[0] or key[0]
+        if key[0] in facts.embeddings:
+            reasons.update((c, reasons.get(c, _EMBEDDING)) for c in mine)
+        name = owner(key[0]) or key[0]
         _sites_of(name, mine, classes, reasons, origin_of, starts, names, facts, trace)
     _attach_consumers(facts, trace)
+    for units in trace.sites.values():
+        units.norms.extend(n for key, n in facts.norms.items() if key in {(s.tensor, s.dim) for s in units.slices})
     return trace
+
+
+def _freeze_for_other_branches(ledger: Ledger, unseen: Sequence[str]) -> None:
+    """Where values steer the model, a layer that did not run may read, in another branch, whatever has
+    the width of one of its dimensions."""
+    lengths = {len(labels): tensor for tensor, _, labels in ledger.origins() if tensor in unseen and len(labels) > 1}
+    for _, _, labels in list(ledger.origins()):
+        if len(labels) in lengths:
+            layer = owner(lengths[len(labels)])
+            ledger.freeze(
+                labels,
+                f"the model reads a value and {layer} did not run: it may read these units in another branch; "
+                "pass example inputs that reach it",
+            )
 
 
 def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:

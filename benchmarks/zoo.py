@@ -1,0 +1,166 @@
+"""Run every model of the zoo, each in a process of its own, and collect a row for each as JSON.
+
+``make zoo`` installs what is needed and runs ``python benchmarks/zoo.py``; zoo_table.py writes
+docs/zoo.md from the result. Rows are written as they come, so that an interrupted run can be
+continued with ``--resume``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "experiments"))
+
+RESULT = HERE / "results" / "zoo.json"
+PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript", "torch-pruning", "peft")
+
+
+def child(name: str, options: argparse.Namespace) -> None:
+    """Measure one model; called in a process of its own."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    def report(row: dict[str, Any]) -> None:
+        options.out.write_text(json.dumps(row))
+
+    if options.part == "plasticnet":
+        from zoo_measure import measure
+
+        measure(name, options.seed, report, not options.skip_onnx, options.residual)
+    else:
+        from zoo_pruning import compare
+
+        compare(name, options.seed, report)
+
+
+def part_of_row(name: str, part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a child with a time limit; what it had reported when it crashed or ran out of time counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--child", name, "--part", part, "--out", str(out)]
+        command += ["--seed", str(options.seed), *(["--skip-onnx"] if options.skip_onnx else [])]
+        command += ["--residual"] if options.residual else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+        trouble = None
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.timeout)
+            if done.returncode:
+                trouble = f"crash: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1][:300]}"
+        except subprocess.TimeoutExpired:
+            trouble = f"timeout after {options.timeout:.0f} s"
+        row = json.loads(out.read_text()) if out.exists() else {}
+        if trouble and "status" not in row:
+            row["status"] = trouble
+        if trouble and trouble.startswith("crash"):
+            row["traceback"] = done.stderr[-3000:]
+        return row
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: ours, and torch-pruning's under "torch_pruning"."""
+    row = {"name": name, **part_of_row(name, "plasticnet", options)}
+    if not options.skip_torch_pruning:
+        row["torch_pruning"] = part_of_row(name, "torch-pruning", options)
+    return row
+
+
+def chosen(options: argparse.Namespace) -> list[str]:
+    """The names asked for."""
+    from zoo_models import FAST, MODELS
+
+    names = list(FAST) if options.fast else list(MODELS)
+    return [n for n in names if fnmatchcase(n, options.only)]
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the rows were measured with."""
+    keys = ("seed", "timeout", "threads", "only", "fast", "residual", "skip_onnx", "skip_torch_pruning")
+    return {key: getattr(options, key) for key in keys}
+
+
+def packages() -> dict[str, str]:
+    """The versions of the libraries that the models come from."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write(path: Path, head: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Replace the result file as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({**head, "results": list(rows)}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    parts = [f"{row['name']:45}", str(row.get("status", "?"))]
+    if "sites" in row:
+        parts.append(
+            f"[{row['sites']} sites, {len(row['frozen'])} frozen, {row['prunable']:.0%}, {row['seconds']:.0f} s]"
+        )
+    parts += [f"onnx: {row['onnx']}"] if "onnx" in row else []
+    parts += [f"torch-pruning: {row['torch_pruning'].get('status')}"] if "torch_pruning" in row else []
+    return "  ".join(parts)
+
+
+def main() -> int:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names to run, such as 'timm/*'")
+    parser.add_argument("--fast", action="store_true", help="about a tenth of the zoo, quick models of all kinds")
+    parser.add_argument("--skip-torch-pruning", action="store_true")
+    parser.add_argument("--skip-onnx", action="store_true")
+    parser.add_argument("--residual", action="store_true", help="gate what LayerNorms normalise, too")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has already")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="plasticnet", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options)
+        return 0
+
+    import torch
+    from common import environment
+
+    torch.set_num_threads(options.threads)
+    head = {"environment": {**environment(), "packages": packages()}, "settings": settings(options)}
+    rows: dict[str, dict[str, Any]] = {}
+    if options.resume and options.out.exists():
+        rows = {row["name"]: row for row in json.loads(options.out.read_text())["results"]}
+    names = chosen(options)
+    for i, name in enumerate(names):
+        if name not in rows:
+            rows[name] = measured(name, options)
+            write(options.out, head, rows.values())
+        print(f"{i + 1:3}/{len(names)}  {line(rows[name])}", flush=True)
+    wrong = [n for n in names if not rows[n].get("status", "").startswith(("ok", "nothing to gate"))]
+    print(f"{len(names) - len(wrong)} of {len(names)} as they should be")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Write docs/zoo.md from the rows that zoo.py measured; --check only says whether it is up to date."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "zoo.json"
+PAGE = HERE.parent / "docs" / "zoo.md"
+
+INTRODUCTION = """# The zoo
+
+What plasticnet does with {count} models of other people, each built with random weights and run on a batch of
+two. `make zoo` measures them again (benchmarks/zoo.py; it takes hours) and writes this page (benchmarks/zoo_table.py).
+
+{environment}
+
+- **Prunable** is the share of the parameters that lie in some unit; **frozen** counts the groups of channels that
+  are never gated, with their most frequent reason. All are listed below the tables.
+- **Error** is the largest difference between `net.compact()` and `net.eval()`, relative to the largest output, with
+  30 % and with 80 % of the units of every site closed at random: in double precision, with random parameters, after
+  construction and so after the self-check, on other random numbers than it uses. At most {tolerance:.0e} is right.
+- **Checks**: the outputs moved when the units were closed, every parameter that had a gradient still gets a finite
+  one after compaction, and a file gives back the same tensors and outputs. **ONNX**: ONNX Runtime gives the same
+  outputs (within 1e-4 in single precision) as the compact module; "one batch size" where the exporter fixes it.
+- **Seconds** are those of `PlasticNet(model, inputs)`, which traces and checks.
+- **torch-pruning** is version {pruning} at a ratio of 0.3, compared with the same model with all removed entries set
+  to zero. [zoo_pruning.py](../benchmarks/zoo_pruning.py) says how, and what was done to be fair. Pruning the width of
+  a LayerNorm is inexact by nature, because its statistics change; plasticnet freezes such widths unless asked.
+  No time or accuracy is compared beyond that: the two do different things.
+
+{summary}
+"""
+
+HEADER = [
+    "model", "sites", "units", "prunable, %", "frozen", "error, 30 %", "error, 80 %", "checks", "ONNX", "seconds",
+    "torch-pruning", "its seconds",
+]  # fmt: skip
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """The whole page."""
+    rows, environment = content["results"], content["environment"]
+    packages = ", ".join(f"{n} {v}" for n, v in environment["packages"].items())
+    settings = content["settings"]
+    parts = [
+        INTRODUCTION.format(
+            count=len(rows),
+            tolerance=1e-9,
+            pruning=environment["packages"]["torch-pruning"],
+            summary=summary(rows),
+            environment=f"plasticnet {environment['plasticnet']}, torch {environment['torch']}, {packages}; "
+            f"Python {environment['python']}, {environment['device']}, {environment['threads']} thread, load "
+            f"{environment['load']:.1f}; seed {settings['seed']} (one), at most {settings['timeout']:.0f} s a model; "
+            f"{environment['date']}, `{environment['command']}`.",
+        )
+    ]
+    for library, members in by_library(rows).items():
+        parts += [f"## {library}", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+        parts += [f"| {' | '.join(cells(row))} |" for row in members] + [""]
+    parts += ["## What is frozen, and why", ""]
+    for row in rows:
+        if row.get("frozen"):
+            parts += [f"- **{row['name']}**"]
+            parts += [f"  - {reason}: {', '.join(f'`{n}`' for n in names)}" for reason, names in reasons(row).items()]
+    return "\n".join(parts) + "\n"
+
+
+def by_library(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows by what stands before the slash."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["name"].partition("/")[0], []).append(row)
+    return found
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The figures that matter, in three sentences."""
+    fine = [r for r in rows if r.get("status") == "ok"]
+    worst = max((e for r in rows for e in r.get("error", {}).values()), default=0.0)
+    onnx = Counter(_onnx(r.get("onnx")).partition(" (")[0] for r in rows if "onnx" in r)
+    theirs = Counter(_verdict(r["torch_pruning"]) for r in rows if "torch_pruning" in r)
+    nothing = sum(r.get("status", "").startswith("nothing to gate") for r in rows)
+    text = f"**{len(fine)} of {len(rows)} pass everything**, {nothing} have nothing to gate; largest error {worst:.1e}."
+    if onnx:
+        text += f" ONNX: {', '.join(f'{n} {what}' for what, n in onnx.most_common())}."
+    if theirs:
+        text += f" torch-pruning: {', '.join(f'{n} {what}' for what, n in theirs.most_common())}."
+    return text
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of a table."""
+    name = row["name"].partition("/")[2]
+    theirs = row.get("torch_pruning", {})
+    pruning = [theirs.get("status", "not run"), f"{theirs['seconds']:.1f}" if "seconds" in theirs else ""]
+    if "sites" not in row:
+        return [_plain(c) for c in [name, *[""] * 3, row["status"], *[""] * 5, *pruning]]
+    common = "; ".join(f"{len(names)} {reason}" for reason, names in list(reasons(row).items())[:2])
+    return [
+        _plain(c)
+        for c in [
+            name,
+            f"{row['sites']}",
+            f"{row['units']:,}",
+            f"{100 * row['prunable']:.0f}",
+            f"{len(row['frozen'])}: {common}" if common else "0",
+            *([f"{e:.0e}" for e in row["error"].values()] if "error" in row else ["", ""]),
+            "ok" if row.get("status") == "ok" else row.get("status", "?"),
+            _onnx(row.get("onnx")),
+            f"{row['seconds']:.1f}",
+            *pruning,
+        ]
+    ]
+
+
+def reasons(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reason to the names that are frozen for it, the most frequent first; numbers in errors are left out."""
+    found: dict[str, list[str]] = {}
+    for name, reason in row["frozen"].items():
+        found.setdefault(reason.partition(": ")[0], []).append(name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _onnx(verdict: str | None) -> str:
+    return "not run" if verdict is None else verdict.partition(": ")[0]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return row.get("status", "not run").partition(" (")[0].partition(":")[0].partition(" after")[0]
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:200]
+
+
+def main() -> int:
+    """Write the page, or compare it with --check."""
+    text = page(json.loads(RESULT.read_text()))
+    if "--check" in sys.argv:
+        return int(not PAGE.exists() or PAGE.read_text() != text)
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

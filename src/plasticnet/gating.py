@@ -1,0 +1,244 @@
+"""How gates enter a run of the model.
+
+A gate multiplies what the consumers of its unit read. Gates that differ between samples multiply
+the activation, in a hook that lives for one forward pass; gates that the whole batch shares are
+folded into the consumers' weights. `compact` folds by the same function. Norms take their
+statistics over what is open, and closed blocks are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from plasticnet.errors import PlasticError
+from plasticnet.norms import open_statistics
+from plasticnet.units import BlockUnits, InputUnits, Units
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """One gated dimension of one parameter. ``units`` gives, for each of its positions, the index
+    into the gates of all sites (the last one, which is always 1, where nothing gates it);
+    ``features`` the same for the input site on top. ``select`` are the features present."""
+
+    tensor: str
+    dim: int
+    module: str
+    axis: int | None
+    per_sample: bool
+    units: Tensor
+    features: Tensor | None
+    select: Tensor | None
+    full: int
+
+    def multiplier(self, z: Tensor) -> Tensor:
+        """What each position is multiplied by: (..., positions) from gates (..., units + 1)."""
+        result = z.index_select(-1, self.units)
+        return result if self.features is None else result * z.index_select(-1, self.features)
+
+
+def _offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
+    """Where each site's gates begin in the gates of all, and where the constant 1 is."""
+    ends = np.cumsum([0, *(u.size for u in sites.values())]).tolist()
+    return dict(zip(sites, ends, strict=False)), ends[-1]
+
+
+def _positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) -> np.ndarray:
+    """For each position of one dimension of a tensor, the index of its gate."""
+    offsets, one = _offsets(sites)
+    positions = np.full(length, one)
+    for name, u in sites.items():
+        for s in u.slices:
+            if (s.tensor, s.dim) == key:
+                positions[s.index] = offsets[name] + np.arange(u.size)[:, None]
+    return positions
+
+
+def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
+    """Every gated (parameter, dimension), in execution order."""
+    offsets, _ = _offsets(sites)
+    inputs = {u.consumers[0].tensor: u for u in sites.values() if isinstance(u, InputUnits)}
+    shapes = dict(model.named_parameters())
+    found: dict[tuple[str, int], Reader] = {}
+    for consumer in dict.fromkeys(c for u in sites.values() for c in u.consumers):
+        key = (consumer.tensor, consumer.dim)
+        weight = shapes[consumer.tensor]
+        feature = inputs.get(consumer.tensor)
+        where = (feature.name, 0) if feature else key
+        positions = _positions(sites, where, feature.full if feature else weight.shape[consumer.dim])
+        per_sample = consumer.per_sample and consumer.axis is not None
+        if key in found:  # several calls of one module: they differ in rank or batch at most
+            per_sample = per_sample and found[key].per_sample and found[key].axis == consumer.axis
+        device = weight.device
+        features = select = None
+        if feature is not None:
+            positions = positions[feature.features]
+            features = torch.arange(feature.size, device=device) + offsets[feature.name]
+            select = torch.from_numpy(feature.features).to(device) if feature.size < feature.full else None
+        found[key] = Reader(
+            consumer.tensor, consumer.dim, consumer.module, consumer.axis, per_sample,
+            torch.from_numpy(positions).to(device), features, select, feature.full if feature else len(positions),
+        )  # fmt: skip
+    return list(found.values())
+
+
+def fold(model: nn.Module, found: list[Reader], z: Tensor) -> dict[str, Tensor]:
+    """The consumers' weights times gates that the batch shares, z of shape (units + 1,), by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    folded: dict[str, Tensor] = {}
+    for r in found:
+        weight = folded.get(r.tensor, parameters[r.tensor])
+        shape = [1] * weight.dim()
+        shape[r.dim] = -1
+        folded[r.tensor] = weight * r.multiplier(z).to(weight.dtype).reshape(shape)
+    return folded
+
+
+class Gating:
+    """Where the gates of these sites act on a model of their present size.
+
+    ``per_sample`` says of each site whether it can draw once per sample: all its readers see samples
+    as rows, and nothing takes statistics over its units.
+    """
+
+    def __init__(self, sites: Mapping[str, Units], model: nn.Module) -> None:
+        self.model = model
+        self.readers = readers(sites, model)
+        offsets, _ = _offsets(sites)
+        shapes = {name: t.shape for name, t in model.named_parameters()}
+        device = next(model.parameters()).device
+        self._blocks = [
+            (model.get_submodule(block), offsets[name] + i)
+            for name, u in sites.items()
+            if isinstance(u, BlockUnits)
+            for i, block in enumerate(u.blocks)
+        ]
+        norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
+        self._norms = [
+            (n, torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device))
+            for n in norms
+        ]
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+        fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
+        self.per_sample = {
+            name: bool(u.consumers) and not u.norms and not any((c.tensor, c.dim) in fixed for c in u.consumers)
+            for name, u in sites.items()
+        }
+
+    def run(self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
+        batch or one per sample; the last is the constant 1."""
+        per_sample = z.dim() == 2 and len(z) > 1
+        hooked = [r for r in self.readers if r.per_sample] if per_sample else []
+        folded = [r for r in self.readers if not (per_sample and r.per_sample)]
+        shared = z[0] if z.dim() == 2 else z
+        all_open = bool((shared == 1).all())
+        with ExitStack() as stack:
+            stack.enter_context(_hooks(self.model, hooked, z))
+            stack.enter_context(_hooks(self.model, folded, None))
+            if all_open:
+                return self.model(*args, **kwargs)
+            stack.enter_context(_skipping(module for module, i in self._blocks if shared[i] == 0))
+            for norm, positions in self._norms:
+                mask = shared.index_select(0, positions) > 0
+                stack.enter_context(open_statistics(self.model.get_submodule(norm.module), norm.axis, mask))
+            tensors = _by_place(self.model, fold(self.model, folded, shared))
+            if self._recurrent:
+                stack.enter_context(_flat_weights(self.model, tensors))
+            # One name per place: a module that is registered twice would be swapped, and put back, twice.
+            return functional_call(self.model, tensors, args, dict(kwargs), tie_weights=False)
+
+
+def _by_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What replaces parameters, under one name for each module that holds them."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    new = {id(names[name]): tensor for name, tensor in tensors.items()}
+    return {
+        f"{prefix}.{leaf}" if prefix else leaf: new[id(p)]
+        for prefix, module in model.named_modules()
+        for leaf, p in module._parameters.items()
+        if id(p) in new
+    }
+
+
+@contextmanager
+def _flat_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Recurrent layers read a list of their weights, which ``functional_call`` does not know of."""
+    kept: list[tuple[nn.RNNBase, list[Any]]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            own: list[Any] = module._flat_weights
+            kept.append((module, own))
+            names = module._flat_weights_names
+            module._flat_weights = [
+                tensors.get(f"{name}.{n}" if name else n, w) for n, w in zip(names, own, strict=True)
+            ]
+    try:
+        yield
+    finally:
+        for module, own in kept:
+            module._flat_weights = own
+
+
+@contextmanager
+def _skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
+    """Within this context these modules hand on their first input."""
+    skipped = list(blocks)
+    own = [module.__dict__.get("forward") for module in skipped]
+    for module in skipped:
+        module.forward = _first_input
+    try:
+        yield
+    finally:
+        for module, forward in zip(skipped, own, strict=True):
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.forward = forward
+
+
+def _first_input(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def _hooks(model: nn.Module, found: list[Reader], z: Tensor | None) -> Iterator[None]:
+    """Within this context the consumers' inputs are selected (input sites) and multiplied by
+    per-sample gates ``z`` of shape (batch, units + 1), if any."""
+    handles = []
+    for r in found:
+        if r.select is not None or z is not None:
+            multiplier = None if z is None else r.multiplier(z)
+            handles.append(model.get_submodule(r.module).register_forward_pre_hook(_hook(r, multiplier)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        assert reader.axis is not None
+        if reader.select is not None:
+            x = x.index_select(reader.axis, reader.select)
+        if multiplier is not None:
+            if x.shape[0] != len(multiplier):
+                raise PlasticError(
+                    f"{reader.module} reads {x.shape[0]} rows, but gates were drawn for {len(multiplier)} samples; "
+                    'construct PlasticNet with gates="batch"'
+                )
+            shape = [1] * x.dim()
+            shape[0], shape[reader.axis] = len(multiplier), multiplier.shape[1]
+            x = x * multiplier.to(x.dtype).reshape(shape)
+        return (x, *args[1:])
+
+    return hook

@@ -1,0 +1,131 @@
+"""Masked norms: statistics over the open units only, as the cut network will take them.
+
+A closed unit still has a value where a norm reads it (a gate acts behind the norm, at the consumers).
+While the norm's module runs, a ``TorchFunctionMode`` replaces the operations that take statistics
+over the gated axis by versions that count the open entries. Nothing is replaced while all are open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None]:
+    """Within this context ``module`` takes its statistics over ``axis`` (counted from the end) where
+    ``mask``, a boolean of shape (length of the axis,), is true."""
+    modes: list[_OpenStatistics] = []
+
+    def enter(*_: Any) -> None:
+        modes.append(_OpenStatistics(axis, mask))
+        modes[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        if modes:
+            modes.pop().__exit__(None, None, None)
+
+    handles = [
+        module.register_forward_pre_hook(enter),
+        module.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OpenStatistics(TorchFunctionMode):
+    def __init__(self, axis: int, mask: Tensor) -> None:
+        super().__init__()
+        self.axis = axis
+        self.mask = mask
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = _MASKED.get(func)
+        if masked is None:
+            return func(*args, **(kwargs or {}))
+        return masked(self, func, *args, **(kwargs or {}))
+
+    def over(self, x: Tensor) -> Tensor:
+        """The mask, 1 or 0, in the shape that broadcasts over ``x``."""
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        return self.mask.to(x.dtype).reshape(shape)
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether the gated axis is one of ``x``."""
+        return x.dim() >= -self.axis and x.shape[self.axis] == len(self.mask)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor, eps: float) -> Tensor:
+    """``x`` less its mean over the ``count`` open entries, over their standard deviation."""
+    x = x - (x * mask).sum(dims, keepdim=True) / count
+    return x * torch.rsqrt((x * x * mask).sum(dims, keepdim=True) / count + eps)
+
+
+def _layer_norm(
+    mode: _OpenStatistics, func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
+) -> Tensor:  # fmt: skip
+    mask = mode.mask.to(torch.promote_types(x.dtype, torch.float32))
+    y = _standardised(_widened(x), mask, (-1,), mask.sum(), eps).to(x.dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _rms_norm(
+    mode: _OpenStatistics, func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:  # fmt: skip
+    wide = _widened(x)
+    mask = mode.over(wide)
+    mean = (wide * wide * mask).sum(-1, keepdim=True) / mask.sum()
+    y = (wide * torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))).to(x.dtype)
+    return y if weight is None else y * weight
+
+
+def _group_norm(
+    mode: _OpenStatistics, func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
+) -> Tensor:  # fmt: skip
+    """One group: all channels and positions together."""
+    flat = _widened(x).flatten(2).transpose(1, 2)  # (batch, positions, channels)
+    mask = mode.mask.to(flat.dtype)
+    flat = _standardised(flat, mask, (1, 2), mask.sum() * flat.shape[1], eps)
+    y = flat.transpose(1, 2).reshape(x.shape).to(x.dtype)
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+def _mean(mode: _OpenStatistics, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    dim = args[0] if args else kwargs.get("dim")
+    dims = [dim] if isinstance(dim, int) else list(dim or [])
+    if len(dims) != 1 or not mode.reads(x) or dims[0] % x.dim() != mode.axis % x.dim():
+        return func(x, *args, **kwargs)
+    keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", False))
+    return (x * mode.over(x)).sum(dims[0], keepdim=keepdim) / mode.mask.sum()
+
+
+_MASKED: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    torch.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    torch.group_norm: _group_norm,
+    torch.mean: _mean,
+    torch.Tensor.mean: _mean,
+}

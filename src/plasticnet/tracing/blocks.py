@@ -1,0 +1,65 @@
+"""Blocks: modules that can be skipped as a whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plasticnet.errors import PlasticError
+from plasticnet.snapshot import duplicate
+from plasticnet.units import BlockUnits
+
+
+def find_blocks(
+    model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, BlockUnits], dict[str, str]]:
+    """The sites of the blocks whose names match, one site for each module that holds some
+    (``layer1.depth`` for ``layer1.0``, ``layer1.1``, ...), and the reasons against the others.
+
+    Raises `PlasticError` when a pattern matches no module.
+    """
+    names = [n for n, _ in model.named_modules() if n and any(fnmatchcase(n, p) for p in patterns)]
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            known = ", ".join(n for n, m in model.named_modules() if n and next(m.children(), None) is not None)
+            raise PlasticError(f"blocks={pattern!r} matches no module; those with parts are: {known}")
+    if not names:
+        return {}, {}
+    calls: dict[str, list[str]] = {n: [] for n in names}
+    twin = duplicate(model).eval()
+    for name in names:
+        twin.get_submodule(name).register_forward_hook(_note(calls[name]), with_kwargs=True)
+    with torch.no_grad():
+        twin(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+    frozen: dict[str, str] = {}
+    sites: dict[str, list[str]] = {}
+    for name in names:
+        within = any(name.startswith(f"{other}.") for other in names)
+        reasons = ["a block within a block"] if within else calls[name] or ["a block that was never called"]
+        reason = next((r for r in reasons if r), None if len(reasons) == 1 else "a block that is called several times")
+        if reason is None:
+            sites.setdefault(name.rpartition(".")[0], []).append(name)
+        else:
+            frozen[f"{name} (as a block)"] = reason
+    found = {f"{parent}.depth".lstrip("."): tuple(members) for parent, members in sites.items()}
+    return {n: BlockUnits(n, len(b), [], blocks=b, growable=False) for n, b in found.items()}, frozen
+
+
+def _note(reasons: list[str]) -> Any:
+    """A hook that notes why a call is not one of a block ("" if it is)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(out, Tensor) or not isinstance(first, Tensor):
+            reasons.append(f"a block returns a tensor like its first input, not a {type(out).__name__}")
+        elif out.shape != first.shape or out.dtype != first.dtype:
+            reasons.append(f"its output has shape {tuple(out.shape)}, its first input {tuple(first.shape)}")
+        else:
+            reasons.append("")
+
+    return hook

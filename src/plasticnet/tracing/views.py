@@ -1,0 +1,301 @@
+"""How operations that only lay entries out anew move labels: views, permutations, pieces, writes into views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.tracing.layout import pieces, reshape
+from plasticnet.tracing.mode import Tracer, rule
+
+
+def tensors_in(*trees: Any) -> list[Tensor]:
+    """The tensors among arguments, in order."""
+    return [t for t in tree_leaves(trees) if isinstance(t, Tensor)]
+
+
+def dim_of(dim: int, ndim: int) -> int:
+    """A dimension counted from the front."""
+    return dim % max(ndim, 1)
+
+
+def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place: bool) -> Axis:
+    """One axis of several tensors that are combined entry by entry: (tensor, axis) each."""
+    factors = [t.axes[a] for t, a in places]
+    found = next((f for f in factors if has_labels(f)), None)
+    if found is None:
+        batch = next((f for f in factors if is_batch(f)), None)
+        return batch or (factors[0] if all(is_same(f) for f in factors) else plain(size))
+    if all(f is found for f in factors):
+        return found
+    union, compared = np.full(size, -1, dtype=np.int64), False
+    written = in_place and is_same(factors[0])  # equal entries that are written to are not equal any more
+    for n, (t, a) in enumerate(places):
+        if is_same(t.axes[a]) and not (written and n == 0):
+            continue
+        labels = tracer.ledger.read(t, a)
+        if compared:
+            tracer.meet(union, labels, "combined with something that has nothing to cut there")
+        union, compared = np.where(union >= 0, union, labels), True
+    complete = (tracer.ledger.read(Tag((found,)), 0) == union).all()
+    return found if complete else labelled(union)
+
+
+def write(tracer: Tracer, target: Tensor, x: Tensor) -> bool:
+    """Copy ``x`` into a tensor that was made for it (``empty``, ``zeros``), or into a slice of one: the
+    whole tensor takes its labels there. False where the target is something else."""
+    base = target if target._base is None else target._base
+    tag = tracer.tag(base)
+    if not tag.blank or base.dim() != target.dim() or base.stride() != target.stride() or x.shape != target.shape:
+        return False
+    own = tracer.ledger.settle(tracer.tag(x))
+    rest = int(target.storage_offset() - base.storage_offset())
+    axes: list[Axis] = []
+    for d, (size, stride) in enumerate(zip(base.shape, base.stride(), strict=True)):
+        start, rest = divmod(rest, max(int(stride), 1))
+        axes.append(_written(tracer, tag, own, d, slice(start, start + target.shape[d]), size))
+    tracer.put(base, Tag(tuple(axes), blank=True))
+    return True
+
+
+def _written(tracer: Tracer, tag: Tag, own: Tag, d: int, place: slice, size: int) -> Axis:
+    """Axis ``d`` of a tensor after ``own`` was copied into ``place`` of it."""
+    before, after = tag.axes[d], own.axes[d]
+    if axis_size(after) == size and is_same(before):
+        return after
+    if not has_labels(before) and not has_labels(after):
+        return before if is_batch(before) and is_batch(after) else plain(size)
+    labels, new = tracer.ledger.read(tag, d).copy(), tracer.ledger.read(own, d)
+    if not is_same(before) and not has_labels(before):
+        tracer.ledger.freeze(new, "written beside something that cannot be cut")
+        return before
+    tracer.ledger.join(labels[place], new)
+    tracer.ledger.freeze(np.where(new < 0, labels[place], -1), "written over by something that cannot be cut")
+    labels[place] = np.where(labels[place] < 0, new, labels[place])
+    return labelled(labels)
+
+
+@rule("view", "_unsafe_view", "_reshape_alias", "reshape")
+def _view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    if tuple(out.shape) == tuple(args[0].shape):
+        tracer.put(out, tracer.tag(args[0]))
+        return
+    tag = tracer.tag(args[0])
+    result = reshape(tracer.ledger, tag, out.shape)
+    dims = [d for d, n in zip(tag.dims, args[0].shape, strict=False) if n > 1]
+    if tag.source is not None and [n for n in out.shape if n > 1] == [n for n in args[0].shape if n > 1]:
+        left = iter(dims)  # only axes of length 1 came or went: still a plain view of the parameter
+        result = Tag(result.axes, tag.source, tuple(next(left) if n > 1 else -1 for n in out.shape))
+    tracer.put(out, result)
+
+
+@rule("detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "_conj")
+def _same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    tracer.put(out, tracer.tag(args[0]))
+
+
+@rule("as_strided", "as_strided_")
+def _strided(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Pooling to one position sets strides only; any other use is a layout of its own."""
+    if tuple(args[1]) != tuple(tracer.tag(args[0]).shape):
+        tracer.unknown(func, [args[0]])
+    tracer.put(out, tracer.tag(args[0]))
+
+
+def _permuted(tracer: Tracer, x: Tensor, order: Sequence[int], out: Tensor) -> None:
+    tag = tracer.tag(x)
+    dims = tuple(tag.dims[i] for i in order) if tag.dims else ()
+    tracer.put(out, Tag(tuple(tag.axes[i] for i in order), tag.source, dims))
+
+
+@rule("_pack_padded_sequence", "_pad_packed_sequence")
+def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Two leading axes, time and batch, become one, or the other way round."""
+    behind = args[0].dim() - 1 if func._schema.name == "aten::_pad_packed_sequence" else args[0].dim() - 2
+    tag = tracer.ledger.settle(tracer.tag(args[0]))
+    lead = out[0].shape[: out[0].dim() - behind]
+    tracer.put(out[0], Tag((*map(plain, lead), *tag.axes[len(tag.axes) - behind :])))
+
+
+@rule("view_as_complex", "view_as_real")
+def _pairs(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Neighbours on the last axis are the parts of one number."""
+    axes = tracer.tag(args[0]).axes
+    tracer.put(out, Tag(axes[:-1] if func._schema.name == "aten::view_as_complex" else (*axes, plain(2))))
+
+
+@rule("t", "numpy_T")
+def _t(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    _permuted(tracer, args[0], range(args[0].dim())[::-1], out)
+
+
+@rule("transpose", "transpose_")
+def _transpose(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    order = list(range(out.dim()))
+    a, b = dim_of(args[1], out.dim()), dim_of(args[2], out.dim())
+    order[a], order[b] = order[b], order[a]
+    _permuted(tracer, args[0], order, out)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Compositions of reshapes and a permutation, done by one operation."""
+    *lead, c, h, w = args[0].shape
+    n, r = len(lead), args[1]
+    if func._schema.name == "aten::pixel_shuffle":
+        split, order = (c // r**2, r, r, h, w), (0, 3, 1, 4, 2)
+    elif func._schema.name == "aten::pixel_unshuffle":
+        split, order = (c, h // r, r, w // r, r), (0, 2, 4, 1, 3)
+    else:
+        split, order = (r, c // r, h, w), (1, 0, 2, 3)
+    tag = reshape(tracer.ledger, tracer.tag(args[0]), (*lead, *split))
+    axes = (*tag.axes[:n], *(tag.axes[n + i] for i in order))
+    tracer.put(out, reshape(tracer.ledger, Tag(axes), out.shape))
+
+
+@rule("permute")
+def _permute(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    _permuted(tracer, args[0], [dim_of(d, out.dim()) for d in args[1]], out)
+
+
+@rule("unsqueeze")
+def _unsqueeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    tag = tracer.tag(args[0])
+    axes, dims, at = list(tag.axes), list(tag.dims), dim_of(args[1], out.dim())
+    axes.insert(at, ())
+    if tag.source is not None:
+        dims.insert(at, -1)
+    tracer.put(out, Tag(tuple(axes), tag.source, tuple(dims)))
+
+
+@rule("squeeze")
+def _squeeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x: Tensor = args[0]
+    asked = args[1] if len(args) > 1 else range(x.dim())
+    dims = [dim_of(d, x.dim()) for d in (asked if isinstance(asked, list | tuple | range) else [asked])]
+    gone = [d for d in dims if x.shape[d] == 1]
+    tracer.freeze(x, "a single channel is squeezed away", gone)
+    tracer.put(out, Tag(tuple(a for d, a in enumerate(tracer.tag(x).axes) if d not in gone)))
+
+
+@rule("expand")
+def _expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    axes = list(tracer.tag(args[0]).axes)
+    new = out.dim() - len(axes)
+    result: list[Axis] = [plain(n, Mark.SAME) for n in out.shape[:new]]
+    for axis, n in zip(axes, out.shape[new:], strict=True):
+        if axis_size(axis) != n and has_labels(axis):
+            tracer.ledger.freeze(tracer.ledger.read(Tag((axis,)), 0), "one channel broadcast over many")
+        result.append(axis if axis_size(axis) == n else plain(n, Mark.SAME))
+    tracer.put(out, Tag(tuple(result)))
+
+
+@rule("repeat")
+def _repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    tag = tracer.tag(args[0])
+    new = out.dim() - len(tag.axes)
+    result: list[Axis] = [plain(n, Mark.SAME) for n in out.shape[:new]]
+    for axis, times in zip(tag.axes, args[1][new:], strict=True):
+        if times == 1:
+            result.append(axis)
+        elif not has_labels(axis):
+            result.append(plain(axis_size(axis) * times))
+        else:
+            result.append(labelled(np.tile(tracer.ledger.read(Tag((axis,)), 0), times)))
+    tracer.put(out, Tag(tuple(result)))
+
+
+@rule("cat", "concat")
+def _cat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    parts = [t for t in args[0] if t.numel() or t.dim() == out.dim()]
+    dim = dim_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), out.dim())
+    tags = [tracer.ledger.settle(tracer.tag(t)) for t in parts]
+    axes = []
+    for d in range(out.dim()):
+        if d == dim:
+            axes.append(labelled(np.concatenate([tracer.ledger.read(t, d) for t in tags])))
+        else:
+            axes.append(join_axes(tracer, [(t, d) for t in tags], out.shape[d], in_place=False))
+    if len(parts) == 1:
+        axes[dim] = tags[0].axes[dim]
+    tracer.put(out, Tag(tuple(axes)))
+
+
+@rule("stack")
+def _stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = dim_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), out.dim())
+    tags = [tracer.ledger.settle(tracer.tag(t)) for t in args[0]]
+    axes = [
+        join_axes(tracer, [(t, d) for t in tags], n, in_place=False)
+        for d, n in enumerate(s for i, s in enumerate(out.shape) if i != dim)
+    ]
+    axes.insert(dim, plain(out.shape[dim]))
+    tracer.put(out, Tag(tuple(axes)))
+
+
+@rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+def _split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
+    x: Tensor = args[0]
+    unbind = func._schema.name == "aten::unbind"
+    position = 1 if unbind else 2
+    dim = dim_of(args[position] if len(args) > position else kwargs.get("dim", 0), x.dim())
+    sizes = [1 if unbind else o.shape[dim] for o in out]
+    stops = np.cumsum(sizes)
+    bounds = [(int(stop) - size, int(stop)) for stop, size in zip(stops, sizes, strict=True)]
+    for o, tag in zip(out, pieces(tracer.ledger, tracer.tag(x), dim, bounds), strict=True):
+        tracer.put(o, Tag(tuple(a for d, a in enumerate(tag.axes) if d != dim)) if unbind else tag)
+
+
+@rule("slice")
+def _slice(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    x: Tensor = args[0]
+    dim = dim_of(args[1] if len(args) > 1 else 0, x.dim())
+    start, stop, step = (*args[2:], *(None, None, 1)[max(len(args) - 2, 0) :])
+    start, stop, step = slice(start, stop, step).indices(x.shape[dim])
+    if step != 1:
+        tracer.freeze(x, "cut with a stride", [dim])
+        tracer.put(out, tracer.tag(x).with_axis(dim, plain(out.shape[dim])))
+    else:
+        (tag,) = pieces(tracer.ledger, tracer.tag(x), dim, [(start, max(start, stop))])
+        tracer.put(out, tag)
+
+
+@rule("select")
+def _select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = dim_of(args[1], args[0].dim())
+    index = args[2] % args[0].shape[dim]
+    (tag,) = pieces(tracer.ledger, tracer.tag(args[0]), dim, [(index, index + 1)])
+    tracer.put(out, Tag(tuple(a for d, a in enumerate(tag.axes) if d != dim)))
+
+
+@rule("glu")
+def _glu(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    dim = dim_of(args[1] if len(args) > 1 else -1, out.dim())
+    n = out.shape[dim]
+    halves = pieces(tracer.ledger, tracer.tag(args[0]), dim, [(0, n), (n, 2 * n)])
+    tracer.put(out, Tag(halves[0].axes))
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")  # fmt: skip
+def _pad(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    tag = tracer.tag(args[0])
+    padding = args[1]
+    axes: list[Axis] = []
+    for d, axis in enumerate(tag.axes):
+        at = 2 * (len(tag.axes) - 1 - d)
+        before, after = padding[at : at + 2] if at + 1 < len(padding) else (0, 0)
+        if before == after == 0:
+            axes.append(axis)
+        elif before < 0 or after < 0 or (has_labels(axis) and func._schema.name != "aten::constant_pad_nd"):
+            tracer.freeze(args[0], "padded over its channels", [d])
+            axes.append(plain(out.shape[d]))
+        else:
+            labels = tracer.ledger.read(tag, d)
+            axes.append(labelled(np.pad(labels, (before, after), constant_values=-1)))
+    tracer.put(out, Tag(tuple(axes)))

@@ -1,0 +1,93 @@
+"""The command line's inspect: what it prints of a model of any origin."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_cli import succeed
+
+
+def test_inspect_json() -> None:
+    found = json.loads(succeed("inspect", "lenet5", "--input", "1,1,28,28", "--json"))
+    sites = {s["name"]: s for s in found["sites"]}
+    assert list(sites) == ["conv1", "conv2", "fc1"]
+    assert [s["units"] for s in found["sites"]] == [20, 50, 500]
+    assert sites["conv1"]["unit_parameters"] == 26 + 50 * 25
+    assert sites["conv1"]["unit_macs"] == 24 * 24 * 25 + 50 * 25 * 8 * 8
+    assert sites["conv1"]["consumers"] == ["conv2"]
+    assert found["parameters"] == 431_080
+    assert found["k"] == "inf"
+    assert "fc2" in found["frozen"]
+
+
+def test_inspect_with_input_sites() -> None:
+    found = json.loads(succeed("inspect", "lenet5", "--inputs", "fc*", "--json"))
+    assert {s["name"]: s["units"] for s in found["sites"]}["fc1.input"] == 800
+
+
+def test_inspect_table() -> None:
+    text = succeed("inspect", "torchvision:resnet18", "--input", "1,3,64,64")
+    rows = {(words := line.split())[0]: words[1:] for line in text.splitlines() if line.strip()}
+    assert rows["layer1.[0-1].conv1"] == ["64", "1,154", "294,912", "conv2"]
+    assert rows["layer3"] == []  # a heading
+    assert "frozen fc: reaches the model's output" in text
+    assert "11,689,512 parameters" in text
+    assert "unchecked" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:resnet18", "transformers:bert"])
+def test_inspect_by_name(name: str) -> None:
+    pytest.importorskip(name.partition(":")[0])
+    text = succeed("inspect", name)
+    assert re.search(r"\[0-1\]", text)
+    found = json.loads(succeed("inspect", name, "--json"))
+    assert found["checked"]
+    assert 0 < found["prunable_parameters"] < found["parameters"]
+
+
+def test_inspect_without_memory() -> None:
+    text = succeed("inspect", "torchvision:vgg16", "--meta")  # half a gigabyte otherwise
+    assert "138,357,544 parameters" in text
+    assert "unchecked" in text
+    assert not json.loads(succeed("inspect", "lenet5", "--meta", "--json"))["checked"]
+
+
+def test_inspect_of_a_transformer_in_its_own_size() -> None:
+    pytest.importorskip("transformers")
+    assert "encoder.layer.[0-11]" in succeed("inspect", "transformers:bert", "--full", "--meta")
+
+
+def test_inspect_names_what_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first names for each reason, or all."""
+    (tmp_path / "heads_here.py").write_text(HEADS)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["inspect", "heads_here:Heads", "--input", "2,4"]
+    frozen = json.loads(succeed(*args, "--json"))["frozen"]
+    assert [f"heads.{i}" in frozen for i in range(5)] == [True] * 5
+    assert "frozen heads.0, heads.1, heads.2 and 2 more: reaches" in succeed(*args)
+    assert "frozen heads.0, heads.1, heads.2, heads.3, heads.4: reaches" in succeed(*args, "--all")
+
+
+HEADS = """
+from torch import nn
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(5))
+
+    def forward(self, x):
+        return [head(self.stem(x)) for head in self.heads]
+"""
+
+
+@pytest.mark.slow
+def test_inspect_gates_what_it_is_asked_to() -> None:
+    args = ["inspect", "torchvision:resnet18", "--input", "2,3,32,32", "--json"]
+    before, after = (json.loads(succeed(*args, *more)) for more in ([], ["--blocks", "layer1.[01]"]))
+    assert len(after["sites"]) == len(before["sites"]) + 1
