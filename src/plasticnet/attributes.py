@@ -69,15 +69,16 @@ def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
         setattr(module, width.attribute, value)
 
 
-def candidates(model: nn.Module, units: Units) -> list[Width]:
+def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Width]:
     """Attributes that may follow the size of a site, judging by their value: the number of its units,
     a multiple of it, or the length of a dimension that it lies along.
 
     They are sought in the modules that own its slices, and in those that hold these modules, up to the
-    one that holds them all.
+    one that holds them all; ``outside``, in those that hold that one, too.
     """
     paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
-    common = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    common = 0 if outside else shared
     names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     widths = {tensors[s.tensor].shape[s.dim]: s.index.shape[1] for s in units.slices if s.tensor in tensors}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from plasticnet import resize
 from plasticnet.compact import cut, lengths
 from plasticnet.gating import Gating
 from plasticnet.repair import Comparison, repaired
-from plasticnet.snapshot import duplicate, side_effect_free
+from plasticnet.snapshot import duplicate, sharing, side_effect_free
 from plasticnet.tracing import copy_inputs
 from plasticnet.units import BlockUnits, InputUnits, Trace, Units
 
 _LARGE_FAMILY = 5
 _ATTEMPTS = 3  # with other random parameters, where units had no effect (all behind a dead ReLU, say)
-_PRECISE = 50_000_000  # parameters up to which the comparison is made in double precision
+_DRAWN = 1_000_003
+_LARGE = 50_000_000  # parameters from which on most units are cut before the comparison in double precision
+_FINE, _ROUGH = 1e-8, 1e-3  # tolerances, in double and in other precision
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 _BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
@@ -46,13 +48,30 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
 
 
 def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Trace:
-    """The sites that pass, with the attributes that must follow them, and the reasons against the others."""
+    """The sites that pass, with the attributes that must follow them, and the reasons against the others.
+
+    A large model is compared once, with most of its units closed; the rest is done with what is left
+    of it then, which has the same layers and is quick to run.
+    """
     torch.default_generator.manual_seed(seed)
-    run = _randomised(model, args, kwargs, traced.trains_more)
+    twin = duplicate(model, _random).eval()
+    with torch.no_grad():
+        for name, b in twin.named_buffers():
+            if name.rpartition(".")[2] in ("running_mean", "running_var"):
+                b.uniform_(0.5, 1.5)
     sites = dict(traced.sites)
-    bad = _culprits(run.cut_differs, sites, partial(repaired, run.model))
+    if sum(p.numel() for p in twin.parameters()) > _LARGE:
+        rough = _Run(twin, args, kwargs, _ROUGH, [partial(_random_gates, share=CLOSED_SHARES[-1])], vouch=False)
+        bad = _culprits(rough.cut_differs, sites, partial(repaired, twin))
+        sites = {n: u for n, u in sites.items() if n not in bad}
+        twin, current = _narrowed(twin, sites)
+        run = _precise(twin, args, kwargs, traced)
+        bad |= _culprits(run.cut_differs, dict(current))
+    else:
+        run, current = _precise(twin, args, kwargs, traced), sites
+        bad = _culprits(run.cut_differs, sites, partial(repaired, run.model))
     good = {n: sites[n] for n in traced.sites if n in sites and n not in bad}
-    stuck = _culprits(run.growth_differs, good)
+    stuck = _culprits(run.growth_differs, {n: current[n] for n in good})
     good = {n: replace(u, growable=u.growable and n not in stuck) for n, u in good.items()}
     for n in [n for n, u in good.items() if u.size == 1 and not u.growable and not isinstance(u, BlockUnits)]:
         bad[n] = "all its channels form a single unit, which can be neither cut nor added to"
@@ -60,44 +79,80 @@ def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[
     return replace(traced, sites=good, frozen=bad)
 
 
-def _randomised(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> _Run:
-    """A copy with random parameters (zero-initialised heads and norms hide errors), in double
-    precision where the model runs in it."""
-    twin = duplicate(model).eval()
-    with torch.no_grad():
-        for p in twin.parameters():
-            if (p.dim() > 1 and p.is_floating_point()) or p.is_complex():
-                p.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
-            elif p.is_floating_point():
-                p.uniform_(0.5, 1.5)
-        for name, b in twin.named_buffers():
-            if name.rpartition(".")[2] in ("running_mean", "running_var"):
-                b.uniform_(0.5, 1.5)
+def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, dict[str, Units]]:
+    """The model with most units of every site cut, and the sites as they are then."""
+    kept = {
+        n: torch.nonzero(_random_gates(u.size, CLOSED_SHARES[-1]))[:, 0].tolist()
+        for n, u in sites.items()
+        if not isinstance(u, BlockUnits)
+    }
+    small = sharing(model)
+    planned = resize.plan(sites, lengths(small), kept)
+    resize.apply(small, planned, {})
+    return small, planned.units
+
+
+def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: Trace) -> _Run:
+    """The comparison in double precision, where the model runs in it."""
+    patterns = [partial(_random_gates, share=share) for share in CLOSED_SHARES]
+    if traced.positional:  # a shift by one shows whatever takes units by their position
+        patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
     def double(t: Any) -> Any:
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
             return t
         return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
-    if sum(p.numel() for p in twin.parameters()) <= _PRECISE:
-        try:
-            precise = duplicate(twin)._apply(double)
-            precise_args, precise_kwargs = tree_map(double, (args, kwargs))
-            return _Run(precise, precise_args, precise_kwargs, 1e-8, training)
-        except Exception:  # whatever the model dislikes about double precision, it runs in its own
-            pass
-    return _Run(twin, args, kwargs, 1e-3, training)
+    try:
+        precise = duplicate(twin)._apply(double)
+        precise_args, precise_kwargs = tree_map(double, (args, kwargs))
+        run = _Run(precise, precise_args, precise_kwargs, _FINE, patterns, traced.trains_more)
+        run.reference = run.outputs(precise)
+        return run
+    except Exception:  # whatever the model dislikes about double precision, it runs in its own
+        return _Run(twin, args, kwargs, _ROUGH, patterns, traced.trains_more)
+
+
+def _random(p: nn.Parameter) -> nn.Parameter:
+    """Random values in the place of a parameter: for a matrix of variance 1 / fan in, for a vector around 1.
+
+    Few are drawn, and then repeated: drawing a billion numbers takes long. Their number is prime, so
+    that no two rows come out equal.
+    """
+    if not (p.is_floating_point() or p.is_complex()):
+        return nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+    drawn = torch.empty(min(p.numel(), _DRAWN), dtype=p.dtype, device=p.device)
+    if p.dim() > 1 or p.is_complex():
+        drawn.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
+    else:
+        drawn.uniform_(0.5, 1.5)
+    values = drawn.repeat(-(-p.numel() // max(len(drawn), 1)))[: p.numel()].view(p.shape)
+    new = torch.empty_like(p, requires_grad=False).copy_(values)  # in the same memory format
+    return nn.Parameter(new, requires_grad=p.requires_grad)
 
 
 class _Run:
     """A model with random parameters, and its outputs: what masking and cutting are compared on."""
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float, training: bool
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tolerance: float,
+        patterns: list[Callable[[int], Tensor]],
+        training: bool = False,
+        vouch: bool = True,
     ) -> None:
+        """``patterns`` give the gates of a site of so many units; ``training`` compares in training mode
+        too; ``vouch`` asks that closing units moves the output."""
         self.model, self.args, self.kwargs, self.tolerance = model, args, kwargs, tolerance
-        self.training = training  # whether to compare in training mode too
-        self.reference = self.outputs(model)
+        self.patterns, self.training, self.vouch = patterns, training, vouch
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The outputs with all units open."""
+        return self.outputs(self.model)
 
     def outputs(self, model: nn.Module, training: bool = False) -> list[Tensor]:
         """What the model returns, as it is in evaluation or (without dropout) in training."""
@@ -114,13 +169,11 @@ class _Run:
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Why masking and cutting differ for these sites, or None if they agree."""
-        if not self.reference:
-            return "the model has no floating-point output to compare"
         device = next(self.model.parameters()).device
-        for share in CLOSED_SHARES:
-            factors = {n: _random_gates(u.size, share).to(device) for n, u in sites.items()}
+        for pattern in self.patterns:
+            factors = {n: pattern(u.size).to(device) for n, u in sites.items()}
             try:
-                small = cut(duplicate(self.model), sites, factors)
+                small = cut(sharing(self.model), sites, factors)
                 compared = self.outputs(small)
                 trained = self.outputs(small, training=True) if self.training else []
             except Exception as error:  # a forward that hard-codes a width can fail in any way
@@ -131,16 +184,18 @@ class _Run:
                 return _DISAGREE
             if self.training and not _close(self.masked(sites, factors, training=True), trained, self.tolerance):
                 return _DISAGREE
-            moved = any(not torch.equal(a, b) for a, b in zip(self.reference, masked, strict=True))
-            if share == CLOSED_SHARES[-1] and not moved and any((f == 0).any() for f in factors.values()):
-                return _BLIND
+            if not masked:
+                return "the model has no floating-point output to compare"
+        closed = any((f == 0).any() for f in factors.values())
+        if self.vouch and closed and all(map(torch.equal, self.reference, masked)):
+            return _BLIND
         return None
 
     def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Whether function-preserving growth of these sites moves the output, or fails."""
         sources = {n: [*range(u.size), -1] for n, u in sites.items() if u.growable and not isinstance(u, InputUnits)}
         try:
-            grown = duplicate(self.model)
+            grown = sharing(self.model)
             resize.apply(grown, resize.plan(sites, lengths(grown), sources), {})
             if not _close(self.reference, self.outputs(grown), self.tolerance):
                 return "growing its units changes the output"
@@ -226,6 +281,13 @@ def _random_gates(units: int, share: float) -> Tensor:
         count += 1 if count + 1 < units else -1
     gates = torch.zeros(units)
     gates[torch.randperm(units)[: max(count, 1)]] = 1.0
+    return gates
+
+
+def _one_closed(units: int, place: int) -> Tensor:
+    gates = torch.ones(units)
+    if units > 1:
+        gates[place] = 0.0
     return gates
 
 

@@ -78,14 +78,20 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
         setattr(model, RECORD, {**record, "removed": sorted({*record["removed"], *gone})})
         return model
     factors = {name: factors[name] for name in sites}
-    z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
-    with torch.no_grad():
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, weight in fold(model, readers(sites, model), z).items():
-            parameters[name].copy_(weight)
     sources = survivors(sites, {name: f.cpu().numpy() for name, f in factors.items()}, above=0.0)
     planned = resize.plan(sites, lengths(model), sources)
     resize.apply(model, planned, {})
+    kept = [
+        factors[n][torch.from_numpy(planned.sources[n]).to(factors[n].device)] if n in planned.sources else factors[n]
+        for n in planned.units
+    ]
+    z = torch.cat([*kept, kept[0].new_ones(1)])
+    if bool((z != 1).any()):
+        with torch.no_grad():
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            for name, weight in fold(model, readers(planned.units, model), z).items():
+                old = parameters[name]
+                resize.replace_tensor(model, old, nn.Parameter(weight, requires_grad=old.requires_grad))
     taken: list[str] = []
     for u in planned.units.values():
         if isinstance(u, InputUnits) and (u.size < u.full):

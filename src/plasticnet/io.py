@@ -150,11 +150,16 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
             f"{path} belongs to another architecture than {type(model).__name__}: "
             f"only the file has {extra}, only the model {missing}"
         )
+    derived = {
+        f"{prefix}.{leaf}".lstrip(".") for prefix, m in model.named_modules() for leaf in m._non_persistent_buffers_set
+    }
     for name, old in own.items():
         new = tensors[name].to(old.device)
         if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:
             raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
-        fixed = [d for d in range(old.dim()) if resized is not None and [name, d] not in resized]
+        # What is no part of the state dict says nothing about the architecture: a model may compute it as it runs.
+        free = None if name in derived else resized
+        fixed = [d for d in range(old.dim()) if free is not None and [name, d] not in free]
         if new.dim() != old.dim() or any(new.shape[d] != old.shape[d] for d in fixed):
             raise PlasticError(
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "

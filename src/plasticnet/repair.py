@@ -17,7 +17,9 @@ from plasticnet.attributes import candidates
 from plasticnet.units import Units, Width
 
 Comparison = Callable[[Mapping[str, Units]], str | None]
-_TOGETHER = 3  # attributes that are tried in every combination of this many
+Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
+_TOGETHER = 2  # attributes that are tried in every combination of this many
+_TRIALS = 40  # combinations that are tried
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
@@ -29,48 +31,48 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
     if not all(u.slices for u in family.values()):  # blocks have no width
         return None
     name = max(family, key=lambda n: family[n].size)
-    for widths in _choices(candidates(model, family[name])):
-        fixed = _with(model, family, widths)
-        if widths and differs({name: fixed[name]}) is None and differs(fixed) is None:
+    found = {n: candidates(model, u) for n, u in family.items()}
+    for kinds in _choices(found[name]):
+        fixed = _with(family, found, kinds)
+        if kinds and differs({name: fixed[name]}) is None and differs(fixed) is None:
             return fixed
-        tied = _tied(fixed)
-        if tied is not None and differs(tied) is None:
-            return tied
+    tied = _tied(family)
+    found = {n: candidates(model, u, outside=True) for n, u in tied.items()}
+    for kinds in _choices([w for widths in found.values() for w in widths]):
+        fixed = _with(tied, found, kinds)
+        if fixed and differs(fixed) is None:
+            return fixed
     return None
 
 
-def _with(model: nn.Module, family: Mapping[str, Units], widths: tuple[Width, ...]) -> dict[str, Units]:
-    """Every member with the attributes that were found for one."""
-    kinds = {_kind(w) for w in widths}
-    return {
-        n: replace(u, widths=tuple(w for w in candidates(model, u) if _kind(w) in kinds)) if kinds else u
-        for n, u in family.items()
-    }
+def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
+    """Every member with the attributes of these kinds."""
+    return {n: replace(u, widths=tuple(w for w in found[n] if _kind(w) in kinds)) for n, u in family.items()}
 
 
-def _tied(family: Mapping[str, Units]) -> dict[str, Units] | None:
+def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
     """One site for layers that share something of the size of theirs (T5 hands a bias for all heads
-    from the first layer to the others). None where they cannot be tied."""
+    from the first layer to the others); nothing where they cannot be tied."""
     first, *others = family.values()
     places = [(s.tensor, s.dim) for u in family.values() for s in u.slices]
     if not others or any(u.size != first.size for u in others) or len(set(places)) < len(places):
-        return None
+        return {}
     members = family.values()
     tied = replace(
         first,
         slices=[s for u in members for s in u.slices],
         consumers=[c for u in members for c in u.consumers],
         norms=[n for u in members for n in u.norms],
-        widths=tuple(w for u in members for w in u.widths),
     )
     return {first.name: tied}
 
 
-def _choices(found: list[Width]) -> list[tuple[Width, ...]]:
+def _choices(found: list[Width]) -> list[tuple[Kind, ...]]:
     """Few attributes before many: one that is changed without need may be wrong elsewhere."""
-    counts = [n for n in range(len(found) + 1) if n <= _TOGETHER or n == len(found)]
-    return [choice for n in counts for choice in combinations(found, n)]
+    kinds = list(dict.fromkeys(map(_kind, found)))
+    counts = [n for n in range(len(kinds) + 1) if n <= _TOGETHER or n == len(kinds)]
+    return [choice for n in counts for choice in combinations(kinds, n)][:_TRIALS]
 
 
-def _kind(width: Width) -> tuple[str, str, int | None]:
+def _kind(width: Width) -> Kind:
     return re.sub(r"\d+", "#", width.module), width.attribute, width.place

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy. Attributes that are results of a computation (the weight of the old weight_norm) are
-    copied by value: ``deepcopy`` refuses them."""
+def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Module:
+    """A deep copy; ``parameters`` makes its parameters from the model's own.
+
+    Attributes that are results of a computation (the weight of the old weight_norm) are copied by
+    value: ``deepcopy`` refuses them."""
     computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+    known: dict[int, Any] = {id(t): t.detach().clone() for t in computed}
+    if parameters is not None:
+        known.update((id(p), parameters(p)) for p in model.parameters())
+    return copy.deepcopy(model, known)
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy that holds the very parameters of the model: to run, or to replace some of them."""
+    return duplicate(model, lambda p: p)
 
 
 class Snapshot:

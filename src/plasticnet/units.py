@@ -130,7 +130,8 @@ class Trace:
     ``sites`` maps a name to its units, in execution order; ``frozen`` maps the name of whatever
     cannot be gated to the reason; ``uses`` maps a parameter to how often each of its entries is
     multiplied for one sample (the multiply-adds of a layer are ``uses * numel``). ``trains_more``
-    says that parameters are used in training that are not used in evaluation (auxiliary heads).
+    says that parameters are used in training that are not used in evaluation (auxiliary heads), and
+    ``positional`` that the model tells units apart by their position (``x[:, :3]``).
     """
 
     sites: dict[str, Units]
@@ -138,3 +139,4 @@ class Trace:
     uses: dict[str, float]
     checked: bool = False
     trains_more: bool = False
+    positional: bool = False

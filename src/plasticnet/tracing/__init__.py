@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,12 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from plasticnet.errors import PlasticError
-from plasticnet.snapshot import duplicate, side_effect_free
+from plasticnet.snapshot import duplicate, sharing, side_effect_free
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.blocks import find_blocks
 from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
 from plasticnet.tracing.sites import build
 from plasticnet.units import Trace
+
+_LARGE = 50_000_000  # parameters from which on tracing tries to do without computing
 
 __all__ = ["Tracer", "call_arguments", "register_rule", "trace"]
 
@@ -74,19 +76,8 @@ def trace(
     pattern matches nothing.
     """
     args, kwargs = call_arguments(example_inputs)
-    facts = Facts()
-    run = partial(_run, model, facts, inputs, residual)
     with unfused(), side_effect_free(model):
-        try:
-            run(args, kwargs, training=False)
-        except Exception as error:
-            shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
-            raise PlasticError(
-                f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
-                "Pass example_inputs that model(*example_inputs) accepts."
-            ) from error
-        evaluated = set(facts.seen)
-        _run_training(model, run, args, kwargs)
+        facts, evaluated = _facts_of(model, inputs, residual, args, kwargs)
         found = find_blocks(model, blocks, args, kwargs)
     consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
     for pattern in inputs:
@@ -96,9 +87,44 @@ def trace(
     parameters = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     traced = build(facts, [name for name in parameters if name not in facts.seen])
     traced.trains_more = any(name not in evaluated and name in facts.seen for name, _ in model.named_parameters())
+    traced.positional = facts.ledger.positional
     traced.sites.update(found[0])
     traced.frozen.update(found[1])
     return traced
+
+
+def _facts_of(
+    model: nn.Module, inputs: Sequence[str], residual: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Facts, set[str]]:
+    """What runs in both modes tell, and the parameters that were seen in evaluation."""
+    if sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE:
+        with suppress(Exception):  # not every model runs on meta tensors, which compute nothing
+            return _facts_of(*_on_meta(model, inputs, residual, args, kwargs))
+    facts = Facts()
+    run = partial(_run, model, facts, inputs, residual)
+    try:
+        run(args, kwargs, training=False)
+    except Exception as error:
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
+        raise PlasticError(
+            f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
+            "Pass example_inputs that model(*example_inputs) accepts."
+        ) from error
+    evaluated = set(facts.seen)
+    _run_training(model, run, args, kwargs)
+    return facts, evaluated
+
+
+def _on_meta(
+    model: nn.Module, inputs: Sequence[str], residual: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, Sequence[str], bool, tuple[Any, ...], dict[str, Any]]:
+    """The same task with shapes only."""
+    twin = duplicate(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
+    return twin, inputs, residual, args, kwargs
 
 
 def _run(
@@ -110,7 +136,7 @@ def _run(
     kwargs: dict[str, Any],
     training: bool,
 ) -> None:
-    twin = duplicate(model).train(training)
+    twin = sharing(model).train(training)
     args, kwargs = copy_inputs((args, kwargs))
     Tracer(twin, facts, inputs, count=not training, residual=residual).run(args, kwargs)
 

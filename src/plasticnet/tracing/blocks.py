@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.snapshot import duplicate
+from plasticnet.snapshot import sharing
 from plasticnet.units import BlockUnits
 
 
@@ -31,7 +31,7 @@ def find_blocks(
     if not names:
         return {}, {}
     calls: dict[str, list[str]] = {n: [] for n in names}
-    twin = duplicate(model).eval()
+    twin = sharing(model).eval()
     for name in names:
         twin.get_submodule(name).register_forward_hook(_note(calls[name]), with_kwargs=True)
     with torch.no_grad():

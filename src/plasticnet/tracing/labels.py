@@ -133,6 +133,7 @@ class Ledger:
         self.total = 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, str]] = []
+        self.positional = False  # whether units are told apart by position, as by x[:, :3]
 
     def fresh(self, tensor: str, dim: int, size: int) -> np.ndarray:
         """New labels for one dimension of a tensor (the same ones when asked again)."""

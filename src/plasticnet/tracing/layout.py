@@ -91,8 +91,9 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
     """The labels of the pieces ``[start, stop)`` of an axis (split, chunk, slice, unbind).
 
     Pieces of equal length that tile the axis are taken to be what ``chunk`` makes: their members
-    at equal places are joined, so that equal pieces remain when units go. Where the code meant a
-    fixed length instead, the self-check finds the disagreement and freezes the site.
+    at equal places are joined, so that equal pieces remain when units go. Others keep their labels:
+    an attribute may hold their lengths. Where the code meant a fixed length instead, the self-check
+    finds the disagreement and freezes the site.
     """
     factors = tag.axes[axis]
     size = sum(1 for _ in factors) and int(np.prod([f.size for f in factors]))
@@ -115,7 +116,7 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
     elif length == 1:
         ledger.freeze(labels, "single channels are picked by position")
     else:
-        ledger.freeze(labels, "cut into pieces of unequal length")
+        ledger.positional = True
     return [settled.with_axis(axis, labelled(labels[start:stop])) for start, stop in bounds]
 
 
