@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def chosen(options: argparse.Namespace) -> list[str]:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the rows were measured with."""
-    keys = ("seed", "timeout", "threads", "only", "fast", "residual", "skip_onnx", "skip_torch_pruning")
+    keys = ("seed", "timeout", "threads", "jobs", "only", "fast", "residual", "skip_onnx", "skip_torch_pruning")
     return {key: getattr(options, key) for key in keys}
 
 
@@ -136,6 +137,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--part", default="plasticnet", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,11 +154,12 @@ def main() -> int:
     if options.resume and options.out.exists():
         rows = {row["name"]: row for row in json.loads(options.out.read_text())["results"]}
     names = chosen(options)
-    for i, name in enumerate(names):
-        if name not in rows:
-            rows[name] = measured(name, options)
+    missing = [n for n in names if n not in rows]
+    with ThreadPoolExecutor(options.jobs) as pool:  # each only waits for its process
+        for i, row in enumerate(pool.map(lambda name: measured(name, options), missing)):
+            rows[row["name"]] = row
             write(options.out, head, rows.values())
-        print(f"{i + 1:3}/{len(names)}  {line(rows[name])}", flush=True)
+            print(f"{i + 1:3}/{len(missing)}  {line(row)}", flush=True)
     wrong = [n for n in names if not rows[n].get("status", "").startswith(("ok", "nothing to gate"))]
     print(f"{len(names) - len(wrong)} of {len(names)} as they should be")
     return int(bool(wrong))

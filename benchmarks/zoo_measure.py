@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zoo_models import MODELS
 
 import plasticnet as pn
-from plasticnet.exporting import export
+from plasticnet import export
 
 CLOSED_SHARES = (0.3, 0.8)
 TOLERANCE = 1e-9  # of compact against evaluation, in double precision

@@ -147,9 +147,9 @@ def flip_batch(x: Tensor) -> Tensor:
     return x + x.flip(0)
 
 
-@piece(frozen={"a": "unequal"})
+@piece(exact={"a#2": 5}, frozen={"a": "tracing cannot see|does not run"})
 def unequal_chunk(x: Tensor) -> Tensor:
-    """Frozen: the pieces have fixed lengths."""
+    """Frozen where the piece has a fixed length, exact where it is what is left."""
     a, b = x.split([3, x.shape[1] - 3], 1)
     return torch.cat([b, a], 1)
 
@@ -166,9 +166,10 @@ def width_as_divisor(x: Tensor) -> Tensor:
     return x / x.shape[1]
 
 
-@piece(frozen={"a": "tracing cannot see|does not run|unequal"})
+@piece(exact={"a": 2}, otherwise=({}, {"a": "tracing cannot see|does not run"}))
 def width_as_slice(x: Tensor) -> Tensor:
-    """Frozen: which channels are doubled depends on the width modulo three."""
+    """Exact or frozen: which channels are doubled depends on the width modulo three. Two units of four
+    channels are exact: one can go, and 4 % 3 is the 1 that is left of the 2 doubled ones."""
     return torch.cat([x[:, : x.shape[1] % 3] * 2, x[:, x.shape[1] % 3 :]], 1)
 
 

@@ -123,6 +123,7 @@ def test_compact_equals_eval_at_every_pattern(name: str, k: float) -> None:
         set_open(net, site, pattern)
         assert (net(x) - by_hand(net.model, pattern, x)).abs().max() <= 1e-12
         net.k = k
+        assert net.sites[site].mean_gate(k).tolist() == list(pattern)  # 1, not its probability
         close_some_units(net)
         small, out = net.compact(), net(x)
         assert (small(x) - out).abs().max() <= 1e-9

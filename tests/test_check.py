@@ -70,3 +70,58 @@ def test_random_gates_leave_an_odd_number_open() -> None:
         for share in (0.3, 0.8):
             for _ in range(20):
                 assert int(_random_gates(units, share).sum()) % 2 == 1
+
+
+class Masked(nn.Module):
+    """A part that changes nothing in shape, called with more than its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.layer(x if mask is None else x * mask).tanh()
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_single_block_is_checked(keyword: bool) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.head = nn.Linear(4, 6), Masked(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.one(x=x) if keyword else self.one(x, None))
+
+    x = torch.randn(5, 4)
+    net = PlasticNet(One(), x, blocks=("one",))
+    if "depth" in net.sites:  # else it is frozen, which is right too
+        with torch.no_grad():
+            net.sites["depth"].phi.fill_(-1.0)
+    torch.testing.assert_close(net.compact()(x), net.eval()(x))
+
+
+def test_all_blocks_closed_is_checked() -> None:
+    class Stacked(nn.Module):
+        """Joins what its blocks return: without any there is nothing to join."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Masked() for _ in range(3))
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, every = self.stem(x), []
+            for layer in self.layers:
+                x = layer(x)
+                every.append(x)
+            return self.head(torch.stack(every)[-1])
+
+    x = torch.randn(5, 4)
+    net = PlasticNet(Stacked(), x, blocks=("layers.?",))
+    for name, site in net.sites.items():
+        if name.endswith("depth"):
+            with torch.no_grad():
+                site.phi.fill_(-1.0)
+    torch.testing.assert_close(net.compact()(x), net.eval()(x))

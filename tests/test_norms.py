@@ -189,12 +189,9 @@ BY_NAME = {
     "torch.rms_norm": lambda x: torch.rms_norm(input=x, normalized_shape=x.shape[-1:]),
     "torch.group_norm": lambda x: torch.group_norm(input=x.movedim(-1, 1), num_groups=1),
 }
-UNNAMED = pytest.mark.xfail(strict=True, raises=TypeError, reason="the replacements call the input x")
 
 
-@pytest.mark.parametrize(
-    "call", [pytest.param(f, id=n, marks=[UNNAMED] * n.startswith("torch.")) for n, f in BY_NAME.items()]
-)
+@pytest.mark.parametrize("call", [pytest.param(f, id=n) for n, f in BY_NAME.items()])
 def test_inputs_by_name(call: Callable[[Tensor], Tensor]) -> None:
     module, x = Function(call, 0), torch.randn(2, 3, len(MASK)).double()
     with open_statistics(module, -1, MASK):

@@ -83,7 +83,6 @@ def test_compact_equals_eval(name: str, k: float) -> None:
     assert (net(x) - out).abs().max() <= 1e-9 * out.abs().max()
 
 
-@pytest.mark.xfail(strict=True, reason="the mean over no open entry is 0 / 0")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_units_closed(name: str) -> None:
     make, shape, masked = NETWORKS[name]
@@ -193,7 +192,6 @@ def test_language_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=pn.PlasticError, reason="a draw with all units closed gives NaN")
 @pytest.mark.parametrize("estimator", sorted(pn.ESTIMATORS))
 def test_unbiased(estimator: str) -> None:
     """Against the sum over all patterns, in which the norm is taken over the open entries by hand. (A

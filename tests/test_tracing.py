@@ -93,7 +93,7 @@ FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "mean over channels": (lambda x: x - x.mean(1, keepdim=True), "reduced over its channels"),
     "flip": (lambda x: x.flip(1), "reordered"),
     "roll": (lambda x: x.roll(1, 1), "reordered"),
-    "unequal chunk": (lambda x: torch.cat(x.split([3, 5], 1), 1), "unequal"),
+    "unequal chunk": (lambda x: torch.cat(x.split([3, 5], 1), 1), "does not run when units are cut"),
     "index": (lambda x: x[:, torch.tensor([0, 2, 1])], "indexed by position"),
     "one channel": (lambda x: x[:, :1] * x, "single channels"),
     "sort": (lambda x: x.sort(1).values, "no rule"),

@@ -89,9 +89,9 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
     if bool((z != 1).any()):
         with torch.no_grad():
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            for name, weight in fold(model, readers(planned.units, model), z).items():
-                old = parameters[name]
-                resize.replace_tensor(model, old, nn.Parameter(weight, requires_grad=old.requires_grad))
+            folded = fold(model, readers(planned.units, model), z)
+            pairs = [(parameters[n], nn.Parameter(w, parameters[n].requires_grad)) for n, w in folded.items()]
+            resize.replace_tensors(model, pairs)
     taken: list[str] = []
     for u in planned.units.values():
         if isinstance(u, InputUnits) and (u.size < u.full):

@@ -21,7 +21,7 @@ from plasticnet.attributes import WIDTHS, group_size, mismatches
 from plasticnet.compact import RECORD, Take, insert_take, remove_block
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
-from plasticnet.resize import replace_tensor
+from plasticnet.resize import replace_tensors
 
 _KEY = "plasticnet"
 _FORMAT = 1
@@ -150,6 +150,7 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
             f"{path} belongs to another architecture than {type(model).__name__}: "
             f"only the file has {extra}, only the model {missing}"
         )
+    pairs: list[tuple[Tensor, Tensor]] = []
     derived = {
         f"{prefix}.{leaf}".lstrip(".") for prefix, m in model.named_modules() for leaf in m._non_persistent_buffers_set
     }
@@ -165,7 +166,8 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
                 f"{tuple(old.shape)} in {type(model).__name__}"
             )
-        replace_tensor(model, old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        pairs.append((old, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new))
+    replace_tensors(model, pairs)
 
 
 # -- checkpoints ------------------------------------------------------------------------------

@@ -60,6 +60,10 @@ class _OpenStatistics(TorchFunctionMode):
         shape[self.axis] = -1
         return self.mask.to(x.dtype).reshape(shape)
 
+    def count(self) -> Tensor:
+        """How many entries are open; 1 where none is, so that nothing is divided by 0."""
+        return self.mask.sum().clamp(min=1)
+
     def reads(self, x: Tensor) -> bool:
         """Whether the gated axis is one of ``x``."""
         return x.dim() >= -self.axis and x.shape[self.axis] == len(self.mask)
@@ -76,47 +80,47 @@ def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor,
 
 
 def _layer_norm(
-    mode: _OpenStatistics, func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
 ) -> Tensor:  # fmt: skip
-    mask = mode.mask.to(torch.promote_types(x.dtype, torch.float32))
-    y = _standardised(_widened(x), mask, (-1,), mask.sum(), eps).to(x.dtype)
+    mask = mode.mask.to(torch.promote_types(input.dtype, torch.float32))
+    y = _standardised(_widened(input), mask, (-1,), mode.count(), eps).to(input.dtype)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def _rms_norm(
-    mode: _OpenStatistics, func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:  # fmt: skip
-    wide = _widened(x)
+    wide = _widened(input)
     mask = mode.over(wide)
-    mean = (wide * wide * mask).sum(-1, keepdim=True) / mask.sum()
-    y = (wide * torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))).to(x.dtype)
+    mean = (wide * wide * mask).sum(-1, keepdim=True) / mode.count()
+    y = (wide * torch.rsqrt(mean + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
     return y if weight is None else y * weight
 
 
 def _group_norm(
-    mode: _OpenStatistics, func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None,
+    mode: _OpenStatistics, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
 ) -> Tensor:  # fmt: skip
     """One group: all channels and positions together."""
-    flat = _widened(x).flatten(2).transpose(1, 2)  # (batch, positions, channels)
+    flat = _widened(input).flatten(2).transpose(1, 2)  # (batch, positions, channels)
     mask = mode.mask.to(flat.dtype)
-    flat = _standardised(flat, mask, (1, 2), mask.sum() * flat.shape[1], eps)
-    y = flat.transpose(1, 2).reshape(x.shape).to(x.dtype)
-    shape = [1, -1, *[1] * (x.dim() - 2)]
+    flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
+    y = flat.transpose(1, 2).reshape(input.shape).to(input.dtype)
+    shape = [1, -1, *[1] * (input.dim() - 2)]
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
 
 
-def _mean(mode: _OpenStatistics, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dim = args[0] if args else kwargs.get("dim")
     dims = [dim] if isinstance(dim, int) else list(dim or [])
-    if len(dims) != 1 or not mode.reads(x) or dims[0] % x.dim() != mode.axis % x.dim():
-        return func(x, *args, **kwargs)
+    if len(dims) != 1 or not mode.reads(input) or dims[0] % input.dim() != mode.axis % input.dim():
+        return func(input, *args, **kwargs)
     keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", False))
-    return (x * mode.over(x)).sum(dims[0], keepdim=keepdim) / mode.mask.sum()
+    return (input * mode.over(input)).sum(dims[0], keepdim=keepdim) / mode.count()
 
 
 _MASKED: dict[Any, Callable[..., Tensor]] = {

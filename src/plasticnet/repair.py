@@ -19,7 +19,7 @@ from plasticnet.units import Units, Width
 Comparison = Callable[[Mapping[str, Units]], str | None]
 Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
 _TOGETHER = 2  # attributes that are tried in every combination of this many
-_TRIALS = 40  # combinations that are tried
+_TRIALS = 16  # combinations that are tried
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:

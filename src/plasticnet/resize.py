@@ -209,6 +209,7 @@ def apply(
     moved: dict[nn.Parameter, nn.Parameter] = {}
     takes_of: dict[nn.Parameter, dict[int, np.ndarray]] = {}
     buffers = dict(model.named_buffers())
+    cut_buffers: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name, takes in by_tensor.items():
             old = parameters[name] if name in parameters else buffers[name]
@@ -218,7 +219,7 @@ def apply(
                 moved[old] = nn.Parameter(new, requires_grad=old.requires_grad)
                 takes_of[old] = takes
             else:
-                replace_tensor(model, old, new)
+                cut_buffers.append((old, new))
         for site, (logits, value) in gates.items():
             if site in plan.sources:
                 take = plan.sources[site]
@@ -229,7 +230,7 @@ def apply(
         for old, new in moved.items():
             if old.grad is not None:
                 new.grad = rewrite(old.grad, takes_of[old])
-            replace_tensor(model, old, new)
+        replace_tensors(model, [*cut_buffers, *moved.items()])
         for optimizer in optimizers:
             _rebind(optimizer, moved, takes_of)
     shift_widths(model, plan.shifts)
@@ -288,16 +289,19 @@ def _vector_value(model: nn.Module, name: str, new: Tensor, take: np.ndarray) ->
     return kept.to(torch.complex128 if new.is_complex() else torch.float64).mean().item() if kept.numel() else 0.0
 
 
-def replace_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put ``new`` wherever the model holds ``old`` (shared parameters have several places)."""
+def replace_tensors(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put the second tensor of each pair wherever the model holds the first (shared parameters have
+    several places)."""
+    held = [(old, new) for old, new in pairs]  # the ids below are those of living tensors
+    new_of = {id(old): new for old, new in held}
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, value in store.items():
-                if value is old:
-                    store[key] = new  # pyright: ignore[reportArgumentType]
+                if id(value) in new_of:
+                    store[key] = new_of[id(value)]  # pyright: ignore[reportArgumentType]
         if isinstance(module, nn.RNNBase):
             own: list[Any] = module._flat_weights  # a second list of the same parameters
-            module._flat_weights = [new if w is old else w for w in own]
+            module._flat_weights = [new_of.get(id(w), w) for w in own]
 
 
 # -- optimizers -------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def resize_in_place(model: nn.Module, sites: Iterable[Site], planned: resize.Pla
     moved = resize.apply(model, planned, logits)
     for old, new in moved.items():
         old.data, old.grad = new.data, None
-        resize.replace_tensor(model, new, old)
+    resize.replace_tensors(model, [(new, old) for old, new in moved.items()])
     for site in sites:
         if site.name in planned.sources:
             site.grace = resize.rewrite(site.grace, {0: planned.sources[site.name]})

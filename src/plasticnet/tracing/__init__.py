@@ -77,8 +77,12 @@ def trace(
     """
     args, kwargs = call_arguments(example_inputs)
     with unfused(), side_effect_free(model):
-        facts, evaluated = _facts_of(model, inputs, residual, args, kwargs)
-        found = find_blocks(model, blocks, args, kwargs)
+        with _blaming(model, args, kwargs):
+            found = find_blocks(model, blocks, args, kwargs)
+        skipped = [block for u in found[0].values() for block in u.blocks]
+        facts, evaluated = _facts_of(
+            model, partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped), args, kwargs
+        )
     consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
     for pattern in inputs:
         if not any(fnmatchcase(name, pattern) for name in consumers):
@@ -94,51 +98,54 @@ def trace(
 
 
 def _facts_of(
-    model: nn.Module, inputs: Sequence[str], residual: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Facts, set[str]]:
     """What runs in both modes tell, and the parameters that were seen in evaluation."""
     if sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE:
         with suppress(Exception):  # not every model runs on meta tensors, which compute nothing
-            return _facts_of(*_on_meta(model, inputs, residual, args, kwargs))
+            return _facts_of(*_on_meta(model, tracer, args, kwargs))
     facts = Facts()
-    run = partial(_run, model, facts, inputs, residual)
-    try:
+    run = partial(_run, model, partial(tracer, facts=facts))
+    with _blaming(model, args, kwargs):
         run(args, kwargs, training=False)
+    evaluated = set(facts.seen)
+    _run_training(model, run, args, kwargs)
+    return facts, evaluated
+
+
+@contextmanager
+def _blaming(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Within this context the model runs for the first time: what it raises speaks of the example inputs."""
+    try:
+        yield
+    except PlasticError:
+        raise
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         raise PlasticError(
             f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
             "Pass example_inputs that model(*example_inputs) accepts."
         ) from error
-    evaluated = set(facts.seen)
-    _run_training(model, run, args, kwargs)
-    return facts, evaluated
 
 
 def _on_meta(
-    model: nn.Module, inputs: Sequence[str], residual: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, Sequence[str], bool, tuple[Any, ...], dict[str, Any]]:
+    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, Callable[..., Tracer], tuple[Any, ...], dict[str, Any]]:
     """The same task with shapes only."""
     twin = duplicate(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to("meta")
     args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
-    return twin, inputs, residual, args, kwargs
+    return twin, tracer, args, kwargs
 
 
 def _run(
-    model: nn.Module,
-    facts: Facts,
-    inputs: Sequence[str],
-    residual: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    training: bool,
+    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> None:
     twin = sharing(model).train(training)
     args, kwargs = copy_inputs((args, kwargs))
-    Tracer(twin, facts, inputs, count=not training, residual=residual).run(args, kwargs)
+    tracer(twin, count=not training).run(args, kwargs)
 
 
 def _run_training(model: nn.Module, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

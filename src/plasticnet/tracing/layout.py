@@ -30,8 +30,12 @@ def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
         need = size
         while need > 1 or (need == 1 and not axis and pieces and pieces[0].size == 1):
             f = pieces.popleft()
-            while need % f.size:  # sizes that do not nest: the labels are lost
-                f = _merge(ledger, f, pieces.popleft())
+            while need % f.size:
+                if f.size % need == 0 and not f.is_split:
+                    f, rest = _split(f, [need, f.size // need])
+                    pieces.appendleft(rest)
+                else:  # sizes that do not nest: the labels are lost
+                    f = _merge(ledger, f, pieces.popleft())
             need //= f.size
             axis.append(f)
         axes.append(tuple(axis))

@@ -68,6 +68,7 @@ class Tracer(TorchDispatchMode):
         input_patterns: Sequence[str] = (),
         count: bool = True,
         residual: bool = False,
+        skipped: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.facts = facts
@@ -76,6 +77,7 @@ class Tracer(TorchDispatchMode):
         self.input_patterns = input_patterns
         self.count = count
         self.residual = residual
+        self.skipped = skipped
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[tuple[str, Tensor | None]] = []
         self.batch: int | None = None
@@ -115,6 +117,9 @@ class Tracer(TorchDispatchMode):
             if next(module.parameters(recurse=False), None) is not None:
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for name in self.skipped:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_hook(self._skip, with_kwargs=True))
         try:
             with torch.no_grad(), self:
                 out = self.model(*args, **kwargs)
@@ -134,6 +139,13 @@ class Tracer(TorchDispatchMode):
 
     def _leave(self, *_: Any) -> None:
         self.calls.pop()
+
+    def _skip(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        """A closed block hands on its first input, so that its output has the same units."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        a, b = self.ledger.settle(self.tag(first)), self.ledger.settle(self.tag(out))
+        for i in range(out.dim()):
+            self.meet(self.ledger.read(a, i), self.ledger.read(b, i), "a block hands on something that cannot be cut")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -41,7 +41,9 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
         labels = tracer.ledger.read(t, a)
         if compared:
             tracer.meet(union, labels, "combined with something that has nothing to cut there")
-        union, compared = np.where(union >= 0, union, labels), True
+            union = np.where(labels < 0, -1, union)
+        else:
+            union, compared = labels, True
     complete = (tracer.ledger.read(Tag((found,)), 0) == union).all()
     return found if complete else labelled(union)
 
