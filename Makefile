@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -22,7 +22,7 @@ lint: $(VENV)/.installed
 	$(BIN)/basedpyright
 
 $(VENV)/.zoo: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[cli,zoo]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,zoo]"
 	touch $@
 
 zoo: $(VENV)/.zoo

@@ -137,13 +137,13 @@ def _update_heads(model: nn.Module, heads: dict[nn.Module, int]) -> None:
 
 
 def _output_layers(model: nn.Module, outputs: list[Tensor]) -> list[nn.Module]:
-    """Layers with as many features, or channels, as an output has."""
+    """Layers with as many features, or channels, as an output has (SqueezeNet ends in a convolution)."""
     features, channels = {o.shape[-1] for o in outputs if o.dim()}, {o.shape[1] for o in outputs if o.dim() > 2}
     return [
         m
         for m in model.modules()
         if (isinstance(m, nn.Linear) and m.out_features in features)
-        or (isinstance(m, nn.modules.conv._ConvNd) and m.out_channels in channels)
+        or (isinstance(m, nn.modules.conv._ConvNd) and m.out_channels in channels | features)
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "zoo.json"
+ATTACH = HERE / "results" / "attach.json"
 PAGE = HERE.parent / "docs" / "zoo.md"
 
 INTRODUCTION = """# The zoo
@@ -63,12 +64,38 @@ def page(content: Mapping[str, Any]) -> str:
     for library, members in by_library(rows).items():
         parts += [f"## {library}", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
         parts += [f"| {' | '.join(cells(row))} |" for row in members] + [""]
+    if ATTACH.exists():
+        parts += attach_section(json.loads(ATTACH.read_text()))
     parts += ["## What is frozen, and why", ""]
     for row in rows:
         if row.get("frozen"):
             parts += [f"- **{row['name']}**"]
             parts += [f"  - {reason}: {', '.join(f'`{n}`' for n in names)}" for reason, names in reasons(row).items()]
     return "\n".join(parts) + "\n"
+
+
+def attach_section(content: Mapping[str, Any]) -> list[str]:
+    """How long large models take (attach.py)."""
+    environment, repeats = content["environment"], content["settings"]["repeats"]
+    lines = [
+        "## Attaching to large models",
+        "",
+        "Seconds of `PlasticNet(model, inputs)` by the clock (median, and all runs) and of the processor, self-check "
+        f"included: one image of 224 pixels, {repeats} runs of [attach.py](../benchmarks/attach.py), "
+        f"{environment['threads']} threads, load {environment['load']:.1f}, {environment['device']}, torch "
+        f"{environment['torch']}, {environment['date']}. Llama (the sizes of the 7B) is traced on the meta device, "
+        "where nothing is computed and so nothing is checked.",
+        "",
+        "| model | parameters | sites | checked | seconds | runs | processor seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in content["results"]:
+        runs = ", ".join(f"{s:.1f}" for s in r["runs"])
+        lines.append(
+            f"| {r['name']} | {r['parameters']:,} | {r['sites']} | {'yes' if r['checked'] else 'no'} | "
+            f"{r['seconds']:.1f} | {runs} | {r['cpu_seconds']:.1f} |"
+        )
+    return [*lines, ""]
 
 
 def by_library(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

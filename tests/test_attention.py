@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import plasticnet as pn
-from plasticnet.attention import FreeMultiheadAttention, FreeWindowAttention, free_heads, head_size, projected
+from plasticnet.attention import FreeMultiheadAttention, FreeWindowAttention, free_heads, head_size
 
 WIDTH, HEADS, LENGTH, SOURCE, BATCH = 12, 3, 5, 4, 2
 
@@ -207,7 +207,7 @@ def test_free_heads_of_a_cut_module() -> None:
     cut_heads(module, [0, 2])
     assert isinstance(module, FreeMultiheadAttention)
     assert (module.num_heads, module.head_dim, module.embed_dim) == (2, 4, WIDTH)
-    assert (head_size(module), projected(module)) == (4, (WIDTH, 8))
+    assert (head_size(module), module.in_proj_weight.shape) == (4, (24, WIDTH))
     out, weights = module(x, x, x, average_attn_weights=False)
     assert weights.shape == (BATCH, 2, LENGTH, LENGTH)
     assert (out - masked(x, x, x)[0]).abs().max() <= 1e-9
@@ -304,3 +304,21 @@ def test_gates_act_in_the_fused_encoder_layer(monkeypatch: pytest.MonkeyPatch) -
         assert (net(x) - plain).abs().max() <= 1e-9
         assert calls == [1]
         assert (net.compact()(x) - plain).abs().max() <= 1e-9
+
+
+def test_maxvit_heads_are_exact() -> None:
+    maxvit = pytest.importorskip("torchvision.models.maxvit")
+    model = maxvit.MaxVit(
+        input_size=(32, 32), stem_channels=8, partition_size=4, block_channels=[16], block_layers=[1], head_dim=4,
+        stochastic_depth_prob=0.0, num_classes=3,
+    ).double()  # fmt: skip
+    x = torch.randn(2, 3, 32, 32).double()
+    net = pn.PlasticNet(model, (x,))
+    heads = [n for n in net.sites if n.endswith("to_qkv")]
+    assert [len(net.sites[n]) for n in heads] == [4, 4]
+    for name in heads:
+        net.sites[name].phi.data[:3] = -1.0
+    masked = net.eval()(x)
+    small = net.compact()
+    assert (small(x) - masked).abs().max() <= 1e-9 * masked.abs().max()
+    assert small.get_submodule(heads[0].rpartition(".")[0]).n_heads == 1

@@ -1,6 +1,6 @@
 """Attention whose number of heads is free.
 
-The forward of ``nn.MultiheadAttention`` and of torchvision's Swin takes the size of a head to be
+The forward of ``nn.MultiheadAttention`` and of torchvision's Swin and MaxViT takes the size of a head to be
 width / heads, which no longer holds once heads or residual channels are gone. `free_heads` gives
 such a module, when its sizes stop fitting, a forward that takes the size of a head from
 ``head_dim``; the parameters, their names and what the module computes stay what they were.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,53 +160,85 @@ def _unwindow(x: Tensor, padded: torch.Size, size: list[int]) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _is_window_attention(module: nn.Module) -> bool:
-    """By name, so that torchvision need not be there."""
-    names = {(c.__module__, c.__name__) for c in type(module).__mro__}
-    return ("torchvision.models.swin_transformer", "ShiftedWindowAttention") in names
+class FreeGridAttention(nn.Module):
+    """The attention of torchvision's MaxViT with ``n_heads`` heads. Mixed in as `FreeWindowAttention` is."""
+
+    n_heads: int
+    head_dim: int
+    scale_factor: float
+    to_qkv: nn.Linear
+    merge: nn.Linear
+    get_relative_positional_bias: Callable[[], Tensor]  # (1, heads, tokens, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, windows, tokens, channels) to the same."""
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind()
+        scores = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
+        return self.merge((scores.softmax(-1) @ v).transpose(2, 3).flatten(3))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An attention of another library: the forward that takes its place, and what it calls its parts."""
+
+    free: type[nn.Module]
+    qkv: str
+    heads: str
+
+
+# By name, so that torchvision need not be there.
+_KNOWN = {
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): _Known(FreeWindowAttention, "qkv", "num_heads"),
+    ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"): _Known(
+        FreeGridAttention, "to_qkv", "n_heads"
+    ),
+}
+
+
+def _known(module: nn.Module) -> _Known | None:
+    names = ((c.__module__, c.__name__) for c in type(module).__mro__)
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
 
 
 def head_size(module: nn.Module) -> int | None:
     """The size of one head of an attention module that `free_heads` knows, else None."""
     if isinstance(module, nn.MultiheadAttention):
         return module.head_dim
-    if _is_window_attention(module):
-        known: Any = module
-        return getattr(known, "head_dim", known.qkv.out_features // 3 // known.num_heads)
-    return None
+    known = _known(module)
+    if known is None:
+        return None
+    return getattr(module, "head_dim", None) or getattr(module, known.qkv).out_features // 3 // getattr(
+        module, known.heads
+    )
 
 
-def projected(module: nn.Module) -> tuple[int, int]:
-    """The width that an attention module reads and that of all its heads, by its parameters."""
-    known: Any = module
-    if not isinstance(module, nn.MultiheadAttention):
-        return known.qkv.weight.shape[1], known.qkv.weight.shape[0] // 3
-    if module.in_proj_weight is not None:
-        return module.in_proj_weight.shape[1], module.in_proj_weight.shape[0] // 3
-    return known.q_proj_weight.shape[1], known.q_proj_weight.shape[0]
+def _projected(module: nn.MultiheadAttention) -> tuple[int, int]:
+    weight: Tensor = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+    return weight.shape[1], weight.shape[0] // (1 if module.in_proj_weight is None else 3)
 
 
 def free_heads(module: nn.Module, size: int) -> None:
     """Bring an attention module whose heads have ``size`` up to date with its parameters."""
-    known: Any = module
-    width, heads_width = projected(module)
-    known.num_heads, known.head_dim = heads_width // size, size
     if isinstance(module, nn.MultiheadAttention):
-        module.embed_dim = width
-        if module.in_proj_weight is not None:
-            module.kdim = module.vdim = width
-        else:
-            module.kdim, module.vdim = known.k_proj_weight.shape[1], known.v_proj_weight.shape[1]
-    if width == heads_width:
+        width, heads_width = _projected(module)
+        module.num_heads, module.head_dim, module.embed_dim = heads_width // size, size, width
+        separate = module.in_proj_weight is None
+        module.kdim = module.k_proj_weight.shape[1] if separate else width
+        module.vdim = module.v_proj_weight.shape[1] if separate else width
+        if width != heads_width:
+            module.__class__ = FreeMultiheadAttention
+            module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its own fused forward
         return
-    if not isinstance(module, nn.MultiheadAttention):
-        if not isinstance(module, FreeWindowAttention):
-            module.__class__ = _free_window_attention(type(module))
-    else:
-        module.__class__ = FreeMultiheadAttention
-        module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its own fused forward
+    known = _known(module)
+    assert known is not None
+    tripled, width = getattr(module, known.qkv).weight.shape
+    setattr(module, known.heads, tripled // 3 // size)
+    module.__dict__["head_dim"] = size
+    if tripled != 3 * width and not isinstance(module, known.free):
+        module.__class__ = _mixed(known.free, type(module))
 
 
 @cache
-def _free_window_attention(own: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Free{own.__name__}", (FreeWindowAttention, own), {})
+def _mixed(free: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Free{own.__name__}", (free, own), {})

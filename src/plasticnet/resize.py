@@ -94,7 +94,8 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
         raise PlasticError(f"site {name!r}: the kept units must be named once each, in increasing order")
     if not u.growable and (array < 0).any():
         raise PlasticError(
-            f"site {name!r} can lose units but not gain any: new ones would come to lie in the wrong place"
+            f"site {name!r} can lose units but not gain any: new ones would come to lie in the wrong place, or count "
+            "in the statistics of a norm"
         )
     if isinstance(u, InputUnits) and len(array) > u.full:
         raise PlasticError(f"site {name!r} has {u.full} features in all; {len(array)} were asked for")

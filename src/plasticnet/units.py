@@ -82,8 +82,8 @@ class Units:
     """One site as tracing found it: ``size`` units, the slices that they own and who reads them.
 
     ``norms`` take statistics over the units, and ``widths`` are attributes that follow their number.
-    ``growable`` is False where units can be cut exactly but new ones would come to lie in the wrong
-    place (a normalisation group that spans a concatenation, say); the self-check finds out.
+    ``growable`` is False where units can be cut exactly but new ones would not leave the outputs alone
+    (they would come to lie in the wrong place, or count in a norm's statistics); the self-check finds out.
     """
 
     name: str
