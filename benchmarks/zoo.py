@@ -134,13 +134,15 @@ def main() -> int:
     parser.add_argument("--residual", action="store_true", help="gate what LayerNorms normalise, too")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has already")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="default: results/zoo.json, or zoo_part.json for a part of the zoo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--part", default="plasticnet", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.out is None:
+        options.out = RESULT if options.only == "*" and not options.fast else RESULT.with_name("zoo_part.json")
     if options.child:
         child(options.child, options)
         return 0

@@ -27,6 +27,7 @@ WIDTHS = (
     "normalized_shape",
     "input_size",
     "hidden_size",
+    "d_model",
 )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import BlockUnits, InputUnits
+from plasticnet.units import InputUnits
 
 if TYPE_CHECKING:
     from plasticnet.net import Optimizers, PlasticNet
@@ -107,14 +107,14 @@ _STATE = ("first", "best", "here", "waited", "failed")
 
 
 def narrow(net: PlasticNet, units: int) -> None:
-    """Cut every site of an untrained network to its first ``units`` units and initialise its layers
-    for that width, to grow from there.
+    """Cut every site of an untrained network that can grow to its first ``units`` units and initialise
+    its layers for that width, to grow from there.
 
     Raises `PlasticError` when ``units`` is less than 1.
     """
     if units < 1:
         raise PlasticError(f"cannot start from {units} units a site; at least 1 is needed")
-    wide = {n: s for n, s in net.sites.items() if len(s) > units and not isinstance(s.units, BlockUnits)}
+    wide = {n: s for n, s in net.sites.items() if len(s) > units and s.units.growable}  # others would stay narrow
     channels = {n: list(range(units)) for n, s in wide.items() if not _selects(s)}
     net.resize(channels)
     features = {n: _spread(len(s), units) for n, s in net.sites.items() if len(s) > units and _selects(s)}

@@ -135,7 +135,9 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         raise PlasticError(f"{path}: damaged (the widths of {name!r})")
     for attribute, value in widths.items():
         old = module.__dict__.get(attribute)
-        fits = _is_width(old) and _is_width(value) and not attribute.startswith("_")
+        # Of torch's own layers only the widths: their strides, say, are no business of a file's.
+        allowed = attribute in WIDTHS or not (attribute.startswith("_") or type(module).__module__.startswith("torch."))
+        fits = allowed and _is_width(old) and _is_width(value)
         if not fits or isinstance(old, int) != isinstance(value, int) or _length(old) != _length(value):
             raise PlasticError(f"{path}: may not set {name}.{attribute} from {old!r} to {value!r}")
         setattr(module, attribute, value if isinstance(old, int) else tuple(value) if isinstance(old, tuple) else value)

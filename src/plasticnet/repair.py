@@ -7,9 +7,8 @@ modules around the site; which of them forward reads is found out by changing th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations
 
 from torch import nn
 
@@ -18,8 +17,8 @@ from plasticnet.units import Units, Width
 
 Comparison = Callable[[Mapping[str, Units]], str | None]
 Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
-_TOGETHER = 2  # attributes that are tried in every combination of this many
-_TRIALS = 16  # combinations that are tried
+_DEPTH = 3  # attributes that are changed together at most
+_TRIALS = 40  # sets of attributes that are tried for one site
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
@@ -32,17 +31,37 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
         return None
     name = max(family, key=lambda n: family[n].size)
     found = {n: candidates(model, u) for n, u in family.items()}
-    for kinds in _choices(found[name]):
+    for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):
         fixed = _with(family, found, kinds)
-        if kinds and differs({name: fixed[name]}) is None and differs(fixed) is None:
+        if differs(fixed) is None:
             return fixed
     tied = _tied(family)
-    found = {n: candidates(model, u, outside=True) for n, u in tied.items()}
-    for kinds in _choices([w for widths in found.values() for w in widths]):
-        fixed = _with(tied, found, kinds)
-        if fixed and differs(fixed) is None:
-            return fixed
+    outside = {n: candidates(model, u, outside=True) for n, u in tied.items()}
+    for widths in outside.values():
+        for kinds in _search(widths, lambda kinds: differs(_with(tied, outside, kinds))):
+            return _with(tied, outside, kinds)
     return None
+
+
+def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None]) -> Iterator[tuple[Kind, ...]]:
+    """Sets of attributes without which there is trouble, small ones first: one that is changed without
+    need may be wrong elsewhere. A set is only extended if its last attribute made the trouble another."""
+    kinds = list(dict.fromkeys(map(_kind, found)))
+    seen: set[frozenset[Kind]] = set()
+    level: list[tuple[tuple[Kind, ...], str | None]] = [((), None)]
+    for _ in range(_DEPTH + 1):
+        extended: list[tuple[tuple[Kind, ...], str | None]] = []
+        for chosen, before in level:
+            for choice in [(*chosen, k) for k in kinds if k not in chosen] if before is not None else [()]:
+                if frozenset(choice) in seen or len(seen) >= _TRIALS:
+                    continue
+                seen.add(frozenset(choice))
+                now = trouble(choice)
+                if now is None:
+                    yield choice
+                elif now != before:
+                    extended.append((choice, now))
+        level = extended
 
 
 def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
@@ -65,13 +84,6 @@ def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
         norms=[n for u in members for n in u.norms],
     )
     return {first.name: tied}
-
-
-def _choices(found: list[Width]) -> list[tuple[Kind, ...]]:
-    """Few attributes before many: one that is changed without need may be wrong elsewhere."""
-    kinds = list(dict.fromkeys(map(_kind, found)))
-    counts = [n for n in range(len(kinds) + 1) if n <= _TOGETHER or n == len(kinds)]
-    return [choice for n in counts for choice in combinations(kinds, n)][:_TRIALS]
 
 
 def _kind(width: Width) -> Kind:
