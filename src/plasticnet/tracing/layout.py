@@ -124,6 +124,15 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
     return [settled.with_axis(axis, labelled(labels[start:stop])) for start, stop in bounds]
 
 
+def join_parts(ledger: Ledger, tag: Tag, dims: Sequence[int]) -> Tag:
+    """The labels when something mixes along these axes: one that is a part of split labels (the radix of
+    a split attention) joins what lies at equal places of the other parts, and then carries none."""
+    for d in dims:
+        if len(tag.axes[d]) == 1 and tag.axes[d][0].is_split:
+            tag = _piece_of_block(ledger, tag, d, tag.axes[d][0].size)
+    return tag
+
+
 def _piece_of_block(ledger: Ledger, tag: Tag, axis: int, length: int) -> Tag:
     """A piece of one factor of split labels, as q, k and v of a packed projection: that factor is
     constant, and what lies at equal places of the others is joined."""

@@ -182,7 +182,11 @@ class Tracer(TorchDispatchMode):
     def freeze(self, tensor: Tensor, reason: str, axes: Sequence[int] | None = None) -> None:
         """Freeze all labels on these axes of a tensor (default: on all)."""
         tag = self.tag(tensor)
-        for i in range(len(tag.axes)) if axes is None else axes:
+        self.freeze_axes(tag, reason, range(len(tag.axes)) if axes is None else axes)
+
+    def freeze_axes(self, tag: Tag, reason: str, axes: Sequence[int]) -> None:
+        """Freeze all labels on these axes."""
+        for i in axes:
             if has_labels(tag.axes[i]):
                 self.ledger.freeze(self.ledger.read(tag, i), reason)
 

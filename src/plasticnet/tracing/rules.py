@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
+from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
 
@@ -63,8 +64,12 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     dims, keepdim = _reduced_dims(func, args, kwargs, x.dim())
     if func._schema.name != "aten::mean" or len(dims) != 1 or not tracer.normalise(x, dims[0]):
         hint = " (residual=True may gate it)" if func._schema.name == "aten::mean" and not tracer.residual else ""
-        tracer.freeze(x, f"reduced over its channels by {func._schema.name}{hint}", dims)
-    tag = tracer.ledger.settle(tracer.tag(x))
+        tag = join_parts(tracer.ledger, tracer.tag(x), dims)
+        tracer.put(x, tag)  # whatever reads it later must take the parts as this does
+        tracer.freeze_axes(tag, f"reduced over its channels by {func._schema.name}{hint}", dims)
+    else:
+        tag = tracer.tag(x)
+    tag = tracer.ledger.settle(tag)
     axes = [() if d in dims else a for d, a in enumerate(tag.axes)]
     if not keepdim:
         axes = [a for d, a in enumerate(axes) if d not in dims]
@@ -88,8 +93,8 @@ def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[in
 @rule("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod")
 def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = dim_of(args[1], out.dim())
-    tag = tracer.ledger.settle(tracer.tag(args[0]))
-    tracer.freeze(args[0], f"normalised over its channels by {func._schema.name}", [dim])
+    tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(args[0]), [dim]))
+    tracer.freeze_axes(tag, f"normalised over its channels by {func._schema.name}", [dim])
     tracer.put(out, Tag(tag.axes))
 
 
