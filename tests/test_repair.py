@@ -270,3 +270,23 @@ def test_a_file_may_set_no_other_attribute(tmp_path: Path) -> None:
 
     with pytest.raises(pn.PlasticError, match=r"may not set layers\.0\.num_heads"):
         pn.load(tmp_path / "a.safetensors", without)
+
+
+def test_sizes_beside_the_layer(tmp_path: Path) -> None:
+    """``nn.Unflatten`` has no parameters, and its sizes follow the layer before it."""
+
+    def make() -> nn.Module:
+        body = [nn.Linear(5, 36), nn.ReLU(), nn.Unflatten(1, (4, 3, 3)), nn.Conv2d(4, 6, 3), nn.Flatten()]
+        return nn.Sequential(*body, nn.Linear(6, 2)).double()
+
+    x = torch.randn(3, 5).double()
+    net = pn.PlasticNet(make(), x)
+    assert len(net.sites["0"]) == 4
+    net.sites["0"].phi.data[1] = -1.0
+    small = net.compact()
+    assert small[2].unflattened_size == (3, 3, 3)  # pyright: ignore
+    assert (small(x) - net.eval()(x)).abs().max() <= 1e-12
+    pn.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(pn.load(tmp_path / "small.safetensors", make)(x), small(x))
+    net.grow({"0": 2})
+    assert net.model[2].unflattened_size == (6, 3, 3)

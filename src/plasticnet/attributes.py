@@ -28,6 +28,7 @@ WIDTHS = (
     "input_size",
     "hidden_size",
     "d_model",
+    "unflattened_size",
 )
 
 
@@ -74,13 +75,18 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
     """Attributes that may follow the size of a site, judging by their value: the number of its units,
     a multiple of it, or the length of a dimension that it lies along.
 
-    They are sought in the modules that own its slices, and in those that hold these modules, up to the
-    one that holds them all; ``outside``, in those that hold that one, too.
+    They are sought in the modules that own its slices, in those that hold these modules, up to the one
+    that holds them all, and in what these hold besides that has no parameters; ``outside``, in those
+    that hold that one, too.
     """
     paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
     common = 0 if outside else shared
     names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
+    for name in list(names):  # and what stands beside them without parameters, as nn.Unflatten does
+        for leaf, child in model.get_submodule(name).named_children():
+            if next(child.parameters(), None) is None:
+                names.setdefault(f"{name}.{leaf}".lstrip("."))
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     widths = {tensors[s.tensor].shape[s.dim]: s.index.shape[1] for s in units.slices if s.tensor in tensors}
     found: list[Width] = []

@@ -25,16 +25,17 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
     """The sites of a family of layers as they are exact, or None: with attributes that follow their
     size, or else tied, unit by unit, to one site of all layers.
 
-    The attributes are sought for one member, the largest, and then taken for all.
+    The attributes are sought for one member, the largest that fails, and then taken for all.
     """
     if not all(u.slices for u in family.values()):  # blocks have no width
         return None
-    name = max(family, key=lambda n: family[n].size)
     found = {n: candidates(model, u) for n, u in family.items()}
-    for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):
-        fixed = _with(family, found, kinds)
-        if differs(fixed) is None:
-            return fixed
+    largest = sorted(family, key=lambda n: -family[n].size)
+    for name in [n for n in largest if differs({n: family[n]}) is not None][:1]:
+        for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):  # noqa: B023
+            fixed = _with(family, found, kinds)
+            if differs(fixed) is None:
+                return fixed
     tied = _tied(family)
     outside = {n: candidates(model, u, outside=True) for n, u in tied.items()}
     for widths in outside.values():
