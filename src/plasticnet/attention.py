@@ -8,10 +8,12 @@ such a module, when its sizes stop fitting, a forward that takes the size of a h
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -226,12 +228,17 @@ def free_heads(module: nn.Module, size: int) -> None:
         separate = module.in_proj_weight is None
         module.kdim = module.k_proj_weight.shape[1] if separate else width
         module.vdim = module.v_proj_weight.shape[1] if separate else width
-        if width != heads_width:
-            module.__class__ = FreeMultiheadAttention
+        if width != heads_width and not isinstance(module, FreeMultiheadAttention):
+            if type(module).forward is not nn.MultiheadAttention.forward:
+                return  # a forward of its own, which must cope by itself
+            own = type(module)
+            free: Any = FreeMultiheadAttention if own is nn.MultiheadAttention else _mixed(FreeMultiheadAttention, own)
+            module.__class__ = free
             module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its own fused forward
         return
     known = _known(module)
-    assert known is not None
+    if known is None:
+        return
     tripled, width = getattr(module, known.qkv).weight.shape
     setattr(module, known.heads, tripled // 3 // size)
     module.__dict__["head_dim"] = size
@@ -239,6 +246,21 @@ def free_heads(module: nn.Module, size: int) -> None:
         module.__class__ = _mixed(known.free, type(module))
 
 
+def unfuse_encoders(model: nn.Module) -> None:
+    """Keep torch's encoders from nested tensors, which only their fused forward can read."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
 @cache
 def _mixed(free: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Free{own.__name__}", (free, own), {})
+    return type(f"Free{own.__name__}", (free, own), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """The classes that `free_heads` makes, for pickle."""
+    for (module, own), known in _KNOWN.items():
+        if name == f"Free{own}V2" or name == f"Free{own}":
+            return _mixed(known.free, getattr(importlib.import_module(module), name.removeprefix("Free")))
+    raise AttributeError(name)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet import resize
-from plasticnet.gating import fold, readers
+from plasticnet.attention import unfuse_encoders
+from plasticnet.gating import Skip, fold, readers
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 # A compact module's plain record, for `save`: the dimensions that are not those of the original
@@ -56,12 +57,17 @@ def lengths(model: nn.Module) -> dict[tuple[str, int], int]:
     return {(name, d): n for name, t in tensors for d, n in enumerate(t.shape)}
 
 
-def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> nn.Module:
+def cut(
+    model: nn.Module,
+    sites: Mapping[str, Units],
+    factors: Mapping[str, Tensor],
+    best: Mapping[str, int] | None = None,
+) -> nn.Module:
     """Bring ``model`` (changed in place and returned) to its final form: the units whose factor is
     0 are cut, other factors are multiplied into the consumers' weights, input sites become `Take`.
 
     ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
-    weights of zero.
+    weights of zero: the one in ``best``, or its first.
     """
     record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
     gone = [
@@ -77,8 +83,13 @@ def cut(model: nn.Module, sites: Mapping[str, Units], factors: Mapping[str, Tens
     if not sites:
         setattr(model, RECORD, {**record, "removed": sorted({*record["removed"], *gone})})
         return model
+    unfuse_encoders(model)
     factors = {name: factors[name] for name in sites}
-    sources = survivors(sites, {name: f.cpu().numpy() for name, f in factors.items()}, above=0.0)
+    values = {name: f.cpu().numpy().copy() for name, f in factors.items()}
+    for name, f in values.items():
+        if not f.any():
+            f[(best or {}).get(name, 0)] = 1.0
+    sources = survivors(sites, values, above=0.0)
     planned = resize.plan(sites, lengths(model), sources)
     resize.apply(model, planned, {})
     kept = [
@@ -114,14 +125,9 @@ def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
 
 
 def remove_block(model: nn.Module, name: str) -> None:
-    """Take a block out of the container that runs its members in turn (the others keep their names);
-    elsewhere an identity takes its place."""
+    """Put a `Skip` in the place of a block."""
     owner, _, key = name.rpartition(".")
-    parent = model.get_submodule(owner)
-    if isinstance(parent, nn.Sequential | nn.ModuleList):
-        del parent._modules[key]
-    else:
-        setattr(parent, key, nn.Identity())
+    model.get_submodule(owner)._modules[key] = Skip()
 
 
 def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:

@@ -56,6 +56,11 @@ class Site(nn.Module):
         """Which units are open, a boolean mask of shape (units,): phi >= 0."""
         return self.phi.detach() >= 0
 
+    @property
+    def best(self) -> Tensor:
+        """The unit most likely to be open, a scalar: the one that stays when all are closed."""
+        return self.phi.detach().argmax()
+
     def __len__(self) -> int:
         return self.units.size
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import checkpoint
 
 from plasticnet.errors import PlasticError
 from plasticnet.norms import open_statistics
@@ -43,6 +44,15 @@ class Reader:
         """What each position is multiplied by: (..., positions) from gates (..., units + 1)."""
         result = z.index_select(-1, self.units)
         return result if self.features is None else result * z.index_select(-1, self.features)
+
+
+class Skip(nn.Module):
+    """What is left of a block that was removed: it hands on its first input. So the other members of a
+    list keep their places, which a forward may count."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The first argument."""
+        return args[0] if args else next(iter(kwargs.values()))
 
 
 def _offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
@@ -121,6 +131,8 @@ class Gating:
             if isinstance(u, BlockUnits)
             for i, block in enumerate(u.blocks)
         ]
+        self._normed = [(offsets[name], u.size) for name, u in sites.items() if u.norms]
+        self._fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
         norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
         self._norms = [
             (n, torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device))
@@ -133,9 +145,17 @@ class Gating:
             for name, u in sites.items()
         }
 
-    def run(self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], best: Mapping[int, Tensor] | None = None
+    ) -> Any:
         """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
-        batch or one per sample; the last is the constant 1."""
+        batch or one per sample; the last is the constant 1.
+
+        A norm over a site that is closed altogether counts one unit of it, as the cut network will: the
+        one in ``best`` (by where the site's gates begin), or the first.
+
+        Raises `PlasticError` when layers are to be run again in the backward pass.
+        """
         per_sample = z.dim() == 2 and len(z) > 1
         hooked = [r for r in self.readers if r.per_sample] if per_sample else []
         folded = [r for r in self.readers if not (per_sample and r.per_sample)]
@@ -144,11 +164,20 @@ class Gating:
         with ExitStack() as stack:
             stack.enter_context(_hooks(self.model, hooked, z))
             stack.enter_context(_hooks(self.model, folded, None))
+            if hooked or not all_open:
+                if self._fused:
+                    stack.enter_context(_unfused_encoders())
+                if torch.is_grad_enabled():
+                    stack.enter_context(_refusing_checkpoints())
             if all_open:
                 return self.model(*args, **kwargs)
+            opened = shared > 0
+            for start, size in self._normed:
+                closed = ~opened[start : start + size].any()
+                opened[start + (0 if best is None else best[start])] |= closed
             stack.enter_context(_skipping(module for module, i in self._blocks if shared[i] == 0))
             for norm, positions in self._norms:
-                mask = shared.index_select(0, positions) > 0
+                mask = opened.index_select(0, positions)
                 stack.enter_context(open_statistics(self.model.get_submodule(norm.module), norm.axis, mask))
             tensors = _by_place(self.model, fold(self.model, folded, shared))
             if self._recurrent:
@@ -167,6 +196,45 @@ def _by_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         for leaf, p in module._parameters.items()
         if id(p) in new
     }
+
+
+@contextmanager
+def _unfused_encoders() -> Iterator[None]:
+    """Torch's encoder layers have a fused forward that knows neither of hooks nor of missing heads."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _refusing_checkpoints() -> Iterator[None]:
+    """Gradient checkpointing would run layers again when their gates are gone, and give wrong gradients."""
+    names = [n for n in _CHECKPOINTING if hasattr(checkpoint, n)]
+    kept = [getattr(checkpoint, name) for name in names]
+    for name in names:
+        setattr(checkpoint, name, _Refused())
+    try:
+        yield
+    finally:
+        for name, own in zip(names, kept, strict=True):
+            setattr(checkpoint, name, own)
+
+
+# What torch.utils.checkpoint.checkpoint calls, in one version of torch or another.
+_CHECKPOINTING = ("_checkpoint_impl", "CheckpointFunction", "_checkpoint_without_reentrant_generator")
+
+
+class _Refused:
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise PlasticError(
+            "gradient checkpointing (torch.utils.checkpoint) cannot be used while units are gated: the layers would "
+            "run again without their gates; switch it off for training with finite k or closed units"
+        )
+
+    apply = __call__
 
 
 @contextmanager
@@ -194,7 +262,7 @@ def _skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
     skipped = list(blocks)
     own = [module.__dict__.get("forward") for module in skipped]
     for module in skipped:
-        module.forward = _first_input
+        module.forward = Skip.forward.__get__(module)
     try:
         yield
     finally:
@@ -202,10 +270,6 @@ def _skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
             del module.__dict__["forward"]
             if forward is not None:
                 module.forward = forward
-
-
-def _first_input(*args: Any, **kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager

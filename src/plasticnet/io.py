@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from plasticnet.attention import free_heads, head_size
+from plasticnet.attention import free_heads, head_size, unfuse_encoders
 from plasticnet.attributes import WIDTHS, group_size, mismatches
 from plasticnet.compact import RECORD, Take, insert_take, remove_block
 from plasticnet.errors import PlasticError
@@ -92,6 +92,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     _set_tensors(path, model, tensors, resized)
     for name, size in heads.items():
         free_heads(model.get_submodule(name), size)
+    unfuse_encoders(model)
     for name, module in model.named_modules():
         for what in mismatches(module, groups.get(name)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")

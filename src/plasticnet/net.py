@@ -176,7 +176,12 @@ class PlasticNet(nn.Module):
         z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
         self._pass.calls += 1
         self._pass.sizes.update(n for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for n in t.shape[:2])
-        return self._gating.run(z, args, kwargs)
+        return self._gating.run(z, args, kwargs, self._best())
+
+    def _best(self) -> dict[int, Tensor]:
+        """The best unit of every site, by where the gates of the site begin."""
+        starts = np.cumsum([0, *(len(s) for s in self._sites())]).tolist()
+        return {start: s.best for start, s in zip(starts, self._sites(), strict=False)}
 
     def _mean_gates(self) -> Tensor:
         """The gates at evaluation, and the constant 1 that ends every vector of gates."""
@@ -272,6 +277,9 @@ class PlasticNet(nn.Module):
             if not bool(torch.isfinite(site.phi).all()):
                 raise PlasticError(f"site {site.name!r}: its gates are not finite; go back to a checkpoint")
         floor = float(np.nextafter(np.float32(below), np.float32(-1)))
+        for site in self._sites():
+            if not (values[site.name] > floor).any():
+                values[site.name][int(site.best)] = 1.0
         sources = survivors({s.name: s.units for s in self._sites()}, values, above=floor)
         before = {n: len(s) for n, s in self.sites.items()}
         if sources:
@@ -282,9 +290,9 @@ class PlasticNet(nn.Module):
         """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units
         are cut, and the mean gates of the open ones are multiplied into the weights that read them."""
         small = duplicate(self.model).eval()
-        return cut(
-            small, {s.name: s.units for s in self._sites()}, {s.name: s.mean_gate(self._k) for s in self._sites()}
-        )
+        sites = self._sites()
+        best = {s.name: int(s.best) for s in sites}
+        return cut(small, {s.name: s.units for s in sites}, {s.name: s.mean_gate(self._k) for s in sites}, best)
 
     def _refresh(self) -> None:
         """Work out anew what depends on the sites' sizes."""

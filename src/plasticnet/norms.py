@@ -28,7 +28,7 @@ def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None
         modes[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        if modes:
+        while modes:
             modes.pop().__exit__(None, None, None)
 
     handles = [
@@ -40,6 +40,7 @@ def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+        leave()  # an interrupt passes by the hooks
 
 
 class _OpenStatistics(TorchFunctionMode):
@@ -115,12 +116,14 @@ def _group_norm(
 
 
 def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    dim = args[0] if args else kwargs.get("dim")
+    dim = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
     dims = [dim] if isinstance(dim, int) else list(dim or [])
     if len(dims) != 1 or not mode.reads(input) or dims[0] % input.dim() != mode.axis % input.dim():
         return func(input, *args, **kwargs)
-    keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", False))
-    return (input * mode.over(input)).sum(dims[0], keepdim=keepdim) / mode.count()
+    keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False)))
+    dtype = kwargs.get("dtype") or input.dtype
+    wide = _widened(input.to(dtype))  # torch, too, adds half precision up in single
+    return ((wide * mode.over(wide)).sum(dims[0], keepdim=keepdim) / mode.count()).to(dtype)
 
 
 _MASKED: dict[Any, Callable[..., Tensor]] = {

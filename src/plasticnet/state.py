@@ -41,6 +41,9 @@ def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, 
         found = [state[f"gates.{gate_key(name)}.{leaf}"] for leaf in leaves]
         if any(not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0 or len(t) != len(found[0]) for t in found):
             raise PlasticError(f"site {name!r}: its gates in the state are not of one shape (units,)")
+    # The values come from the state, so that units may come back where new ones could not.
+    growable = {name: u.growable for name, u in units.items()}
+    units = {name: replace(u, growable=True) for name, u in units.items()}
     sources: dict[str, list[int]] = {}
     for name, u in units.items():
         size = len(state[f"gates.{gate_key(name)}.phi"])
@@ -59,6 +62,8 @@ def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, 
         if isinstance(u, InputUnits):
             _plan_features(planned, u, state[f"gates.{gate_key(name)}.features"].cpu().numpy())
     _compare(model, planned, state)
+    for name, u in planned.units.items():
+        u.growable = growable[name]
     return planned
 
 

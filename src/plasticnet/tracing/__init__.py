@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from plasticnet.errors import PlasticError
-from plasticnet.snapshot import duplicate, sharing, side_effect_free
+from plasticnet.snapshot import duplicate, side_effect_free
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.blocks import find_blocks
 from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
@@ -83,6 +84,13 @@ def trace(
         facts, evaluated = _facts_of(
             model, partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped), args, kwargs
         )
+    for name in facts.unskippable:
+        found[1][f"{name} (as a block)"] = "in training it returns something else than a tensor like its first input"
+        for site, u in list(found[0].items()):
+            found[0][site] = replace(u, blocks=tuple(b for b in u.blocks if b != name))
+            found[0][site].size = len(found[0][site].blocks)
+            if not found[0][site].blocks:
+                del found[0][site]
     consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
     for pattern in inputs:
         if not any(fnmatchcase(name, pattern) for name in consumers):
@@ -143,7 +151,7 @@ def _on_meta(
 def _run(
     model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> None:
-    twin = sharing(model).train(training)
+    twin = duplicate(model).train(training)  # which may change parameters: a merged LoRA does
     args, kwargs = copy_inputs((args, kwargs))
     tracer(twin, count=not training).run(args, kwargs)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.snapshot import sharing
+from plasticnet.gating import Skip
+from plasticnet.snapshot import duplicate
 from plasticnet.units import BlockUnits
 
 
@@ -23,7 +24,11 @@ def find_blocks(
 
     Raises `PlasticError` when a pattern matches no module.
     """
-    names = [n for n, _ in model.named_modules() if n and any(fnmatchcase(n, p) for p in patterns)]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if n and not isinstance(m, Skip) and any(fnmatchcase(n, p) for p in patterns)
+    ]
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             known = ", ".join(n for n, m in model.named_modules() if n and next(m.children(), None) is not None)
@@ -31,16 +36,22 @@ def find_blocks(
     if not names:
         return {}, {}
     calls: dict[str, list[str]] = {n: [] for n in names}
-    twin = sharing(model).eval()
+    twin = duplicate(model).eval()
     for name in names:
         twin.get_submodule(name).register_forward_hook(_note(calls[name]), with_kwargs=True)
     with torch.no_grad():
         twin(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+    places = [(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)]
     frozen: dict[str, str] = {}
     sites: dict[str, list[str]] = {}
     for name in names:
-        within = any(name.startswith(f"{other}.") for other in names)
-        reasons = ["a block within a block"] if within else calls[name] or ["a block that was never called"]
+        own = {p for p, n in places if n.startswith(f"{name}.")}
+        shared = next((n for p, n in places if p in own and not n.startswith(f"{name}.")), None)
+        reasons = calls[name] or ["a block that was never called"]
+        if any(name.startswith(f"{other}.") for other in names):
+            reasons = ["a block within a block"]
+        elif shared is not None:
+            reasons = [f"it shares a parameter with {shared}, outside of it"]
         reason = next((r for r in reasons if r), None if len(reasons) == 1 else "a block that is called several times")
         if reason is None:
             sites.setdefault(name.rpartition(".")[0], []).append(name)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import Consumer, Norm
+
+
+def tensors_within(tree: Any) -> list[Tensor]:
+    """The tensors of a model's output: in containers, dataclasses and distributions. Other objects (a cache
+    of keys and values) are not looked into."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) or isinstance(leaf, torch.distributions.Distribution):
+            found += tensors_within(list(vars(leaf).values()))
+    return found
+
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
@@ -53,6 +67,8 @@ class Facts:
     seen: set[str] = field(default_factory=set)
     grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped layers: rows of one group
     steered: bool = False  # whether a value was read while the model ran, as `if x.sum() > 0` does
+    unskippable: set[str] = field(default_factory=set)  # blocks that return something else in training
+    means: set[tuple[str, int]] = field(default_factory=set)  # modules and axes of means over something without units
     embeddings: set[str] = field(default_factory=set)  # tables whose own units are left alone
     norms: dict[tuple[str, int], Norm] = field(default_factory=dict)  # statistics over gated units
 
@@ -119,16 +135,15 @@ class Tracer(TorchDispatchMode):
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
         for name in self.skipped:
             module = self.model.get_submodule(name)
-            handles.append(module.register_forward_hook(self._skip, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
         try:
             with torch.no_grad(), self:
                 out = self.model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.freeze(leaf, "reaches the model's output")
+        for tensor in tensors_within(out):
+            self.freeze(tensor, "reaches the model's output")
 
     def _enter(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,9 +155,12 @@ class Tracer(TorchDispatchMode):
     def _leave(self, *_: Any) -> None:
         self.calls.pop()
 
-    def _skip(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def _skip(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """A closed block hands on its first input, so that its output has the same units."""
         first = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(out, Tensor) or out.shape != first.shape:
+            self.facts.unskippable.add(name)
+            return
         a, b = self.ledger.settle(self.tag(first)), self.ledger.settle(self.tag(out))
         for i in range(out.dim()):
             self.meet(self.ledger.read(a, i), self.ledger.read(b, i), "a block hands on something that cannot be cut")

@@ -62,7 +62,10 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) is pointwise
         return pointwise(tracer, func, args, kwargs, out)
     dims, keepdim = _reduced_dims(func, args, kwargs, x.dim())
-    if func._schema.name != "aten::mean" or len(dims) != 1 or not tracer.normalise(x, dims[0]):
+    single = func._schema.name == "aten::mean" and len(dims) == 1
+    if single and tracer.calls and not has_labels(tracer.tag(x).axes[dims[0]]):
+        tracer.facts.means.add((tracer.calls[-1][0], dims[0] - x.dim()))
+    if not single or not tracer.normalise(x, dims[0]):
         hint = " (residual=True may gate it)" if func._schema.name == "aten::mean" and not tracer.residual else ""
         tag = join_parts(tracer.ledger, tracer.tag(x), dims)
         tracer.put(x, tag)  # whatever reads it later must take the parts as this does

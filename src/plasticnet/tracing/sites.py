@@ -47,6 +47,10 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
     for i, key in enumerate(names):
         if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
+    for (tensor, dim), norm in facts.norms.items():
+        if (norm.module, norm.axis) in facts.means:
+            labels = next(labels for t, d, labels in origins if (t, d) == (tensor, dim))
+            ledger.freeze(labels, "its layer also takes a mean, over the same axis, of something else")
     classes = _classes(ledger.total, ledger.pairs)
     reasons = _frozen_classes(classes, ledger.frozen)
 
