@@ -154,12 +154,13 @@ def main() -> int:
     head = {"environment": {**environment(), "packages": packages()}, "settings": settings(options)}
     rows: dict[str, dict[str, Any]] = {}
     if options.resume and options.out.exists():
-        rows = {row["name"]: row for row in json.loads(options.out.read_text())["results"]}
+        before = json.loads(options.out.read_text())
+        rows = {r["name"]: {"commit": before["environment"]["commit"], **r} for r in before["results"]}
     names = chosen(options)
     missing = [n for n in names if n not in rows]
     with ThreadPoolExecutor(options.jobs) as pool:  # each only waits for its process
         for i, row in enumerate(pool.map(lambda name: measured(name, options), missing)):
-            rows[row["name"]] = row
+            rows[row["name"]] = {**row, "commit": head["environment"]["commit"]}
             write(options.out, head, rows.values())
             print(f"{i + 1:3}/{len(missing)}  {line(row)}", flush=True)
     wrong = [n for n in names if not rows[n].get("status", "").startswith(("ok", "nothing to gate"))]

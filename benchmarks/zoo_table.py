@@ -58,7 +58,7 @@ def page(content: Mapping[str, Any]) -> str:
             environment=f"plasticnet {environment['plasticnet']}, torch {environment['torch']}, {packages}; "
             f"Python {environment['python']}, {environment['device']}, {environment['threads']} thread, load "
             f"{environment['load']:.1f}; seed {settings['seed']} (one), at most {settings['timeout']:.0f} s a model; "
-            f"{environment['date']}, `{environment['command']}`.",
+            f"{environment['date']}, `{environment['command']}`; rows by commit: {commits(rows, environment)}.",
         )
     ]
     for library, members in by_library(rows).items():
@@ -72,6 +72,12 @@ def page(content: Mapping[str, Any]) -> str:
             parts += [f"- **{row['name']}**"]
             parts += [f"  - {reason}: {', '.join(f'`{n}`' for n in names)}" for reason, names in reasons(row).items()]
     return "\n".join(parts) + "\n"
+
+
+def commits(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
+    """How many rows were measured at which commit: a run may have been resumed."""
+    found = Counter(row.get("commit", environment["commit"]) for row in rows)
+    return ", ".join(f"{n} at {commit}" for commit, n in found.most_common())
 
 
 def attach_section(content: Mapping[str, Any]) -> list[str]:
