@@ -124,6 +124,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         text += f" ONNX: {', '.join(f'{n} {what}' for what, n in onnx.most_common())}."
     if theirs:
         text += f" torch-pruning: {', '.join(f'{n} {what}' for what, n in theirs.most_common())}."
+    stricter = [r for r in fine if _verdict(r.get("torch_pruning", {})) == "exact" and r["prunable"] < 0.95]
+    if stricter:
+        text += "\n\nWhere torch-pruning is exact, more than 5 % of the parameters stay frozen here in "
+        named = (f"{r['name']} ({next(iter(reasons(r)), 'nothing')})" for r in stricter)
+        text += f"{len(stricter)} models, with this most frequent reason: {'; '.join(named)}."
     return text
 
 
