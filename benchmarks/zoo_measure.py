@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -233,7 +234,7 @@ def onnx_verdict(net: pn.PlasticNet, inputs: _Inputs, seed: int) -> str:
     try:
         return "equal" if exports_any_batch(twin.compact(), inputs) else "equal (one batch size)"
     except pn.PlasticError as error:
-        trouble = first_line(error)
+        trouble = re.sub(r"\S+/(?=small\.onnx)", "", first_line(error))
     try:
         exports_any_batch(twin.model, inputs)
     except pn.PlasticError:
