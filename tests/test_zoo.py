@@ -49,7 +49,7 @@ def test_the_table_shows_what_was_measured() -> None:
     crashed = {"name": "b/crashed", "status": "crash: RuntimeError: a | b", "torch_pruning": {"status": "exact"}}
     environment = {
         "plasticnet": "0", "torch": "2", "python": "3", "device": "CPU", "threads": 1, "load": 0.0, "date": "today",
-        "command": "python zoo.py", "packages": {"torch-pruning": "1.6.0"},
+        "command": "python zoo.py", "commit": "abc", "packages": {"torch-pruning": "1.6.0"},
     }  # fmt: skip
     content = {"environment": environment, "settings": {"seed": 0, "timeout": 300.0}, "results": [fine, crashed]}
     text = zoo_table.page(content)
