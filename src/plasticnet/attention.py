@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -244,6 +245,18 @@ def free_heads(module: nn.Module, size: int) -> None:
     module.__dict__["head_dim"] = size
     if tripled != 3 * width and not isinstance(module, known.free):
         module.__class__ = _mixed(known.free, type(module))
+
+
+@contextmanager
+def unfused_layers() -> Iterator[None]:
+    """Within this context torch's encoder layers do without their fused forward, which knows neither of
+    hooks nor of missing heads."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def unfuse_encoders(model: nn.Module) -> None:

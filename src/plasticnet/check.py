@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,14 +17,13 @@ from plasticnet.compact import cut, lengths
 from plasticnet.gating import Gating
 from plasticnet.repair import Comparison, repaired
 from plasticnet.snapshot import duplicate, sharing, side_effect_free
-from plasticnet.tracing import copy_inputs
+from plasticnet.tracing import copy_inputs, is_large
 from plasticnet.tracing.mode import tensors_within
-from plasticnet.units import BlockUnits, InputUnits, Trace, Units
+from plasticnet.units import BlockUnits, InputUnits, Trace, Units, family_of
 
 _LARGE_FAMILY = 5
 _ATTEMPTS = 3  # with other random parameters, where units had no effect (all behind a dead ReLU, say)
 _DRAWN = 1_000_003
-_LARGE = 50_000_000  # parameters from which on most units are cut before the comparison in double precision
 _FINE, _ROUGH = 2e-6, 1e-3  # tolerances in double precision (some norms compute in single inside) and in others
 _FEW = 3  # units of a site that a large model keeps
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
@@ -62,7 +60,7 @@ def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[
             if name.rpartition(".")[2] in ("running_mean", "running_var"):
                 b.uniform_(0.5, 1.5)
     sites = dict(traced.sites)
-    if sum(p.numel() for p in twin.parameters()) > _LARGE:
+    if is_large(twin):
         rough = _Run(twin, args, kwargs, _ROUGH, [partial(_random_gates, share=CLOSED_SHARES[-1])], vouch=False)
         bad = _culprits(rough.cut_differs, sites, partial(repaired, twin))
         sites = {n: u for n, u in sites.items() if n not in bad}
@@ -238,7 +236,7 @@ def _culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | Non
     bad: dict[str, str] = {}
     families: dict[str, dict[str, Units]] = {}
     for name, u in sites.items():
-        families.setdefault(re.sub(r"\d+", "#", name), {})[name] = u
+        families.setdefault(family_of(name), {})[name] = u
     for family in families.values():
         names = list(family)
         reason = differs(family)

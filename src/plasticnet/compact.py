@@ -69,7 +69,6 @@ def cut(
     ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
     weights of zero: the one in ``best``, or its first.
     """
-    record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
     gone = [
         b
         for n, u in sites.items()
@@ -80,18 +79,23 @@ def cut(
     sites = _without(sites, gone)
     for block in gone:
         remove_block(model, block)
-    if not sites:
-        setattr(model, RECORD, {**record, "removed": sorted({*record["removed"], *gone})})
-        return model
-    unfuse_encoders(model)
-    factors = {name: factors[name] for name in sites}
-    values = {name: f.cpu().numpy().copy() for name, f in factors.items()}
-    for name, f in values.items():
-        if not f.any():
-            f[(best or {}).get(name, 0)] = 1.0
-    sources = survivors(sites, values, above=0.0)
-    planned = resize.plan(sites, lengths(model), sources)
-    resize.apply(model, planned, {})
+    taken: list[str] = []
+    if sites:
+        unfuse_encoders(model)
+        values = {name: factors[name].cpu().numpy().copy() for name in sites}
+        for name, f in values.items():
+            if not f.any():
+                f[(best or {}).get(name, 0)] = 1.0
+        planned = resize.plan(sites, lengths(model), survivors(sites, values, above=0.0))
+        resize.apply(model, planned, {})
+        _fold_kept(model, planned, factors)
+        taken = _insert_takes(model, planned)
+    _remember(model, sites, taken, gone)
+    return model
+
+
+def _fold_kept(model: nn.Module, planned: resize.Plan, factors: Mapping[str, Tensor]) -> None:
+    """Multiply the weights of a model that was cut by the factors of what is left."""
     kept = [
         factors[n][torch.from_numpy(planned.sources[n]).to(factors[n].device)] if n in planned.sources else factors[n]
         for n in planned.units
@@ -103,6 +107,10 @@ def cut(
             folded = fold(model, readers(planned.units, model), z)
             pairs = [(parameters[n], nn.Parameter(w, parameters[n].requires_grad)) for n, w in folded.items()]
             resize.replace_tensors(model, pairs)
+
+
+def _insert_takes(model: nn.Module, planned: resize.Plan) -> list[str]:
+    """Put a `Take` before every consumer that lost features; returns these consumers."""
     taken: list[str] = []
     for u in planned.units.values():
         if isinstance(u, InputUnits) and (u.size < u.full):
@@ -111,13 +119,18 @@ def cut(
             assert axis is not None
             insert_take(model, u.consumers[0].module, Take(torch.from_numpy(u.features).to(device), axis))
             taken.append(u.consumers[0].module)
+    return taken
+
+
+def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], gone: list[str]) -> None:
+    """Add to the module's `RECORD` what a cut did."""
+    record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
     inputs = {name for name, u in sites.items() if isinstance(u, InputUnits)}
     owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in inputs}
     resized = {(_renamed(tensor, taken), dim) for tensor, dim in [*owned, *map(tuple, record["resized"])]}
     widths = {(w.module, w.attribute) for u in sites.values() for w in u.widths} | set(map(tuple, record["widths"]))
     removed = {*record["removed"], *gone}
     setattr(model, RECORD, {"resized": _sorted(resized), "widths": _sorted(widths), "removed": sorted(removed)})
-    return model
 
 
 def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:

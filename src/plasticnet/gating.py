@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import checkpoint
 
+from plasticnet.attention import unfused_layers
 from plasticnet.errors import PlasticError
 from plasticnet.norms import open_statistics
 from plasticnet.units import BlockUnits, InputUnits, Units
@@ -131,14 +132,15 @@ class Gating:
             if isinstance(u, BlockUnits)
             for i, block in enumerate(u.blocks)
         ]
-        self._normed = [(offsets[name], u.size) for name, u in sites.items() if u.norms]
+        self._normed = [(name, offsets[name], u.size) for name, u in sites.items() if u.norms]
         self._fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
         norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
         self._norms = [
             (n, torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device))
             for n in norms
         ]
-        self._recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+        self._recurrent = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+        self._places = _places(model, {r.tensor for r in self.readers})
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
             name: bool(u.consumers) and not u.norms and not any((c.tensor, c.dim) in fixed for c in u.consumers)
@@ -146,13 +148,13 @@ class Gating:
         }
 
     def run(
-        self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], best: Mapping[int, Tensor] | None = None
+        self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], best: Mapping[str, Tensor] | None = None
     ) -> Any:
         """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
         batch or one per sample; the last is the constant 1.
 
         A norm over a site that is closed altogether counts one unit of it, as the cut network will: the
-        one in ``best`` (by where the site's gates begin), or the first.
+        one in ``best``, by the site's name, or the first.
 
         Raises `PlasticError` when layers are to be run again in the backward pass.
         """
@@ -166,47 +168,34 @@ class Gating:
             stack.enter_context(_hooks(self.model, folded, None))
             if hooked or not all_open:
                 if self._fused:
-                    stack.enter_context(_unfused_encoders())
+                    stack.enter_context(unfused_layers())
                 if torch.is_grad_enabled():
                     stack.enter_context(_refusing_checkpoints())
             if all_open:
                 return self.model(*args, **kwargs)
             opened = shared > 0
-            for start, size in self._normed:
+            for name, start, size in self._normed:
                 closed = ~opened[start : start + size].any()
-                opened[start + (0 if best is None else best[start])] |= closed
+                opened[start + (0 if best is None else best[name])] |= closed
             stack.enter_context(_skipping(module for module, i in self._blocks if shared[i] == 0))
             for norm, positions in self._norms:
                 mask = opened.index_select(0, positions)
                 stack.enter_context(open_statistics(self.model.get_submodule(norm.module), norm.axis, mask))
-            tensors = _by_place(self.model, fold(self.model, folded, shared))
-            if self._recurrent:
-                stack.enter_context(_flat_weights(self.model, tensors))
-            # One name per place: a module that is registered twice would be swapped, and put back, twice.
+            weights = fold(self.model, folded, shared)
+            tensors = {place: weight for name, weight in weights.items() for place in self._places[name]}
+            stack.enter_context(_flat_weights(self._recurrent, tensors))
             return functional_call(self.model, tensors, args, dict(kwargs), tie_weights=False)
 
 
-def _by_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What replaces parameters, under one name for each module that holds them."""
-    names = dict(model.named_parameters(remove_duplicate=False))
-    new = {id(names[name]): tensor for name, tensor in tensors.items()}
-    return {
-        f"{prefix}.{leaf}" if prefix else leaf: new[id(p)]
-        for prefix, module in model.named_modules()
-        for leaf, p in module._parameters.items()
-        if id(p) in new
-    }
-
-
-@contextmanager
-def _unfused_encoders() -> Iterator[None]:
-    """Torch's encoder layers have a fused forward that knows neither of hooks nor of missing heads."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+def _places(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
+    """For each of these parameters, one name for each module that holds it: under two names, a module
+    that is registered twice would be swapped, and put back, twice."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    held: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, p in module._parameters.items():
+            held.setdefault(id(p), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return {name: held[id(parameters[name])] for name in names}
 
 
 @contextmanager
@@ -238,21 +227,16 @@ class _Refused:
 
 
 @contextmanager
-def _flat_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _flat_weights(recurrent: list[tuple[str, nn.RNNBase]], tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Recurrent layers read a list of their weights, which ``functional_call`` does not know of."""
-    kept: list[tuple[nn.RNNBase, list[Any]]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            own: list[Any] = module._flat_weights
-            kept.append((module, own))
-            names = module._flat_weights_names
-            module._flat_weights = [
-                tensors.get(f"{name}.{n}" if name else n, w) for n, w in zip(names, own, strict=True)
-            ]
+    kept: list[list[Any]] = [module._flat_weights for _, module in recurrent]
+    for (name, module), own in zip(recurrent, kept, strict=True):
+        names = module._flat_weights_names
+        module._flat_weights = [tensors.get(f"{name}.{n}" if name else n, w) for n, w in zip(names, own, strict=True)]
     try:
         yield
     finally:
-        for module, own in kept:
+        for (_, module), own in zip(recurrent, kept, strict=True):
             module._flat_weights = own
 
 

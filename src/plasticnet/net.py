@@ -176,12 +176,8 @@ class PlasticNet(nn.Module):
         z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
         self._pass.calls += 1
         self._pass.sizes.update(n for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for n in t.shape[:2])
-        return self._gating.run(z, args, kwargs, self._best())
-
-    def _best(self) -> dict[int, Tensor]:
-        """The best unit of every site, by where the gates of the site begin."""
-        starts = np.cumsum([0, *(len(s) for s in self._sites())]).tolist()
-        return {start: s.best for start, s in zip(starts, self._sites(), strict=False)}
+        best = {s.name: s.best for s in self._sites() if s.units.norms}
+        return self._gating.run(z, args, kwargs, best)
 
     def _mean_gates(self) -> Tensor:
         """The gates at evaluation, and the constant 1 that ends every vector of gates."""

@@ -6,14 +6,13 @@ modules around the site; which of them forward reads is found out by changing th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from plasticnet.attributes import candidates
-from plasticnet.units import Units, Width
+from plasticnet.units import Units, Width, family_of
 
 Comparison = Callable[[Mapping[str, Units]], str | None]
 Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
@@ -31,8 +30,9 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
         return None
     found = {n: candidates(model, u) for n, u in family.items()}
     largest = sorted(family, key=lambda n: -family[n].size)
-    for name in [n for n in largest if differs({n: family[n]}) is not None][:1]:
-        for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):  # noqa: B023
+    name = next((n for n in largest if differs({n: family[n]}) is not None), None)
+    if name is not None:
+        for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):
             fixed = _with(family, found, kinds)
             if differs(fixed) is None:
                 return fixed
@@ -88,4 +88,4 @@ def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
 
 
 def _kind(width: Width) -> Kind:
-    return re.sub(r"\d+", "#", width.module), width.attribute, width.place
+    return family_of(width.module), width.attribute, width.place

@@ -6,6 +6,7 @@ units of the same shape that are born at the same place.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,11 @@ def owner(tensor: str) -> str:
     say), of the module that it is a parameter of."""
     module = tensor.rpartition(".")[0]
     return f".{module}".partition(".parametrizations.")[0].removeprefix(".")
+
+
+def family_of(name: str) -> str:
+    """What the layers of a stack share of their names: ``blocks.#.mlp``."""
+    return re.sub(r"\d+", "#", name)
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from plasticnet.attention import unfused_layers
 from plasticnet.errors import PlasticError
 from plasticnet.snapshot import duplicate, side_effect_free
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
-from plasticnet.tracing.blocks import find_blocks
+from plasticnet.tracing.blocks import block_sites, find_blocks
 from plasticnet.tracing.mode import RULES, Facts, Rule, Tracer, op_name
 from plasticnet.tracing.sites import build
 from plasticnet.units import Trace
 
-_LARGE = 50_000_000  # parameters from which on tracing tries to do without computing
+_LARGE = 50_000_000  # parameters
 
 __all__ = ["Tracer", "call_arguments", "register_rule", "trace"]
 
@@ -79,18 +79,12 @@ def trace(
     args, kwargs = call_arguments(example_inputs)
     with unfused(), side_effect_free(model):
         with _blaming(model, args, kwargs):
-            found = find_blocks(model, blocks, args, kwargs)
-        skipped = [block for u in found[0].values() for block in u.blocks]
-        facts, evaluated = _facts_of(
-            model, partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped), args, kwargs
-        )
-    for name in facts.unskippable:
-        found[1][f"{name} (as a block)"] = "in training it returns something else than a tensor like its first input"
-        for site, u in list(found[0].items()):
-            found[0][site] = replace(u, blocks=tuple(b for b in u.blocks if b != name))
-            found[0][site].size = len(found[0][site].blocks)
-            if not found[0][site].blocks:
-                del found[0][site]
+            skipped, reasons = find_blocks(model, blocks, args, kwargs)
+        tracer = partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped)
+        facts, evaluated = _facts_of(model, tracer, args, kwargs)
+    reasons.update(
+        dict.fromkeys(facts.unskippable, "in training it returns something else than a tensor like its first input")
+    )
     consumers = {c.module for found in facts.consumers.values() for c in found if c.axis is not None}
     for pattern in inputs:
         if not any(fnmatchcase(name, pattern) for name in consumers):
@@ -100,8 +94,8 @@ def trace(
     traced = build(facts, [name for name in parameters if name not in facts.seen])
     traced.trains_more = any(name not in evaluated and name in facts.seen for name, _ in model.named_parameters())
     traced.positional = facts.ledger.positional
-    traced.sites.update(found[0])
-    traced.frozen.update(found[1])
+    traced.sites.update(block_sites([name for name in skipped if name not in reasons]))
+    traced.frozen.update((f"{name} (as a block)", reason) for name, reason in reasons.items())
     return traced
 
 
@@ -109,7 +103,7 @@ def _facts_of(
     model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Facts, set[str]]:
     """What runs in both modes tell, and the parameters that were seen in evaluation."""
-    if sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE:
+    if is_large(model):
         with suppress(Exception):  # not every model runs on meta tensors, which compute nothing
             return _facts_of(*_on_meta(model, tracer, args, kwargs))
     facts = Facts()
@@ -180,12 +174,15 @@ def copy_inputs(tree: Any) -> Any:
 @contextmanager
 def unfused() -> Iterator[None]:
     """Run attention and recurrent layers through their plain operations."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     (mkldnn, *_) = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with unfused_layers(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mkldnn.set_flags(_enabled=mkldnn)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether running a model again and again takes long: then tracing tries to do without computing,
+    and the self-check cuts most units first."""
+    return sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE

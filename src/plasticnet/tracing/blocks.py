@@ -18,9 +18,8 @@ from plasticnet.units import BlockUnits
 
 def find_blocks(
     model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, BlockUnits], dict[str, str]]:
-    """The sites of the blocks whose names match, one site for each module that holds some
-    (``layer1.depth`` for ``layer1.0``, ``layer1.1``, ...), and the reasons against the others.
+) -> tuple[list[str], dict[str, str]]:
+    """The blocks whose names match, and the reasons against those that cannot be skipped.
 
     Raises `PlasticError` when a pattern matches no module.
     """
@@ -34,7 +33,7 @@ def find_blocks(
             known = ", ".join(n for n, m in model.named_modules() if n and next(m.children(), None) is not None)
             raise PlasticError(f"blocks={pattern!r} matches no module; those with parts are: {known}")
     if not names:
-        return {}, {}
+        return [], {}
     calls: dict[str, list[str]] = {n: [] for n in names}
     twin = duplicate(model).eval()
     for name in names:
@@ -43,7 +42,6 @@ def find_blocks(
         twin(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
     places = [(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)]
     frozen: dict[str, str] = {}
-    sites: dict[str, list[str]] = {}
     for name in names:
         own = {p for p, n in places if n.startswith(f"{name}.")}
         shared = next((n for p, n in places if p in own and not n.startswith(f"{name}.")), None)
@@ -53,12 +51,17 @@ def find_blocks(
         elif shared is not None:
             reasons = [f"it shares a parameter with {shared}, outside of it"]
         reason = next((r for r in reasons if r), None if len(reasons) == 1 else "a block that is called several times")
-        if reason is None:
-            sites.setdefault(name.rpartition(".")[0], []).append(name)
-        else:
-            frozen[f"{name} (as a block)"] = reason
-    found = {f"{parent}.depth".lstrip("."): tuple(members) for parent, members in sites.items()}
-    return {n: BlockUnits(n, len(b), [], blocks=b, growable=False) for n, b in found.items()}, frozen
+        if reason is not None:
+            frozen[name] = reason
+    return [name for name in names if name not in frozen], frozen
+
+
+def block_sites(names: Sequence[str]) -> dict[str, BlockUnits]:
+    """One site for each module that holds some of these blocks: ``layer1.depth`` for ``layer1.0``, ``layer1.1``, ..."""
+    held: dict[str, list[str]] = {}
+    for name in names:
+        held.setdefault(f"{name.rpartition('.')[0]}.depth".lstrip("."), []).append(name)
+    return {n: BlockUnits(n, len(b), [], blocks=tuple(b), growable=False) for n, b in held.items()}
 
 
 def _note(reasons: list[str]) -> Any:
