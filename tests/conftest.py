@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from plasticnet import PlasticNet
+from plasticnet import PlasticNet, passes
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +93,16 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
             assert_same(x, y, f"{where}.{i}")
     else:
         assert a == b or (a != a and b != b), where
+
+
+@pytest.fixture(autouse=True)
+def _remember_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests a network keeps its last draw, as ``net._draw``; else it would take memory for nothing."""
+    draw = passes._draw
+
+    def remembering(net: PlasticNet, rows: int) -> passes.Draw:
+        found = draw(net, rows)
+        net.__dict__["_draw"] = found
+        return found
+
+    monkeypatch.setattr(passes, "_draw", remembering)

@@ -209,7 +209,7 @@ def test_the_summary_counts_what_compact_has(name: str) -> None:
         for pattern in PATTERNS:
             z = torch.tensor(pattern).double()
             p = torch.where(z > 0, pi[site], 1 - pi[site]).prod()
-            expected += p * net._cost.expected({**pi, site: z}, cost)
+            expected += p * net._cost.expected(torch.cat(list({**pi, site: z}.values())), cost)
         assert float(net.penalty(1.0, cost).detach()) == pytest.approx(float(expected))  # pyright: ignore
 
 

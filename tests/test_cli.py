@@ -50,8 +50,11 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def timeless(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if "seconds" not in k and k != "ms_per_1000"} for r in records]
+def timeless(found: Any) -> Any:
+    """Without what was timed, in the profiles too."""
+    if isinstance(found, list):
+        return [timeless(f) for f in found]
+    return {k: timeless(v) for k, v in found.items() if "seconds" not in k} if isinstance(found, dict) else found
 
 
 # -- train ------------------------------------------------------------------------------------

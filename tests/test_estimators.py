@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from plasticnet import ESTIMATORS, PlasticNet
 from plasticnet.estimators import partner_gates
-from plasticnet.objective import site_gradient
+from plasticnet.objective import estimate
+from plasticnet.passes import Draw
 
 DRAWS = 4000
 
@@ -80,8 +81,8 @@ def test_surrogate_equals_pure_function(estimator: str, gates: str) -> None:
 
     loss = net.expected_loss(closure)
     loss.backward()
-    site, u, v = net.sites["0"], net._pass.u, net._pass.v
-    assert u is not None
+    assert net._draw is not None
+    site, u, v = net.sites["0"], net._draw.u, net._draw.v
     pi = torch.sigmoid(2.0 * site.phi.detach())
     z1 = (u < pi).float()
     partner = ESTIMATORS[estimator].partner
@@ -122,14 +123,15 @@ def test_held_gates_get_no_gradient() -> None:
     assert (gradient[[0, 1, 3, 4, 5]] != 0).all()
 
 
-def test_site_gradient_of_shared_site_uses_batch_mean() -> None:
+def test_estimate_of_shared_site_uses_batch_mean() -> None:
     net, x, y = problem(norm=False)
     net.train()
     net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none"))
-    u = net._pass.u
-    assert u is not None
+    draw = net._draw
+    assert draw is not None
+    draw.u = draw.u[:1].expand_as(draw.u)
     f1, f2 = torch.randn(5), torch.randn(5)
-    site = net.sites["0"]
-    shared = site_gradient(net, site, slice(0, 6), u, f1, f2, per_sample=False)
-    alone = site_gradient(net, site, slice(0, 6), u[:1], f1.mean()[None], f2.mean()[None], per_sample=True)
+    net._gating.per_sample["0"] = False
+    shared = estimate(net, draw, f1, f2)
+    alone = estimate(net, Draw(draw.pi, draw.u[:1], None, draw.after), f1.mean()[None], f2.mean()[None])
     torch.testing.assert_close(shared, alone)

@@ -48,8 +48,8 @@ def test_hooks_and_folding_agree(inputs: tuple[str, ...]) -> None:
     x = images(5)
     net.train()
     hooked = net(x)
-    assert net._pass.u is not None
-    assert len(net._pass.u) == 5
+    assert net._draw is not None
+    assert len(net._draw.u) == 5
     net.gates_mode = "batch"
     torch.testing.assert_close(net(x), hooked, rtol=1e-4, atol=1e-5)
     assert not any(m._forward_pre_hooks for m in net.model.modules())

@@ -201,12 +201,12 @@ def test_fold_multiplies_both_dimensions_of_a_weight() -> None:
     model = mlp(4, 6, 5, 3).half()
     sites = pn.trace(model.float(), torch.randn(2, 4)).sites
     z = torch.cat([torch.rand(11), torch.ones(1)])
-    folded = fold(model, readers(sites, model), z)
+    folded = fold(dict(model.named_parameters()), readers(sites, model), z)
     assert set(folded) == {"2.weight", "4.weight"}
     torch.testing.assert_close(folded["2.weight"], model[2].weight * z[:6])
     torch.testing.assert_close(folded["4.weight"], model[4].weight * z[6:11])
     half = model.half()
-    assert fold(half, readers(sites, half), z)["2.weight"].dtype == torch.float16
+    assert fold(dict(half.named_parameters()), readers(sites, half), z)["2.weight"].dtype == torch.float16
 
 
 def test_rows_that_are_no_samples_are_refused() -> None:

@@ -74,18 +74,22 @@ def test_the_best_of_a_period_counts() -> None:
 
 
 def test_keeps_within_the_maximum() -> None:
-    net, growth = small(), Growth(rate=1.0, patience=1, failures=9, maximum={"0": 5, "2": 4})
+    net, growth = small(), Growth(rate=1.0, patience=1, failures=9)
+    net.limit("0", maximum=5)
+    net.limit("2", maximum=4)
     for i in range(10):
         growth.step(net, 1 / (i + 1), None)
     assert sizes(net) == {"0": 5, "2": 4}
     assert growth.stopped  # no room left
-    assert Growth(maximum={"0": 2, "2": 4}).counts(net) == {}
+    net.limit("*", maximum=2)
+    assert Growth().counts(net, 0.5) == {}
 
 
 def test_features_are_reopened_and_never_more_than_there_were() -> None:
     net = plastic(mlp(6, 3, 2), torch.randn(2, 6), inputs=("*",))
     net.resize({"0.input": [1, 4]})
-    growth = Growth(rate=0.7, patience=1, failures=9, maximum={"0": 4})
+    growth = Growth(rate=0.7, patience=1, failures=9)
+    net.limit("0", maximum=4)
     seen = []
     for i in range(8):
         growth.step(net, 1 / (i + 1), None)
@@ -99,7 +103,9 @@ def test_features_are_reopened_and_never_more_than_there_were() -> None:
 def test_features_behind_growing_channels() -> None:
     net = plastic(ConvNet(), images(), inputs=("fc1",))
     narrow(net, 2)
-    growth = Growth(rate=1.0, patience=1, failures=9, maximum={"conv1": 5, "conv3": 4})
+    growth = Growth(rate=1.0, patience=1, failures=9)
+    net.limit("conv1", maximum=5)
+    net.limit("conv3", maximum=4)
     for i in range(8):
         growth.step(net, 1 / (i + 1), None)
         units = net.sites["fc1.input"].units
@@ -109,11 +115,30 @@ def test_features_behind_growing_channels() -> None:
     assert net(images()).shape == (4, 3)
 
 
-def test_maximum_of_an_unknown_site() -> None:
+def test_minimum_is_reached_at_once_and_kept_by_pruning() -> None:
     net = small()
-    with pytest.raises(PlasticError, match="nope"):
-        Growth(patience=1, maximum={"nope": 3}).step(net, 1.0, None)
-    assert sizes(net) == {"0": 3, "2": 3}
+    net.limit("0", minimum=6)
+    assert Growth(rate=0.01).counts(net, 0.01) == {"0": 3, "2": 1}
+    Growth(rate=0.01, patience=1).step(net, 1.0, None)
+    assert sizes(net) == {"0": 6, "2": 4}
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi.copy_(-1 - torch.arange(len(site)) / 10)
+            site.grace.zero_()
+    net.limit("0", minimum=2)
+    assert net.prune(0.5) == {"0": 4, "2": 3}
+    torch.testing.assert_close(net.sites["0"].phi.detach(), torch.tensor([-1.0, -1.1]))  # the likeliest
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bounds", "message"),
+    [("nope", {}, "nope"), ("0", {"minimum": 0}, "minimum=0"), ("0", {"minimum": 4, "maximum": 3}, "maximum=3")],
+)
+def test_bad_limits_change_nothing(pattern: str, bounds: dict[str, Any], message: str) -> None:
+    net = small()
+    with pytest.raises(PlasticError, match=message):
+        net.limit(pattern, **bounds)
+    assert [(s.minimum, s.maximum) for s in net.sites.values()] == [(1, math.inf)] * 2
 
 
 def test_bad_init() -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import succeed
+from test_cli import fail, succeed
 
 
 def test_inspect_json() -> None:
@@ -47,6 +47,31 @@ def test_inspect_by_name(name: str) -> None:
     found = json.loads(succeed("inspect", name, "--json"))
     assert found["checked"]
     assert 0 < found["prunable_parameters"] < found["parameters"]
+
+
+def test_inspect_with_a_profile() -> None:
+    found = json.loads(succeed("inspect", "lenet5", "--profile", "--json"))
+    assert found["profile"]["macs"] == found["macs"] == 2_293_000
+    rows = {row["name"]: row for row in found["profile"]["rows"]}
+    assert {site["name"]: rows[site["name"]]["sites"] for site in found["sites"]} == {
+        "conv1": ["conv1"], "conv2": ["conv2"], "fc1": ["fc1"],
+    }  # fmt: skip
+    assert rows["fc2"]["sites"] == []
+    assert "profile" not in json.loads(succeed("inspect", "lenet5", "--json"))
+
+
+def test_inspect_prints_a_profile() -> None:
+    plain, text = succeed("inspect", "lenet5"), succeed("inspect", "lenet5", "--profile")
+    assert text.startswith(plain)
+    (row,) = (line.split() for line in text[len(plain) :].splitlines() if line.split()[:1] == ["fc1"])
+    assert row[:3] == ["fc1", "400,500", "400,000"]
+    assert re.search(r"a forward pass of 1 takes [\d.]+ KiB for activations at its peak, and [\d.]+ ms \(CPU", text)
+
+
+def test_inspect_cannot_measure_without_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "leave out one of them" in fail(monkeypatch, capsys, "inspect", "lenet5", "--meta", "--profile")
 
 
 def test_inspect_without_memory() -> None:

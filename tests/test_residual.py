@@ -114,8 +114,8 @@ def test_masked_sites_are_drawn_per_batch() -> None:
     net.k = 1.0
     net.train()
     net(torch.randn(6, 4))
-    u = net._pass.u
-    assert u is not None
+    assert net._draw is not None
+    u = net._draw.u
     assert u.shape == (6, 14)
     assert (u[:, :8] == u[:1, :8]).all()
     assert not (u[:, 8:] == u[:1, 8:]).any(1)[1:].any()

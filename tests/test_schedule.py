@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same, mlp, set_probabilities, small, train_step
+from torch import nn
 from torch.optim import SGD, Adam
 
 from plasticnet import Growth, PlasticError, PlasticNet, Schedule, Stage
@@ -159,6 +160,96 @@ def test_several_optimizers() -> None:
     assert not optimizers[1].state
     assert {p for g in optimizers[0].param_groups for p in g["params"]} == set(net.model.parameters())
     assert {p for g in optimizers[1].param_groups for p in g["params"]} == {s.phi for s in net.sites.values()}
+
+
+# -- cadence, widths, callback ----------------------------------------------------------------
+
+
+def test_cuts_are_saved_up_until_they_pay() -> None:
+    """One unit of 200 is not worth it, four are: 2 % of the network."""
+    net = PlasticNet(mlp(4, 200, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    schedule = Schedule(net, optimizer, [Stage(4, 7.0), Stage(1)])
+    phi, cut = net.sites["0"].phi, []
+    for closed in (1, 3, 4):
+        with torch.no_grad():
+            phi[:closed] = -5.0
+        cut.append(schedule.step().cut)
+    assert cut == [{}, {}, {"0": 4}]
+    with torch.no_grad():
+        net.sites["0"].phi[0] = -5.0
+    assert schedule.step().cut == {"0": 1}  # at the end of the stage in any case
+    assert len(net.sites["0"]) == 195
+
+
+def test_parameters_count_where_multiply_adds_do_not() -> None:
+    layers = [
+        nn.Conv2d(3, 8, 5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 200),
+        nn.ReLU(),
+        nn.Linear(200, 50),
+    ]
+    net = PlasticNet(nn.Sequential(*layers), (torch.randn(2, 3, 40, 40),))
+    schedule = Schedule(net, Adam(net.param_groups(1e-2)), [Stage(1, 7.0)])
+    with torch.no_grad():
+        net.sites["3"].phi[:6] = -5.0
+    before = net.summary()
+    assert schedule._pays()
+    net.prune(0.01)
+    after = net.summary()
+    assert after.parameters < 0.98 * before.parameters
+    assert after.macs > 0.99 * before.macs
+    assert not schedule._pays()
+
+
+@pytest.mark.parametrize("last", [Stage(1), Stage(1, 7.0)])
+def test_widths_stay_multiples(last: Stage) -> None:
+    net = PlasticNet(mlp(4, 32, 20, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    schedule = Schedule(net, optimizer, [Stage(1, 7.0), last], multiple_of=8)
+    with torch.no_grad():
+        net.sites["0"].phi[:15] = -5.0
+        net.sites["2"].phi.fill_(-5.0)
+        net.sites["2"].phi[3] = -4.0
+    x = torch.randn(6, 4)
+    expected = net.eval()(x)
+    schedule.step()
+    assert {n: len(s) for n, s in net.sites.items()} == {"0": 24, "2": 8}
+    assert int(net.sites["0"].open.sum()) == 17
+    if last.k == INF:  # the one unit that has to be there is open, the padding is not
+        assert net.sites["2"].open.tolist() == [False] * 3 + [True] + [False] * 4
+    else:
+        torch.testing.assert_close(net(x), expected)
+    for _ in range(3):
+        train_step(net, optimizer)
+    assert net.sites["2"].open.sum() == (1 if last.k == INF else 0)
+    torch.testing.assert_close(net.eval()(x), net.compact(multiple_of=8)(x))
+    torch.testing.assert_close(net(x), net.compact()(x))
+
+
+def test_on_resize_is_called_after_changes_of_size_only() -> None:
+    net, optimizer = small()
+    seen: list[tuple[int, int, float]] = []
+
+    def on_resize(changed: PlasticNet) -> None:
+        assert changed is net
+        assert {p for g in optimizer.param_groups for p in g["params"]} == set(net.parameters())
+        seen.append((len(net.sites["0"]), len(net.sites["2"]), net.k))
+
+    growth = Growth(patience=1, failures=1, grace=0)
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(4, 7.0), Stage(1)], growth=growth, on_resize=on_resize)
+    for val_loss in (3.0, 2.0, 2.0, 2.0):  # opened; grown; growth stops; nothing
+        schedule.step(val_loss)
+    assert seen == [(9, 8, 7.0)]
+    with torch.no_grad():
+        net.sites["0"].phi[:3] = -5.0
+        net.sites["2"].phi[:2] = -0.01
+    schedule.step(2.0)
+    assert seen[1:] == [(6, 6, INF)]  # once, when all is done
+    schedule.step()
+    assert len(seen) == 2
 
 
 # -- bad input --------------------------------------------------------------------------------

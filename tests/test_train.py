@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plasticnet import PlasticError, load, save, save_checkpoint
+from plasticnet import PlasticError, load, save, save_checkpoint, train
 from plasticnet.data import Data, Split, load_data
 from plasticnet.models import MLP
 from plasticnet.train import Config, Mode, Result, evaluate, run, time_per_thousand
@@ -45,7 +46,12 @@ def model(mode: Mode = "prune") -> nn.Module:
 
 
 def timeless(record: Any) -> Any:
-    return {k: v for k, v in record.items() if k not in ("cpu_seconds", "train_cpu_seconds", "ms_per_1000")}
+    """Without what was timed, wherever it lies: ..._seconds, ...milliseconds, ms_..."""
+    if isinstance(record, list):
+        return [timeless(r) for r in record]
+    if isinstance(record, dict):
+        return {k: timeless(v) for k, v in record.items() if "seconds" not in k and not k.startswith("ms_")}
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +122,44 @@ def test_results(mode: Mode, data: Data, whole: dict, tmp_path: Path) -> None:
     assert evaluate(result.net, data.val)[1] == summary["val_accuracy"] == history[-1]["val_accuracy"]
     save(result.compact, tmp_path / "m")
     assert torch.equal(load(tmp_path / "m", lambda: model(mode))(data.test.x), result.compact(data.test.x))
+
+
+@pytest.mark.parametrize("mode", ["prune", "grow"])
+def test_profiles(mode: Mode, whole: dict) -> None:
+    result, history = whole[mode]
+    before, after = result.summary["profile"]["before"], result.summary["profile"]["after"]
+    assert before["parameters"] == sum(p.numel() for p in model(mode).parameters())
+    assert (after["parameters"], after["macs"]) == (result.summary["parameters"], result.summary["macs"])
+    assert before["batch"] == after["batch"] == RUNS[mode][0].batch
+    assert 0 < after["peak_bytes"] < math.inf  # a Take copies what it selects of the input, so it may be more
+    assert 0 < after["kept_bytes"] < math.inf
+    during = {r["epoch"]: r["profile"] for r in history if "profile" in r}
+    assert list(during) == list(range(1, len(history) + 1, 2))  # ten at most
+    assert (during[1]["parameters"] < before["parameters"]) is (mode == "grow")
+    for previous, record in pairwise(history):
+        if record["epoch"] in during:  # as the epoch before left it: with what is closed and not yet cut
+            found = during[record["epoch"]]
+            assert found["parameters"] >= previous["parameters"]
+            assert found["parameters"] == previous["parameters"] or previous["k"] != "inf"
+            assert found["macs"] >= previous["macs"]
+    for found in (*during.values(), after):
+        assert [row["name"].removesuffix(".1") for row in found["rows"]] == [row["name"] for row in before["rows"]]
+
+
+def test_profiling_does_not_count_as_training(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    profiled: list[nn.Module] = []
+
+    def slow(module: nn.Module, *_: Any) -> dict[str, Any]:
+        now[0] += 1000
+        profiled.append(module)
+        return {}
+
+    monkeypatch.setattr(train, "_profile", slow)
+    monkeypatch.setattr(time, "process_time", lambda: now[0])
+    result = run(model(), data, replace(CONFIG, epochs=3), "prune")
+    assert len(profiled) == 1 + 3 + 1
+    assert result.summary["train_cpu_seconds"] == 0
 
 
 def test_the_model_given_is_left_alone(data: Data) -> None:
@@ -234,15 +278,15 @@ def test_evaluate() -> None:
 
 
 class Busy(nn.Module):
-    """Takes a given time of the process, and more for the first call."""
+    """Takes a given time, and more for the first call."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.seconds, self.shapes = seconds, []
 
     def forward(self, x: Tensor) -> Tensor:
-        end = time.process_time() + (self.seconds if self.shapes else 0.1)
-        while time.process_time() < end:
+        end = time.thread_time() + (self.seconds if self.shapes else 0.1)
+        while time.thread_time() < end:
             pass
         self.shapes.append(tuple(x.shape))
         return x

@@ -8,6 +8,7 @@ from plasticnet.growth import Growth, narrow
 from plasticnet.io import load, load_checkpoint, save, save_checkpoint
 from plasticnet.net import PlasticNet
 from plasticnet.pretrained import equalise, save_pretrained
+from plasticnet.profiling import Profile, profile
 from plasticnet.schedule import Schedule, Stage
 from plasticnet.tracing import register_rule, trace
 
@@ -18,6 +19,7 @@ __all__ = [
     "Growth",
     "PlasticError",
     "PlasticNet",
+    "Profile",
     "Schedule",
     "Stage",
     "Take",
@@ -26,6 +28,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "narrow",
+    "profile",
     "register_rule",
     "save",
     "save_checkpoint",

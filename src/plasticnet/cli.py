@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from plasticnet import __version__, exporting, io, models, report, train
+from plasticnet import __version__, exporting, io, models, profiling, report, train
 from plasticnet.data import load_data
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
@@ -177,18 +177,23 @@ def inspect(
     full: Annotated[bool, typer.Option(help="a transformers model in its own size, not a tiny one")] = False,
     meta: Annotated[bool, typer.Option(help="without memory or arithmetic, for large models: unchecked")] = False,
     show_all: Annotated[bool, typer.Option("--all", help="name everything that is frozen")] = False,
+    measure: Annotated[bool, typer.Option("--profile", help="run it, and measure memory and time")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
+    if measure and meta:
+        raise PlasticError("--profile runs the network, and with --meta nothing is computed: leave out one of them")
     shape = _shape(input) if input is not None else None
     module = models.build(models.factory(model, (shape or models.IMAGE)[1:], 10, full=full), meta)
+    examples = models.example_inputs(model, module, shape)
     net = PlasticNet(
-        module, models.example_inputs(model, module, shape),
-        inputs=tuple(inputs or ()), residual=residual, blocks=tuple(blocks or ()),
+        module, examples, inputs=tuple(inputs or ()), residual=residual, blocks=tuple(blocks or ())
     )  # fmt: skip
     summary = net.summary()
+    profile = profiling.profile(net, examples) if measure else None
     if json_output:
-        typer.echo(json.dumps({**summary.as_dict(), "checked": net.checked}, indent=2))
+        found = {**summary.as_dict(), "checked": net.checked}
+        typer.echo(json.dumps(found if profile is None else {**found, "profile": profile.as_dict()}, indent=2))
         return
     table = Table(box=SIMPLE)
     table.add_column("site", overflow="fold")
@@ -203,6 +208,19 @@ def inspect(
         lines.append("unchecked: on the meta device masking and cutting cannot be compared")
     for line in [*lines, *(f"frozen {reason}" for reason in summary.reasons(every=show_all))]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if profile is not None:
+        _print_profile(profile)
+
+
+def _print_profile(profile: profiling.Profile) -> None:
+    table = Table(box=SIMPLE)
+    table.add_column(profiling.COLUMNS[0], overflow="fold")
+    for column in profiling.COLUMNS[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in profile.cells():
+        table.add_row(*map(escape, row))
+    console.print(table)
+    console.print(profile.total(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from plasticnet import resize
 from plasticnet.attention import unfuse_encoders
+from plasticnet.errors import PlasticError
 from plasticnet.gating import Skip, fold, readers
 from plasticnet.units import BlockUnits, InputUnits, Units
 
@@ -62,12 +64,13 @@ def cut(
     sites: Mapping[str, Units],
     factors: Mapping[str, Tensor],
     best: Mapping[str, int] | None = None,
+    multiple_of: int = 1,
 ) -> nn.Module:
     """Bring ``model`` (changed in place and returned) to its final form: the units whose factor is
     0 are cut, other factors are multiplied into the consumers' weights, input sites become `Take`.
 
     ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
-    weights of zero: the one in ``best``, or its first.
+    weights of zero: the one in ``best``, or its first. ``multiple_of`` is that of `survivors`.
     """
     gone = [
         b
@@ -86,7 +89,7 @@ def cut(
         for name, f in values.items():
             if not f.any():
                 f[(best or {}).get(name, 0)] = 1.0
-        planned = resize.plan(sites, lengths(model), survivors(sites, values, above=0.0))
+        planned = resize.plan(sites, lengths(model), survivors(sites, values, 0.0, multiple_of))
         resize.apply(model, planned, {})
         _fold_kept(model, planned, factors)
         taken = _insert_takes(model, planned)
@@ -104,7 +107,7 @@ def _fold_kept(model: nn.Module, planned: resize.Plan, factors: Mapping[str, Ten
     if bool((z != 1).any()):
         with torch.no_grad():
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            folded = fold(model, readers(planned.units, model), z)
+            folded = fold(parameters, readers(planned.units, model), z)
             pairs = [(parameters[n], nn.Parameter(w, parameters[n].requires_grad)) for n, w in folded.items()]
             resize.replace_tensors(model, pairs)
 
@@ -168,9 +171,20 @@ def _renamed(tensor: str, taken: list[str]) -> str:
     return f"{owner}.1.{leaf}" if owner in taken else tensor
 
 
-def survivors(sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float) -> dict[str, list[int]]:
+def check_multiple(multiple_of: int) -> None:
+    """Raise `PlasticError` unless this is a whole number from 1 on."""
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise PlasticError(
+            f"multiple_of={multiple_of!r}: widths are multiples of a whole number, 1 or more (such as 8)"
+        )
+
+
+def survivors(
+    sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float, multiple_of: int = 1
+) -> dict[str, list[int]]:
     """For every site the units whose value exceeds ``above`` (the best one, if none does); without
-    the units whose features are all gone."""
+    the units whose features are all gone. Then, for widths that are multiples of ``multiple_of``, the
+    next best ones, where a site has as many."""
     sites = {name: u for name, u in sites.items() if not isinstance(u, BlockUnits)}  # `cut` removes those
     keep = {name: _best(values[name], values[name] > above) for name in sites}
     for name, u in sites.items():
@@ -183,16 +197,44 @@ def survivors(sites: Mapping[str, Units], values: Mapping[str, np.ndarray], abov
                 present = np.isin(np.arange(features.full), features.features[keep[s.tensor]])
                 read |= present[s.index].any(1)
             keep[name] = _best(np.where(read, values[name], values[name] - 2.0), keep[name] & read)
-    for name, u in sites.items():  # an input site needs one feature whose producer stays
-        if isinstance(u, InputUnits):
-            alive = np.ones(u.full, dtype=bool)
+    inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
+    for name, u in inputs.items():  # one feature at least needs its producer
+        if not _alive(u, sites, keep).any():
+            position = u.features[np.argmax(values[name])]
             for other, producer in sites.items():
                 for s in producer.slices:
                     if s.tensor == name:
-                        alive[s.index[~keep[other]].reshape(-1)] = False
-            alive = alive[u.features]
-            keep[name] = _best(np.where(alive, values[name], values[name] - 2.0), keep[name] & alive)
+                        keep[other] = keep[other] | (s.index == position).any(1)
+    for name in sites.keys() - inputs.keys():
+        keep[name] = _padded(sites[name], values[name], keep[name], np.ones_like(keep[name]), multiple_of)
+    for name, u in inputs.items():
+        alive = _alive(u, sites, keep)
+        keep[name] = _best(np.where(alive, values[name], values[name] - 2.0), keep[name] & alive)
+        keep[name] = _padded(u, values[name], keep[name], alive, multiple_of)
     return {name: np.flatnonzero(mask).tolist() for name, mask in keep.items() if not mask.all()}
+
+
+def _alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which features of an input site have a producer that stays."""
+    alive = np.ones(u.full, dtype=bool)
+    for name, producer in sites.items():
+        for s in producer.slices:
+            if s.tensor == u.name:
+                alive[s.index[~keep[name]].reshape(-1)] = False
+    return alive[u.features]
+
+
+def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, multiple_of: int) -> np.ndarray:
+    """``keep`` with the best others of those that are ``there``, up to the next multiple, if they suffice."""
+    # A head, say, is many entries wide: fewer heads make a multiple.
+    step = multiple_of // math.gcd(multiple_of, *(s.index.shape[1] for s in u.slices))
+    missing = -int(keep.sum()) % step
+    spare = np.flatnonzero(there & ~keep)
+    if missing > len(spare) or u.norms:  # closed units would count in the statistics of a norm
+        return keep
+    keep = keep.copy()
+    keep[spare[np.argsort(-values[spare], kind="stable")[:missing]]] = True
+    return keep
 
 
 def _best(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,21 +2,24 @@
 
 A tensor costs the product of its dimensions; the expected length of a dimension is a sum over the
 sites that own parts of it, so everything follows from one number per site, the expected number of
-open units. Gates are independent; where two dimensions share a site, the variance is added.
+open units. Gates are independent; where two dimensions share a site, the variance is added. All
+tensors are computed at once: a step of training asks for this, and there may be hundreds of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Units
 
-_Block = tuple[str, int] | None  # a site of blocks, and which of them
 COSTS = ("units", "parameters", "macs")
 SCALES = ("linear", "log")
 
@@ -31,80 +34,106 @@ class CostModel:
     """Expected cost of a network as a function of the gate probabilities of its sites."""
 
     def __init__(self, sites: Mapping[str, Units], model: nn.Module, uses: Mapping[str, float]) -> None:
-        self.sites = sites
-        self.inputs = {u.consumers[0].tensor: n for n, u in sites.items() if isinstance(u, InputUnits)}
+        meta = next(model.parameters()).is_meta  # there is nothing to compute, but to count
+        self._device = torch.device("cpu") if meta else next(model.parameters()).device
+        self._sizes = [u.size for u in sites.values()]
+        self._starts = dict(zip(sites, np.cumsum([0, *self._sizes]).tolist(), strict=False))
+        self._one = sum(self._sizes)  # where the constant 1 stands behind the probabilities
+        self._place = {name: i for i, name in enumerate(sites)}
         owners: dict[tuple[str, int], dict[str, int]] = {}
         for name, u in sites.items():
             for s in u.slices:
                 owners.setdefault((s.tensor, s.dim), {})[name] = s.index.shape[1]
         blocks = [(n, u) for n, u in sites.items() if isinstance(u, BlockUnits)]
-        # What does not shrink, by the gate of its block (None outside of blocks): parameters, MACs.
-        self.constant: dict[_Block, dict[str, float]] = {}
-        # One entry per tensor that shrinks: fixed factor, how often it is used, its gated dimensions, its block.
-        self.terms: list[tuple[float, float, list[tuple[float, dict[str, int], str | None]], _Block]] = []
+        lengths = _Lengths(self, sites)
+        rank = max((p.dim() for p in model.parameters()), default=1)
+        terms: dict[str, list[Any]] = {"dims": [], "block": [], "parameters": [], "macs": []}
+        shared: list[tuple[int, int, float]] = []  # a term, a site that owns parts of two dimensions, their widths
         for tensor, p in model.named_parameters():
-            use = uses.get(tensor, 0.0)
-            dims = []
-            for dim, length in enumerate(p.shape):
-                widths = owners.get((tensor, dim), {})
-                site = next((n for n in widths if isinstance(sites[n], InputUnits)), None)
-                if widths:
-                    dims.append((float(length - sum(w * sites[n].size for n, w in widths.items())), widths, site))
+            block = next((self._starts[n] + i for n, u in blocks if (i := u.inside(tensor)) is not None), self._one)
+            owned = [(d, owners[tensor, d]) for d in range(p.dim()) if (tensor, d) in owners]
+            dims = [lengths.add(p.shape[d], widths) for d, widths in owned]
             fixed = prod(n for d, n in enumerate(p.shape) if (tensor, d) not in owners)
-            block = next(((n, i) for n, u in blocks if (i := u.inside(tensor)) is not None), None)
-            if dims:
-                self.terms.append((float(fixed), use, dims, block))
-            else:
-                constant = self.constant.setdefault(block, {"parameters": 0.0, "macs": 0.0})
-                constant["parameters"] += p.numel()
-                constant["macs"] += p.numel() * use
+            if len(owned) == 2:
+                for name in owned[0][1].keys() & owned[1][1].keys():
+                    shared.append((len(terms["dims"]), self._place[name], owned[0][1][name] * owned[1][1][name]))
+            terms["dims"].append(dims + [0] * (rank - len(dims)))
+            terms["block"].append(block)
+            terms["parameters"].append(float(fixed))
+            terms["macs"].append(fixed * uses.get(tensor, 0.0))
+        tensor = partial(torch.tensor, device=self._device)
+        self._lengths = lengths
+        self._site_of = tensor([i for i, n in enumerate(self._sizes) for _ in range(n)])
+        used = [d for d in range(rank) if any(t[d] for t in terms["dims"])]
+        self._dims = [tensor([t[d] for t in terms["dims"]]) for d in used]
+        self._block = tensor(terms["block"]) if blocks else None
+        self._factors = {c: tensor(terms[c], dtype=torch.float64) for c in ("parameters", "macs")}
+        self._shared = tuple(tensor(list(column)) for column in zip(*shared, strict=True))
+        lengths.freeze(self._device)
 
-    def expected(self, pi: Mapping[str, Tensor], cost: str) -> Tensor:
-        """The expected cost, a scalar, for gate probabilities of shape (units,) per site."""
-        sums = {name: p.sum() for name, p in pi.items()}
+    def expected(self, pi: Tensor, cost: str) -> Tensor:
+        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,)."""
         if cost == "units":
-            return torch.stack(list(sums.values())).sum()
-        total = torch.zeros_like(next(iter(sums.values())))
-        for block, constant in self.constant.items():
-            total = total + constant[cost] * (1.0 if block is None else pi[block[0]][block[1]])
-        for fixed, use, dims, block in self.terms:
-            factor = fixed * (use if cost == "macs" else 1.0)
-            if factor:
-                product = self._product(dims, pi, sums)
-                total = total + factor * (product if block is None else product * pi[block[0]][block[1]])
-        return total
+            return pi.sum()
+        sums = pi.new_zeros(len(self._sizes)).index_add(0, self._site_of, pi)
+        gates = torch.cat([pi, pi.new_ones(1)])
+        lengths = self._lengths(sums, gates)
+        product = torch.ones_like(self._factors[cost], dtype=pi.dtype)
+        for dims in self._dims:
+            product = product * lengths.index_select(0, dims)
+        if self._shared:
+            term, site, widths = self._shared
+            variances = pi.new_zeros(len(self._sizes)).index_add(0, self._site_of, pi * (1 - pi))
+            product = product.index_add(0, term, widths * variances.index_select(0, site))
+        if self._block is not None:
+            product = product * gates.index_select(0, self._block)
+        return self._factors[cost].to(pi.dtype) @ product
 
-    def _product(
-        self, dims: list[tuple[float, dict[str, int], str | None]], pi: Mapping[str, Tensor], sums: Mapping[str, Tensor]
-    ) -> Tensor:
-        lengths = [self._length(*d, pi, sums) for d in dims]
-        product = lengths[0]
-        for length in lengths[1:]:
-            product = product * length
-        if len(dims) == 2:
-            for name in dims[0][1].keys() & dims[1][1].keys():
-                p = pi[name]
-                product = product + dims[0][1][name] * dims[1][1][name] * (p * (1 - p)).sum()
-        return product
 
-    def _length(
-        self,
-        fixed: float,
-        widths: Mapping[str, int],
-        site: str | None,
-        pi: Mapping[str, Tensor],
-        sums: Mapping[str, Tensor],
-    ) -> Tensor:
-        """The expected length of one dimension; for an input site, of the features whose producer
-        is open too."""
-        if site is None:
-            return fixed + torch.stack([w * sums[n] for n, w in widths.items()]).sum()
-        u = self.sites[site]
-        assert isinstance(u, InputUnits)
-        both = torch.ones(u.full, device=pi[site].device, dtype=pi[site].dtype)
+class _Lengths:
+    """The expected lengths of dimensions; the first one is constantly 1."""
+
+    def __init__(self, cost: CostModel, sites: Mapping[str, Units]) -> None:
+        self.cost, self.sites = cost, sites
+        self.fixed = [1.0]
+        self.owned: list[tuple[int, int, int]] = []  # dimension, site, width
+        self.features: list[tuple[int, Tensor, Tensor]] = []  # dimension, gates of its features, of their producers
+
+    def add(self, length: int, widths: Mapping[str, int]) -> int:
+        """Another dimension: how long it is now, and the width of a unit of each site that owns parts of it."""
+        self.fixed.append(float(length - sum(w * self.sites[n].size for n, w in widths.items())))
+        here = len(self.fixed) - 1
+        u = next((u for n in widths if isinstance(u := self.sites[n], InputUnits)), None)
+        if u is None:
+            self.owned += [(here, self.cost._place[n], w) for n, w in widths.items()]
+        else:
+            self.fixed[here] = 0.0
+            self.features.append((here, *self._gates_of(u)))
+        return here
+
+    def _gates_of(self, u: InputUnits) -> tuple[Tensor, Tensor]:
+        start = self.cost._starts[u.name]
+        producer = np.full(u.full, self.cost._one)
         for name, other in self.sites.items():
             for s in other.slices:
-                if s.tensor == site:
-                    index = torch.from_numpy(s.index.reshape(-1)).to(both.device)
-                    both = both.index_put((index,), pi[name].repeat_interleave(s.index.shape[1]))
-        return (pi[site] * both[torch.from_numpy(u.features).to(both.device)]).sum()
+                if s.tensor == u.name:
+                    producer[s.index] = self.cost._starts[name] + np.arange(other.size)[:, None]
+        return torch.arange(start, start + u.size), torch.from_numpy(producer[u.features])
+
+    def freeze(self, device: torch.device) -> None:
+        """To be called when all dimensions were added."""
+        self._fixed = torch.tensor(self.fixed, dtype=torch.float64, device=device)
+        weights = np.zeros((len(self.fixed), len(self.cost._sizes)))
+        for dim, site, width in self.owned:
+            weights[dim, site] += width
+        self._weights = torch.tensor(weights, device=device)
+        self._features = [(torch.tensor([d], device=device), f.to(device), p.to(device)) for d, f, p in self.features]
+
+    def __call__(self, sums: Tensor, gates: Tensor) -> Tensor:
+        """From the expected number of open units of each site, and the gates of all: shape (dimensions,). Of a
+        layer with an input site, the features whose producer is open too are counted."""
+        lengths = self._fixed.to(sums.dtype) + self._weights.to(sums.dtype) @ sums
+        for dim, features, producers in self._features:
+            open_both = gates.index_select(0, features) * gates.index_select(0, producers)
+            lengths = lengths.index_add(0, dim, open_both.sum().reshape(1))
+        return lengths

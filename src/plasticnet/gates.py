@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,11 @@ def probability(phi: Tensor, k: float) -> Tensor:
     return torch.sigmoid(k * phi)
 
 
+def held_open(pi: Tensor, grace: Tensor) -> Tensor:
+    """The probabilities, with 1 for gates in their grace period."""
+    return torch.where(grace > 0, 1.0, pi)
+
+
 class Site(nn.Module):
     """One site of a network: its units and their gates.
 
@@ -40,6 +47,7 @@ class Site(nn.Module):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
+        self.minimum, self.maximum = 1, math.inf  # units that pruning leaves, and to which growth adds
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
         self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))
@@ -57,23 +65,52 @@ class Site(nn.Module):
         return self.phi.detach() >= 0
 
     @property
+    def room(self) -> float:
+        """How many units growth may add: up to the maximum, and to the features that there are."""
+        full = self.units.full if isinstance(self.units, InputUnits) else math.inf
+        return max(0, min(self.maximum, full) - len(self))
+
+    @property
     def best(self) -> Tensor:
         """The unit most likely to be open, a scalar: the one that stays when all are closed."""
         return self.phi.detach().argmax()
+
+    def likely(self, n: int) -> np.ndarray:
+        """The ``n`` units (or all, where there are fewer) most likely to be open, as indices."""
+        return self.phi.detach().argsort(descending=True, stable=True)[:n].cpu().numpy()
 
     def __len__(self) -> int:
         return self.units.size
 
     def probability(self, k: float) -> Tensor:
         """The probability of each gate, with those in their grace period at 1."""
-        return torch.where(self.grace > 0, 1.0, probability(self.phi, k))
+        return held_open(probability(self.phi, k), self.grace)
 
     def mean_gate(self, k: float) -> Tensor:
         """The gates at evaluation: pi where pi >= 1/2, else 0. A block is there or not: 1 or 0."""
-        pi = self.probability(k).detach()
-        pi = torch.ones_like(pi) if isinstance(self.units, BlockUnits) else pi
-        return torch.where(self.open | (self.grace > 0), pi, 0.0)
+        return mean_gates([self], k)[:-1]
 
     def extra_repr(self) -> str:
         """Name and number of units."""
         return f"{self.name!r}, units={len(self)}"
+
+
+def probabilities(sites: Sequence[Site], k: float) -> Tensor:
+    """`Site.probability` of all sites in one vector, shape (units,)."""
+    return held_open(probability(torch.cat([s.phi for s in sites]), k), torch.cat([s.grace for s in sites]))
+
+
+def mean_gates(sites: Sequence[Site], k: float) -> Tensor:
+    """`Site.mean_gate` of all sites in one vector, which ends with a constant 1: shape (units + 1,)."""
+    one = sites[0].phi.new_ones(1)
+    phi = torch.cat([*(s.phi.detach() for s in sites), one])
+    if math.isinf(k) and bool(phi.min() >= 0):  # the usual case of ordinary training
+        return torch.ones_like(phi)
+    grace = torch.cat([*(s.grace for s in sites), sites[0].grace.new_ones(1)])
+    pi = held_open(probability(phi, k), grace)
+    start = 0
+    for s in sites:
+        if isinstance(s.units, BlockUnits):
+            pi[start : start + len(s)] = 1.0
+        start += len(s)
+    return torch.where((phi >= 0) | (grace > 0), pi, 0.0)

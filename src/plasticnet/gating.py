@@ -8,7 +8,7 @@ statistics over what is open, and closed blocks are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import checkpoint
 
 from plasticnet.attention import unfused_layers
 from plasticnet.errors import PlasticError
 from plasticnet.norms import open_statistics
+from plasticnet.prefix import Prefix, Watch, tensors_of
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 
@@ -34,6 +34,7 @@ class Reader:
     tensor: str
     dim: int
     module: str
+    owner: nn.Module
     axis: int | None
     per_sample: bool
     units: Tensor
@@ -94,16 +95,16 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
             positions = positions[feature.features]
             features = torch.arange(feature.size, device=device) + offsets[feature.name]
             select = torch.from_numpy(feature.features).to(device) if feature.size < feature.full else None
+        full = feature.full if feature else len(positions)
         found[key] = Reader(
-            consumer.tensor, consumer.dim, consumer.module, consumer.axis, per_sample,
-            torch.from_numpy(positions).to(device), features, select, feature.full if feature else len(positions),
+            consumer.tensor, consumer.dim, consumer.module, model.get_submodule(consumer.module), consumer.axis,
+            per_sample, torch.from_numpy(positions).to(device), features, select, full,
         )  # fmt: skip
     return list(found.values())
 
 
-def fold(model: nn.Module, found: list[Reader], z: Tensor) -> dict[str, Tensor]:
+def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
     """The consumers' weights times gates that the batch shares, z of shape (units + 1,), by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     folded: dict[str, Tensor] = {}
     for r in found:
         weight = folded.get(r.tensor, parameters[r.tensor])
@@ -136,66 +137,123 @@ class Gating:
         self._fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
         norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
         self._norms = [
-            (n, torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device))
+            (
+                model.get_submodule(n.module),
+                n.axis,
+                torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device),
+            )
             for n in norms
         ]
-        self._recurrent = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+        self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = _places(model, {r.tensor for r in self.readers})
+        self._known = {id(t): t for t in (*model.parameters(), *model.buffers())}
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
             name: bool(u.consumers) and not u.norms and not any((c.tensor, c.dim) in fixed for c in u.consumers)
             for name, u in sites.items()
         }
 
+    def prefix(self, inputs: Any) -> Prefix:
+        """To record what a run of the model on these inputs computes before its first gate."""
+        return Prefix(self.model, self._known, tensors_of(inputs))
+
     def run(
-        self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], best: Mapping[str, Tensor] | None = None
+        self,
+        z: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        best: Mapping[str, Tensor] | None = None,
+        *,
+        all_open: bool = False,
+        prefix: Callable[[Iterable[Tensor]], Watch] | None = None,
     ) -> Any:
         """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
         batch or one per sample; the last is the constant 1.
 
         A norm over a site that is closed altogether counts one unit of it, as the cut network will: the
-        one in ``best``, by the site's name, or the first.
+        one in ``best``, by the site's name, or the first. ``all_open`` says that all gates are 1: then
+        the model runs as it is. ``prefix`` is `Prefix.recording` or `Prefix.replaying`.
 
         Raises `PlasticError` when layers are to be run again in the backward pass.
         """
+        shared = z[0] if z.dim() == 2 else z
         per_sample = z.dim() == 2 and len(z) > 1
         hooked = [r for r in self.readers if r.per_sample] if per_sample else []
         folded = [r for r in self.readers if not (per_sample and r.per_sample)]
-        shared = z[0] if z.dim() == 2 else z
-        all_open = bool((shared == 1).all())
+        tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(_hooks(self.model, hooked, z))
-            stack.enter_context(_hooks(self.model, folded, None))
-            if hooked or not all_open:
+            if not all_open:
                 if self._fused:
                     stack.enter_context(unfused_layers())
                 if torch.is_grad_enabled():
                     stack.enter_context(_refusing_checkpoints())
-            if all_open:
-                return self.model(*args, **kwargs)
-            opened = shared > 0
-            for name, start, size in self._normed:
-                closed = ~opened[start : start + size].any()
-                opened[start + (0 if best is None else best[name])] |= closed
-            stack.enter_context(_skipping(module for module, i in self._blocks if shared[i] == 0))
-            for norm, positions in self._norms:
-                mask = opened.index_select(0, positions)
-                stack.enter_context(open_statistics(self.model.get_submodule(norm.module), norm.axis, mask))
-            weights = fold(self.model, folded, shared)
-            tensors = {place: weight for name, weight in weights.items() for place in self._places[name]}
-            stack.enter_context(_flat_weights(self._recurrent, tensors))
-            return functional_call(self.model, tensors, args, dict(kwargs), tie_weights=False)
+                opened = shared > 0
+                for name, start, size in self._normed:
+                    closed = ~opened[start : start + size].any()
+                    opened[start + (0 if best is None else best[name])] |= closed
+                tensors = fold(self._parameters(), folded, shared)
+                stack.enter_context(_swapped(self._places, tensors, self._recurrent))
+                for norm, axis, positions in self._norms:
+                    stack.enter_context(open_statistics(norm, axis, opened.index_select(0, positions)))
+                if self._blocks:
+                    skipped = (shared == 0).tolist()
+                    stack.enter_context(_skipping(module for module, i in self._blocks if skipped[i]))
+            watch = None if prefix is None else prefix(tensors.values())
+            if watch is not None:
+                gates = [*(m for m, *_ in (*self._blocks, *self._norms)), *(r.owner for r in hooked)]
+                stack.enter_context(_before(gates, watch.end))
+            stack.enter_context(_hooks(hooked, z))
+            stack.enter_context(_hooks(folded, None))
+            if watch is not None:
+                stack.enter_context(watch)  # last: the work above is not the model's
+            return self.model(*args, **kwargs)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The parameters that readers read, as they are now."""
+        return {name: held[0][0]._parameters[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
 
 
-def _places(model: nn.Module, names: set[str]) -> dict[str, list[str]]:
-    """For each of these parameters, one name for each module that holds it: under two names, a module
-    that is registered twice would be swapped, and put back, twice."""
+def _places(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each of these parameters, the modules that hold it, and its name there."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    held: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
         for leaf, p in module._parameters.items():
-            held.setdefault(id(p), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+            held.setdefault(id(p), []).append((module, leaf))
     return {name: held[id(parameters[name])] for name in names}
+
+
+@contextmanager
+def _swapped(
+    places: Mapping[str, list[tuple[nn.Module, str]]], tensors: Mapping[str, Tensor], recurrent: list[nn.RNNBase]
+) -> Iterator[None]:
+    """Within this context modules hold ``tensors`` in the place of their parameters of these names.
+    (As ``torch.func.functional_call``, at less cost; recurrent layers read a list of their own, too.)"""
+    own = [(module, leaf, module._parameters[leaf]) for name in tensors for module, leaf in places[name]]
+    lists: list[list[Any]] = [module._flat_weights for module in recurrent]
+    for name, tensor in tensors.items():
+        for module, leaf in places[name]:
+            module._parameters[leaf] = tensor  # pyright: ignore[reportArgumentType]
+    for module in recurrent:
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    try:
+        yield
+    finally:
+        for module, leaf, parameter in own:
+            module._parameters[leaf] = parameter
+        for module, weights in zip(recurrent, lists, strict=True):
+            module._flat_weights = weights
+
+
+@contextmanager
+def _before(modules: list[nn.Module], act: Callable[..., None]) -> Iterator[None]:
+    """Within this context ``act`` is called before each of these modules runs."""
+    handles = [module.register_forward_pre_hook(act) for module in dict.fromkeys(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -227,20 +285,6 @@ class _Refused:
 
 
 @contextmanager
-def _flat_weights(recurrent: list[tuple[str, nn.RNNBase]], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Recurrent layers read a list of their weights, which ``functional_call`` does not know of."""
-    kept: list[list[Any]] = [module._flat_weights for _, module in recurrent]
-    for (name, module), own in zip(recurrent, kept, strict=True):
-        names = module._flat_weights_names
-        module._flat_weights = [tensors.get(f"{name}.{n}" if name else n, w) for n, w in zip(names, own, strict=True)]
-    try:
-        yield
-    finally:
-        for (_, module), own in zip(recurrent, kept, strict=True):
-            module._flat_weights = own
-
-
-@contextmanager
 def _skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
     """Within this context these modules hand on their first input."""
     skipped = list(blocks)
@@ -257,14 +301,14 @@ def _skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(model: nn.Module, found: list[Reader], z: Tensor | None) -> Iterator[None]:
+def _hooks(found: list[Reader], z: Tensor | None) -> Iterator[None]:
     """Within this context the consumers' inputs are selected (input sites) and multiplied by
     per-sample gates ``z`` of shape (batch, units + 1), if any."""
     handles = []
     for r in found:
         if r.select is not None or z is not None:
             multiplier = None if z is None else r.multiplier(z)
-            handles.append(model.get_submodule(r.module).register_forward_pre_hook(_hook(r, multiplier)))
+            handles.append(r.owner.register_forward_pre_hook(_hook(r, multiplier)))
     try:
         yield
     finally:

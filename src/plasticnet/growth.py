@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from plasticnet.candidates import grow_by_gradient
 from plasticnet.errors import PlasticError
 from plasticnet.units import InputUnits
 
 if TYPE_CHECKING:
     from plasticnet.net import Optimizers, PlasticNet
 
+Loss = Callable[[], Tensor]
+
 
 @dataclass
 class Growth:
     """Grow for as long as the validation loss falls.
 
-    The paper's rule (NPN, section 4.2): where the validation loss improved on the best so far, units
-    wake. Here it is judged over periods of ``patience`` epochs, and an improvement counts from a share
-    ``gain`` of the first loss on: without a threshold growth never ends. Every period adds a share
-    ``rate`` of its units to every site (at least one, up to ``maximum`` by site name; features of new
-    channels come with them). After ``failures`` periods in a row without improvement growth has
-    stopped for good.
+    When (NPN, section 4.2: where the validation loss improved on the best so far): an improvement counts
+    from a share ``gain`` of the first loss on, judged over periods of ``patience`` epochs; without a
+    threshold growth never ends. After ``failures`` periods in a row without one, growth has stopped for
+    good.
+
+    Which, and how many: without ``loss``, every site grows by a share ``rate`` of its units, at least
+    one. With ``loss``, a function without arguments that gives the loss of ``net`` on some training
+    data, the network as a whole grows by a share ``rate`` of its cost (one of those of
+    `PlasticNet.penalty`), at the sites where units promise most for what they cost: candidates are
+    added with outgoing weights of zero, and judged by the gradient of those (GradMax, arXiv
+    2201.05125). With ``init="gradmax"`` their incoming weights are changed first, so that it is as
+    large as can be; other ways to begin are those of `PlasticNet.resize`. `PlasticNet.limit` bounds
+    the sites.
 
     While it grows, all units are held open and unpriced: under pressure, new ones would close before
     they have learned anything. The pressure begins ``grace`` epochs after growth has stopped, and
     takes back what did not pay.
     """
 
+    loss: Loss | None = None
     rate: float = 0.5
     patience: int = 3
     gain: float = 0.03
     failures: int = 4
     grace: int = 2
-    init: str = "random"
-    maximum: Mapping[str, int] = field(default_factory=dict)
+    init: str = ""
+    cost: str = "macs"
     first: float = math.nan
     best: float = math.inf  # of the periods before this one
     here: float = math.inf  # in this period
     waited: int = 0
     failed: int = 0
+
+    def __post_init__(self) -> None:
+        self.init = self.init or ("gradmax" if self.loss is not None else "random")
+        if self.init == "gradmax" and self.loss is None:
+            raise PlasticError('Growth(init="gradmax") needs a loss to take the gradient of: Growth(loss=...)')
 
     @property
     def stopped(self) -> bool:
@@ -52,7 +69,7 @@ class Growth:
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced for ``grace`` epochs more, unless growth has stopped."""
-        if not self.stopped:
+        if not self.stopped and self.grace:
             for site in net.sites.values():
                 site.grace.clamp_(min=self.grace + 1)
 
@@ -62,31 +79,39 @@ class Growth:
         if self.stopped:
             return counts
         self.first = val_loss if math.isnan(self.first) else self.first
+        self.first = val_loss if math.isnan(self.first) else self.first
         self.here = min(self.here, val_loss)
         self.waited += 1
         if self.waited >= self.patience:
             paid = self.best - self.here >= self.gain * abs(self.first)
             self.failed = 0 if paid else self.failed + 1
             self.best, self.here, self.waited = min(self.best, self.here), math.inf, 0
-            counts = {} if self.stopped else self.counts(net)
-            if not counts:  # no room left, or stopped
-                self.failed = self.failures
-        if counts:
-            net.grow(counts, optimizer, init=self.init)
+            if not self.stopped:
+                counts = self._grow(net, optimizer)
+                self.failed = self.failed if counts else self.failures  # no room left
         self.hold(net)
         return counts
 
-    def counts(self, net: PlasticNet) -> dict[str, int]:
-        """How many units each site would get now."""
-        unknown = [name for name in self.maximum if name not in net.sites]
-        if unknown:
-            raise PlasticError(f"maximum: there is no site {unknown[0]!r}; the sites are: {', '.join(net.sites)}")
+    def _grow(self, net: PlasticNet, optimizer: Optimizers) -> dict[str, int]:
+        before = {name: len(site) for name, site in net.sites.items()}
+        if self.loss is None:
+            net.grow(self.counts(net, self.rate), optimizer, init=self.init)
+        else:
+            price = float(
+                net._cost.expected(torch.ones_like(torch.cat([s.phi for s in net.sites.values()])), self.cost)
+            )
+            grow_by_gradient(
+                net, self.counts(net, 2 * self.rate), self.loss, optimizer, budget=self.rate * price, cost=self.cost,
+                ascend=self.init == "gradmax",
+            )  # fmt: skip
+        return {name: len(s) - before[name] for name, s in net.sites.items() if len(s) > before[name]}
+
+    def counts(self, net: PlasticNet, rate: float) -> dict[str, int]:
+        """How many units a share ``rate`` is for each site, at least one, within its limits."""
         counts: dict[str, int] = {}
         for name, site in net.sites.items():
-            room = self.maximum.get(name, math.inf) - len(site) if site.units.growable else 0
-            if isinstance(site.units, InputUnits):
-                room = min(room, site.units.full - len(site))
-            n = min(math.ceil(self.rate * len(site)), room)
+            room = site.room if site.units.growable else 0
+            n = min(max(math.ceil(rate * len(site)), site.minimum - len(site)), room)
             if n > 0:
                 counts[name] = int(n)
         return counts

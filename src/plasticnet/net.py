@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from plasticnet import objective, resize, state
+from plasticnet import distributed, objective, passes, resize, state
+from plasticnet.candidates import grow_by_gradient
 from plasticnet.check import self_check
-from plasticnet.compact import cut, lengths, survivors
+from plasticnet.compact import check_multiple, cut, lengths, survivors
 from plasticnet.cost import CostModel, check_names
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key, mean_gates, probabilities
 from plasticnet.gating import Gating
+from plasticnet.optimizers import listed
 from plasticnet.snapshot import duplicate
 from plasticnet.summary import Summary, summarise
 from plasticnet.tracing import call_arguments, trace
@@ -96,7 +97,10 @@ class PlasticNet(nn.Module):
         self._uses = traced.uses
         self._k = math.inf
         self._samples_apart: bool | None = None  # for "auto": whether per-sample draws are possible
-        self._pass = objective.Pass()
+        self._wrapper: Literal["none", "new", "current", "stale"] = "none"  # of DistributedDataParallel
+        self._pass = passes.Pass()
+        self._rows_apart: bool | None = None  # whether the network can be run on some of the samples
+        self._mean: tuple[Any, Tensor, bool] | None = None
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -171,18 +175,35 @@ class PlasticNet(nn.Module):
         run.__signature__ = self._signature  # pyright: ignore[reportAttributeAccessIssue]
         return run
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        plastic = self.training and not math.isinf(self._k)
-        z = objective.draw(self, args, kwargs) if plastic else self._mean_gates()
-        self._pass.calls += 1
-        self._pass.sizes.update(n for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for n in t.shape[:2])
-        best = {s.name: s.best for s in self._sites() if s.units.norms}
-        return self._gating.run(z, args, kwargs, best)
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """`DistributedDataParallel` looks for this name."""
+        return distributed.wrap(self)
 
-    def _mean_gates(self) -> Tensor:
-        """The gates at evaluation, and the constant 1 that ends every vector of gates."""
-        gates = [site.mean_gate(self._k) for site in self._sites()]
-        return torch.cat([*gates, gates[0].new_ones(1)])
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            distributed.enter(self)
+        if self.training and not math.isinf(self._k):
+            return passes.drawn(self, args, kwargs)
+        z, all_open = self._mean_gates()
+        self._pass.note(args, kwargs)
+        return self._run(z, args, kwargs, all_open=all_open)
+
+    def _run(self, z: Tensor, args: Any, kwargs: Any, **options: Any) -> Any:
+        best = {s.name: s.best for s in self._sites() if s.units.norms}
+        return self._gating.run(z, args, kwargs, best, **options)
+
+    def _mean_gates(self) -> tuple[Tensor, bool]:
+        """The gates at evaluation, and whether all are open. On a GPU this is kept until a gate changes:
+        asking would mean waiting."""
+        sites = self._sites()
+        key = (
+            (self._k, *((id(t), t._version) for s in sites for t in (s.phi, s.grace))) if sites[0].phi.is_cuda else None
+        )
+        if key is None or self._mean is None or self._mean[0] != key:
+            z = mean_gates(sites, self._k)
+            self._mean = (key, z, bool((z == 1).all()))
+        return self._mean[1:]
 
     def expected_loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """The training loss, a scalar whose backward also gives the gates their gradient.
@@ -210,7 +231,7 @@ class PlasticNet(nn.Module):
         check_names(cost, scale)
         if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
             raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
-        expected = self._cost.expected({s.name: s.probability(self._k) for s in self._sites()}, cost)
+        expected = self._cost.expected(probabilities(self._sites(), self._k), cost)
         return strength * (expected if scale == "linear" else expected.log())
 
     # -- changing size ------------------------------------------------------------------------
@@ -222,20 +243,24 @@ class PlasticNet(nn.Module):
         ``conv1`` and adds one. Kept units carry their optimizer state.
 
         ``optimizer`` is the one, or all of those, that hold the parameters. New units get random
-        incoming weights, and outgoing ones of zero ("preserve") or random too ("random"); they are
-        held open and unpriced for ``grace`` epochs of the schedule. In an input site -1 re-opens a
-        closed feature.
+        incoming weights, and outgoing ones of zero ("preserve") or random too ("random", and "paper",
+        whose gates start at pi = 1/2); they are held open and unpriced for ``grace`` epochs of the
+        schedule. In an input site -1 re-opens a closed feature.
 
         Raises `PlasticError`, and changes nothing, for an unknown site, an index out of range, a site
-        left empty, or optimizers that do not hold every trainable parameter.
+        left empty, or optimizers that do not hold every trainable parameter or cannot be resized.
         """
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [])
-        if not isinstance(sources, Mapping) or not all(isinstance(o, Optimizer) for o in optimizers):
-            raise PlasticError("resize takes a mapping of site to source indices, and an optimizer or a list of them")
-        planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
+        optimizers = listed(optimizer)
+        if not isinstance(sources, Mapping):
+            raise PlasticError(f"resize takes a mapping of site to source indices, not a {type(sources).__name__}")
         value = OPEN_LOGIT / self._k if 0 < self._k < math.inf else INITIAL_LOGIT
+        value = 0.0 if init == "paper" else value
         logits = {s.name: (s.phi, value) for s in self._sites()}
-        moved = resize.apply(self.model, planned, logits, optimizers, init)
+        with distributed.alike(self):
+            planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
+            moved = resize.apply(self.model, planned, logits, optimizers, init)
+        if moved:
+            distributed.outgrow(self)
         for site in self._sites():
             site.phi = moved.get(site.phi, site.phi)
             if site.name in planned.sources:
@@ -251,50 +276,95 @@ class PlasticNet(nn.Module):
                 site.features = torch.from_numpy(site.units.features).to(site.phi.device)
         self._refresh()
 
+    def limit(self, pattern: str, *, minimum: int = 1, maximum: float = math.inf) -> None:
+        """Bound the sites whose name matches ``pattern``: pruning leaves them ``minimum`` units, and growth
+        stops at ``maximum``. `resize` and `grow` do as they are told.
+
+        Raises `PlasticError` when no site matches, or the bounds contradict each other.
+        """
+        matching = [s for n, s in self.sites.items() if fnmatchcase(n, pattern)]
+        if not matching:
+            raise PlasticError(f"limit: {pattern!r} matches none of the sites: {', '.join(self.sites)}")
+        if type(minimum) is not int or not 1 <= minimum <= maximum:
+            raise PlasticError(f"limit: minimum={minimum}, maximum={maximum}; needed is 1 <= minimum <= maximum")
+        for site in matching:
+            site.minimum, site.maximum = minimum, maximum
+
     def grow(
-        self, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
+        self,
+        counts: Mapping[str, int],
+        optimizer: Optimizers = None,
+        init: str = "preserve",
+        grace: int = 0,
+        loss: Callable[[], Tensor] | None = None,
     ) -> None:
-        """Add units: ``{"conv1": 2}``. See `resize`."""
+        """Add units: ``{"conv1": 2}``. See `resize`.
+
+        ``init`` may also be "gradmax": outgoing weights of zero, and incoming ones for which the gradient of the
+        outgoing ones is largest (Evci et al., arXiv 2201.05125). The gradient is that of ``loss``, a
+        function without arguments that runs the network on some training data.
+        """
         if any(type(n) is not int or n < 0 for n in counts.values()):
             raise PlasticError(f"{dict(counts)}: the units to add are whole numbers, 0 or more; to remove, use prune")
         unknown = [n for n in counts if n not in self.sites]
         if unknown:
             raise PlasticError(f"there is no site {unknown[0]!r}; the sites are: {', '.join(self.sites)}")
+        if init == "gradmax":
+            if loss is None:
+                raise PlasticError('grow(init="gradmax") needs a loss to take the gradient of: loss=...')
+            return grow_by_gradient(self, counts, loss, optimizer, grace=grace)
         sources = {n: [*range(len(self.sites[n])), *[-1] * count] for n, count in counts.items()}
         self.resize(sources, optimizer, init=init, grace=grace)
 
-    def prune(self, below: float = 0.5, optimizer: Optimizers = None) -> dict[str, int]:
+    def prune(self, below: float = 0.5, optimizer: Optimizers = None, multiple_of: int = 1) -> dict[str, int]:
         """Cut the units whose gate has a probability below ``below``, and those whose features are
-        all cut; every site keeps at least one. Returns how many were cut per site."""
+        all cut; every site keeps at least one. Returns how many were cut per site.
+
+        With ``multiple_of`` a site keeps the next likely units, too, so that its width in the tensors is
+        a multiple of it. Sites that have not that many are cut as without, and so are those that a norm
+        takes statistics over.
+        """
+        sources = self._survivors(below, multiple_of)
+        before = {n: len(s) for n, s in self.sites.items()}
+        if sources:
+            self.resize(sources, optimizer)
+        return {n: before[n] - len(s) for n, s in self.sites.items() if before[n] != len(s)}
+
+    def _survivors(self, below: float, multiple_of: int) -> dict[str, list[int]]:
+        """The units that `prune` keeps, for every site that loses some."""
         if not isinstance(below, Real) or not 0 <= float(below) <= 1:
             raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
+        check_multiple(multiple_of)
         values = {s.name: s.probability(self._k).detach().cpu().numpy() for s in self._sites()}
         for site in self._sites():
             if not bool(torch.isfinite(site.phi).all()):
                 raise PlasticError(f"site {site.name!r}: its gates are not finite; go back to a checkpoint")
         floor = float(np.nextafter(np.float32(below), np.float32(-1)))
         for site in self._sites():
-            if not (values[site.name] > floor).any():
-                values[site.name][int(site.best)] = 1.0
-        sources = survivors({s.name: s.units for s in self._sites()}, values, above=floor)
-        before = {n: len(s) for n, s in self.sites.items()}
-        if sources:
-            self.resize(sources, optimizer)
-        return {n: before[n] - len(s) for n, s in self.sites.items() if before[n] != len(s)}
+            if (values[site.name] > floor).sum() < site.minimum:
+                values[site.name][site.likely(site.minimum)] = 1.0
+        return survivors({s.name: s.units for s in self._sites()}, values, floor, multiple_of)
 
-    def compact(self) -> nn.Module:
+    def compact(self, multiple_of: int = 1) -> nn.Module:
         """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units
-        are cut, and the mean gates of the open ones are multiplied into the weights that read them."""
+        are cut, and the mean gates of the open ones are multiplied into the weights that read them.
+
+        With ``multiple_of`` some closed units stay, read with weights of zero, so that widths are multiples
+        of it; see `prune`.
+        """
+        check_multiple(multiple_of)
         small = duplicate(self.model).eval()
         sites = self._sites()
         best = {s.name: int(s.best) for s in sites}
-        return cut(small, {s.name: s.units for s in sites}, {s.name: s.mean_gate(self._k) for s in sites}, best)
+        factors = {s.name: s.mean_gate(self._k) for s in sites}
+        return cut(small, {s.name: s.units for s in sites}, factors, best, multiple_of)
 
     def _refresh(self) -> None:
         """Work out anew what depends on the sites' sizes."""
         units = {s.name: s.units for s in self._sites()}
         self._gating = Gating(units, self.model)
         self._cost = CostModel(units, self.model, self._uses)
+        self._mean = None
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -315,6 +385,10 @@ class PlasticNet(nn.Module):
         state.compare_keys(self.state_dict().keys(), state_dict.keys())
         state.check_k(state_dict["_extra_state"])
         planned = state.plan_load({s.name: s.units for s in self._sites()}, self.model, state_dict)
+        before = [(p, p.shape) for p in self.parameters()]
         state.resize_in_place(self.model, self._sites(), planned)
         self._adopt(planned)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if any(p is not q or p.shape != shape for (p, shape), q in zip(before, self.parameters(), strict=True)):
+            distributed.outgrow(self)
+        return keys

@@ -1,10 +1,10 @@
-"""A self-contained HTML page about a run: a table and four pictures, no network."""
+"""A self-contained HTML page about a run: tables and four pictures, no network."""
 
 from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -14,13 +14,27 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from plasticnet.profiling import TIME, readable_bytes
+
 _COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 td:first-child, th:first-child { text-align: left; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
-figcaption { color: #555; }
+figcaption { color: #555; } details { margin: 1rem 0; overflow-x: auto; } summary { cursor: pointer; }
+details table { font-size: .8rem; } details td, details th { padding: .15rem .5rem; }
+th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid #ddd; }
 """
+_WHEN = ("before", "during", "after")
+# A field of a profile, what it is, and how it is written; the first four are those of a module, too.
+_MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("macs", "MACs", "{:,}".format),
+    ("parameters", "parameters", "{:,}".format),
+    ("peak_bytes", "peak activation memory", readable_bytes),
+    ("milliseconds", "ms", "{:.3f}".format),
+    ("kept_bytes", "kept for the backward pass", readable_bytes),
+    ("training_milliseconds", "ms with the backward pass", "{:.3f}".format),
+]
 COLUMNS = ("network", "test accuracy", "units per site", "parameters", "MACs", "ms per 1,000 inputs")
 
 
@@ -61,12 +75,73 @@ def render(
     head = "".join(f"<th>{c}</th>" for c in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows(results))
     figures = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in pictures)
+    profiles = "".join(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
     settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>{figures}"
+        f"<h2>Profile</h2>{profiles}"
         f"<h2>Settings</h2><table>{settings}</table></body></html>\n"
     )
+
+
+def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of what the network of a run cost before, during and after: in total and per module."""
+    ends = result.get("profile", {})
+    measured = [r for r in history if "profile" in r]
+    plastic = [r for r in measured if r["k"] != "inf"] or measured
+    middle = plastic[len(plastic) // 2] if plastic else {}
+    profiles = [ends.get("before"), middle.get("profile"), ends.get("after")]
+    head = f"<h3>{html.escape(run)}</h3>"
+    if not any(profiles):
+        return f"{head}<p>not recorded</p>"
+    batch, device = next((p["batch"], p["device"]) for p in profiles if p)
+    during = f"epoch {middle['epoch']}, with gates, those of closed units included" if middle else "not recorded"
+    text = (
+        f"Before: the model that was given. During: {during}. After: the compact network. MACs are those of one "
+        f"sample, the rest is for a batch of {batch}; time is {TIME[device]}."
+    )
+    total = "".join(
+        f"<tr><td>{name}</td>{''.join(f'<td>{_cell(p, key, write)}</td>' for p in profiles)}</tr>"
+        for key, name, write in _MEASURES
+    )
+    return (
+        f"{head}<p>{text}</p><table><tr><th></th>{''.join(f'<th>{w}</th>' for w in _WHEN)}</tr>{total}</table>"
+        f"<details><summary>per module</summary>{_modules(profiles)}</details>"
+    )
+
+
+def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
+    """A row per module; the columns are before, during and after for each measure."""
+    gated = {row["name"] for p in profiles[:2] if p for row in p["rows"]}
+
+    def known(name: str) -> str:  # behind a Take fc1 is fc1.1
+        return stem if name not in gated and (stem := name.removesuffix(".1")) in gated else name
+
+    found = [{known(row["name"]): row for row in p["rows"]} if p else None for p in profiles]
+    names = dict.fromkeys(name for modules in found if modules for name in modules)
+    measures = _MEASURES[:4]
+    head = "".join(f'<th colspan="3">{name}</th>' for _, name, _ in measures)
+    body = "".join(
+        f"<tr><td>{html.escape(name or '(the model)')}</td>"
+        + "".join(
+            f"<td>{_cell(None if m is None else m.get(name, {}), key, write)}</td>"
+            for key, _, write in measures
+            for m in found
+        )
+        + "</tr>"
+        for name in names
+    )
+    when = "".join(f"<th>{w}</th>" for w in _WHEN * len(measures))
+    return f"<table><tr><th></th>{head}</tr><tr><th></th>{when}</tr>{body}</table>"
+
+
+def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], str]) -> str:
+    """A figure; a dash for a module that is not there."""
+    if profile is None:
+        return "not recorded"
+    value = profile.get(key)
+    return "-" if value is None else write(value)
 
 
 def _svg(draw: Any) -> str:
@@ -125,4 +200,4 @@ def _plasticity(axes: Axes, plastic: Mapping[str, Any]) -> None:
     axes.set_yticks([*sorted(set(finite)), top], [*(f"{k:g}" for k in sorted(set(finite))), "∞"])
     other.set(ylabel="mean 2π(1-π) (dashed)")
     if plastic:
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plastic), frameon=False)  # clear of the lines

@@ -18,12 +18,11 @@ from torch.optim import Optimizer
 
 from plasticnet.attributes import shift_widths, update_attributes
 from plasticnet.errors import PlasticError
+from plasticnet.optimizers import check_optimizers, rebind
 from plasticnet.units import BlockUnits, InputUnits, Units, Width
 
 Sources = Mapping[str, Sequence[int]]
-INITS = ("preserve", "random")
-# Running means of squares: at 0 a new entry would step up to 6.5 times the rate.
-_SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"}
+INITS = ("preserve", "random", "paper")
 
 
 @dataclass
@@ -233,30 +232,32 @@ def apply(
                 new.grad = rewrite(old.grad, takes_of[old])
         replace_tensors(model, [*cut_buffers, *moved.items()])
         for optimizer in optimizers:
-            _rebind(optimizer, moved, takes_of)
+            rebind(optimizer, moved, lambda old, value, mean: rewrite(value, takes_of[old], mean))
     shift_widths(model, plan.shifts)
     update_attributes(model, plan.takes, plan.groups)
     return moved
 
 
-def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray]) -> Tensor:
-    """A copy with each dimension made of the old positions in ``takes``; zeros where they are -1."""
+def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray], mean: bool = False) -> Tensor:
+    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros or
+    of the mean over the kept ones."""
     new = tensor.detach()
     for dim, take in takes.items():
-        index = torch.from_numpy(np.maximum(take, 0)).to(new.device)
-        fresh = torch.from_numpy(take < 0).to(new.device)
-        new = new.index_select(dim, index) if new.shape[dim] else new.new_zeros(_with(new.shape, dim, len(take)))
-        if fresh.any():
-            new = new.index_fill(dim, fresh.nonzero()[:, 0], 0)
+        old, index = new, torch.from_numpy(np.maximum(take, 0)).to(new.device)
+        shape = [len(take) if d == dim else n for d, n in enumerate(old.shape)]
+        new = old.index_select(dim, index) if old.shape[dim] else old.new_zeros(shape)
+        fresh = torch.from_numpy(np.flatnonzero(take < 0)).to(new.device)
+        if mean and len(fresh) < len(take):
+            shape[dim] = len(fresh)
+            kept = old.index_select(dim, index[torch.from_numpy(take >= 0).to(new.device)])
+            new.index_copy_(dim, fresh, kept.mean(dim, keepdim=True).expand(shape))
+        elif len(fresh):
+            new.index_fill_(dim, fresh, 0)
     for memory_format in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
         rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, tensor.dim())
         if rank == tensor.dim() and tensor.is_contiguous(memory_format=memory_format):
             return new.clone(memory_format=memory_format)
     return new.contiguous()
-
-
-def _with(shape: torch.Size, dim: int, n: int) -> list[int]:
-    return [n if d == dim else s for d, s in enumerate(shape)]
 
 
 def _initialise(
@@ -271,7 +272,7 @@ def _initialise(
             bound = (new.shape[dim] / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
             if (name, dim) in consumed:
                 bound = (new.shape[0] / max(new.numel(), 1)) ** 0.5
-            added = torch.empty_like(new.index_select(dim, fresh))
+            added = torch.empty_like(new.index_select(dim, fresh), memory_format=torch.contiguous_format)
             (torch.view_as_real(added) if new.is_complex() else added).uniform_(-bound, bound)
             new.index_copy_(dim, fresh, added)
         else:
@@ -303,57 +304,3 @@ def replace_tensors(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) ->
         if isinstance(module, nn.RNNBase):
             own: list[Any] = module._flat_weights  # a second list of the same parameters
             module._flat_weights = [new_of.get(id(w), w) for w in own]
-
-
-# -- optimizers -------------------------------------------------------------------------------
-
-
-def check_optimizers(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `PlasticError` unless the optimizers hold every trainable parameter and can be sliced."""
-    if not optimizers:
-        return
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise PlasticError(
-            f"the optimizers do not hold {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
-            "build them from net.param_groups(), and pass all of them"
-        )
-    names = {id(p): n for n, p in parameters.items()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.numel() != 1 and value.shape != p.shape:
-                    raise PlasticError(
-                        f"{type(optimizer).__name__} keeps state {key!r} of shape {tuple(value.shape)} for "
-                        f"{names.get(id(p), 'a parameter')} of shape {tuple(p.shape)}; it cannot be resized. "
-                        "Use SGD, Adam, AdamW or another optimizer whose state has its parameter's shape."
-                    )
-
-
-def _rebind(
-    optimizer: Optimizer,
-    moved: Mapping[nn.Parameter, nn.Parameter],
-    takes_of: Mapping[nn.Parameter, Mapping[int, np.ndarray]],
-) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [moved.get(p, p) for p in group["params"]]
-    for old in [p for p in moved if p in optimizer.state]:
-        state = optimizer.state.pop(old)
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == old.shape:
-                state[key] = _resize_state(key, value, takes_of[old])
-        optimizer.state[moved[old]] = state
-
-
-def _resize_state(key: str, value: Tensor, takes: Mapping[int, np.ndarray]) -> Tensor:
-    """New entries: 0, or the mean over the kept ones for a running mean of squares."""
-    new = rewrite(value, takes)
-    if key in _SECOND_MOMENTS:
-        for dim, take in takes.items():
-            fresh = torch.from_numpy(np.flatnonzero(take < 0)).to(new.device)
-            kept = torch.from_numpy(np.flatnonzero(take >= 0)).to(new.device)
-            if len(fresh) and len(kept):
-                mean = new.index_select(dim, kept).mean(dim, keepdim=True)
-                new.index_copy_(dim, fresh, mean.expand(_with(new.shape, dim, len(fresh))))
-    return new

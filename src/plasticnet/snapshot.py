@@ -28,38 +28,55 @@ def sharing(model: nn.Module) -> nn.Module:
     return duplicate(model, lambda p: p)
 
 
+class RandomState:
+    """The random number generators as they are now: the CPU's and those of the GPUs that hold the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        used = torch.cuda.is_initialized()
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda}) if used else []
+        self._cpu = torch.get_rng_state()
+        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RandomState)
+            and torch.equal(self._cpu, other._cpu)
+            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self._cuda, other._cuda, strict=True))
+        )
+
+
 class Snapshot:
     """The random number generators and the buffers of a model as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(d) for d in self._devices]
+        self.random = RandomState(model)
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
             (module, key, b, b.detach().clone())
             for module in model.modules()
+            if module._buffers
             for key, b in module._buffers.items()
             if b is not None
         ]
 
     def restore(self) -> None:
-        """Put everything back: a buffer that was bound anew too."""
-        torch.set_rng_state(self._cpu)
-        for device, state in zip(self._devices, self._cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        with torch.no_grad():
-            for module, key, buffer, before in self._buffers:
-                buffer.copy_(before)
-                module._buffers[key] = buffer
+        """Put everything back: a buffer that was bound anew too. A graph that waits for its backward pass
+        does not count this as a change."""
+        self.random.restore()
+        for module, key, buffer, before in self._buffers:
+            buffer.data.copy_(before)
+            module._buffers[key] = buffer
 
 
 @contextmanager
-def side_effect_free(model: nn.Module, snapshot: Snapshot | None = None) -> Iterator[None]:
-    """Run without gradients, leaving random numbers and buffers as if nothing had been run.
-
-    ``snapshot`` is one that was taken already, with nothing run since.
-    """
-    snapshot = snapshot or Snapshot(model)
+def side_effect_free(model: nn.Module) -> Iterator[None]:
+    """Run without gradients, leaving random numbers and buffers as if nothing had been run."""
+    snapshot = Snapshot(model)
     try:
         with torch.no_grad():
             yield

@@ -157,7 +157,7 @@ def summarise(
     opened = {s.name: full[s.name] if s.phi.is_meta else (s.mean_gate(k) > 0).double().cpu() for s in sites}
 
     def total(pi: Mapping[str, Tensor], kind: str) -> float:
-        return float(cost.expected(pi, kind))
+        return float(cost.expected(torch.cat(list(pi.values())), kind))
 
     present = {kind: total(full, kind) for kind in ("parameters", "macs")}
     rows = []

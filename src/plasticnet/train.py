@@ -20,9 +20,11 @@ from plasticnet.errors import PlasticError
 from plasticnet.growth import Growth, narrow
 from plasticnet.io import load_checkpoint, save_checkpoint
 from plasticnet.net import PlasticNet
+from plasticnet.profiling import one_thread, profile
 from plasticnet.schedule import Schedule, Stage
 
 Mode = Literal["dense", "prune", "grow"]
+_PROFILES = 10  # in a run, while it trains; each takes as long as some twenty steps
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,15 @@ def build(
 ) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
     """The network, its optimizer and its schedule for a run; ``model`` is the widest it may grow to."""
     net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
-    widest = {name: len(site) for name, site in net.sites.items()}
     if mode == "grow":
+        for name, site in net.sites.items():
+            net.limit(name, maximum=len(site))
         narrow(net, config.start)
     optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
     # Long enough to tell a standstill from a bad batch: periods of some 100 steps, 400 to give up.
     period = -(-len(data.train) // config.batch)
     patience = -(-100 // period)
-    growth = Growth(patience=patience, failures=-(-400 // (patience * period)), maximum=widest)
+    growth = Growth(patience=patience, failures=-(-400 // (patience * period)))
     return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth if mode == "grow" else None)
 
 
@@ -124,14 +127,18 @@ def evaluate(module: nn.Module, split: Split, batch: int = 1000) -> tuple[float,
 def epochs(
     net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, data: Data, config: Config
 ) -> Iterator[dict[str, Any]]:
-    """Train to the end of the schedule; yields what to record after each epoch."""
+    """Train to the end of the schedule; yields what to record after each epoch. Every tenth of the epochs the
+    network is profiled as the epoch trained it, before anything is cut or grown."""
     while schedule.epoch < schedule.epochs:
         started = time.process_time()
         k = net.k
         loss = train_epoch(net, optimizer, data.train, config)
         val_loss, val_accuracy = evaluate(net, data.val)
+        paused = time.process_time()
+        measured = _profile(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
+        started += time.process_time() - paused
         change = schedule.step(val_loss)
-        yield {
+        record = {
             "epoch": schedule.epoch,
             "k": "inf" if math.isinf(k) else k,
             "loss": loss,
@@ -142,6 +149,11 @@ def epochs(
             "grown": sum(change.grown.values()),
             "cpu_seconds": time.process_time() - started,
         }
+        yield record if measured is None else {**record, "profile": measured}
+
+
+def _profile(module: nn.Module, data: Data, config: Config) -> dict[str, Any]:
+    return profile(module, (data.train.x[: config.batch],), repeats=5, training=True).as_dict()
 
 
 def _size(net: PlasticNet) -> dict[str, Any]:
@@ -188,6 +200,7 @@ def run(
         for record in history:
             if on_epoch:
                 on_epoch(record)
+    before = _profile(model, data, config)
     for record in epochs(net, optimizer, schedule, data, config):
         history.append(record)
         if checkpoint is not None:
@@ -198,6 +211,7 @@ def run(
             on_epoch(record)
     small = net.compact()
     summary = _summary(net, small, data, mode, history)
+    summary["profile"] = {"before": before, "after": _profile(small, data, config)}
     if schedule.growth is not None:
         summary["growth_stopped"] = schedule.growth.stopped
     return Result(mode, net, small, summary)
@@ -228,13 +242,14 @@ def _summary(
 
 @torch.no_grad()
 def time_per_thousand(module: nn.Module, x: Tensor, repeats: int = 9) -> float:
-    """Median milliseconds of process CPU time for 1,000 samples."""
+    """Median milliseconds of CPU time, on one thread, for 1,000 samples."""
     module.eval()
     x = x.repeat(-(-1000 // len(x)), *[1] * (x.dim() - 1))[:1000]
-    module(x)
     times = []
-    for _ in range(repeats):
-        start = time.process_time()
+    with one_thread():
         module(x)
-        times.append(1000 * (time.process_time() - start))
+        for _ in range(repeats):
+            start = time.thread_time()
+            module(x)
+            times.append(1000 * (time.thread_time() - start))
     return sorted(times)[repeats // 2]

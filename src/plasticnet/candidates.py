@@ -1,0 +1,214 @@
+"""Growth by the gradient: more units than wanted are added and tried out, and the most promising stay.
+
+A new unit with outgoing weights of zero changes nothing, but these weights have a gradient. The larger
+it is, the more the loss will fall by the unit (GradMax, Evci et al., arXiv 2201.05125).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plasticnet.errors import PlasticError
+from plasticnet.snapshot import Snapshot
+from plasticnet.units import InputUnits
+
+if TYPE_CHECKING:
+    from plasticnet.net import Optimizers, PlasticNet
+
+Loss = Callable[[], Tensor]
+ASCENT = 4  # steps by which the incoming weights of a candidate follow its gradient's norm
+_SHARE = 0.5  # of the weights' own norm, how far the first of them goes
+_PROBE = 1e-3  # outgoing weights by which the direction of such a step is found
+
+
+def grow_by_gradient(
+    net: PlasticNet,
+    counts: Mapping[str, int],
+    loss: Loss,
+    optimizer: Optimizers = None,
+    *,
+    budget: float = math.inf,
+    cost: str = "macs",
+    ascend: bool = True,
+    grace: int = 0,
+) -> None:
+    """Add at most ``counts`` units per site: those of twice as many candidates that promise most for
+    what they cost, until they cost ``budget`` together.
+
+    ``loss`` gives the loss of the network on some training data, shape (batch,) or a scalar. With ``ascend`` the
+    incoming weights of the candidates are changed so that the gradient of the outgoing ones grows, at
+    equal norm. The function of the network stays.
+
+    Raises `PlasticError` when the loss does not depend on the network.
+    """
+    kept = {name: site.grace.clone() for name, site in net.sites.items()}
+    for site in net.sites.values():
+        site.grace.zero_()
+    net.grow({name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
+    new = {name: site.grace == 1 for name, site in net.sites.items()}
+    for name, site in net.sites.items():
+        site.grace[~new[name]] = kept[name]
+        site.grace[new[name]] = grace
+    try:
+        with _as_it_is(net):
+            for step in range(ASCENT if ascend else 0):
+                _ascend(net, new, loss, _SHARE / (1 + step))
+            benefit = _benefits(net, loss)
+    except BaseException:
+        net.resize({n: np.flatnonzero(~mask.cpu().numpy()).tolist() for n, mask in new.items()}, optimizer)
+        raise
+    chosen = _chosen(net, counts, new, benefit, budget, cost)
+    net.resize({n: np.flatnonzero(mask).tolist() for n, mask in chosen.items() if not mask.all()}, optimizer)
+
+
+def _candidates(net: PlasticNet, name: str, n: int) -> int:
+    units = net.sites[name].units
+    return min(2 * n, units.full - units.size) if isinstance(units, InputUnits) else 2 * n
+
+
+@contextmanager
+def _as_it_is(net: PlasticNet) -> Iterator[None]:
+    """Run the open network in training mode, with nothing of it left behind."""
+    k, training, before = net.k, net.training, Snapshot(net.model)
+    net._k = math.inf
+    net.train()
+    try:
+        yield
+    finally:
+        net._k = k
+        net.train(training)
+        before.restore()
+
+
+def _gradients(net: PlasticNet, loss: Loss, names: list[str]) -> dict[str, Tensor]:
+    parameters = dict(net.model.named_parameters())
+    value = loss()
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise PlasticError("growth by the gradient needs a loss that depends on the network: compute it from net(x)")
+    wanted = [parameters[n] for n in names]
+    found = torch.autograd.grad(value.mean(), wanted, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, wanted, found, strict=True)}
+
+
+def _outgoing(net: PlasticNet, loss: Loss) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients of the weights that read units, by name; and the squared norm of each unit's part of them,
+    shape (units of all sites + 1,)."""
+    readers = net._gating.readers
+    gradients = _gradients(net, loss, list(dict.fromkeys(r.tensor for r in readers)))
+    total = readers[0].units.new_zeros(sum(len(s) for s in net.sites.values()) + 1, dtype=torch.float64)
+    for r in readers:
+        squares = gradients[r.tensor].double().square().transpose(0, r.dim).flatten(1).sum(1)
+        for units in (r.units, r.features):
+            if units is not None:
+                total.index_add_(0, units, squares)
+    return gradients, total
+
+
+def _benefits(net: PlasticNet, loss: Loss) -> dict[str, np.ndarray]:
+    _, total = _outgoing(net, loss)
+    parts = total[:-1].split([len(s) for s in net.sites.values()])
+    return {name: part.cpu().numpy() for name, part in zip(net.sites, parts, strict=True)}
+
+
+@torch.no_grad()
+def _ascend(net: PlasticNet, new: Mapping[str, Tensor], loss: Loss, share: float) -> None:
+    """One step of the candidates' incoming weights up the norm of the gradient of the outgoing ones.
+
+    With outgoing weights of -e times the direction of their gradient g, the loss is lower by e |g|: so
+    the ordinary gradient of the incoming weights shows how |g| grows.
+    """
+    parameters = dict(net.model.named_parameters())
+    incoming = _incoming(net, new, parameters)
+    if not incoming:  # features of an input
+        return
+    with torch.enable_grad():
+        gradients, total = _outgoing(net, loss)
+    norms = total.sqrt().clamp(min=1e-30)
+    added = torch.cat([*new.values(), new[next(iter(new))].new_zeros(1)])
+    kept: dict[str, Tensor] = {}
+    for r in net._gating.readers:
+        weight = parameters[r.tensor]
+        kept.setdefault(r.tensor, weight.detach().clone())
+        shape = [1] * weight.dim()
+        shape[r.dim] = -1
+        scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
+        weight -= scale.reshape(shape) * gradients[r.tensor]
+    with torch.enable_grad():
+        uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
+    for name, before in kept.items():
+        parameters[name].copy_(before)
+    for name, dim, index in incoming:
+        rows = parameters[name].detach().transpose(0, dim)
+        own = rows[index]
+        towards = -uphill[name].transpose(0, dim)[index]
+        moved = own + share * _length(own) * towards / _length(towards)
+        rows[index] = moved * _length(own) / _length(moved)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """The norm of every row, in a shape that broadcasts over them; never 0."""
+    length = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), keepdim=True)
+    return length.clamp(min=1e-30)
+
+
+def _incoming(
+    net: PlasticNet, new: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> list[tuple[str, int, Tensor]]:
+    """Where the incoming weights of the candidates lie: parameter, dimension, positions."""
+    found = []
+    for name, site in net.sites.items():
+        for s in site.units.slices:
+            if not s.consumed and s.tensor in parameters and parameters[s.tensor].dim() > 1:
+                index = torch.from_numpy(s.index).to(new[name].device)[new[name]].reshape(-1)
+                if len(index) and parameters[s.tensor].requires_grad:
+                    found.append((s.tensor, s.dim, index))
+    return found
+
+
+def _chosen(
+    net: PlasticNet,
+    counts: Mapping[str, int],
+    new: Mapping[str, Tensor],
+    benefit: Mapping[str, np.ndarray],
+    budget: float,
+    cost: str,
+) -> dict[str, np.ndarray]:
+    """Which units stay: those that were there, and the candidates, the best for their price first."""
+    added = {name: mask.cpu().numpy() for name, mask in new.items()}
+    keep = {name: ~mask for name, mask in added.items()}
+    for name, features in _come_along(net, added).items():
+        keep[name] |= features
+    price = {
+        s.name: {"macs": s.unit_macs, "parameters": s.unit_parameters, "units": 1.0}[cost] for s in net.summary().sites
+    }
+    offers = [
+        (benefit[name][i] / max(price[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
+    ]
+    left, room = budget, dict(counts)
+    for _, name, i in sorted(offers, reverse=True):
+        if left > 0 and room[name] > 0:
+            keep[name][i] = True
+            room[name] -= 1
+            left -= price[name]
+    return keep
+
+
+def _come_along(net: PlasticNet, added: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """For every input site, which of its features belong to channels that were added."""
+    found = {}
+    for name, site in net.sites.items():
+        if isinstance(site.units, InputUnits):
+            fresh = np.zeros(site.units.full, dtype=bool)
+            for other, producer in net.sites.items():
+                for s in producer.units.slices:
+                    if s.tensor == name:
+                        fresh[s.index[added[other]].reshape(-1)] = True
+            found[name] = fresh[site.units.features]
+    return found

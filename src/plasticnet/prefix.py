@@ -1,0 +1,167 @@
+"""What a network computes before its first gate is the same in all passes of a step: computed once.
+
+The partner pass runs first and without gradients, but for what comes before the first gate: there it
+records what every torch function returned, with the graph for the backward pass. The training pass is
+handed these results. Whatever cannot be followed (a tensor that no recorded function made) ends the
+recording early. This order keeps no graph but the prefix's while the partner runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from plasticnet.snapshot import Snapshot
+
+
+class Diverged(Exception):
+    """The pass does not call the functions that were recorded."""
+
+
+@dataclass
+class Prefix:
+    """The functions that one call of the network ran before the first gate, and what they returned.
+
+    ``known`` are the model's parameters and buffers by identity, which a recorded function may read
+    beside ``inputs``.
+    """
+
+    model: nn.Module
+    known: Mapping[int, Tensor]
+    inputs: list[Tensor]
+    steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)  # function, the tensors it read, its result
+    made: dict[int, Tensor] = field(default_factory=dict)  # inputs, and results
+    versions: dict[int, int] = field(default_factory=dict)  # of `made`, at the end
+    state: Snapshot | None = None  # random numbers and buffers at the end
+
+    def recording(self, gated: Iterable[Tensor]) -> _Recorder:
+        """A context that records what runs in it until its ``end``, or a function that reads one of the gated
+        tensors; until then with gradients."""
+        self.made.update((id(t), t) for t in self.inputs)
+        return _Recorder(self, gated)
+
+    def replays(self, inputs: Any) -> bool:
+        """Whether a pass with these inputs can be handed the recorded results: something was recorded, the
+        inputs are the same tensors, and nothing was changed in place since."""
+        same = [id(t) for t in tensors_of(inputs)] == [id(t) for t in self.inputs]
+        return bool(self.steps) and same and all(_version(t) == self.versions[i] for i, t in self.made.items())
+
+    def replaying(self, gated: Iterable[Tensor]) -> _Player:
+        """A context that hands the recorded results to what runs in it. Raises `Diverged` when it calls
+        something else."""
+        return _Player(self, gated)
+
+
+class Watch(TorchFunctionMode):
+    """Follows the functions of one call until the first gate acts."""
+
+    def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.gated = {id(t) for t in gated}
+        self.running = True
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None:
+            self.end()
+
+    def end(self, *_: Any) -> None:
+        """The first gate acts."""
+        raise NotImplementedError
+
+
+class _Recorder(Watch):
+    def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
+        super().__init__(prefix, gated)
+        self.running = all(_plain(t) for t in prefix.inputs)
+        self.gradients = torch.is_grad_enabled()
+
+    def __enter__(self) -> Any:
+        torch.set_grad_enabled(self.gradients or self.running)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_grad_enabled(self.gradients)
+
+    def end(self, *_: Any) -> None:
+        """The first gate acts."""
+        if self.running:
+            self.running = False
+            torch.set_grad_enabled(self.gradients)
+            if self.prefix.steps:
+                self.prefix.state = Snapshot(self.prefix.model)
+                self.prefix.versions = {i: _version(t) for i, t in self.prefix.made.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ids = _ids(args, kwargs) if self.running else []
+        if any(i in self.gated or not (i in self.prefix.made or i in self.prefix.known) for i in ids):
+            self.end()
+        result = func(*args, **kwargs)
+        if not self.running:
+            return result
+        tensors = tensors_of(result)
+        if all(_plain(t) for t in tensors):
+            self.prefix.made.update((id(t), t) for t in tensors if id(t) not in self.prefix.known)
+            self.prefix.steps.append((func, ids, result))
+        else:
+            self.end()
+        return result
+
+
+class _Player(Watch):
+    def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
+        super().__init__(prefix, gated)
+        self.at = 0
+
+    def end(self, *_: Any) -> None:
+        """The first gate acts: everything must have been handed out."""
+        if self.running:
+            self.running = False
+            if self.at < len(self.prefix.steps):
+                raise Diverged
+            assert self.prefix.state is not None
+            self.prefix.state.restore()
+            self.prefix.steps.clear()  # what nothing else holds is not needed any more
+            self.prefix.made.clear()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.running and self.at == len(self.prefix.steps):
+            self.end()
+        if not self.running:
+            return func(*args, **kwargs)
+        recorded, ids, result = self.prefix.steps[self.at]
+        if func != recorded or _ids(args, kwargs) != ids:
+            raise Diverged
+        self.at += 1
+        # Such as the switch of ``torch.no_grad``, which may end behind the first gate.
+        return func(*args, **kwargs) if not ids and not tensors_of(result) else result
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors in a nest of containers."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _ids(args: Any, kwargs: Any) -> list[int]:
+    flat = not kwargs and not any(isinstance(a, list | tuple | dict) for a in args)
+    return [id(a) for a in (args if flat else tree_leaves((args, kwargs))) if isinstance(a, Tensor)]
+
+
+def _plain(t: Tensor) -> bool:
+    """A tensor that stands for itself: no subclass, and not one that lives within a transformation."""
+    return type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version

@@ -1,0 +1,390 @@
+"""What a network costs when it runs: parameters, multiply-adds, memory and time, per module and in total."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from plasticnet.errors import PlasticError
+from plasticnet.net import PlasticNet
+from plasticnet.passes import batch_size
+from plasticnet.snapshot import duplicate, side_effect_free
+from plasticnet.tracing import _blaming, call_arguments, copy_inputs, trace
+from plasticnet.tracing.mode import tensors_within
+from plasticnet.units import BlockUnits, owner
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModuleProfile:
+    """One module with parameters, and those of the modules in it that are never called by themselves (as
+    ``out_proj`` in attention). Memory and time are taken from its start until the next such module starts,
+    so that an activation or a pooling counts for the layer before it.
+
+    ``sites`` are those whose units the module produces; a plain module has none."""
+
+    name: str
+    sites: tuple[str, ...]
+    parameters: int
+    macs: int
+    peak_bytes: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` measured: in total, and in ``rows``, one per module in the order of execution.
+
+    ``macs`` are multiply-adds with parameters for one sample; everything else is for a ``batch``.
+    ``peak_bytes`` is the most memory that tensors made by a forward pass in evaluation took at a time, and
+    ``milliseconds`` the time of such a pass. For training ``kept_bytes`` is what a forward pass keeps for the
+    backward pass, and ``training_milliseconds`` the time of both; None if that was not asked for.
+    ``device`` is "cpu", where time is the CPU time of one thread, or "cuda", where it is that of the GPU."""
+
+    parameters: int
+    macs: int
+    peak_bytes: int
+    milliseconds: float
+    kept_bytes: int | None
+    training_milliseconds: float | None
+    batch: int
+    device: str
+    rows: tuple[ModuleProfile, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "rows": [{**asdict(row), "sites": list(row.sites)} for row in self.rows]}
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table of the modules, under `COLUMNS`."""
+        return [
+            (
+                row.name or "(the model)",
+                f"{row.parameters:,}",
+                f"{row.macs:,}",
+                readable_bytes(row.peak_bytes),
+                f"{row.milliseconds:.3f}",
+            )
+            for row in self.rows
+        ]
+
+    def total(self) -> str:
+        """Two sentences about the whole."""
+        text = (
+            f"{self.parameters:,} parameters, {self.macs:,} MACs for one sample; a forward pass of {self.batch} takes "
+            f"{readable_bytes(self.peak_bytes)} for activations at its peak, and {self.milliseconds:.3f} ms "
+            f"({TIME[self.device]})"
+        )
+        if self.kept_bytes is None:
+            return text
+        return (
+            f"{text}. In training it keeps {readable_bytes(self.kept_bytes)} for the backward pass, and both "
+            f"take {self.training_milliseconds:.3f} ms"
+        )
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *self.cells()]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        return "\n".join([*lines, self.total()])
+
+
+TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}
+COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
+
+
+def readable_bytes(count: int) -> str:
+    """``1.5 KiB``"""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, training: bool = False) -> Profile:
+    """Measure a network, or any module (a compact one, say), on example inputs: a tuple of arguments or a dict.
+
+    A copy is run, ``repeats`` times for each median of times; the module, its gradients and the random number
+    generators are left alone. ``training`` measures a backward pass, too.
+
+    Of a `PlasticNet` the network as it now lies in memory is measured: units that were cut are gone, units that
+    are closed are still computed, and closed blocks are skipped. In evaluation the gates are at their mean; the
+    weights that they are multiplied into are memory that a compact module does without. In training the gates
+    are drawn. One forward and one backward pass are measured: most estimators add another forward pass.
+
+    Memory is that of the tensors that operations return, followed until they are freed. Parameters, buffers and
+    inputs do not count, and neither does what an operation allocates inside of itself. The time of the modules
+    includes that of taking it, so that it sums up to slightly more than the total.
+
+    Raises `PlasticError` when the module does not run on the inputs (in training mode, if asked for), has nothing
+    to train, or lies on a device other than the CPU and CUDA (the meta device computes nothing).
+    """
+    if type(repeats) is not int or repeats < 1:
+        raise PlasticError(f"repeats={repeats!r}: a whole number, 1 or more")
+    args, kwargs = call_arguments(example_inputs)
+    device = _device(module, (args, kwargs))
+    uses = module._uses if isinstance(module, PlasticNet) else trace(module, example_inputs).uses
+    twin = duplicate(module).eval()
+    model = twin.model if isinstance(twin, PlasticNet) else twin
+    inputs = args, kwargs
+    with side_effect_free(twin), one_thread():
+        with _blaming(model, args, kwargs):
+            watched, row_of = _rows(twin, model, copy_inputs(inputs))
+        given = copy_inputs(inputs)
+        # With hooks a TransformerEncoder takes its plain path, as it does under gates and when it is compact.
+        with _watching(watched, (memory := _Memory()).start), memory:
+            _run(twin, given)
+        total = _times(partial(_run, twin), inputs, {}, repeats, device)[None]
+        times = _times(partial(_run, twin), inputs, watched, repeats, device)
+        kept, trained = _training(twin.train(), inputs, repeats, device) if training else (None, None)
+    parameters, macs = _sizes(twin, model, uses, row_of)
+    sites = _sites(twin, row_of)
+    rows = tuple(
+        ModuleProfile(n, tuple(sites[n]), parameters[n], round(macs[n]), memory.peaks[n], times.get(n, 0.0))
+        for n in watched
+    )
+    return Profile(
+        sum(parameters.values()), round(sum(macs.values())), max(memory.peaks.values()), total,
+        kept, trained, batch_size(args, kwargs), device, rows,
+    )  # fmt: skip
+
+
+def _device(module: nn.Module, inputs: Any) -> str:
+    tensors = [*module.parameters(), *module.buffers(), *tensors_within(inputs)]
+    devices = {t.device.type for t in tensors}
+    if "meta" in devices:
+        raise PlasticError(
+            f"{type(module).__name__} cannot be profiled on the meta device, where nothing is computed; "
+            "build it, and its inputs, on the CPU or on CUDA"
+        )
+    if unknown := devices - {"cpu", "cuda"}:
+        raise PlasticError(
+            f"time is measured on the CPU and on CUDA, not on {', '.join(sorted(unknown))}; move it there"
+        )
+    return "cuda" if "cuda" in devices else "cpu"
+
+
+def _run(module: nn.Module, inputs: _Inputs) -> Any:
+    args, kwargs = inputs
+    return module(*args, **kwargs)
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watching(modules: Mapping[str, nn.Module], on_start: Callable[[str], Any]) -> Iterator[None]:
+    """Within this context ``on_start`` is called with the name of each of these modules that starts."""
+
+    def hook(name: str, *_: Any) -> None:
+        on_start(name)
+
+    handles = [m.register_forward_pre_hook(partial(hook, name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(twin: nn.Module, model: nn.Module, inputs: _Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules that get a row, in the order in which they are first called, and the row of each parameter:
+    that of the innermost module around it that is called."""
+    modules = dict(model.named_modules())
+    called: dict[str, None] = {"": None}
+    with _watching(modules, called.setdefault):
+        _run(twin, inputs)
+    row_of: dict[str, str] = {}
+    for tensor, _ in model.named_parameters():
+        name = owner(tensor)
+        while name not in called:
+            name = name.rpartition(".")[0]
+        row_of[tensor] = name
+    return {name: modules[name] for name in called if name in row_of.values()}, row_of
+
+
+def _sizes(
+    twin: nn.Module, model: nn.Module, uses: Mapping[str, float], row_of: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Parameters and multiply-adds of each row."""
+    skipped = tuple(f"{block}." for block in _closed_blocks(twin))
+    parameters: dict[str, int] = defaultdict(int)
+    macs: dict[str, float] = defaultdict(float)
+    for tensor, p in model.named_parameters():
+        parameters[row_of[tensor]] += p.numel()
+        macs[row_of[tensor]] += 0.0 if tensor.startswith(skipped) else p.numel() * uses.get(tensor, 0.0)
+    return parameters, macs
+
+
+def _closed_blocks(twin: nn.Module) -> list[str]:
+    sites = twin._sites() if isinstance(twin, PlasticNet) else []
+    blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in sites if isinstance(s.units, BlockUnits)]
+    return [name for names, kept in blocks for name, stays in zip(names, kept, strict=True) if not stays]
+
+
+def _sites(twin: nn.Module, row_of: Mapping[str, str]) -> dict[str, dict[str, None]]:
+    """The sites whose units the parameters of each row produce."""
+    tags: dict[str, dict[str, None]] = defaultdict(dict)
+    for site in twin._sites() if isinstance(twin, PlasticNet) else []:
+        for s in site.units.slices:
+            if not s.consumed and s.tensor in row_of:
+                tags[row_of[s.tensor]][site.name] = None
+    return tags
+
+
+# -- time -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this context PyTorch computes on one thread: several wait for each other by spinning, and CPU time
+    would count that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stamp(device: str) -> Any:
+    if device == "cpu":
+        return time.thread_time_ns()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    """Milliseconds."""
+    return (end - start) / 1e6 if isinstance(start, int) else start.elapsed_time(end)
+
+
+def _times(
+    run: Callable[[_Inputs], Any], inputs: _Inputs, watched: Mapping[str, nn.Module], repeats: int, device: str
+) -> dict[str | None, float]:
+    """Median milliseconds from the start of each module until the next one starts (None: until the first one)."""
+    marks: list[tuple[str | None, Any]] = []
+    laps: dict[str | None, list[float]] = defaultdict(list)
+    with _watching(watched, lambda name: marks.append((name, _stamp(device)))):
+        for _ in range(repeats):
+            given = copy_inputs(inputs)
+            marks[:] = [(None, _stamp(device))]
+            run(given)
+            marks.append((None, _stamp(device)))
+            if device == "cuda":
+                torch.cuda.synchronize()
+            lap: dict[str | None, float] = defaultdict(float)
+            for (name, start), (_, end) in pairwise(marks):
+                lap[name] += _between(start, end)
+            for name, milliseconds in lap.items():
+                laps[name].append(milliseconds)
+    return {name: median(values) for name, values in laps.items()}
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+class _Memory(TorchDispatchMode):
+    """Follows the storages that operations make for as long as they live.
+
+    ``peaks`` are the most bytes that were alive at a time, from the start of each module until the next one
+    starts (None: until the first one)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.current: str | None = None
+        self.peaks: dict[str | None, int] = defaultdict(int, {None: 0})
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def start(self, name: str) -> None:
+        """The module of this name starts."""
+        self.current = name
+        self._note()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._meet((args, kwargs), made=False)
+        out = func(*args, **(kwargs or {}))
+        self._meet(out, made=True)
+        self._note()
+        return out
+
+    def _note(self) -> None:
+        self.peaks[self.current] = max(self.peaks[self.current], self.live)
+
+    def _meet(self, tree: Any, made: bool) -> None:
+        """Count what an operation made. What it was given and is not known was there before."""
+        for storage in _storages(tree_leaves(tree)):
+            key = storage._cdata
+            if key not in self._known:
+                size = storage.nbytes() if made else 0
+                self.live += size
+                self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
+
+    def _forget(self, key: int, size: int, _: Any) -> None:
+        self.live -= size
+        del self._known[key]
+
+
+def _storages(leaves: Any) -> list[torch.UntypedStorage]:
+    """The memory behind the tensors among ``leaves``; that of a sparse tensor is spread over its parts."""
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    sparse = [part for t in tensors if t.layout == torch.sparse_coo for part in (t._indices(), t._values())]
+    return [t.untyped_storage() for t in (*tensors, *sparse) if t.layout == torch.strided]
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+def _training(twin: nn.Module, inputs: _Inputs, repeats: int, device: str) -> tuple[int, float]:
+    """What a forward pass keeps, in bytes, and the median milliseconds of forward and backward."""
+    try:
+        with torch.enable_grad():
+            kept = _kept(twin, copy_inputs(inputs))
+            return kept, _times(partial(_step, twin), inputs, {}, repeats, device)[None]
+    except PlasticError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise PlasticError(
+            f"{type(twin).__name__} does not run in training mode on the example inputs: {error}. Pass inputs that "
+            "it can train on (a batch of two or more, say), or training=False."
+        ) from error
+
+
+def _kept(twin: nn.Module, inputs: _Inputs) -> int:
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept.update((s._cdata, s) for s in _storages([t]))
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        outputs = _run(twin, inputs)
+    before = {s._cdata for s in _storages([*twin.parameters(), *twin.buffers(), *tensors_within(inputs)])}
+    del outputs
+    return sum(s.nbytes() for key, s in kept.items() if key not in before)
+
+
+def _step(twin: nn.Module, inputs: _Inputs) -> None:
+    twin.zero_grad()
+    outputs = [t for t in tensors_within(_run(twin, inputs)) if t.requires_grad]
+    if not outputs:
+        raise PlasticError(f"no output of {type(twin).__name__} depends on a parameter that requires a gradient")
+    torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])

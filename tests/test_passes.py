@@ -1,0 +1,136 @@
+"""The second pass is spared where the draws agree, and the gradient stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plasticnet.passes
+from plasticnet import PlasticNet
+
+
+class Rows(nn.Module):
+    """Remembers how many rows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return x
+
+
+class Masked(nn.Module):
+    """Two inputs with an entry per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.body(x * mask)
+
+
+def network(*first: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*first, nn.Linear(6, 8), nn.Tanh(), Rows(), nn.Linear(8, 3))
+
+
+def nearly_certain(model: nn.Module, *x: Tensor, phi: float) -> PlasticNet:
+    """All gates but two are certain; these are open with probability sigmoid(phi)."""
+    net = PlasticNet(model, x)
+    net.k = 1.0
+    net.train()
+    with torch.no_grad():
+        (site,) = net.sites.values()
+        site.phi.fill_(100.0)
+        site.phi[:2] = phi
+        site.phi[7] = -100.0
+    return net
+
+
+def gradients(net: PlasticNet, closure: Callable[[], Tensor]) -> list[Tensor]:
+    net.zero_grad()
+    torch.manual_seed(4)
+    loss = net.expected_loss(closure)
+    loss.backward()
+    return [p.grad for p in net.parameters() if p.grad is not None] + [torch.get_rng_state()]
+
+
+def rows_of(model: nn.Module) -> list[int]:
+    return next(m for m in model.modules() if isinstance(m, Rows)).seen
+
+
+def both(net: PlasticNet, closure: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Check a step against one with a whole second pass; returns the rows that the network saw in it."""
+    gradients(net, closure)  # whether samples are apart is found out once
+    seen = rows_of(net.model)
+    seen.clear()
+    found = gradients(net, closure)
+    rows = list(seen)
+    monkeypatch.setattr(plasticnet.passes, "_compare", lambda *_: None)
+    for one, other in zip(found, gradients(net, closure), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert any(bool(s.phi.grad.any()) for s in net.sites.values() if s.phi.grad is not None) or len(rows) == 1
+    return rows
+
+
+def test_only_the_samples_whose_gates_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    net = nearly_certain(network(), x[:2], phi=2.5)
+    rows = both(net, lambda: F.cross_entropy(net(x), y, reduction="none"), monkeypatch)
+    assert rows[0] == 64
+    assert 0 < rows[1] <= 32
+    assert net._rows_apart
+
+
+def test_none_when_all_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    net = nearly_certain(network(), x[:2], phi=12.0)  # uncertain, yet 64 samples hardly ever see it
+    assert both(net, lambda: F.cross_entropy(net(x), y, reduction="none"), monkeypatch) == [64]
+
+
+def test_none_when_one_draw_for_all_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6)
+    net = nearly_certain(network(nn.BatchNorm1d(6)), x, phi=12.0)
+    before = net.model[0].running_mean.clone()  # pyright: ignore[reportIndexIssue]
+    assert both(net, lambda: net(x).square().mean(), monkeypatch) == [64]
+    assert not torch.equal(before, net.model[0].running_mean)  # pyright: ignore[reportIndexIssue]
+
+
+def test_all_where_most_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6)
+    net = nearly_certain(network(), x[:2], phi=0.0)
+    assert both(net, lambda: net(x).square().sum(1), monkeypatch) == [64, 64]
+
+
+def test_all_where_random_numbers_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6)
+    net = nearly_certain(network(nn.Dropout(0.5)), x[:2], phi=2.5)
+    assert both(net, lambda: net(x).square().sum(1), monkeypatch) == [64, 64]
+    assert net._samples_apart  # dropout does not join samples
+
+
+def test_all_where_there_is_more_than_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask = torch.randn(64, 6), torch.rand(64, 6).round()
+    net = nearly_certain(Masked(), x[:2], mask[:2], phi=2.5)
+    assert both(net, lambda: net(x, mask).square().sum(1), monkeypatch) == [64, 64]
+
+
+def test_all_where_the_loss_joins_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 6)
+    net = nearly_certain(network(), x[:2], phi=2.5)
+
+    def closure() -> Tensor:
+        out: Any = net(x)
+        return (out * out.mean(0)).sum(1)  # found out by the probe: then the gates are drawn per batch
+
+    gradients(net, closure)
+    assert net._samples_apart is False
+    assert net._draw is not None
+    assert len(net._draw.u) == 1
