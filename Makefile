@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint zoo clean
+.PHONY: demo test lint zoo cost clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ $(VENV)/.zoo: $(VENV)/.installed
 
 zoo: $(VENV)/.zoo
 	$(BIN)/python benchmarks/zoo.py $(ZOO); code=$$?; $(BIN)/python benchmarks/zoo_table.py && exit $$code
+
+cost: $(VENV)/.installed
+	$(BIN)/python benchmarks/cost.py $(COST)
+	$(BIN)/python benchmarks/cost_table.py
 
 clean:
 	rm -rf $(VENV) runs
