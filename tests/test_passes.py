@@ -134,3 +134,23 @@ def test_all_where_the_loss_joins_samples(monkeypatch: pytest.MonkeyPatch) -> No
     assert net._samples_apart is False
     assert net._draw is not None
     assert len(net._draw.u) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("gates", ["sample", "batch"])
+def test_a_step_on_a_gpu_does_not_wait(gates: Any) -> None:
+    net = PlasticNet(network(nn.BatchNorm1d(6)).cuda(), torch.randn(2, 6).cuda(), gates=gates)
+    optimizer = torch.optim.Adam(net.param_groups(1e-3))
+    x, y = torch.randn(64, 6).cuda(), torch.randint(0, 3, (64,)).cuda()
+    net.train()
+    for k in (float("inf"), 2.0):
+        net.k = k
+        for waits in ("default", "error", "error"):
+            torch.cuda.set_sync_debug_mode(waits)
+            try:
+                loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none")) + net.penalty(1e-3)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

@@ -174,6 +174,9 @@ class Gating:
         one in ``best``, by the site's name, or the first. ``all_open`` says that all gates are 1: then
         the model runs as it is. ``prefix`` is `Prefix.recording` or `Prefix.replaying`.
 
+        What was compiled in place (``model.compile()``) runs compiled unless gates act by hooks or norms are
+        masked, for those are not guarded against: then it runs as it was written.
+
         Raises `PlasticError` when layers are to be run again in the backward pass.
         """
         shared = z[0] if z.dim() == 2 else z
@@ -182,6 +185,10 @@ class Gating:
         folded = [r for r in self.readers if not (per_sample and r.per_sample)]
         tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
+            if any(m._compiled_call_impl is not None for m in self.model.modules()):
+                prefix = None  # the compiler does not follow it
+                if hooked or (not all_open and (self._norms or self._blocks)):
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not all_open:
                 if self._fused:
                     stack.enter_context(unfused_layers())
@@ -189,8 +196,8 @@ class Gating:
                     stack.enter_context(_refusing_checkpoints())
                 opened = shared > 0
                 for name, start, size in self._normed:
-                    closed = ~opened[start : start + size].any()
-                    opened[start + (0 if best is None else best[name])] |= closed
+                    part = opened[start : start + size]
+                    part |= ~part.any() & (torch.arange(size, device=z.device) == (0 if best is None else best[name]))
                 tensors = fold(self._parameters(), folded, shared)
                 stack.enter_context(_swapped(self._places, tensors, self._recurrent))
                 for norm, axis, positions in self._norms:

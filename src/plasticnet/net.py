@@ -193,6 +193,14 @@ class PlasticNet(nn.Module):
         best = {s.name: s.best for s in self._sites() if s.units.norms}
         return self._gating.run(z, args, kwargs, best, **options)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model in place, as `torch.nn.Module.compile` does, arguments included.
+
+        Gates per batch, ordinary training and evaluation then run compiled; gates per sample and masked norms run
+        as they were written. ``torch.compile(net)`` gives the same results, with random numbers of its own.
+        """
+        self.model.compile(*args, **kwargs)
+
     def _mean_gates(self) -> tuple[Tensor, bool]:
         """The gates at evaluation, and whether all are open. On a GPU this is kept until a gate changes:
         asking would mean waiting."""

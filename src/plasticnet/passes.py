@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,28 @@ def run(net: PlasticNet, closure: Callable[[], Tensor], now: Pass) -> Tensor:
             f"the closure returned losses of shape {tuple(f.shape)}, which is not (batch,); "
             "return one per sample, or the mean"
         )
-    if not bool(torch.isfinite(f.detach()).all()):
-        raise PlasticError("the loss is not finite (NaN or infinite); lower the learning rate or check the data")
+    _check_finite(net, f.detach())
     return f
+
+
+def _check_finite(net: PlasticNet, f: Tensor) -> None:
+    """Raise `PlasticError` when a loss is not finite. The answer of a GPU is not waited for: it is read one of the
+    next times."""
+    finite = torch.isfinite(f).all()
+    answers = [finite]
+    if f.is_cuda:
+        come, answer = torch.cuda.Event(), torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(finite, non_blocking=True)
+        come.record()
+        waiting = _WAITING.setdefault(net, [])
+        waiting.append((come, answer))
+        answers = []
+        while waiting and waiting[0][0].query():
+            answers.append(waiting.pop(0)[1])
+    if not all(answers):
+        _WAITING.pop(net, None)
+        raise PlasticError("the loss is not finite (NaN or infinite); lower the learning rate or check the data")
+
+
+# Answers of a GPU that have not come yet; not in the network, for events cannot be copied.
+_WAITING: WeakKeyDictionary[PlasticNet, list[tuple[torch.cuda.Event, Tensor]]] = WeakKeyDictionary()

@@ -1,0 +1,126 @@
+"""What whole runs cost: LeNet-5 on MNIST, 30 epochs each of dense, pruned and grown training, three seeds.
+
+The three runs of a seed take turns, an epoch each, in one process with one thread, so that a slow minute of the
+machine meets all of them; their process CPU time is compared. All see the same data and the same learning rate,
+which falls linearly to 0 over the last 12 epochs. The test set is read once, at the end of a run.
+
+About 17 minutes a seed: python experiments/lenet_cost.py --data-dir DIR. Writes results/lenet_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import write
+
+import plasticnet as pn
+from plasticnet.data import Data, Split, load_data
+from plasticnet.models import LeNet5
+from plasticnet.train import Config, evaluate, train_epoch
+
+EPOCHS, DECAY, PERIODS = 30, 12, 2  # schedule.step is called PERIODS times an epoch
+LR = {"dense": (1e-3, 1e-3), "prune": (1e-3, 4e-2), "grow": (1e-3, 2e-2)}  # of weights and of gates
+PENALTY = {"prune": 0.1, "grow": 0.008}  # on the logarithm of the multiply-adds
+PLASTIC = {"dense": (0, 0), "prune": (1, 12), "grow": (0, 9)}  # epochs
+GROWTH = {"rate": 0.5, "patience": 1, "gain": 0.0125, "failures": 2, "grace": 1}
+START, SCORED = 3, 1000  # units per site; images by which candidates are judged
+
+
+def run(mode: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:
+    """One training run; yields after every epoch, and at the end the result. Keeps its own random numbers."""
+    torch.manual_seed(seed)
+    net = pn.PlasticNet(LeNet5(), (data.train.x[:2],))
+    if mode == "grow":
+        pn.narrow(net, START)
+    rates = LR[mode]
+    optimizer = torch.optim.Adam(net.param_groups(*rates))
+
+    def loss() -> torch.Tensor:
+        some = torch.randperm(len(data.train))[:SCORED]
+        return F.cross_entropy(net(data.train.x[some]), data.train.y[some])
+
+    begin, end = PLASTIC[mode]
+    stages = [pn.Stage(begin * PERIODS), pn.Stage((end - begin) * PERIODS, 7.0), pn.Stage((EPOCHS - end) * PERIODS)]
+    growth = pn.Growth(loss, **GROWTH) if mode == "grow" else None
+    schedule = pn.Schedule(net, optimizer, stages, growth=growth)
+    config = Config(penalty=PENALTY.get(mode, 0.0), cost="macs", scale="log")
+    history: list[dict[str, Any]] = []
+    random = torch.get_rng_state()
+    while schedule.epoch < schedule.epochs:
+        torch.set_rng_state(random)
+        started, k = time.process_time(), net.k
+        for part in torch.randperm(len(data.train)).chunk(PERIODS):
+            train_epoch(net, optimizer, Split(data.train.x[part], data.train.y[part]), config)
+            val_loss, val_accuracy = evaluate(net, data.val)
+            schedule.step(val_loss)
+            left = min(1.0, (schedule.epochs - schedule.epoch) / (DECAY * PERIODS))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * left
+        seconds = time.process_time() - started
+        size = net.summary()
+        history.append(
+            {
+                "k": "inf" if math.isinf(k) else k,
+                "val_accuracy": val_accuracy,
+                "units": [s.open for s in size.sites],
+                "parameters": size.open_parameters,
+                "macs": size.open_macs,
+                "cpu_seconds": seconds,
+            }
+        )
+        random = torch.get_rng_state()
+        yield {"mode": mode, "epoch": len(history), **history[-1]}
+    _, accuracy = evaluate(net.compact(), data.test)
+    last = history[-1]
+    result = {
+        "mode": mode,
+        "seed": seed,
+        "test_accuracy": accuracy,
+        **{k: last[k] for k in ("units", "parameters", "macs")},
+    }
+    result |= {f"peak_{what}": max(h[what] for h in history) for what in ("parameters", "macs")}
+    result |= {"cpu_seconds": sum(h["cpu_seconds"] for h in history), "history": history}
+    yield result if growth is None else {**result, "growth_stopped": growth.stopped}
+
+
+def one_seed(seed: int, folder: str) -> list[dict[str, Any]]:
+    """The three runs, by turns."""
+    torch.set_num_threads(1)
+    data = load_data("mnist", Path(folder), seed)
+    results = []
+    for found in zip(*(run(mode, data, seed) for mode in PLASTIC), strict=True):
+        results = list(found)
+        line = [f"{r['mode']} {r['macs']:,} {r['cpu_seconds']:.0f} s" for r in results]
+        print(seed, results[0].get("epoch", "end"), *line, sep="  ", flush=True)
+    return results
+
+
+def main() -> None:
+    """Every seed in a process of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    settings = {
+        "epochs": EPOCHS, "decay": DECAY, "periods": PERIODS, "rates": LR, "penalty": PENALTY, "plastic": PLASTIC,
+        "growth": GROWTH, "start": START, "scored": SCORED, "batch": 128, "jobs": arguments.jobs,
+    }  # fmt: skip
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(one_seed, arguments.seeds, [arguments.data_dir] * len(arguments.seeds)))
+    sys.argv = [sys.argv[0], "--data-dir", "DIR", "--seeds", *map(str, arguments.seeds), "--jobs", str(arguments.jobs)]
+    torch.set_num_threads(1)
+    write("lenet_cost", settings, [r for group in results for r in group])
+
+
+if __name__ == "__main__":
+    main()
