@@ -54,7 +54,7 @@ def test_cutting_equals_masking(network: str, optimizer: str, monkeypatch: pytes
         optimizers.append(kind(groups))
     whole, small = nets
     cut = {"conv1": [0, 3], "fc1": [2]} if convolutions else {"0": [1, 4], "2": [5]}
-    hibernating = {n: i for n, i in cut.items()}
+    hibernating = dict(cut)
     rows = 1 if convolutions else 9
 
     def step(net: PlasticNet, optimizer: Optimizer) -> Tensor:

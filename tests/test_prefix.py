@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +41,19 @@ class Double(torch.autograd.Function):
         return grad * 2
 
 
+@pytest.fixture(scope="module")
+def doubled() -> Any:
+    """A function that no mode sees, not even within."""
+
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.script(double)
+
+
 class Own(nn.Module):
-    """A function that no mode sees, and a write into its result."""
+    """A function of its own, and a write into its result."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = Double.apply(x)
@@ -98,7 +110,7 @@ class PartlyFixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            x = self.second(self.first(x).tanh())
+            x = self.second(self.first(x.tanh()))
         return self.last(x)
 
 
@@ -156,6 +168,68 @@ def test_nothing_changes_by_it(name: str, estimator: str, gates: Any, monkeypatc
         assert any(n.startswith("gradient of gates") and bool(g.any()) for n, g in once.items())
         for key, value in once.items():
             assert torch.equal(value, twice[key]), key
+
+
+def test_a_result_that_was_dropped_and_is_read_all_the_same(doubled: Any) -> None:
+    """By a function that no mode sees: then the pass is run as it is, and from then on all results are kept."""
+
+    class Hidden(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+            self.before, self.body, self.last = nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = doubled(self.before(x))  # only the function saw its input
+            x = self.last(self.body(x).relu())
+            return {"read": lambda: x + hidden[:, :3], "returned": lambda: (x, hidden), "lost": lambda: x}[self.how]()
+
+    x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
+    for how in ("read", "returned", "lost"):
+        results, kept = [], []
+        for replays in (Prefix.replays, lambda *_: False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Prefix, "replays", replays)
+                torch.manual_seed(0)
+                net = PlasticNet(Hidden(how), (x,), gates="batch")
+                net.k = 3.0
+                net.train()
+
+                def closure(net: PlasticNet = net) -> Tensor:
+                    out = net(x)
+                    out, hidden = out if isinstance(out, tuple) else (out, 0.0 * out)
+                    return F.cross_entropy(out, y) + hidden.square().mean()
+
+                for _ in range(3):
+                    torch.manual_seed(1)
+                    net.zero_grad()
+                    loss = net.expected_loss(closure)
+                    loss.backward()
+                    results.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+                kept.append(net._gating.keep_results)
+        assert kept[0] or how == "lost"
+        for once, twice in zip(results[:3], results[3:], strict=True):
+            for one, other in zip(once, twice, strict=True):
+                assert torch.equal(one, other), how
+
+
+def test_only_what_is_still_held_is_kept() -> None:
+    x, y = torch.randn(4, 1, 28, 28), torch.randint(0, 10, (4,))
+    net = PlasticNet(LeNet5(), (x,))
+    net.k = 7.0
+    net.train()
+    seen: list[list[bool]] = []
+    drop = Prefix.drop
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(prefix: Prefix) -> None:
+            drop(prefix)
+            seen.append([result.is_meta for *_, result in prefix.steps])
+
+        patch.setattr(Prefix, "drop", watched)
+        step(net, x, y)
+    assert seen[-1] == [True, False, False]  # relu and pooling: the graph holds what these returned
+    assert not net._gating.keep_results
 
 
 def test_the_first_layer_runs_once() -> None:

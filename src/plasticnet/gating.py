@@ -146,6 +146,7 @@ class Gating:
         ]
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = _places(model, {r.tensor for r in self.readers})
+        self.keep_results = False  # of a prefix, all of them: something has read what nothing seemed to hold
         self._known = {id(t): t for t in (*model.parameters(), *model.buffers())}
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
@@ -155,7 +156,7 @@ class Gating:
 
     def prefix(self, inputs: Any) -> Prefix:
         """To record what a run of the model on these inputs computes before its first gate."""
-        return Prefix(self.model, self._known, tensors_of(inputs))
+        return Prefix(self.model, self._known, tensors_of(inputs), keep=self.keep_results)
 
     def run(
         self,
@@ -213,6 +214,7 @@ class Gating:
             stack.enter_context(_hooks(folded, None))
             if watch is not None:
                 stack.enter_context(watch)  # last: the work above is not the model's
+                return watch.output(self.model(*args, **kwargs))
             return self.model(*args, **kwargs)
 
     def _parameters(self) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ def _pair(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) -> t
     try:
         f1 = run(net, closure, Pass("training", partner.draw, replay=partner.record or []))
     except Diverged:
+        net._gating.keep_results = True
         before.restore()
         f1 = run(net, closure, Pass("training", partner.draw))
     return f1, f2, partner.draw

@@ -3,13 +3,15 @@
 The partner pass runs first and without gradients, but for what comes before the first gate: there it
 records what every torch function returned, with the graph for the backward pass. The training pass is
 handed these results. Whatever cannot be followed (a tensor that no recorded function made) ends the
-recording early. This order keeps no graph but the prefix's while the partner runs.
+recording early. This order keeps no graph but the prefix's while the partner runs; of the results only
+those are kept that something behind the first gate can still read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from plasticnet.errors import PlasticError
 from plasticnet.snapshot import Snapshot
 
 
@@ -37,9 +40,11 @@ class Prefix:
     known: Mapping[int, Tensor]
     inputs: list[Tensor]
     steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)  # function, the tensors it read, its result
+    keep: bool = False  # all results, also those that nothing seems to hold
     made: dict[int, Tensor] = field(default_factory=dict)  # inputs, and results
     versions: dict[int, int] = field(default_factory=dict)  # of `made`, at the end
     state: Snapshot | None = None  # random numbers and buffers at the end
+    dropped: bool = False  # whether some results have no content
 
     def recording(self, gated: Iterable[Tensor]) -> _Recorder:
         """A context that records what runs in it until its ``end``, or a function that reads one of the gated
@@ -53,10 +58,29 @@ class Prefix:
         same = [id(t) for t in tensors_of(inputs)] == [id(t) for t in self.inputs]
         return bool(self.steps) and same and all(_version(t) == self.versions[i] for i, t in self.made.items())
 
+    def drop(self) -> None:
+        """Put tensors without content in the place of results that only this record holds: functions that were
+        recorded are not run on them again. If something else does run on one, the pass diverges."""
+        ids: dict[int, int] = {}
+        for at, (func, read, result) in enumerate(self.steps):
+            read = [ids.get(i, i) for i in read]
+            if isinstance(result, Tensor) and id(result) in self.made and getrefcount(result) <= _OWN:
+                empty = torch.empty_like(result, device="meta", requires_grad=False)
+                del self.made[id(result)]
+                self.made[id(empty)] = empty
+                ids[id(result)] = id(empty)
+                result = empty
+            self.steps[at] = (func, read, result)
+        self.dropped = bool(ids)
+
     def replaying(self, gated: Iterable[Tensor]) -> _Player:
         """A context that hands the recorded results to what runs in it. Raises `Diverged` when it calls
         something else."""
         return _Player(self, gated)
+
+
+# References to a result that is not held elsewhere: of its step, of `made`, of a variable, and of the call that counts.
+_OWN = 4
 
 
 class Watch(TorchFunctionMode):
@@ -76,6 +100,10 @@ class Watch(TorchFunctionMode):
     def end(self, *_: Any) -> None:
         """The first gate acts."""
         raise NotImplementedError
+
+    def output(self, output: Any) -> Any:
+        """To be called with what the network returns, which is returned."""
+        return output
 
 
 class _Recorder(Watch):
@@ -99,13 +127,18 @@ class _Recorder(Watch):
             torch.set_grad_enabled(self.gradients)
             if self.prefix.steps:
                 self.prefix.state = Snapshot(self.prefix.model)
+                if not self.prefix.keep:
+                    self.prefix.drop()
                 self.prefix.versions = {i: _version(t) for i, t in self.prefix.made.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ids = _ids(args, kwargs) if self.running else []
+        read = _tensors(args, kwargs) if self.running else []
+        ids = [id(t) for t in read]
         if any(i in self.gated or not (i in self.prefix.made or i in self.prefix.known) for i in ids):
             self.end()
+        elif not torch.is_grad_enabled() and any(t.requires_grad for t in read):
+            self.end()  # within an autograd Function, whose part of the graph is not seen
         result = func(*args, **kwargs)
         if not self.running:
             return result
@@ -123,6 +156,20 @@ class _Player(Watch):
         super().__init__(prefix, gated)
         self.at = 0
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.prefix.dropped and isinstance(error[1], Exception) and not isinstance(error[1], PlasticError):
+            raise Diverged from error[1]  # it may be for want of content
+
+    def _check(self, read: Iterable[Tensor]) -> None:
+        if self.prefix.dropped and any(t.is_meta for t in read):
+            raise Diverged
+
+    def output(self, output: Any) -> Any:
+        """To be called with what the network returns, which is returned."""
+        self._check(tensors_of(output))
+        return output
+
     def end(self, *_: Any) -> None:
         """The first gate acts: everything must have been handed out."""
         if self.running:
@@ -139,9 +186,10 @@ class _Player(Watch):
         if self.running and self.at == len(self.prefix.steps):
             self.end()
         if not self.running:
+            self._check(_tensors(args, kwargs))
             return func(*args, **kwargs)
         recorded, ids, result = self.prefix.steps[self.at]
-        if func != recorded or _ids(args, kwargs) != ids:
+        if func != recorded or [id(t) for t in _tensors(args, kwargs)] != ids:
             raise Diverged
         self.at += 1
         # Such as the switch of ``torch.no_grad``, which may end behind the first gate.
@@ -153,9 +201,10 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _ids(args: Any, kwargs: Any) -> list[int]:
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that a function reads."""
     flat = not kwargs and not any(isinstance(a, list | tuple | dict) for a in args)
-    return [id(a) for a in (args if flat else tree_leaves((args, kwargs))) if isinstance(a, Tensor)]
+    return [a for a in args if isinstance(a, Tensor)] if flat else tensors_of((args, kwargs))
 
 
 def _plain(t: Tensor) -> bool:
