@@ -70,6 +70,18 @@ def test_the_best_of_a_period_counts() -> None:
     assert growth.stopped
 
 
+def test_the_papers_rule() -> None:
+    net, growth = small(), Growth.paper()
+    growth.hold(net)
+    grown = [growth.step(net, loss, None) for loss in (1.0, 1.0, 0.9, 0.95, 0.9, 0.8)]
+    one = {"0": 1, "2": 1}
+    assert grown == [one, {}, one, {}, {}, one]
+    for site in net.sites.values():
+        assert site.probability(7.0)[3:].tolist() == [0.5] * 3  # on the cut, and under pressure
+        assert not site.grace.any()
+    assert not growth.stopped
+
+
 # -- how far ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ class Growth:
 
     When (NPN, section 4.2: where the validation loss improved on the best so far): an improvement counts
     from a share ``gain`` of the first loss on, judged over periods of ``patience`` epochs; without a
-    threshold growth never ends. After ``failures`` periods in a row without one, growth has stopped for
-    good.
+    threshold growth never ends. A period without one grows too, unless ``insist`` is false, for a network
+    may be too small to improve; after ``failures`` of them in a row, growth has stopped for good.
 
     Which, and how many: without ``loss``, every site grows by a share ``rate`` of its units, at least
     one. With ``loss``, a function without arguments that gives the loss of ``net`` on some training
@@ -51,6 +52,7 @@ class Growth:
     grace: int = 2
     init: str = ""
     cost: str = "macs"
+    insist: bool = True
     first: float = math.nan
     best: float = math.inf  # of the periods before this one
     here: float = math.inf  # in this period
@@ -61,6 +63,13 @@ class Growth:
         self.init = self.init or ("gradmax" if self.loss is not None else "random")
         if self.init == "gradmax" and self.loss is None:
             raise PlasticError('Growth(init="gradmax") needs a loss to take the gradient of: Growth(loss=...)')
+
+    @classmethod
+    def paper(cls) -> Growth:
+        """The paper's rule (NPN, section 4.2): after each epoch whose validation loss is the best so far, every
+        site gets one unit, with random weights and at pi = 1/2, under pressure at once. It does not stop by
+        itself."""
+        return cls(rate=1e-9, patience=1, gain=0.0, failures=sys.maxsize, grace=0, init="paper", insist=False)
 
     @property
     def stopped(self) -> bool:
@@ -83,10 +92,10 @@ class Growth:
         self.here = min(self.here, val_loss)
         self.waited += 1
         if self.waited >= self.patience:
-            paid = self.best - self.here >= self.gain * abs(self.first)
+            paid = self.here < self.best and self.best - self.here >= self.gain * abs(self.first)
             self.failed = 0 if paid else self.failed + 1
             self.best, self.here, self.waited = min(self.best, self.here), math.inf, 0
-            if not self.stopped:
+            if not self.stopped and (paid or self.insist):
                 counts = self._grow(net, optimizer)
                 self.failed = self.failed if counts else self.failures  # no room left
         self.hold(net)
