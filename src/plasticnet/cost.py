@@ -70,6 +70,13 @@ class CostModel:
         self._factors = {c: tensor(terms[c], dtype=torch.float64) for c in ("parameters", "macs")}
         self._shared = tuple(tensor(list(column)) for column in zip(*shared, strict=True))
         lengths.freeze(self._device)
+        self._full: dict[str, Tensor] = {}
+
+    def full(self, cost: str) -> Tensor:
+        """The cost of the network with all units, a scalar."""
+        if cost not in self._full:
+            self._full[cost] = self.expected(torch.ones(self._one, device=self._device), cost)
+        return self._full[cost]
 
     def expected(self, pi: Tensor, cost: str) -> Tensor:
         """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,)."""

@@ -88,7 +88,7 @@ class Site(nn.Module):
 
     def mean_gate(self, k: float) -> Tensor:
         """The gates at evaluation: pi where pi >= 1/2, else 0. A block is there or not: 1 or 0."""
-        return mean_gates([self], k)[:-1]
+        return mean_gates([self], k)[0][:-1]
 
     def extra_repr(self) -> str:
         """Name and number of units."""
@@ -100,12 +100,13 @@ def probabilities(sites: Sequence[Site], k: float) -> Tensor:
     return held_open(probability(torch.cat([s.phi for s in sites]), k), torch.cat([s.grace for s in sites]))
 
 
-def mean_gates(sites: Sequence[Site], k: float) -> Tensor:
-    """`Site.mean_gate` of all sites in one vector, which ends with a constant 1: shape (units + 1,)."""
+def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
+    """`Site.mean_gate` of all sites in one vector, which ends with a constant 1: shape (units + 1,); and
+    whether all are 1."""
     one = sites[0].phi.new_ones(1)
     phi = torch.cat([*(s.phi.detach() for s in sites), one])
     if math.isinf(k) and bool(phi.min() >= 0):  # the usual case of ordinary training
-        return torch.ones_like(phi)
+        return torch.ones_like(phi), True
     grace = torch.cat([*(s.grace for s in sites), sites[0].grace.new_ones(1)])
     pi = held_open(probability(phi, k), grace)
     start = 0
@@ -113,4 +114,5 @@ def mean_gates(sites: Sequence[Site], k: float) -> Tensor:
         if isinstance(s.units, BlockUnits):
             pi[start : start + len(s)] = 1.0
         start += len(s)
-    return torch.where((phi >= 0) | (grace > 0), pi, 0.0)
+    z = torch.where((phi >= 0) | (grace > 0), pi, 0.0)
+    return z, bool((z == 1).all())

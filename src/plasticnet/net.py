@@ -209,8 +209,7 @@ class PlasticNet(nn.Module):
             (self._k, *((id(t), t._version) for s in sites for t in (s.phi, s.grace))) if sites[0].phi.is_cuda else None
         )
         if key is None or self._mean is None or self._mean[0] != key:
-            z = mean_gates(sites, self._k)
-            self._mean = (key, z, bool((z == 1).all()))
+            self._mean = (key, *mean_gates(sites, self._k))
         return self._mean[1:]
 
     def expected_loss(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -239,7 +238,10 @@ class PlasticNet(nn.Module):
         check_names(cost, scale)
         if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
             raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
-        expected = self._cost.expected(probabilities(self._sites(), self._k), cost)
+        if math.isinf(self._k) and self._mean_gates()[1]:
+            expected = self._cost.full(cost)
+        else:
+            expected = self._cost.expected(probabilities(self._sites(), self._k), cost)
         return strength * (expected if scale == "linear" else expected.log())
 
     # -- changing size ------------------------------------------------------------------------
