@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +36,8 @@ STEPS = [
     ("the same without penalty", "ResNet-20", "infinity, no penalty 10", "plain 10", None),
 ]
 INFERENCE, RESIZE, MEMORY = 1.05, 0.05, 1.0  # what these ratios must reach
+# Of a whole run: time over the dense one's, error in %, share of the dense MACs, peak over the final size.
+RUNS = {"prune": {"time": 0.50, "error": 1.0, "macs": 0.25}, "grow": {"time": 0.35, "error": 1.0, "peak": 1.5}}
 
 
 def verdict(value: float, limit: float | None) -> tuple[str, str]:
@@ -158,17 +161,66 @@ def growth_of_cost(rows: Rows) -> list[str]:
     return [*lines, f"![Time of a step against multiply-adds]({PICTURE.name})"]
 
 
+def runs(rows: Rows) -> list[str]:
+    """Whole training runs: every seed, and what the mean must reach (the worst seed, for the peak)."""
+    dense = {r["seed"]: r for r in rows if r["mode"] == "dense"}
+    found: dict[str, dict[str, list[float]]] = {}
+    cells = []
+    for row in sorted(rows, key=lambda r: (["dense", "prune", "grow"].index(r["mode"]), r["seed"])):
+        values = {
+            "error": 100 * (1 - row["test_accuracy"]),
+            "macs": row["macs"] / dense[row["seed"]]["macs"],
+            "peak": max(row[f"peak_{what}"] / row[what] for what in ("macs", "parameters")),
+            "time": row["cpu_seconds"] / dense[row["seed"]]["cpu_seconds"],
+        }
+        for key, value in values.items():
+            found.setdefault(row["mode"], {}).setdefault(key, []).append(value)
+        peaks = [f"{row[f'peak_{what}'] / row[what]:.2f}" for what in ("macs", "parameters")]
+        cells.append(
+            [
+                f"{row['mode']}, seed {row['seed']}",
+                f"{values['error']:.2f}",
+                "-".join(map(str, row["units"])),
+                f"{row['macs']:,}",
+                f"{row['parameters']:,}",
+                ", ".join(peaks) if row["mode"] == "grow" else "",
+                f"{row['cpu_seconds']:.0f}",
+                f"{values['time']:.3f}",
+            ]
+        )
+    header = [
+        "run", "test error, %", "units", "MACs", "parameters", "peak over final: MACs, parameters", "CPU s",
+        "over dense",
+    ]  # fmt: skip
+    names = {
+        "time": "time over the dense run's", "error": "test error, %", "macs": "share of the MACs left",
+        "peak": "peak over final size, worst seed and measure",
+    }  # fmt: skip
+    judged = []
+    for mode, limits in RUNS.items():
+        for key, limit in limits.items():
+            values = found[mode][key]
+            value = max(values) if key == "peak" else fmean(values)
+            deviation = "" if key == "peak" else f" ± {stdev(values):.3f}"
+            judged.append([f"{mode}: {names[key]}", f"{value:.3f}{deviation}", *verdict(value, limit)])
+    stopped = [r["growth_stopped"] for r in rows if r["mode"] == "grow"]
+    note = f"Growth stopped by itself in {sum(stopped)} of {len(stopped)} runs."
+    return [*table(header, cells), "", *table(["", "mean ± standard deviation", "must reach", ""], judged), "", note]
+
+
 PARTS: dict[str, Callable[[Rows], list[str]]] = {
-    f.__name__: f for f in (steps, growth_of_cost, inference, resize, memory)
+    f.__name__: f for f in (steps, growth_of_cost, runs, inference, resize, memory)
 }
 
 
 def section(name: str, content: Mapping[str, Any]) -> str:
     """What stands between the markers of a part: how it was measured, and its tables."""
-    e, repeats = content["environment"], content["settings"]["repeats"]
+    e, settings = content["environment"], content["settings"]
+    repeats = f"at most {settings['repeats']} repeats; " if "repeats" in settings else ""
+    after = f" before and {e['load_after']:.1f} after" if "load_after" in e else " at the end"
     how = (
-        f"`{e['command']}`: at most {repeats} repeats; torch {e['torch']}, {e['threads']} thread, {e['device']}, load "
-        f"{e['load']:.1f} before and {e['load_after']:.1f} after, {e['date']}, commit {e['commit']}."
+        f"`{e['command']}`: {repeats}torch {e['torch']}, {e['threads']} thread, {e['device']}, "
+        f"load {e['load']:.1f}{after}, {e['date']}, commit {e['commit']}."
     )
     return "\n".join([*PARTS[name](content["results"]), "", how])
 
@@ -210,7 +262,9 @@ def draw(rows: Rows) -> str:
 
 def main() -> int:
     """Replace what stands between the markers, and draw; or compare with --check."""
-    contents = {name: json.loads((HERE / "results" / f"cost_{name}.json").read_text()) for name in PARTS}
+    paths = {name: HERE / "results" / f"cost_{name}.json" for name in PARTS}
+    paths["runs"] = HERE.parent / "experiments" / "results" / "lenet_cost.json"
+    contents = {name: json.loads(path.read_text()) for name, path in paths.items()}
     old = text = PAGE.read_text()
     for name, content in contents.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

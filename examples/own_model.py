@@ -45,7 +45,8 @@ def main() -> None:
     for epoch in range(schedule.epochs):
         net.train()
         for i in torch.randperm(len(x)).split(32):
-            loss = net.expected_loss(lambda i=i: F.cross_entropy(net(x[i]), y[i], reduction="none"))
+            xs, ys = x[i], y[i]
+            loss = net.expected_loss(lambda xs=xs, ys=ys: F.cross_entropy(net(xs), ys, reduction="none"))
             optimizer.zero_grad()
             (loss + net.penalty(0.2, cost="parameters", scale="log")).backward()
             optimizer.step()

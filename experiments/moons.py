@@ -34,8 +34,9 @@ def main() -> None:
             result = run(model, data, config, mode, on_epoch=history.append)
             weights = sum(p.numel() for n, p in result.compact.named_parameters() if n.endswith("weight"))
             grown_last = max((r["epoch"] for r in history if r["grown"]), default=None)
+            summary = {k: v for k, v in result.summary.items() if k != "profile"}
             results.append(
-                {"seed": seed, **result.summary, "weights": weights, "weights_gone": 1 - weights / full,
+                {"seed": seed, **summary, "weights": weights, "weights_gone": 1 - weights / full,
                  "last_growth_epoch": grown_last}
             )  # fmt: skip
             print(results[-1], flush=True)

@@ -27,15 +27,13 @@ def table(name: str, title: str, script: str) -> str:
     ]
     for mode in modes:
         rows = [r for r in results if r["mode"] == mode]
-        units = ", ".join("-".join(str(n) for n in r["units"].values()) for r in rows)
-        if len({tuple(r["units"].values()) for r in rows}) == 1:
-            units = "-".join(str(n) for n in rows[0]["units"].values())
+        units = ["-".join(map(str, r["units"].values() if isinstance(r["units"], dict) else r["units"])) for r in rows]
         cells = [
             spread([100 * r["test_accuracy"] for r in rows]),
-            units,
+            ", ".join(units if len(set(units)) > 1 else units[:1]),
             spread([r["parameters"] for r in rows], 0),
             spread([r["macs"] for r in rows], 0),
-            spread([r["train_cpu_seconds"] for r in rows], 0),
+            spread([r.get("train_cpu_seconds", r.get("cpu_seconds")) for r in rows], 0),
         ]
         lines.append(f"| {mode} | {' | '.join(cells)} |")
     lines += ["", *notes(results)]
@@ -61,7 +59,7 @@ def main() -> int:
     """Replace what stands between the markers."""
     parts = [
         table("moons", "Moons, gates on 100 inputs and 80 hidden units", "experiments/moons.py"),
-        table("lenet_mnist", "LeNet-5 on MNIST, 15 epochs each", "experiments/lenet_mnist.py"),
+        table("lenet_cost", "LeNet-5 on MNIST, 30 epochs each", "experiments/lenet_cost.py"),
     ]
     text = README.read_text()
     head, rest = text.split(BEGIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -183,3 +184,49 @@ def test_layers_with_parameters_that_do_not_train() -> None:
     net.grow({"conv1": 1, "fc1": 1}, init="gradmax", loss=loss)
     assert isinstance(net.model.fc1, nn.Linear)
     assert (len(net.sites["conv1"]), len(net.sites["fc1"])) == (4, 4)
+
+
+@pytest.mark.parametrize("bad", ["cost", "features", "not finite", "optimizer"])
+def test_what_is_refused_changes_nothing(bad: str) -> None:
+    net, loss = problem(inputs=("fc1",))
+    narrow(net, 4)
+    optimizer = Adam(net.param_groups(1e-2))
+    net.sites["conv1"].grace[:] = 4
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    counts = {"fc1.input": 99} if bad == "features" else {"conv1": 2}
+    options = {"cost": "flops"} if bad == "cost" else {}
+    with pytest.raises(PlasticError, match={"not finite": "finite", "optimizer": "do not hold"}.get(bad)):
+        grow_by_gradient(
+            net, counts, (lambda: loss() * math.nan) if bad == "not finite" else loss,
+            Adam(net.model.parameters()) if bad == "optimizer" else optimizer, **options,
+        )  # fmt: skip
+    after = net.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_a_frozen_consumer_promises_nothing() -> None:
+    net, loss = problem()
+    narrow(net, 3)
+    net.model.fc2.requires_grad_(False)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    with torch.no_grad():  # a validation block
+        net.grow({"fc1": 2, "conv1": 1}, init="gradmax", loss=loss)
+    assert (len(net.sites["fc1"]), len(net.sites["conv1"])) == (5, 4)
+    assert promise(net, loss)["fc1"].sum() == 0
+
+
+def test_layers_in_evaluation_mode_stay_there() -> None:
+    net, loss = problem()
+    narrow(net, 3)
+    net.train()
+    norm = next(m for m in net.model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.eval()
+    net.grow({"fc1": 2}, init="gradmax", loss=loss)
+    assert net.training
+    assert not norm.training
+
+
+@pytest.mark.parametrize("init", ["random", "paper", "nonsense"])
+def test_an_init_that_growth_by_the_gradient_cannot_use(init: str) -> None:
+    with pytest.raises(PlasticError, match=init):
+        Growth(lambda: torch.zeros(()), init=init)

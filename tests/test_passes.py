@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -134,6 +135,70 @@ def test_all_where_the_loss_joins_samples(monkeypatch: pytest.MonkeyPatch) -> No
     assert net._samples_apart is False
     assert net._draw is not None
     assert len(net._draw.u) == 1
+
+
+@dataclass
+class Out:
+    out: Tensor
+
+
+class Answer(nn.Module):
+    """An output that is a tensor per sample only in part."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.body(x)
+        return {
+            "scalar": lambda: (out, out.square().mean()),
+            "object": lambda: Out(out),
+            "list": lambda: list(out),
+            "sizes": lambda: out.view(64, 3),
+        }[self.kind]()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "object", "list", "sizes"])
+def test_all_where_the_output_cannot_be_put_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    net = nearly_certain(Answer(kind), x, phi=2.5)
+
+    def closure() -> Tensor:
+        out = net(x)
+        out = {"scalar": lambda: out[0], "object": lambda: out.out, "list": lambda: torch.stack(out)}.get(
+            kind, lambda: out
+        )()
+        return F.cross_entropy(out, y, reduction="none")
+
+    both(net, closure, monkeypatch)
+    assert net._rows_apart is False
+
+
+def test_nothing_is_concluded_while_nothing_moves() -> None:
+    """A head that starts at zero: no gate changes any output, so it cannot be seen whether samples interact."""
+
+    class Interacting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+            nn.init.zeros_(self.last.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.last(self.first(x).tanh())
+            return out - out.mean(0)
+
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    net = PlasticNet(Interacting(), (x,))
+    net.k = 2.0
+    net.train()
+    gradients(net, lambda: F.cross_entropy(net(x), y, reduction="none"))
+    assert net._samples_apart is None
+    with torch.no_grad():
+        net.model.last.weight.normal_()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    gradients(net, lambda: F.cross_entropy(net(x), y, reduction="none"))
+    assert net._samples_apart is False
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

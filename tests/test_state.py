@@ -42,7 +42,11 @@ class Run:
         self.build()
 
     def build(self) -> None:
-        rates = (0.1, 0.3) if self.optimizer_name == "sgd" else (1e-2, 0.2 if self.mode == "grow" else 0.08)
+        rates = (
+            (0.1, 0.5 if self.mode == "grow" else 0.3)
+            if self.optimizer_name == "sgd"
+            else (1e-2, 0.2 if self.mode == "grow" else 0.08)
+        )
         self.optimizer = OPTIMIZERS[self.optimizer_name](self.net.param_groups(*rates))
         growth = Growth(patience=1, failures=1, grace=1, rate=1.0) if self.mode == "grow" else None
         self.schedule = Schedule(self.net, self.optimizer, STAGES, hibernate=0.3, growth=growth)

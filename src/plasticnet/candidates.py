@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plasticnet import distributed
+from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.snapshot import Snapshot
 from plasticnet.units import InputUnits
@@ -40,61 +42,95 @@ def grow_by_gradient(
     grace: int = 0,
 ) -> None:
     """Add at most ``counts`` units per site: those of twice as many candidates that promise most for
-    what they cost, until they cost ``budget`` together.
+    what they cost, until these have spent the ``budget``.
 
     ``loss`` gives the loss of the network on some training data, shape (batch,) or a scalar. With ``ascend`` the
     incoming weights of the candidates are changed so that the gradient of the outgoing ones grows, at
     equal norm. The function of the network stays.
 
-    Raises `PlasticError` when the loss does not depend on the network.
+    Raises `PlasticError`, and changes nothing, when the loss does not depend on the network or is not finite,
+    and for an unknown cost, or more features than are closed.
     """
-    kept = {name: site.grace.clone() for name, site in net.sites.items()}
-    for site in net.sites.values():
-        site.grace.zero_()
-    net.grow({name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
-    new = {name: site.grace == 1 for name, site in net.sites.items()}
-    for name, site in net.sites.items():
-        site.grace[~new[name]] = kept[name]
-        site.grace[new[name]] = grace
+    check_names(cost, "linear")
+    for name, n in counts.items():
+        if n > (left := net.sites[name].features_left):
+            raise PlasticError(f"site {name!r}: {n} features were to be re-opened, but only {left} are closed")
+    before = {name: site.grace.clone() for name, site in net.sites.items()}
+    had: dict[str, Tensor] = {}
     try:
+        for site in net.sites.values():
+            site.grace.zero_()
+        net.grow({name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
+        had = {name: site.grace == 0 for name, site in net.sites.items()}
         with _as_it_is(net):
             for step in range(ASCENT if ascend else 0):
-                _ascend(net, new, loss, _SHARE / (1 + step))
+                _ascend(net, {name: ~mask for name, mask in had.items()}, loss, _SHARE / (1 + step))
             benefit = _benefits(net, loss)
+        # Beside all the others: so the budget is kept whichever of them stay.
+        sites = net.summary().sites
+        prices = {s.name: {"macs": s.unit_macs, "parameters": s.unit_parameters}.get(cost, 1.0) for s in sites}
+        keep = _chosen(net, counts, {name: ~mask for name, mask in had.items()}, benefit, budget, prices)
     except BaseException:
-        net.resize({n: np.flatnonzero(~mask.cpu().numpy()).tolist() for n, mask in new.items()}, optimizer)
+        keep = {name: mask.cpu().numpy() for name, mask in had.items()}
+        _settle(net, keep, had, before, 0, optimizer)
         raise
-    chosen = _chosen(net, counts, new, benefit, budget, cost)
-    net.resize({n: np.flatnonzero(mask).tolist() for n, mask in chosen.items() if not mask.all()}, optimizer)
+    _settle(net, keep, had, before, grace, optimizer)
+
+
+def _settle(
+    net: PlasticNet,
+    keep: Mapping[str, np.ndarray],
+    had: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    grace: int,
+    optimizer: Optimizers,
+) -> None:
+    """Cut the candidates that do not stay, and put the grace of the units that were there back."""
+    for name, site in net.sites.items():
+        mask = had.get(name, torch.ones_like(site.grace, dtype=torch.bool))
+        site.grace.fill_(grace)
+        site.grace[mask] = before[name]
+    net.resize({n: np.flatnonzero(mask).tolist() for n, mask in keep.items() if not mask.all()}, optimizer)
 
 
 def _candidates(net: PlasticNet, name: str, n: int) -> int:
-    units = net.sites[name].units
-    return min(2 * n, units.full - units.size) if isinstance(units, InputUnits) else 2 * n
+    return int(min(2 * n, net.sites[name].features_left))
 
 
 @contextmanager
 def _as_it_is(net: PlasticNet) -> Iterator[None]:
     """Run the open network in training mode, with nothing of it left behind."""
-    k, training, before = net.k, net.training, Snapshot(net.model)
+    k, wrapper, before = net.k, net._wrapper, Snapshot(net.model)
+    training = [(module, module.training) for module in net.modules()]
     net._k = math.inf
+    net._wrapper = "none" if wrapper == "none" else "growing"
     net.train()
     try:
         yield
     finally:
-        net._k = k
-        net.train(training)
+        net._k, net._wrapper = k, wrapper
+        for module, flag in training:
+            module.training = flag
         before.restore()
 
 
 def _gradients(net: PlasticNet, loss: Loss, names: list[str]) -> dict[str, Tensor]:
+    """The gradients of some parameters, the mean over all ranks; 0 for those that do not train."""
     parameters = dict(net.model.named_parameters())
-    value = loss()
+    with torch.enable_grad():
+        value = loss()
+        value = value.mean() if isinstance(value, Tensor) else value
     if not isinstance(value, Tensor) or not value.requires_grad:
         raise PlasticError("growth by the gradient needs a loss that depends on the network: compute it from net(x)")
-    wanted = [parameters[n] for n in names]
-    found = torch.autograd.grad(value.mean(), wanted, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, wanted, found, strict=True)}
+    if not bool(torch.isfinite(value.detach()).all()):
+        raise PlasticError("the loss that growth is to follow is not finite (NaN or infinite); nothing was grown")
+    trained = [n for n in names if parameters[n].requires_grad]
+    found = torch.autograd.grad(value, [parameters[n] for n in trained], allow_unused=True) if trained else ()
+    gradients = {n: torch.zeros_like(parameters[n]) for n in names}
+    gradients.update((n, g.contiguous()) for n, g in zip(trained, found, strict=True) if g is not None)
+    for g in gradients.values():
+        distributed.average(net, g)
+    return gradients
 
 
 def _outgoing(net: PlasticNet, loss: Loss) -> tuple[dict[str, Tensor], Tensor]:
@@ -128,8 +164,7 @@ def _ascend(net: PlasticNet, new: Mapping[str, Tensor], loss: Loss, share: float
     incoming = _incoming(net, new, parameters)
     if not incoming:  # features of an input
         return
-    with torch.enable_grad():
-        gradients, total = _outgoing(net, loss)
+    gradients, total = _outgoing(net, loss)
     norms = total.sqrt().clamp(min=1e-30)
     added = torch.cat([*new.values(), new[next(iter(new))].new_zeros(1)])
     kept: dict[str, Tensor] = {}
@@ -140,8 +175,7 @@ def _ascend(net: PlasticNet, new: Mapping[str, Tensor], loss: Loss, share: float
         shape[r.dim] = -1
         scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
         weight -= scale.reshape(shape) * gradients[r.tensor]
-    with torch.enable_grad():
-        uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
+    uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
     for name, before in kept.items():
         parameters[name].copy_(before)
     for name, dim, index in incoming:
@@ -178,25 +212,23 @@ def _chosen(
     new: Mapping[str, Tensor],
     benefit: Mapping[str, np.ndarray],
     budget: float,
-    cost: str,
+    prices: Mapping[str, float],
 ) -> dict[str, np.ndarray]:
-    """Which units stay: those that were there, and the candidates, the best for their price first."""
+    """Which units stay: those that were there, and of the candidates the best for their price, until these have
+    spent the budget."""
     added = {name: mask.cpu().numpy() for name, mask in new.items()}
     keep = {name: ~mask for name, mask in added.items()}
     for name, features in _come_along(net, added).items():
         keep[name] |= features
-    price = {
-        s.name: {"macs": s.unit_macs, "parameters": s.unit_parameters, "units": 1.0}[cost] for s in net.summary().sites
-    }
     offers = [
-        (benefit[name][i] / max(price[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
+        (benefit[name][i] / max(prices[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
     ]
     left, room = budget, dict(counts)
     for _, name, i in sorted(offers, reverse=True):
         if left > 0 and room[name] > 0:
             keep[name][i] = True
             room[name] -= 1
-            left -= price[name]
+            left -= prices[name]
     return keep
 
 

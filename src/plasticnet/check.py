@@ -18,7 +18,7 @@ from plasticnet.gating import Gating
 from plasticnet.repair import Comparison, repaired
 from plasticnet.snapshot import duplicate, sharing, side_effect_free
 from plasticnet.tracing import copy_inputs, is_large
-from plasticnet.tracing.mode import tensors_within
+from plasticnet.trees import tensors_within
 from plasticnet.units import BlockUnits, InputUnits, Trace, Units, family_of
 
 _LARGE_FAMILY = 5

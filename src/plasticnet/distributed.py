@@ -56,6 +56,8 @@ def enter(net: PlasticNet) -> None:
             "the network changed its size since it was wrapped in DistributedDataParallel; wrap it again "
             "(Schedule(on_resize=...) is called at the right time)"
         )
+    if net._wrapper == "growing":  # the loss by which candidates are judged: nothing of it stays
+        return
     if not torch.is_grad_enabled():  # the partner's pass, and others that are undone
         return
     if _ranks(net) > 1:

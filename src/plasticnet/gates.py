@@ -67,8 +67,12 @@ class Site(nn.Module):
     @property
     def room(self) -> float:
         """How many units growth may add: up to the maximum, and to the features that there are."""
-        full = self.units.full if isinstance(self.units, InputUnits) else math.inf
-        return max(0, min(self.maximum, full) - len(self))
+        return max(0, min(self.maximum - len(self), self.features_left))
+
+    @property
+    def features_left(self) -> float:
+        """How many features of an input site are closed; of other sites there is no limit."""
+        return self.units.full - len(self) if isinstance(self.units, InputUnits) else math.inf
 
     @property
     def best(self) -> Tensor:

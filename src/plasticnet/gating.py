@@ -21,7 +21,7 @@ from torch.utils import checkpoint
 from plasticnet.attention import unfused_layers
 from plasticnet.errors import PlasticError
 from plasticnet.norms import open_statistics
-from plasticnet.prefix import Prefix, Watch, tensors_of
+from plasticnet.prefix import Prefix, Watch
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 
@@ -147,16 +147,16 @@ class Gating:
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = _places(model, {r.tensor for r in self.readers})
         self.keep_results = False  # of a prefix, all of them: something has read what nothing seemed to hold
-        self._known = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self._known = [*model.parameters(), *model.buffers()]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
             name: bool(u.consumers) and not u.norms and not any((c.tensor, c.dim) in fixed for c in u.consumers)
             for name, u in sites.items()
         }
 
-    def prefix(self, inputs: Any) -> Prefix:
-        """To record what a run of the model on these inputs computes before its first gate."""
-        return Prefix(self.model, self._known, tensors_of(inputs), keep=self.keep_results)
+    def prefix(self) -> Prefix:
+        """To record what a run of the model computes before its first gate."""
+        return Prefix(self.model, {id(t): t for t in self._known}, keep=self.keep_results)
 
     def run(
         self,
@@ -186,7 +186,7 @@ class Gating:
         folded = [r for r in self.readers if not (per_sample and r.per_sample)]
         tensors: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            if any(m._compiled_call_impl is not None for m in self.model.modules()):
+            if any(_compiled(m) for m in self.model.modules()):
                 prefix = None  # the compiler does not follow it
                 if hooked or (not all_open and (self._norms or self._blocks)):
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -208,7 +208,8 @@ class Gating:
                     stack.enter_context(_skipping(module for module, i in self._blocks if skipped[i]))
             watch = None if prefix is None else prefix(tensors.values())
             if watch is not None:
-                gates = [*(m for m, *_ in (*self._blocks, *self._norms)), *(r.owner for r in hooked)]
+                gates = [m for m, *_ in (*self._blocks, *self._norms)]
+                gates += [r.owner for r in self.readers if r in hooked or r.select is not None]
                 stack.enter_context(_before(gates, watch.end))
             stack.enter_context(_hooks(hooked, z))
             stack.enter_context(_hooks(folded, None))
@@ -220,6 +221,10 @@ class Gating:
     def _parameters(self) -> dict[str, Tensor]:
         """The parameters that readers read, as they are now."""
         return {name: held[0][0]._parameters[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
+
+
+def _compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _places(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from plasticnet.candidates import grow_by_gradient
+from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
+from plasticnet.resize import INITS
 from plasticnet.units import InputUnits
 
 if TYPE_CHECKING:
@@ -32,12 +34,12 @@ class Growth:
 
     Which, and how many: without ``loss``, every site grows by a share ``rate`` of its units, at least
     one. With ``loss``, a function without arguments that gives the loss of ``net`` on some training
-    data, the network as a whole grows by a share ``rate`` of its cost (one of those of
-    `PlasticNet.penalty`), at the sites where units promise most for what they cost: candidates are
-    added with outgoing weights of zero, and judged by the gradient of those (GradMax, arXiv
-    2201.05125). With ``init="gradmax"`` their incoming weights are changed first, so that it is as
-    large as can be; other ways to begin are those of `PlasticNet.resize`. `PlasticNet.limit` bounds
-    the sites.
+    data, units are added until they have spent a share ``rate`` of the network's cost (one of those of
+    `PlasticNet.penalty`; a unit is counted at what it costs beside all candidates), at the sites where
+    they promise most for it, none growing by more than twice that share: candidates are added with
+    outgoing weights of zero, and judged by the gradient of those (GradMax, arXiv 2201.05125). With
+    ``init="gradmax"`` their incoming weights are changed first, so that it is as large as can be; with
+    "preserve" they stay random. `PlasticNet.limit` bounds the sites.
 
     While it grows, all units are held open and unpriced: under pressure, new ones would close before
     they have learned anything. The pressure begins ``grace`` epochs after growth has stopped, and
@@ -61,8 +63,11 @@ class Growth:
 
     def __post_init__(self) -> None:
         self.init = self.init or ("gradmax" if self.loss is not None else "random")
-        if self.init == "gradmax" and self.loss is None:
-            raise PlasticError('Growth(init="gradmax") needs a loss to take the gradient of: Growth(loss=...)')
+        allowed = INITS if self.loss is None else ("gradmax", "preserve")
+        if self.init not in allowed:
+            given = "without a loss to take the gradient of" if self.loss is None else "with a loss"
+            raise PlasticError(f"Growth(init={self.init!r}): {given}, choose one of {', '.join(allowed)}")
+        check_names(self.cost, "linear")
 
     @classmethod
     def paper(cls) -> Growth:

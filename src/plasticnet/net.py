@@ -97,7 +97,7 @@ class PlasticNet(nn.Module):
         self._uses = traced.uses
         self._k = math.inf
         self._samples_apart: bool | None = None  # for "auto": whether per-sample draws are possible
-        self._wrapper: Literal["none", "new", "current", "stale"] = "none"  # of DistributedDataParallel
+        self._wrapper: Literal["none", "new", "current", "stale", "growing"] = "none"  # of DistributedDataParallel
         self._pass = passes.Pass()
         self._rows_apart: bool | None = None  # whether the network can be run on some of the samples
         self._mean: tuple[Any, Tensor, bool] | None = None

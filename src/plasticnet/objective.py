@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from plasticnet import distributed
 from plasticnet.errors import PlasticError
@@ -52,15 +53,21 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) 
 
 def _pair(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) -> tuple[Tensor, Tensor, Draw | None]:
     """The losses of the training pass, those under the partner's gates, and the draw."""
-    partner = Pass("partner", record=[])
+    partner = Pass("partner", prefix=net._gating.prefix())
     try:
         f2 = _aside(net, closure, partner, before)
     except Alike as alike:
         before.restore()
         return _nearly_equal(net, closure, before, alike)
+    prefix = partner.prefix
+    assert prefix is not None
     try:
-        f1 = run(net, closure, Pass("training", partner.draw, replay=partner.record or []))
-    except Diverged:
+        f1 = run(net, closure, Pass("training", partner.draw, prefix=prefix))
+    except (Diverged, RuntimeError) as error:
+        # A tensor without content that was read outside of the call, or in TorchScript, which makes its own error.
+        empty = prefix.dropped and ("meta" in str(error) or "Diverged" in str(error))
+        if not (isinstance(error, Diverged) or empty):
+            raise
         net._gating.keep_results = True
         before.restore()
         f1 = run(net, closure, Pass("training", partner.draw))
@@ -68,13 +75,14 @@ def _pair(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) -> t
 
 
 def _aside(net: PlasticNet, closure: Callable[[], Tensor], now: Pass, after: Snapshot) -> Tensor:
-    """A pass without gradients, after which everything is put to the state ``after``."""
+    """The losses of a pass without gradients, after which everything is put to the state ``after``."""
     try:
         with torch.no_grad():
-            return run(net, closure, now)
+            return run(net, closure, now).detach()
     finally:
         after.restore()
-        torch.clear_autocast_cache()  # the pass has cached weights cast without gradient
+        torch.clear_autocast_cache()  # the pass has cached weights cast without gradient,
+        parametrize._cache.clear()  # and parametrized ones, within `parametrize.cached`
 
 
 def _nearly_equal(
@@ -82,24 +90,24 @@ def _nearly_equal(
 ) -> tuple[Tensor, Tensor, Draw]:
     """`_pair`, where only some samples have to be computed again: the training pass comes first."""
     draw, rows = alike.draw, alike.rows
-    training = Pass("training", draw, keep=[])
+    training = Pass("training", draw, outputs=[])
     f1 = run(net, closure, training)
     if not len(rows):
         return f1, f1, draw
-    after = Snapshot(net.model)
-    f2 = None
-    if after.random != draw.after:  # each sample's dropout depends on how many there are
-        net._rows_apart = False
-    else:
+    after, f2 = Snapshot(net.model), None
+    if after.random == draw.after:  # else each sample's dropout depends on how many there are
         before.restore()
         try:
-            f2 = _aside(net, closure, Pass("partner", draw, outputs=training.keep or [], rows=rows), after)
-        except Diverged:
-            net._rows_apart = False
-    if f2 is None or net._rows_apart is None:  # the first time, check that this is exact
+            f2 = _aside(net, closure, Pass("partner", draw, outputs=training.outputs, rows=rows), after)
+        except (Diverged, Exception):  # it does not run on some of the samples
+            f2 = None
+    if f2 is None:
+        net._rows_apart = False
+    if f2 is None or net._rows_apart is None:  # at first, check that this is exact
         before.restore()
         whole = _aside(net, closure, Pass("partner", draw), after)
-        net._rows_apart = f2 is not None and torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
+        if f2 is not None and not torch.equal(whole, f1):  # else nothing moves, and nothing was seen
+            net._rows_apart = torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
         f2 = f2 if f2 is not None and net._rows_apart else whole
     return f1, f2, draw
 
@@ -147,6 +155,8 @@ def _resolve_auto(net: PlasticNet, closure: Callable[[], Tensor]) -> None:
         net._samples_apart = False
         return
     half = len(reference) // 2
+    if torch.equal(reference[:half], moved[:half]):
+        return  # nothing moves (a head that starts at zero): ask the next batch
     net._samples_apart = torch.allclose(reference[half:], moved[half:], rtol=1e-4, atol=1e-6)
 
 

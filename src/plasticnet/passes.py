@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS, Estimator, partner_gates
 from plasticnet.gates import probabilities
-from plasticnet.prefix import Diverged, Prefix, tensors_of
+from plasticnet.prefix import Diverged, Prefix
 from plasticnet.snapshot import RandomState
+from plasticnet.trees import tensors_within
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
@@ -40,29 +41,32 @@ class Draw:
 
 @dataclass
 class Pass:
-    """One run of the closure: what for, the gates it uses, and what the network was called with."""
+    """One run of the closure: what for, the gates it uses, and what the network was called with.
 
-    role: str = "free"  # "training", "partner", "probe"; "free" outside expected_loss
+    A "partner" fills ``prefix``, if there is one, in its first call, and "training" is handed what it
+    holds. "training" fills ``outputs``, if there are any, and a "partner" with ``rows`` computes them anew for
+    these samples only.
+    """
+
+    role: Literal["free", "probe", "partner", "training"] = "free"  # "free": outside of expected_loss
     draw: Draw | None = None
     z: Tensor | None = None
     probe: Callable[[int], Tensor] | None = None
-    record: list[Prefix] | None = None  # of the calls: to be filled
-    replay: list[Prefix] = field(default_factory=list)  # of the calls of the pass before
-    keep: list[Any] | None = None  # what the calls return: to be filled
-    outputs: list[Any] = field(default_factory=list)  # what the calls of the pass before returned
-    rows: Tensor | None = None  # the samples for which the gates differ from those of that pass
+    prefix: Prefix | None = None
+    outputs: list[Any] | None = None
+    rows: Tensor | None = None
     calls: int = 0
     sizes: set[int] = field(default_factory=set)  # of the first two axes of the inputs; one of them is the batch
 
     def note(self, args: Any, kwargs: Any) -> None:
         """A call of the network."""
         self.calls += 1
-        self.sizes.update(n for t in tensors_of((args, kwargs)) for n in t.shape[:2])
+        self.sizes.update(n for t in tensors_within((args, kwargs)) for n in t.shape[:2])
 
 
 def batch_size(args: Any, kwargs: Any) -> int:
     """The length of the first axis of the first tensor."""
-    return next((len(t) for t in tensors_of((args, kwargs)) if t.dim()), 1)
+    return next((len(t) for t in tensors_within((args, kwargs)) if t.dim()), 1)
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
@@ -85,22 +89,22 @@ def drawn(net: PlasticNet, args: Any, kwargs: Any) -> Any:
     call = now.calls
     now.note(args, kwargs)
     if now.rows is not None:
-        return _some_rows(net, now, z, args, kwargs, now.outputs[call])
+        return _some_rows(net, now, z, args, kwargs, (now.outputs or [])[call])
     prefix = None
-    if now.record is not None:
-        if call == 0:
+    if now.prefix is not None and call == 0:  # before later calls gates have acted
+        if now.role == "partner":
             _compare(net, now)
-        now.record.append(net._gating.prefix((args, kwargs)))
-        prefix = now.record[-1].recording
-    elif call < len(now.replay) and now.replay[call].replays((args, kwargs)):
-        prefix = now.replay[call].replaying
+            now.prefix.inputs = tensors_within((args, kwargs))
+            prefix = now.prefix.recording
+        elif now.prefix.replays((args, kwargs)):
+            prefix = now.prefix.replaying
     output = net._run(z, args, kwargs, prefix=prefix)
-    if now.keep is not None:
-        now.keep.append(tree_map_only(Tensor, Tensor.detach, output))
+    if now.role == "training" and now.outputs is not None:
+        now.outputs.append(tree_map_only(Tensor, Tensor.detach, output))
     return output
 
 
-class Alike(Exception):
+class Alike(BaseException):  # not an Exception: a closure may catch these
     """The gates of the two passes differ for few samples or none: ``rows`` are their indices."""
 
     def __init__(self, draw: Draw, rows: Tensor) -> None:
@@ -110,29 +114,34 @@ class Alike(Exception):
 
 def _compare(net: PlasticNet, now: Pass) -> None:
     """Raise `Alike` if it pays and is exact to compute only the samples whose gates differ: when samples do
-    not interact. Not asked of a GPU, which would mean waiting for it."""
+    not interact, and nothing is left in buffers. Not asked of a GPU, which would mean waiting for it."""
     draw, estimator = now.draw, ESTIMATORS[net.estimator]
     assert draw is not None
     if draw.u.is_cuda:
         return
     differ = (draw.gates(estimator, partner=False) != draw.gates(estimator, partner=True)).any(1)
     rows = differ.nonzero().squeeze(1)
-    apart = len(draw.u) > 1 and net._samples_apart and net._rows_apart is not False
+    apart = (
+        len(draw.u) > 1
+        and net._samples_apart
+        and net._rows_apart is not False
+        and not any(True for _ in net.model.buffers())
+    )
     if not len(rows) or (apart and 2 * len(rows) <= len(draw.u)):
         raise Alike(draw, rows)
 
 
 def _some_rows(net: PlasticNet, now: Pass, z: Tensor, args: Any, kwargs: Any, before: Any) -> Any:
-    """The output of the pass before, computed anew for some of the samples. Raises `Diverged` where the
+    """The output of the training pass, computed anew for some of the samples. Raises `Diverged` where the
     samples cannot be told."""
-    tensors = tensors_of((args, kwargs))
-    if len(tensors) != 1 or any(len(t) != len(z) for t in (*tensors, *tensors_of(before))):
-        raise Diverged
+    inputs, outputs = tensors_within((args, kwargs)), tree_leaves(before)
     rows = now.rows
     assert rows is not None
+    if len(inputs) != 1 or not all(isinstance(t, Tensor) and t.dim() and len(t) == len(z) for t in (*inputs, *outputs)):
+        raise Diverged
     args, kwargs = tree_map_only(Tensor, lambda t: t[rows], (args, kwargs))
     output = net._run(z[rows], args, kwargs)
-    return tree_map(lambda old, new: old.index_copy(0, rows, new) if isinstance(old, Tensor) else old, before, output)
+    return tree_map(lambda old, new: old.index_copy(0, rows, new), before, output)
 
 
 def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
@@ -182,7 +191,7 @@ def draws_per_sample(net: PlasticNet) -> bool:
         return False
     if net.gates_mode == "sample":
         return True
-    return net._samples_apart is not False and not uses_batch_statistics(net.model)
+    return bool(net._samples_apart) and not uses_batch_statistics(net.model)
 
 
 def run(net: PlasticNet, closure: Callable[[], Tensor], now: Pass) -> Tensor:

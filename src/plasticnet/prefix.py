@@ -2,9 +2,9 @@
 
 The partner pass runs first and without gradients, but for what comes before the first gate: there it
 records what every torch function returned, with the graph for the backward pass. The training pass is
-handed these results. Whatever cannot be followed (a tensor that no recorded function made) ends the
-recording early. This order keeps no graph but the prefix's while the partner runs; of the results only
-those are kept that something behind the first gate can still read.
+handed these results. Where something cannot be followed (a tensor that no recorded function made, a
+result that can be changed), nothing is taken over. This order keeps no graph but the prefix's while
+the partner runs; of the results only those are kept that something behind the first gate can read.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from plasticnet.errors import PlasticError
 from plasticnet.snapshot import Snapshot
+from plasticnet.trees import tensors_within
 
 
-class Diverged(Exception):
+class Diverged(BaseException):  # not an Exception: a closure may catch these
     """The pass does not call the functions that were recorded."""
 
 
 @dataclass
 class Prefix:
-    """The functions that one call of the network ran before the first gate, and what they returned.
+    """The functions that a call of the network ran before the first gate, and what they returned.
 
     ``known`` are the model's parameters and buffers by identity, which a recorded function may read
     beside ``inputs``.
@@ -38,9 +37,9 @@ class Prefix:
 
     model: nn.Module
     known: Mapping[int, Tensor]
-    inputs: list[Tensor]
-    steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)  # function, the tensors it read, its result
+    inputs: list[Tensor] = field(default_factory=list)
     keep: bool = False  # all results, also those that nothing seems to hold
+    steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)  # function, the tensors it read, its result
     made: dict[int, Tensor] = field(default_factory=dict)  # inputs, and results
     versions: dict[int, int] = field(default_factory=dict)  # of `made`, at the end
     state: Snapshot | None = None  # random numbers and buffers at the end
@@ -54,9 +53,24 @@ class Prefix:
 
     def replays(self, inputs: Any) -> bool:
         """Whether a pass with these inputs can be handed the recorded results: something was recorded, the
-        inputs are the same tensors, and nothing was changed in place since."""
-        same = [id(t) for t in tensors_of(inputs)] == [id(t) for t in self.inputs]
-        return bool(self.steps) and same and all(_version(t) == self.versions[i] for i, t in self.made.items())
+        inputs are the same tensors, nothing was changed in place since, and gradients are wanted. If not,
+        the results are forgotten."""
+        same = [id(t) for t in tensors_within(inputs)] == [id(t) for t in self.inputs]
+        unchanged = all(_version(t) == self.versions.get(i) for i, t in self.made.items())
+        if bool(self.steps) and same and unchanged and torch.is_grad_enabled():
+            return True
+        self.forget()
+        return False
+
+    def replaying(self, gated: Iterable[Tensor]) -> _Player:
+        """A context that hands the recorded results to what runs in it. Raises `Diverged` when it calls
+        something else."""
+        return _Player(self, gated)
+
+    def forget(self) -> None:
+        """Let go of the results."""
+        self.steps.clear()
+        self.made.clear()
 
     def drop(self) -> None:
         """Put tensors without content in the place of results that only this record holds: functions that were
@@ -73,13 +87,9 @@ class Prefix:
             self.steps[at] = (func, read, result)
         self.dropped = bool(ids)
 
-    def replaying(self, gated: Iterable[Tensor]) -> _Player:
-        """A context that hands the recorded results to what runs in it. Raises `Diverged` when it calls
-        something else."""
-        return _Player(self, gated)
-
 
 # References to a result that is not held elsewhere: of its step, of `made`, of a variable, and of the call that counts.
+# Were it not so in some Python, results would be kept, or the pass would diverge.
 _OWN = 4
 
 
@@ -109,7 +119,7 @@ class Watch(TorchFunctionMode):
 class _Recorder(Watch):
     def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
         super().__init__(prefix, gated)
-        self.running = all(_plain(t) for t in prefix.inputs)
+        self.running = all(_fixed(t) for t in prefix.inputs)
         self.gradients = torch.is_grad_enabled()
 
     def __enter__(self) -> Any:
@@ -133,22 +143,32 @@ class _Recorder(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = _tensors(args, kwargs) if self.running else []
-        ids = [id(t) for t in read]
-        if any(i in self.gated or not (i in self.prefix.made or i in self.prefix.known) for i in ids):
-            self.end()
-        elif not torch.is_grad_enabled() and any(t.requires_grad for t in read):
-            self.end()  # within an autograd Function, whose part of the graph is not seen
+        if self.running:
+            read = _tensors(args, kwargs)
+            if any(id(t) in self.gated for t in read):
+                self.end()
+            elif any(not self._follows(t) for t in read):
+                self._give_up()
         result = func(*args, **kwargs)
-        if not self.running:
-            return result
-        tensors = tensors_of(result)
-        if all(_plain(t) for t in tensors):
-            self.prefix.made.update((id(t), t) for t in tensors if id(t) not in self.prefix.known)
-            self.prefix.steps.append((func, ids, result))
-        else:
-            self.end()
+        if self.running:
+            if not _fixed(result):
+                self._give_up()
+                return result
+            known = self.prefix.known
+            self.prefix.made.update((id(t), t) for t in tensors_within(result) if id(t) not in known)
+            self.prefix.steps.append((func, [id(t) for t in _tensors(args, kwargs)], result))
         return result
+
+    def _follows(self, t: Tensor) -> bool:
+        """Whether the tensor is one that was recorded, and its graph can be handed on: not so within an autograd
+        Function, which runs without gradients."""
+        own = id(t) in self.prefix.made or id(t) in self.prefix.known
+        return own and (torch.is_grad_enabled() or not t.requires_grad)
+
+    def _give_up(self) -> None:
+        self.running = False
+        torch.set_grad_enabled(self.gradients)
+        self.prefix.forget()
 
 
 class _Player(Watch):
@@ -156,18 +176,13 @@ class _Player(Watch):
         super().__init__(prefix, gated)
         self.at = 0
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if self.prefix.dropped and isinstance(error[1], Exception) and not isinstance(error[1], PlasticError):
-            raise Diverged from error[1]  # it may be for want of content
-
     def _check(self, read: Iterable[Tensor]) -> None:
         if self.prefix.dropped and any(t.is_meta for t in read):
             raise Diverged
 
     def output(self, output: Any) -> Any:
         """To be called with what the network returns, which is returned."""
-        self._check(tensors_of(output))
+        self._check(tensors_within(output))
         return output
 
     def end(self, *_: Any) -> None:
@@ -178,8 +193,7 @@ class _Player(Watch):
                 raise Diverged
             assert self.prefix.state is not None
             self.prefix.state.restore()
-            self.prefix.steps.clear()  # what nothing else holds is not needed any more
-            self.prefix.made.clear()
+            self.prefix.forget()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -193,23 +207,26 @@ class _Player(Watch):
             raise Diverged
         self.at += 1
         # Such as the switch of ``torch.no_grad``, which may end behind the first gate.
-        return func(*args, **kwargs) if not ids and not tensors_of(result) else result
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in a nest of containers."""
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+        return func(*args, **kwargs) if not ids and not tensors_within(result) else result
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that a function reads."""
     flat = not kwargs and not any(isinstance(a, list | tuple | dict) for a in args)
-    return [a for a in args if isinstance(a, Tensor)] if flat else tensors_of((args, kwargs))
+    return [a for a in args if isinstance(a, Tensor)] if flat else tensors_within((args, kwargs))
 
 
-def _plain(t: Tensor) -> bool:
-    """A tensor that stands for itself: no subclass, and not one that lives within a transformation."""
-    return type(t) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(t)
+def _fixed(result: Any) -> bool:
+    """Whether a result can be handed out twice: nothing that could be changed without notice, and of tensors
+    those that stand for themselves: no subclass, and none that lives within a transformation."""
+    if isinstance(result, Tensor):
+        return type(result) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(result)
+    if isinstance(result, tuple):
+        return all(_fixed(r) for r in result)
+    return result is None or isinstance(result, bool | int | float | complex | str | _TORCH)
+
+
+_TORCH = torch.dtype | torch.device | torch.layout | torch.memory_format
 
 
 def _version(t: Tensor) -> int:

@@ -24,7 +24,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.passes import batch_size
 from plasticnet.snapshot import duplicate, side_effect_free
 from plasticnet.tracing import _blaming, call_arguments, copy_inputs, trace
-from plasticnet.tracing.mode import tensors_within
+from plasticnet.trees import tensors_within
 from plasticnet.units import BlockUnits, owner
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -56,8 +56,8 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.random = RandomState(model)
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
-            (module, key, b, b.detach().clone())
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = [
+            (module, key, b, None if _expanded(b) else b.detach().clone())
             for module in model.modules()
             if module._buffers
             for key, b in module._buffers.items()
@@ -69,8 +69,14 @@ class Snapshot:
         does not count this as a change."""
         self.random.restore()
         for module, key, buffer, before in self._buffers:
-            buffer.data.copy_(before)
+            if before is not None:
+                buffer.data.copy_(before)
             module._buffers[key] = buffer
+
+
+def _expanded(t: Tensor) -> bool:
+    """Whether entries share their memory: such a tensor cannot be written to."""
+    return t.layout == torch.strided and any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -16,20 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.trees import tensors_within
 from plasticnet.units import Consumer, Norm
-
-
-def tensors_within(tree: Any) -> list[Tensor]:
-    """The tensors of a model's output: in containers, dataclasses and distributions. Other objects (a cache
-    of keys and values) are not looked into."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) or isinstance(leaf, torch.distributions.Distribution):
-            found += tensors_within(list(vars(leaf).values()))
-    return found
-
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
