@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer, RMSprop
 
 from plasticnet import PlasticError, PlasticNet
+from plasticnet.resize import _positions, _rewrite, _Take
+from plasticnet.units import Slice
 
 OPTIMIZERS: dict[str, Callable[[Iterable], Optimizer]] = {
     "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
@@ -205,3 +208,95 @@ def test_grouped_convolution_loses_whole_groups(transposed: bool) -> None:
     net.resize({"0": [1, 2]})
     assert (model[1].groups, model[1].in_channels, model[1].out_channels) == (2, 4, 6)
     assert net(images()).shape == (4, 2, 4, 4)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_positions_one_after_the_other(seed: int) -> None:
+    """Sites with several stretches along one dimension, in any order, and positions that nobody owns."""
+    rng = np.random.default_rng(seed)
+    sizes = {name: int(rng.integers(1, 6)) for name in "abc"}
+    runs = {name: tuple(rng.integers(1, 4, rng.integers(1, 4)).tolist()) for name in sizes}
+    stretches = [(name, i) for name in sizes for i in range(len(runs[name]))]
+    length, parts = int(rng.integers(3)), {}
+    for name, i in [stretches[j] for j in rng.permutation(len(stretches))]:
+        parts[name, i] = length + np.arange(sizes[name] * runs[name][i]).reshape(sizes[name], -1)
+        length += parts[name, i].size + int(rng.integers(2))
+    owners = [
+        (n, Slice("weight", 0, np.concatenate([parts[n, i] for i in range(len(runs[n]))], 1), runs[n])) for n in sizes
+    ]
+    sources = {}
+    for name in list(sizes)[: rng.integers(1, 4)]:
+        kept = np.flatnonzero(rng.random(sizes[name]) < 0.6).tolist()
+        for _ in range(rng.integers(0 if kept else 1, 4)):
+            kept.insert(rng.integers(len(kept) + 1), -1)
+        sources[name] = np.array(kept)
+    take, index = _positions(owners, sources, length)
+    expected_take, expected_index = _positions_by_hand(owners, sources, length)
+    assert take.tolist() == expected_take
+    assert {name: i.tolist() for name, i in index.items()} == expected_index
+
+
+def _positions_by_hand(
+    owners: list[tuple[str, Slice]], sources: Mapping[str, np.ndarray], length: int
+) -> tuple[list[int], dict[str, list[list[int]]]]:
+    alive = set(range(length))
+    follow: dict[float, list[tuple[str, int, int]]] = {}  # a position, to the new ones after it: site, unit, column
+    for name, s in owners:
+        if name in sources:
+            gone = set(range(len(s.index))) - set(sources[name].tolist())
+            alive -= {p for unit in gone for p in s.index[unit].tolist()}
+            for end, run in zip(np.cumsum(s.runs), s.runs, strict=True):
+                last = s.index[0, end - run] - 0.5
+                for new, old in enumerate(sources[name]):
+                    if old >= 0:
+                        last = s.index[old, end - 1]
+                    else:
+                        follow.setdefault(last, []).extend((name, new, c) for c in range(end - run, end))
+    take: list[int] = []
+    where: dict[object, int] = {}
+    for p in sorted(alive | follow.keys()):
+        for entry in [*([p] if p in alive else []), *follow.get(p, [])]:
+            where[entry] = len(take)
+            take.append(-1 if isinstance(entry, tuple) else entry)
+    index = {}
+    for name, s in owners:
+        old = sources.get(name, np.arange(len(s.index)))
+        columns = range(s.index.shape[1])
+        index[name] = [
+            [where[s.index[o, c] if o >= 0 else (name, new, c)] for c in columns] for new, o in enumerate(old)
+        ]
+    return take, index
+
+
+TAKES = {
+    "all": [0, 1, 2, 3, 4],
+    "first": [0, 1],
+    "some": [0, 2, 3],
+    "added at the end": [0, 1, 2, 3, 4, -1, -1],
+    "added at the beginning": [-1, 0, 1, 2, 3, 4],
+    "added between": [0, -1, 1, 2, -1, 3, 4, -1],
+    "some, and added": [1, 2, 4, -1, -1],
+    "some, and added between": [2, -1, 4],
+    "new": [-1, -1, -1],
+}
+
+
+@pytest.mark.parametrize("second", TAKES)
+@pytest.mark.parametrize("first", TAKES)
+def test_rewrite_one_position_after_the_other(first: str, second: str) -> None:
+    takes = {0: np.array(TAKES[first]), 1: np.array(TAKES[second])}
+    dense, image = torch.rand(5, 5, dtype=torch.float64), torch.rand(5, 5, 3, 2, dtype=torch.float64)
+    for tensor in (dense, dense.T, image, image.to(memory_format=torch.channels_last)):
+        for mean in (False, True):
+            new = _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()}, mean)
+            expected = tensor
+            for dim, take in takes.items():
+                old = expected.unbind(dim)
+                kept = [old[i] for i in take if i >= 0]
+                fresh = torch.stack(kept).mean(0) if mean and kept else torch.zeros_like(old[0])
+                expected = torch.stack([old[i] if i >= 0 else fresh for i in take], dim)
+            torch.testing.assert_close(new, expected, rtol=1e-12 if mean else 0, atol=0)
+            last = not tensor.is_contiguous() and tensor.dim() == 4
+            assert new.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            assert new.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+            assert new.untyped_storage().nbytes() == new.numel() * new.element_size()  # no view of something larger

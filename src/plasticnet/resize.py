@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from plasticnet.attributes import shift_widths, update_attributes
 from plasticnet.errors import PlasticError
 from plasticnet.optimizers import check_optimizers, rebind
-from plasticnet.units import BlockUnits, InputUnits, Units, Width
+from plasticnet.units import BlockUnits, InputUnits, Slice, Units, Width
 
 Sources = Mapping[str, Sequence[int]]
 INITS = ("preserve", "random", "paper")
@@ -49,14 +49,22 @@ def plan(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sou
     """
     result = Plan(sources={name: _checked(sites, name, s) for name, s in sources.items()})
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
+    owners: dict[tuple[str, int], list[tuple[str, Slice]]] = {}
+    for name, u in sites.items():
+        for s in u.slices:
+            owners.setdefault((s.tensor, s.dim), []).append((name, s))
     for name, u in inputs.items():
-        full_take, _ = _positions(sites, result.sources, (name, 0), u.full)
+        full_take, _ = _positions(owners.get((name, 0), []), result.sources, u.full)
         _plan_features(u, full_take, result)
     touched = {(s.tensor, s.dim) for name in result.sources for s in sites[name].slices}
     indices: dict[tuple[str, int, str], np.ndarray] = {}
+    known: dict[object, tuple[np.ndarray, dict[str, np.ndarray]]] = {}  # most tensors of a site are alike
     for key in sorted(touched):
         length = inputs[key[0]].full if key[0] in inputs else lengths[key]
-        take, index = _positions(sites, result.sources, key, length)
+        alike = (length, *((name, s.runs, s.index.tobytes()) for name, s in owners[key]))
+        if alike not in known:
+            known[alike] = _positions(owners[key], result.sources, length)
+        take, index = known[alike]
         indices.update({(*key, site): i for site, i in index.items()})
         if key[0] not in inputs:
             result.takes[key] = take
@@ -102,51 +110,42 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
 
 
 def _positions(
-    sites: Mapping[str, Units], sources: Mapping[str, np.ndarray], key: tuple[str, int], length: int
+    owners: Sequence[tuple[str, Slice]], sources: Mapping[str, np.ndarray], length: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The old positions that make up one dimension, and the units' new positions in it.
+    """The old positions that make up one dimension, and the new positions in it of its owners' units.
 
     Kept positions stay in order; a new unit's stretch follows that of the unit before it in the
     list (or comes before the first one).
     """
-    here = [(n, s) for n, u in sites.items() for s in u.slices if (s.tensor, s.dim) == key]
     alive = np.ones(length, dtype=bool)
-    added: list[tuple[float, int, int, str, int, int]] = []  # anchor, place in list, slot, site, unit, column
-    for name, s in here:
-        if name not in sources:
-            continue
-        source = sources[name]
-        gone = np.setdiff1d(np.arange(len(s.index)), source)
-        alive[s.index[gone].reshape(-1)] = False
-        column = 0
-        for run in s.runs:
-            anchor = float(s.index[0, column]) - 0.5
-            for place, unit in enumerate(source):
-                if unit >= 0:
-                    anchor = float(s.index[unit, column + run - 1])
-                else:
-                    added += [(anchor, place, c, name, place, column + c) for c in range(run)]
-            column += run
+    added: list[np.ndarray] = []
+    for s, source in [(s, sources[name]) for name, s in owners if name in sources]:
+        alive[np.delete(s.index, source[source >= 0], axis=0)] = False
+        added.append(_anchors(s, source).reshape(-1))
     old = np.flatnonzero(alive)
-    added.sort(key=lambda entry: entry[:4])
     # Stable: at equal anchors the kept position comes first, then the added ones in order.
-    keys = np.concatenate([old.astype(float), np.array([a[0] for a in added])])
-    order = np.argsort(keys, kind="stable")
-    take = np.where(order < len(old), old[np.minimum(order, max(len(old) - 1, 0))] if len(old) else -1, -1)
-    where = np.empty(len(order), dtype=np.int64)
-    where[order] = np.arange(len(order))
-    new_of_old = np.full(length, -1, dtype=np.int64)
-    new_of_old[old] = where[: len(old)]
+    order = np.argsort(np.concatenate([old, *added]), kind="stable")
+    take = np.append(old, np.full(len(order) - len(old), -1))[order]
+    where = np.argsort(order)  # its inverse
+    new_of_old = np.full(length, -1)
+    new_of_old[old], new = np.split(where, [len(old)])
     index: dict[str, np.ndarray] = {}
-    for name, s in here:
+    for name, s in owners:
         source = sources.get(name, np.arange(len(s.index)))
-        result = np.full((len(source), s.index.shape[1]), -1, dtype=np.int64)
-        kept = np.flatnonzero(source >= 0)
-        result[kept] = new_of_old[s.index[source[kept]]]
-        index[name] = result
-    for i, (_, _, _, name, unit, column) in enumerate(added):
-        index[name][unit, column] = where[len(old) + i]
+        index[name] = new_of_old[s.index[source]]
+        here = index[name][source < 0]
+        index[name][source < 0] = new[: here.size].reshape(here.shape)
+        new = new[here.size :]
     return take, index
+
+
+def _anchors(s: Slice, source: np.ndarray) -> np.ndarray:
+    """For every position of every new unit the old one that it follows: shape (new units, width)."""
+    before = np.maximum.accumulate(source)[source < 0]  # the kept units increase; -1: there is none
+    ends = np.cumsum(s.runs, dtype=np.int64)
+    first = s.index[0, np.append(0, ends[:-1])] - 0.5
+    anchors = np.where(before[:, None] < 0, first, s.index[before][:, ends - 1])
+    return np.repeat(anchors, s.runs, axis=1)
 
 
 def _plan_features(u: InputUnits, full_take: np.ndarray, result: Plan) -> None:
@@ -203,17 +202,17 @@ def apply(
         raise PlasticError(f"init={init!r}: choose one of {', '.join(INITS)}")
     parameters = dict(model.named_parameters())
     check_optimizers(optimizers, {**parameters, **{f"the gates of {n}": p for n, (p, _) in gates.items()}})
-    by_tensor: dict[str, dict[int, np.ndarray]] = {}
+    by_tensor: dict[str, dict[int, _Take]] = {}
     for (tensor, dim), take in plan.takes.items():
-        by_tensor.setdefault(tensor, {})[dim] = take
+        by_tensor.setdefault(tensor, {})[dim] = _Take(take)
     moved: dict[nn.Parameter, nn.Parameter] = {}
-    takes_of: dict[nn.Parameter, dict[int, np.ndarray]] = {}
+    takes_of: dict[nn.Parameter, dict[int, _Take]] = {}
     buffers = dict(model.named_buffers())
     cut_buffers: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for name, takes in by_tensor.items():
             old = parameters[name] if name in parameters else buffers[name]
-            new = rewrite(old, takes)
+            new = _rewrite(old, takes)
             _initialise(model, name, new, takes, plan.consumed, init)
             if isinstance(old, nn.Parameter):
                 moved[old] = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -222,64 +221,108 @@ def apply(
                 cut_buffers.append((old, new))
         for site, (logits, value) in gates.items():
             if site in plan.sources:
-                take = plan.sources[site]
-                new = rewrite(logits, {0: take})
-                new[torch.from_numpy(take < 0).to(new.device)] = value
+                take = _Take(plan.sources[site])
+                new = _rewrite(logits, {0: take})
+                new[take.fresh] = value
                 moved[logits] = nn.Parameter(new, requires_grad=logits.requires_grad)
                 takes_of[logits] = {0: take}
         for old, new in moved.items():
             if old.grad is not None:
-                new.grad = rewrite(old.grad, takes_of[old])
+                new.grad = _rewrite(old.grad, takes_of[old])
         replace_tensors(model, [*cut_buffers, *moved.items()])
         for optimizer in optimizers:
-            rebind(optimizer, moved, lambda old, value, mean: rewrite(value, takes_of[old], mean))
+            rebind(optimizer, moved, lambda old, value, mean: _rewrite(value, takes_of[old], mean))
     shift_widths(model, plan.shifts)
     update_attributes(model, plan.takes, plan.groups)
     return moved
 
 
-def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray], mean: bool = False) -> Tensor:
-    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros or
-    of the mean over the kept ones."""
+def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray]) -> Tensor:
+    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros."""
+    return _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()})
+
+
+class _Take:
+    """How one dimension is rewritten: by slices where that will do, which are faster than indices.
+
+    ``kept`` and ``fresh`` are the new positions. From the old ones ``source`` comes what fills ``target``:
+    the kept positions where these are a slice, else all of them, for the fresh ones to be filled afterwards.
+    """
+
+    def __init__(self, take: np.ndarray) -> None:
+        places = np.flatnonzero(take >= 0)
+        self.length, self.empty, self.grows = len(take), len(places) == 0, len(places) < len(take)
+        self.kept, self.fresh = _where(places), _where(np.flatnonzero(take < 0))
+        self.target = self.kept if isinstance(self.kept, slice) else slice(None)
+        self.source = _where(take[places] if isinstance(self.kept, slice) else np.maximum(take, 0))
+
+
+def _where(positions: np.ndarray) -> slice | Tensor:
+    if (np.diff(positions) == 1).all():
+        first = int(positions[0]) if len(positions) else 0
+        return slice(first, first + len(positions))
+    return torch.from_numpy(positions)
+
+
+def _part(tensor: Tensor, dim: int, where: slice | Tensor) -> Tensor:
+    """What lies at these positions: a view of a slice, else a copy."""
+    return tensor[_at(dim, where)] if isinstance(where, slice) else tensor.index_select(dim, where.to(tensor.device))
+
+
+def _at(dim: int, where: slice | Tensor) -> tuple[slice | Tensor, ...]:
+    return (*[slice(None)] * dim, where)
+
+
+def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> Tensor:
+    """`rewrite`; with ``mean``, new entries are the mean over the kept ones."""
     new = tensor.detach()
-    for dim, take in takes.items():
-        old, index = new, torch.from_numpy(np.maximum(take, 0)).to(new.device)
-        shape = [len(take) if d == dim else n for d, n in enumerate(old.shape)]
-        new = old.index_select(dim, index) if old.shape[dim] else old.new_zeros(shape)
-        fresh = torch.from_numpy(np.flatnonzero(take < 0)).to(new.device)
-        if mean and len(fresh) < len(take):
-            shape[dim] = len(fresh)
-            kept = old.index_select(dim, index[torch.from_numpy(take >= 0).to(new.device)])
-            new.index_copy_(dim, fresh, kept.mean(dim, keepdim=True).expand(shape))
-        elif len(fresh):
-            new.index_fill_(dim, fresh, 0)
-    for memory_format in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
-        rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, tensor.dim())
-        if rank == tensor.dim() and tensor.is_contiguous(memory_format=memory_format):
+    steps = [[item] for item in takes.items()]  # dimension 0 comes first: its rows are contiguous
+    if all(isinstance(t.source, slice) and t.source == slice(0, new.shape[dim]) for dim, t in takes.items()):
+        steps = [list(takes.items())]  # nothing is cut: all dimensions grow at once
+    for step in steps:
+        for dim, take in step:
+            new = _part(new, dim, take.source)
+        if any(take.grows for _, take in step):
+            lengths = {dim: take.length for dim, take in step}
+            kept, new = new, new.new_empty([lengths.get(dim, n) for dim, n in enumerate(new.shape)])
+            _fill(new, kept, step, mean)
+    for memory_format, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if rank == tensor.dim() and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
             return new.clone(memory_format=memory_format)
-    return new.contiguous()
+    shared = new.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return new.clone(memory_format=torch.contiguous_format) if shared else new.contiguous()
+
+
+def _fill(new: Tensor, kept: Tensor, takes: Sequence[tuple[int, _Take]], mean: bool) -> None:
+    """Fill ``new``: with what is kept, then with what is new, one dimension after the other."""
+    if not takes:
+        new.copy_(kept)
+        return
+    *others, (dim, take) = takes
+    _fill(_part(new, dim, take.target), kept, others, mean)
+    if take.grows:
+        average = mean and not take.empty
+        new[_at(dim, take.fresh)] = _part(new, dim, take.kept).mean(dim, keepdim=True) if average else 0
 
 
 def _initialise(
-    model: nn.Module, name: str, new: Tensor, takes: Mapping[int, np.ndarray], consumed: set[tuple[str, int]], init: str
+    model: nn.Module, name: str, new: Tensor, takes: Mapping[int, _Take], consumed: set[tuple[str, int]], init: str
 ) -> None:
     """Give the new entries of a rewritten tensor their values (they are zero)."""
     for dim, take in takes.items():
-        fresh = torch.from_numpy(np.flatnonzero(take < 0)).to(new.device)
-        if len(fresh) == 0 or ((name, dim) in consumed and init == "preserve"):
+        if not take.grows or ((name, dim) in consumed and init == "preserve"):
             continue
         if new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
-            bound = (new.shape[dim] / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
-            if (name, dim) in consumed:
-                bound = (new.shape[0] / max(new.numel(), 1)) ** 0.5
-            added = torch.empty_like(new.index_select(dim, fresh), memory_format=torch.contiguous_format)
+            outputs = new.shape[0 if (name, dim) in consumed else dim]
+            bound = (outputs / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
+            added = torch.empty_like(_part(new, dim, take.fresh), memory_format=torch.contiguous_format)
             (torch.view_as_real(added) if new.is_complex() else added).uniform_(-bound, bound)
-            new.index_copy_(dim, fresh, added)
+            new[_at(dim, take.fresh)] = added
         else:
-            new.index_fill_(dim, fresh, _vector_value(model, name, new, take))
+            new[_at(dim, take.fresh)] = _vector_value(model, name, new, take)
 
 
-def _vector_value(model: nn.Module, name: str, new: Tensor, take: np.ndarray) -> float:
+def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> float:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
@@ -287,7 +330,7 @@ def _vector_value(model: nn.Module, name: str, new: Tensor, take: np.ndarray) ->
         return 0.0
     if leaf == "running_var" or (norm and leaf == "weight"):
         return 1.0
-    kept = new[torch.from_numpy(take >= 0).to(new.device)] if new.dim() == 1 else new
+    kept = _part(new, 0, take.kept) if new.dim() == 1 else new
     return kept.to(torch.complex128 if new.is_complex() else torch.float64).mean().item() if kept.numel() else 0.0
 
 
