@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet import distributed
+from plasticnet.compact import alive
 from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.snapshot import Snapshot
@@ -56,40 +57,39 @@ def grow_by_gradient(
         if n > (left := net.sites[name].features_left):
             raise PlasticError(f"site {name!r}: {n} features were to be re-opened, but only {left} are closed")
     before = {name: site.grace.clone() for name, site in net.sites.items()}
-    had: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     try:
         for site in net.sites.values():
             site.grace.zero_()
         net.grow({name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
-        had = {name: site.grace == 0 for name, site in net.sites.items()}
+        new = {name: site.grace == 1 for name, site in net.sites.items()}
         with _as_it_is(net):
             for step in range(ASCENT if ascend else 0):
-                _ascend(net, {name: ~mask for name, mask in had.items()}, loss, _SHARE / (1 + step))
+                _ascend(net, new, loss, _SHARE / (1 + step))
             benefit = _benefits(net, loss)
         # Beside all the others: so the budget is kept whichever of them stay.
         sites = net.summary().sites
         prices = {s.name: {"macs": s.unit_macs, "parameters": s.unit_parameters}.get(cost, 1.0) for s in sites}
-        keep = _chosen(net, counts, {name: ~mask for name, mask in had.items()}, benefit, budget, prices)
+        keep = _chosen(net, counts, new, benefit, budget, prices)
     except BaseException:
-        keep = {name: mask.cpu().numpy() for name, mask in had.items()}
-        _settle(net, keep, had, before, 0, optimizer)
+        _settle(net, {name: ~mask.cpu().numpy() for name, mask in new.items()}, new, before, 0, optimizer)
         raise
-    _settle(net, keep, had, before, grace, optimizer)
+    _settle(net, keep, new, before, grace, optimizer)
 
 
 def _settle(
     net: PlasticNet,
     keep: Mapping[str, np.ndarray],
-    had: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
     grace: int,
     optimizer: Optimizers,
 ) -> None:
     """Cut the candidates that do not stay, and put the grace of the units that were there back."""
     for name, site in net.sites.items():
-        mask = had.get(name, torch.ones_like(site.grace, dtype=torch.bool))
+        mask = new.get(name, torch.zeros_like(site.grace, dtype=torch.bool))
         site.grace.fill_(grace)
-        site.grace[mask] = before[name]
+        site.grace[~mask] = before[name]
     net.resize({n: np.flatnonzero(mask).tolist() for n, mask in keep.items() if not mask.all()}, optimizer)
 
 
@@ -216,10 +216,12 @@ def _chosen(
 ) -> dict[str, np.ndarray]:
     """Which units stay: those that were there, and of the candidates the best for their price, until these have
     spent the budget."""
-    added = {name: mask.cpu().numpy() for name, mask in new.items()}
-    keep = {name: ~mask for name, mask in added.items()}
-    for name, features in _come_along(net, added).items():
-        keep[name] |= features
+    had = {name: ~mask.cpu().numpy() for name, mask in new.items()}
+    units = {name: site.units for name, site in net.sites.items()}
+    keep = {  # the features of an added channel come and go with it
+        name: had[name] | ~alive(u, units, had) if isinstance(u, InputUnits) else had[name].copy()
+        for name, u in units.items()
+    }
     offers = [
         (benefit[name][i] / max(prices[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
     ]
@@ -230,17 +232,3 @@ def _chosen(
             room[name] -= 1
             left -= prices[name]
     return keep
-
-
-def _come_along(net: PlasticNet, added: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """For every input site, which of its features belong to channels that were added."""
-    found = {}
-    for name, site in net.sites.items():
-        if isinstance(site.units, InputUnits):
-            fresh = np.zeros(site.units.full, dtype=bool)
-            for other, producer in net.sites.items():
-                for s in producer.units.slices:
-                    if s.tensor == name:
-                        fresh[s.index[added[other]].reshape(-1)] = True
-            found[name] = fresh[site.units.features]
-    return found

@@ -199,7 +199,7 @@ def survivors(
             keep[name] = _best(np.where(read, values[name], values[name] - 2.0), keep[name] & read)
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
     for name, u in inputs.items():  # one feature at least needs its producer
-        if not _alive(u, sites, keep).any():
+        if not alive(u, sites, keep).any():
             position = u.features[np.argmax(values[name])]
             for other, producer in sites.items():
                 for s in producer.slices:
@@ -208,20 +208,20 @@ def survivors(
     for name in sites.keys() - inputs.keys():
         keep[name] = _padded(sites[name], values[name], keep[name], np.ones_like(keep[name]), multiple_of)
     for name, u in inputs.items():
-        alive = _alive(u, sites, keep)
-        keep[name] = _best(np.where(alive, values[name], values[name] - 2.0), keep[name] & alive)
-        keep[name] = _padded(u, values[name], keep[name], alive, multiple_of)
+        there = alive(u, sites, keep)
+        keep[name] = _best(np.where(there, values[name], values[name] - 2.0), keep[name] & there)
+        keep[name] = _padded(u, values[name], keep[name], there, multiple_of)
     return {name: np.flatnonzero(mask).tolist() for name, mask in keep.items() if not mask.all()}
 
 
-def _alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarray]) -> np.ndarray:
+def alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarray]) -> np.ndarray:
     """Which features of an input site have a producer that stays."""
-    alive = np.ones(u.full, dtype=bool)
+    there = np.ones(u.full, dtype=bool)
     for name, producer in sites.items():
         for s in producer.slices:
             if s.tensor == u.name:
-                alive[s.index[~keep[name]].reshape(-1)] = False
-    return alive[u.features]
+                there[s.index[~keep[name]].reshape(-1)] = False
+    return there[u.features]
 
 
 def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, multiple_of: int) -> np.ndarray:

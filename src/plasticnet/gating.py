@@ -209,7 +209,7 @@ class Gating:
             watch = None if prefix is None else prefix(tensors.values())
             if watch is not None:
                 gates = [m for m, *_ in (*self._blocks, *self._norms)]
-                gates += [r.owner for r in self.readers if r in hooked or r.select is not None]
+                gates += [r.owner for r in (*hooked, *(r for r in folded if r.select is not None))]
                 stack.enter_context(_before(gates, watch.end))
             stack.enter_context(_hooks(hooked, z))
             stack.enter_context(_hooks(folded, None))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from plasticnet.candidates import grow_by_gradient
+from plasticnet.candidates import Loss, grow_by_gradient
 from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.resize import INITS
@@ -19,8 +18,6 @@ from plasticnet.units import InputUnits
 
 if TYPE_CHECKING:
     from plasticnet.net import Optimizers, PlasticNet
-
-Loss = Callable[[], Tensor]
 
 
 @dataclass
@@ -92,7 +89,6 @@ class Growth:
         counts: dict[str, int] = {}
         if self.stopped:
             return counts
-        self.first = val_loss if math.isnan(self.first) else self.first
         self.first = val_loss if math.isnan(self.first) else self.first
         self.here = min(self.here, val_loss)
         self.waited += 1

@@ -181,7 +181,7 @@ class PlasticNet(nn.Module):
         return distributed.wrap(self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
+        if self.training and self._pass.role == "free":  # `expected_loss` has done so for its passes
             distributed.enter(self)
         if self.training and not math.isinf(self._k):
             return passes.drawn(self, args, kwargs)

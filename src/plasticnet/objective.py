@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from plasticnet import distributed
 from plasticnet.errors import PlasticError
@@ -76,13 +75,8 @@ def _pair(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) -> t
 
 def _aside(net: PlasticNet, closure: Callable[[], Tensor], now: Pass, after: Snapshot) -> Tensor:
     """The losses of a pass without gradients, after which everything is put to the state ``after``."""
-    try:
-        with torch.no_grad():
-            return run(net, closure, now).detach()
-    finally:
-        after.restore()
-        torch.clear_autocast_cache()  # the pass has cached weights cast without gradient,
-        parametrize._cache.clear()  # and parametrized ones, within `parametrize.cached`
+    with side_effect_free(net.model, after):
+        return run(net, closure, now).detach()
 
 
 def _nearly_equal(

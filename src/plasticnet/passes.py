@@ -149,7 +149,7 @@ def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
     if now.role == "probe":
         assert now.probe is not None
         return now.probe(batch_size(args, kwargs))
-    rows = batch_size(args, kwargs) if draws_per_sample(net) else 1
+    rows = batch_size(args, kwargs) if _draws_per_sample(net) else 1
     if now.draw is None:
         now.draw = _draw(net, rows)
     elif len(now.draw.u) != rows:
@@ -186,7 +186,7 @@ def shared(net: PlasticNet) -> Tensor:
     )
 
 
-def draws_per_sample(net: PlasticNet) -> bool:
+def _draws_per_sample(net: PlasticNet) -> bool:
     if net.gates_mode == "batch" or not any(net._gating.per_sample.values()):
         return False
     if net.gates_mode == "sample":
@@ -195,6 +195,7 @@ def draws_per_sample(net: PlasticNet) -> bool:
 
 
 def run(net: PlasticNet, closure: Callable[[], Tensor], now: Pass) -> Tensor:
+    """The losses that the closure gives in this pass. Raises `PlasticError` where they are none."""
     net._pass = now
     try:
         f = closure()

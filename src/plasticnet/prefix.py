@@ -143,8 +143,8 @@ class _Recorder(Watch):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        read = _tensors(args, kwargs) if self.running else []
         if self.running:
-            read = _tensors(args, kwargs)
             if any(id(t) in self.gated for t in read):
                 self.end()
             elif any(not self._follows(t) for t in read):
@@ -156,7 +156,7 @@ class _Recorder(Watch):
                 return result
             known = self.prefix.known
             self.prefix.made.update((id(t), t) for t in tensors_within(result) if id(t) not in known)
-            self.prefix.steps.append((func, [id(t) for t in _tensors(args, kwargs)], result))
+            self.prefix.steps.append((func, [id(t) for t in read], result))
         return result
 
     def _follows(self, t: Tensor) -> bool:

@@ -191,7 +191,7 @@ def apply(
     """Rewrite the model's tensors, the gate logits and the optimizers' state by a plan.
 
     ``gates`` maps a site to its logits and the value for new ones. ``init`` is "preserve" (random
-    incoming and zero outgoing weights: the function stays) or "random" (both random). Returns old
+    incoming and zero outgoing weights: the function stays), "random" or "paper" (both random). Returns old
     parameters with the new ones; both the model and the optimizers hold only the new ones. The gate
     logits are returned, not rebound in the model.
 

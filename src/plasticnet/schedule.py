@@ -21,7 +21,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, listed
 from plasticnet.units import BlockUnits
 
-# A cut takes as long as a tenth of a training step, but what was compiled or wrapped must be built anew.
+# A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
 PAYS = 0.02  # the share of the MACs or of the parameters from which on it is worth it
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Module:
@@ -80,13 +81,14 @@ def _expanded(t: Tensor) -> bool:
 
 
 @contextmanager
-def side_effect_free(model: nn.Module) -> Iterator[None]:
-    """Run without gradients, leaving random numbers and buffers as if nothing had been run."""
-    snapshot = Snapshot(model)
+def side_effect_free(model: nn.Module, after: Snapshot | None = None) -> Iterator[None]:
+    """Run without gradients, leaving random numbers and buffers as if nothing had been run, or in the state
+    ``after``."""
+    after = after or Snapshot(model)
     try:
         with torch.no_grad():
             yield
     finally:
-        snapshot.restore()
-        # Under autocast the pass has cached weights cast without gradient.
-        torch.clear_autocast_cache()
+        after.restore()
+        torch.clear_autocast_cache()  # the pass has cached weights cast without gradient,
+        parametrize._cache.clear()  # and parametrized ones, within `parametrize.cached`
