@@ -123,7 +123,7 @@ def test_gates_are_drawn_per_batch_where_rows_are_not_samples(name: str) -> None
         net.train()
         net.expected_loss(lambda x=x, rest=rest: loss_of(net(x, *rest), n)).backward()  # noqa: B023
         assert net._draw is not None
-        assert len(net._draw.u) == 1
+        assert net._draw.rows == 1
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("Half", torch.float16), ("MixedHalf", torch.bfloat16)])

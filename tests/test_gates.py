@@ -49,7 +49,7 @@ def test_hooks_and_folding_agree(inputs: tuple[str, ...]) -> None:
     net.train()
     hooked = net(x)
     assert net._draw is not None
-    assert len(net._draw.u) == 5
+    assert net._draw.rows == 5
     net.gates_mode = "batch"
     torch.testing.assert_close(net(x), hooked, rtol=1e-4, atol=1e-5)
     assert not any(m._forward_pre_hooks for m in net.model.modules())

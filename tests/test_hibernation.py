@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from plasticnet import PlasticNet, passes
+from plasticnet.estimators import Draw
+from plasticnet.gates import probabilities
 
 STEPS = 12
 
@@ -31,11 +33,12 @@ def test_cutting_equals_masking(network: str, optimizer: str, monkeypatch: pytes
     drawn: list[Tensor] = []
     kept = torch.zeros(0)
 
-    def uniform(net: PlasticNet, rows: int, pi: Tensor) -> Tensor:
+    def draw(net: PlasticNet, rows: int) -> Draw:
         """Each gate of the small network is drawn as in the whole one."""
-        return drawn.pop(0)[:, kept] if net is small else drawn[0]
+        u = drawn.pop(0)[:, kept] if net is small else drawn[0]
+        return Draw(probabilities(net._sites(), net.k).detach(), u[None])
 
-    monkeypatch.setattr(passes, "_uniform", uniform)
+    monkeypatch.setattr(passes, "_draw", draw)
     nets: list[PlasticNet] = []
     optimizers: list[Optimizer] = []
     convolutions = network == "convolutions per batch"
@@ -44,7 +47,8 @@ def test_cutting_equals_masking(network: str, optimizer: str, monkeypatch: pytes
     for _ in range(2):
         torch.manual_seed(0)
         model: Any = ConvNet(dropout=False) if convolutions else mlp(5, 7, 6, 3)
-        net = PlasticNet(model.double(), (x[:2],), inputs=("2",) if network == "input features" else ())
+        inputs = ("2",) if network == "input features" else ()
+        net = PlasticNet(model.double(), (x[:2],), inputs=inputs, estimator="disarm")
         net.k = 2.0
         kind = {"sgd": lambda g: SGD(g, momentum=0.9), "adam": lambda g: Adam(g)}[optimizer]
         groups: Any = net.param_groups(1e-2)

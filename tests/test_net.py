@@ -60,7 +60,7 @@ def test_k_zero_is_dropout(gates: str) -> None:
     loss = net.expected_loss(lambda: net(x).pow(2).sum(1)) + net.penalty(1.0)
     loss.backward()
     assert net._draw is not None
-    u = net._draw.u
+    u = net._draw.u[0]
     mask = (u < 0.5).float()
     by_hand = model[2](F.dropout(model[1](model[0](x)), 0.0) * mask)  # dropout(x, 0.5) * 0.5 has this mask
     torch.testing.assert_close(loss.detach() - 3.5, by_hand.pow(2).sum(1).mean())
@@ -154,7 +154,7 @@ def test_auto_draws_per_batch_where_samples_interact() -> None:
         x = torch.randn(8, 4)
         net.expected_loss(lambda net=net, x=x: net(x).pow(2).sum(1))
         assert net._samples_apart is apart
-        assert len(net._draw.u) == (8 if apart else 1)  # pyright: ignore[reportArgumentType]
+        assert net._draw.rows == (8 if apart else 1)  # pyright: ignore[reportArgumentType]
     norm = PlasticNet(ConvNet(), (images(),))
     norm.k = 3.0
     norm.train()
@@ -171,7 +171,7 @@ def test_per_sample_gates_equal_a_loop_over_samples() -> None:
     x = images(6)
     together = net(x)
     assert net._draw is not None
-    u = net._draw.u
+    u = net._draw.u[0]
     pi = torch.cat([s.probability(2.0) for s in net.sites.values()])
     z = (u < pi).float()
     net.k = math.inf

@@ -44,7 +44,7 @@ def network(*first: nn.Module) -> nn.Sequential:
 
 def nearly_certain(model: nn.Module, *x: Tensor, phi: float) -> PlasticNet:
     """All gates but two are certain; these are open with probability sigmoid(phi)."""
-    net = PlasticNet(model, x)
+    net = PlasticNet(model, x, estimator="disarm")
     net.k = 1.0
     net.train()
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_all_where_the_loss_joins_samples(monkeypatch: pytest.MonkeyPatch) -> No
     gradients(net, closure)
     assert net._samples_apart is False
     assert net._draw is not None
-    assert len(net._draw.u) == 1
+    assert net._draw.rows == 1
 
 
 @dataclass

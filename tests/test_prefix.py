@@ -154,10 +154,10 @@ def test_nothing_changes_by_it(name: str, estimator: str, gates: Any, monkeypatc
     x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
     replayed: list[bool] = []
     results = []
-    for replays in (Prefix.replays, lambda prefix, inputs: False):
+    for replays in (Prefix.replays, lambda prefix, inputs, last: False):
 
-        def ask(prefix: Prefix, inputs: Any, replays: Callable[..., bool] = replays) -> bool:
-            replayed.append(replays(prefix, inputs))
+        def ask(prefix: Prefix, inputs: Any, last: bool = True, replays: Callable[..., bool] = replays) -> bool:
+            replayed.append(replays(prefix, inputs, last))
             return replayed[-1]
 
         monkeypatch.setattr(Prefix, "replays", ask)
@@ -191,7 +191,7 @@ def test_a_result_that_was_dropped_and_is_read_all_the_same(doubled: Any) -> Non
     x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
     for how in ("read", "returned", "lost"):
         results, kept = [], []
-        for replays in (Prefix.replays, lambda *_: False):
+        for replays in (Prefix.replays, lambda *_, **__: False):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Prefix, "replays", replays)
                 torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_a_result_changed_in_place_behind_the_gate_is_not_handed_out() -> None:
         net.train()
         with pytest.MonkeyPatch.context() as patch:
             if mend:
-                patch.setattr(Prefix, "replays", lambda *_: False)
+                patch.setattr(Prefix, "replays", lambda *_, **__: False)
             results.append(step(net, x, y))
     for key, value in results[0].items():
         assert torch.equal(value, results[1][key]), key
@@ -344,7 +344,7 @@ def test_calls_that_differ_and_results_that_change(monkeypatch: pytest.MonkeyPat
 
     for model, closure in ((Features, target), (Features, twice), (Lists, caught)):
         results = []
-        for replays in (Prefix.replays, lambda *_: False):
+        for replays in (Prefix.replays, lambda *_, **__: False):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Prefix, "replays", replays)
                 torch.manual_seed(0)

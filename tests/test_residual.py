@@ -115,7 +115,7 @@ def test_masked_sites_are_drawn_per_batch() -> None:
     net.train()
     net(torch.randn(6, 4))
     assert net._draw is not None
-    u = net._draw.u
+    u = net._draw.u[0]
     assert u.shape == (6, 14)
     assert (u[:, :8] == u[:1, :8]).all()
     assert not (u[:, 8:] == u[:1, 8:]).any(1)[1:].any()

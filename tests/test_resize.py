@@ -69,7 +69,8 @@ def test_prune_and_grow_in_one_call_carries_state(name: str) -> None:
     for n, p in net.named_parameters():
         assert p.grad is not None, n
         assert p.grad.shape == p.shape
-        assert not torch.equal(p, values[n]), f"{n} does not learn"
+        behind_norm = n == "model.conv1.bias"  # its gradient is a rounding error
+        assert behind_norm or not torch.equal(p, values[n]), f"{n} does not learn"
 
 
 def _moments(optimizer: Optimizer, p: Tensor) -> dict[str, Tensor]:

@@ -41,6 +41,8 @@ class Run:
             pn.narrow(self.net, 2)
         self.build()
 
+        self.strength = 0.02 if mode == "prune" and optimizer != "sgd" else 0.1  # some close, and not all
+
     def build(self) -> None:
         rates = (
             (0.1, 0.5 if self.mode == "grow" else 0.3)
@@ -58,7 +60,7 @@ class Run:
             self.net.train()
             loss = self.net.expected_loss(lambda x=x, y=y: F.cross_entropy(self.net(x), y, reduction="none"))
             self.optimizer.zero_grad()
-            (loss + self.net.penalty(0.1)).backward()
+            (loss + self.net.penalty(self.strength)).backward()
             self.optimizer.step()
             total += loss.item()
         val_loss = {"grow": 1 / (1 + self.schedule.epoch) if self.schedule.epoch < 4 else 1.0}.get(self.mode)

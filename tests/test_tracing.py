@@ -239,7 +239,7 @@ def test_rows_that_are_not_samples() -> None:
     x = torch.randn(6, 4, 3)
     net.expected_loss(lambda: net(x).pow(2).sum((1, 2))).backward()
     assert net._draw is not None
-    assert len(net._draw.u) == 1
+    assert net._draw.rows == 1
 
 
 def test_dict_and_tensor_inputs() -> None:

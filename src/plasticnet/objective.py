@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from plasticnet import distributed
 from plasticnet.errors import PlasticError
-from plasticnet.estimators import ESTIMATORS
+from plasticnet.estimators import ESTIMATORS, Draw
 from plasticnet.gates import probabilities
-from plasticnet.passes import Alike, Draw, Pass, run, shared, uses_batch_statistics
+from plasticnet.passes import (
+    Alike,
+    Pass,
+    Step,
+    draws_per_sample,
+    has_running_statistics,
+    run,
+    shared,
+    uses_batch_statistics,
+)
 from plasticnet.prefix import Diverged
 from plasticnet.snapshot import RandomState, Snapshot, side_effect_free
 
@@ -39,38 +49,65 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) 
         f = run(net, closure, Pass("training"))
         return f.mean() if f.dim() else f
     _resolve_auto(net, closure)
-    if ESTIMATORS[net.estimator].partner == "none":
-        now = Pass("training")
-        f1 = f2 = run(net, closure, now)
-        draw = now.draw
-    else:
-        f1, f2, draw = _pair(net, closure, before)
-    assert draw is not None
-    loss = f1.mean() if f1.dim() else f1
-    return loss + surrogate(net, distributed.average(net, estimate(net, draw, f1.detach(), f2.detach())))
+    step = Step()
+    f, gradient = _passes(net, closure, before, step)
+    step.gradient = distributed.average(net, gradient)
+    loss = (f.mean() if f.dim() else f) + surrogate(net, step.gradient)
+    if ESTIMATORS[net.estimator].at != "training":
+        net._gate_gradient = step.gradient
+        return loss
+    scaled = _Scaled.apply(loss, step)
+    assert isinstance(scaled, Tensor)
+    return scaled
 
 
-def _pair(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) -> tuple[Tensor, Tensor, Draw | None]:
-    """The losses of the training pass, those under the partner's gates, and the draw."""
-    partner = Pass("partner", prefix=net._gating.prefix())
+def _passes(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot, step: Step) -> tuple[Tensor, Tensor]:
+    """Run all passes of a step: the losses to train on, and the estimate as far as it is known before the
+    backward pass. The training pass comes last, and is handed what the others computed before the first gate."""
+    estimator = ESTIMATORS[net.estimator]
+    # Where samples meet in the statistics of a batch, losses are compared under the running ones instead.
+    running = draws_per_sample(net) and uses_batch_statistics(net.model) and has_running_statistics(net.model)
+    indices = [i for i in estimator.reads if running or i]
+    step.prefix = net._gating.prefix() if indices else None
+    found: dict[int, Tensor] = {}
+    slopes: Tensor | None = None
     try:
-        f2 = _aside(net, closure, partner, before)
+        for i in indices:
+            now = Pass("partner", step, _gates_of(net, i), running)
+            found[i] = _again(net, before, now, partial(_aside, net, closure, after=before))
+        if running:  # what comes before the first gate differs, too
+            step.prefix = None
+        if estimator.at == "mean":
+            slopes = _slopes_at_mean(net, closure, step, before)
+        training = Pass("training", step, partial(_training_gates, net, step))
+        f = _again(net, before, training, partial(run, net, closure))
     except Alike as alike:
         before.restore()
-        return _nearly_equal(net, closure, before, alike)
-    prefix = partner.prefix
-    assert prefix is not None
+        f, found[1] = _nearly_equal(net, closure, before, step, alike.rows)
+    assert step.draw is not None
+    found.setdefault(0, f.detach())
+    return f, estimate(net, step.draw, [found.get(i, found[0]) for i in range(estimator.partners + 1)], slopes)
+
+
+def _gates_of(net: PlasticNet, i: int) -> Callable[[Draw], Tensor]:
+    gates = ESTIMATORS[net.estimator].gates
+    return lambda draw: gates(draw, i)
+
+
+def _again(net: PlasticNet, before: Snapshot, now: Pass, run: Callable[[Pass], Tensor]) -> Tensor:
+    """Run a pass; if what it was handed does not fit, once more and with nothing."""
+    prefix = now.step.prefix
     try:
-        f1 = run(net, closure, Pass("training", partner.draw, prefix=prefix))
+        return run(now)
     except (Diverged, RuntimeError) as error:
         # A tensor without content that was read outside of the call, or in TorchScript, which makes its own error.
-        empty = prefix.dropped and ("meta" in str(error) or "Diverged" in str(error))
+        empty = prefix is not None and prefix.dropped and ("meta" in str(error) or "Diverged" in str(error))
         if not (isinstance(error, Diverged) or empty):
             raise
-        net._gating.keep_results = True
-        before.restore()
-        f1 = run(net, closure, Pass("training", partner.draw))
-    return f1, f2, partner.draw
+    net._gating.keep_results = True
+    now.step.prefix = None
+    before.restore()
+    return run(Pass(now.role, now.step, now.gates, now.running))
 
 
 def _aside(net: PlasticNet, closure: Callable[[], Tensor], now: Pass, after: Snapshot) -> Tensor:
@@ -80,30 +117,104 @@ def _aside(net: PlasticNet, closure: Callable[[], Tensor], now: Pass, after: Sna
 
 
 def _nearly_equal(
-    net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot, alike: Alike
-) -> tuple[Tensor, Tensor, Draw]:
-    """`_pair`, where only some samples have to be computed again: the training pass comes first."""
-    draw, rows = alike.draw, alike.rows
-    training = Pass("training", draw, outputs=[])
+    net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot, step: Step, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses of the training pass and of the partner's, where only some samples have to be computed again:
+    the training pass comes first."""
+    step.prefix = None
+    training = Pass("training", step, outputs=[])
     f1 = run(net, closure, training)
     if not len(rows):
-        return f1, f1, draw
+        return f1, f1.detach()
+    gates = _gates_of(net, 1)
     after, f2 = Snapshot(net.model), None
-    if after.random == draw.after:  # else each sample's dropout depends on how many there are
+    if after.random == step.after:  # else each sample's dropout depends on how many there are
         before.restore()
         try:
-            f2 = _aside(net, closure, Pass("partner", draw, outputs=training.outputs, rows=rows), after)
+            f2 = _aside(net, closure, Pass("partner", step, gates, outputs=training.outputs, rows=rows), after)
         except (Diverged, Exception):  # it does not run on some of the samples
             f2 = None
     if f2 is None:
         net._rows_apart = False
     if f2 is None or net._rows_apart is None:  # at first, check that this is exact
         before.restore()
-        whole = _aside(net, closure, Pass("partner", draw), after)
+        whole = _aside(net, closure, Pass("partner", step, gates), after)
         if f2 is not None and not torch.equal(whole, f1):  # else nothing moves, and nothing was seen
             net._rows_apart = torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
         f2 = f2 if f2 is not None and net._rows_apart else whole
-    return f1, f2, draw
+    return f1, f2
+
+
+# -- slopes -----------------------------------------------------------------------------------
+
+
+def _slopes_at_mean(net: PlasticNet, closure: Callable[[], Tensor], step: Step, before: Snapshot) -> Tensor:
+    """The gradient of the mean loss with respect to the gates of each row, at z = pi: shape (rows, units)."""
+    leaf: list[Tensor] = []
+
+    def gates(draw: Draw) -> Tensor:
+        leaf[:] = [draw.pi.expand(draw.rows, -1).clone().requires_grad_()]
+        return leaf[0]
+
+    f = _again(net, before, Pass("partner", step, gates), partial(run, net, closure))
+    (slopes,) = torch.autograd.grad(f.mean(), leaf, allow_unused=True)
+    before.restore()
+    return torch.zeros_like(leaf[0]) if slopes is None else slopes
+
+
+def _training_gates(net: PlasticNet, step: Step, draw: Draw) -> Tensor:
+    """The gates of the training pass. In the backward pass the logits get the part of the estimate that depends
+    on the slopes there."""
+    estimator = ESTIMATORS[net.estimator]
+    z = estimator.gates(draw, 0)
+    if estimator.at != "training" or not torch.is_grad_enabled():
+        return z
+
+    def part(slopes: Tensor) -> Tensor:
+        gradient = distributed.average(net, _of_slopes(net, draw, slopes))
+        if step.gradient is not None and step.scale is not None:
+            net._gate_gradient = step.gradient + gradient / step.scale
+        return gradient
+
+    gated = _Slopes.apply(torch.cat([s.phi for s in net._sites()]), z, part)
+    assert isinstance(gated, Tensor)
+    return gated
+
+
+class _Slopes(torch.autograd.Function):
+    """Gates (rows, units) as they are; backward, the logits get a function of the gradient with respect to them."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, z: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.part = part
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.part(grad), None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """The loss as it is; backward, notes by what it is scaled (for half precision, or accumulation)."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, step: Step) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.step = step
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.step.scale = grad
+        return grad, None
+
+
+def _of_slopes(net: PlasticNet, draw: Draw, slopes: Tensor) -> Tensor:
+    """The part of the estimate that depends on the slopes, shape (units,); 0 for gates that are held open."""
+    estimator = ESTIMATORS[net.estimator]
+    assert estimator.slopes is not None
+    if draw.rows > 1 and not all(net._gating.per_sample.values()):  # the first row holds what all have in common
+        slopes = torch.where(shared(net), slopes.mean(0), slopes)
+    return torch.where(_held(net), 0.0, estimator.slopes(draw, net.k, slopes))
 
 
 def _uncertain(net: PlasticNet) -> bool:
@@ -163,24 +274,20 @@ def surrogate(net: PlasticNet, gradient: Tensor) -> Tensor:
     return total - total.detach()
 
 
-def estimate(net: PlasticNet, draw: Draw, f1: Tensor, f2: Tensor) -> Tensor:
-    """The estimate for the logits of all sites, shape (units,); 0 for gates that are held open."""
-    rows = len(draw.u)
-    if rows > 1 and f1.shape != (rows,):
+def estimate(net: PlasticNet, draw: Draw, losses: Sequence[Tensor], slopes: Tensor | None = None) -> Tensor:
+    """The estimate for the logits of all sites, shape (units,), from the losses under the gates of every pass and
+    from the slopes, as far as they are known; 0 for gates that are held open."""
+    if draw.rows > 1 and losses[0].shape != (draw.rows,):
         raise PlasticError(
-            f"gates were drawn for {rows} samples, but the closure returned losses of shape {tuple(f1.shape)}; "
-            'return one loss per sample (reduction="none"), or construct PlasticNet with gates="batch"'
+            f"gates were drawn for {draw.rows} samples, but the closure returned losses of shape "
+            f'{tuple(losses[0].shape)}; return one loss per sample (reduction="none"), or construct PlasticNet with '
+            'gates="batch"'
         )
-    estimator = ESTIMATORS[net.estimator]
-    z1, z2 = draw.gates(estimator, partner=False), draw.gates(estimator, partner=True)
-    f1, f2 = f1.to(z1.dtype), f2.to(z1.dtype)
+    f = torch.stack(list(losses)).to(draw.pi.dtype).reshape(len(losses), -1)
+    f = f if draw.rows > 1 else f.mean(1, keepdim=True)
+    gradient = torch.where(_held(net), 0.0, ESTIMATORS[net.estimator].losses(draw, net.k, f))
+    return gradient if slopes is None else gradient + _of_slopes(net, draw, slopes)
 
-    def over(rows: slice, f1: Tensor, f2: Tensor) -> Tensor:
-        return estimator.gradient(draw.u[rows], z1[rows], z2[rows], draw.pi, net.k, f1, f2)
 
-    if rows == 1 or not all(net._gating.per_sample.values()):
-        together = over(slice(1), f1.mean().reshape(1), f2.mean().reshape(1))
-        gradient = together if rows == 1 else torch.where(shared(net), together, over(slice(None), f1, f2))
-    else:
-        gradient = over(slice(None), f1, f2)
-    return torch.where(torch.cat([s.grace for s in net._sites()]) > 0, 0.0, gradient)
+def _held(net: PlasticNet) -> Tensor:
+    return torch.cat([s.grace for s in net._sites()]) > 0

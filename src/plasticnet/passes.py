@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from plasticnet.errors import PlasticError
-from plasticnet.estimators import ESTIMATORS, Estimator, partner_gates
+from plasticnet.estimators import ESTIMATORS, Draw
 from plasticnet.gates import probabilities
 from plasticnet.prefix import Diverged, Prefix
 from plasticnet.snapshot import RandomState
@@ -23,36 +25,34 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Draw:
-    """The uniform numbers of one step, shape (rows, units), with 1 row when the batch shares its gates;
-    ``v`` is there for an independent partner only. ``pi`` are the probabilities, shape (units,)."""
+class Step:
+    """What the passes of one training step share: the draw of the first, the random numbers after it, and what
+    it recorded before the first gate. Then the part of the estimate that follows from the losses, and, from the
+    backward pass on, by what the loss was scaled."""
 
-    pi: Tensor
-    u: Tensor
-    v: Tensor | None
-    after: RandomState  # the generators when these had been drawn
-
-    def gates(self, estimator: Estimator, partner: bool) -> Tensor:
-        """The gates of one pass, shape (rows, units)."""
-        if partner and estimator.partner != "none":
-            return partner_gates(estimator.partner, self.u, self.v, self.pi)
-        return (self.u < self.pi).to(self.pi.dtype)
+    draw: Draw | None = None
+    after: RandomState | None = None
+    prefix: Prefix | None = None
+    gradient: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass
 class Pass:
     """One run of the closure: what for, the gates it uses, and what the network was called with.
 
-    A "partner" fills ``prefix``, if there is one, in its first call, and "training" is handed what it
-    holds. "training" fills ``outputs``, if there are any, and a "partner" with ``rows`` computes them anew for
-    these samples only.
+    ``gates(draw)`` gives the gates, shape (rows, units); else they are those of the estimator's pass 0. The
+    first "partner" fills the step's prefix, in its first call, and the passes behind it are handed what it
+    holds. "training", which comes last, fills ``outputs``, if there are any, and a "partner" with ``rows``
+    computes them anew for these samples only. With ``running``, norms use their running statistics.
     """
 
     role: Literal["free", "probe", "partner", "training"] = "free"  # "free": outside of expected_loss
-    draw: Draw | None = None
+    step: Step = field(default_factory=Step)
+    gates: Callable[[Draw], Tensor] | None = None
+    running: bool = False
     z: Tensor | None = None
     probe: Callable[[int], Tensor] | None = None
-    prefix: Prefix | None = None
     outputs: list[Any] | None = None
     rows: Tensor | None = None
     calls: int = 0
@@ -71,10 +71,29 @@ def batch_size(args: Any, kwargs: Any) -> int:
 
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Whether samples interact through normalisation by statistics of the batch."""
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-        for m in model.modules()
-    )
+    return any(m.training or m.running_mean is None for m in _batch_norms(model))
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether all norms over the batch could use their running statistics."""
+    return all(m.running_mean is not None for m in _batch_norms(model))
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Within this context norms over the batch use their running statistics."""
+    norms = [m for m in _batch_norms(model) if m.training]
+    for m in norms:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.training = True
 
 
 # -- one call of the network ------------------------------------------------------------------
@@ -90,14 +109,15 @@ def drawn(net: PlasticNet, args: Any, kwargs: Any) -> Any:
     now.note(args, kwargs)
     if now.rows is not None:
         return _some_rows(net, now, z, args, kwargs, (now.outputs or [])[call])
-    prefix = None
-    if now.prefix is not None and call == 0:  # before later calls gates have acted
-        if now.role == "partner":
-            _compare(net, now)
-            now.prefix.inputs = tensors_within((args, kwargs))
-            prefix = now.prefix.recording
-        elif now.prefix.replays((args, kwargs)):
-            prefix = now.prefix.replaying
+    prefix, recorded = None, now.step.prefix
+    if recorded is not None and call == 0:  # before later calls gates have acted
+        if not recorded.inputs:
+            if now.role == "partner":
+                _compare(net, now)
+                recorded.inputs = tensors_within((args, kwargs))
+                prefix = recorded.recording
+        elif recorded.replays((args, kwargs), last=now.role == "training"):
+            prefix = partial(recorded.replaying, last=now.role == "training")
     output = net._run(z, args, kwargs, prefix=prefix)
     if now.role == "training" and now.outputs is not None:
         now.outputs.append(tree_map_only(Tensor, Tensor.detach, output))
@@ -107,28 +127,28 @@ def drawn(net: PlasticNet, args: Any, kwargs: Any) -> Any:
 class Alike(BaseException):  # not an Exception: a closure may catch these
     """The gates of the two passes differ for few samples or none: ``rows`` are their indices."""
 
-    def __init__(self, draw: Draw, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor) -> None:
         super().__init__()
-        self.draw, self.rows = draw, rows
+        self.rows = rows
 
 
 def _compare(net: PlasticNet, now: Pass) -> None:
     """Raise `Alike` if it pays and is exact to compute only the samples whose gates differ: when samples do
     not interact, and nothing is left in buffers. Not asked of a GPU, which would mean waiting for it."""
-    draw, estimator = now.draw, ESTIMATORS[net.estimator]
+    draw, estimator = now.step.draw, ESTIMATORS[net.estimator]
     assert draw is not None
-    if draw.u.is_cuda:
+    if draw.u.is_cuda or estimator.partners != 1 or estimator.slopes is not None or now.running:
         return
-    differ = (draw.gates(estimator, partner=False) != draw.gates(estimator, partner=True)).any(1)
+    differ = (estimator.gates(draw, 0) != estimator.gates(draw, 1)).any(1)
     rows = differ.nonzero().squeeze(1)
     apart = (
-        len(draw.u) > 1
+        draw.rows > 1
         and net._samples_apart
         and net._rows_apart is not False
         and not any(True for _ in net.model.buffers())
     )
-    if not len(rows) or (apart and 2 * len(rows) <= len(draw.u)):
-        raise Alike(draw, rows)
+    if not len(rows) or (apart and 2 * len(rows) <= draw.rows):
+        raise Alike(rows)
 
 
 def _some_rows(net: PlasticNet, now: Pass, z: Tensor, args: Any, kwargs: Any, before: Any) -> Any:
@@ -149,34 +169,30 @@ def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
     if now.role == "probe":
         assert now.probe is not None
         return now.probe(batch_size(args, kwargs))
-    rows = batch_size(args, kwargs) if _draws_per_sample(net) else 1
-    if now.draw is None:
-        now.draw = _draw(net, rows)
-    elif len(now.draw.u) != rows:
+    step, estimator = now.step, ESTIMATORS[net.estimator]
+    rows = batch_size(args, kwargs) if draws_per_sample(net) else 1
+    if step.draw is None:
+        step.draw = _draw(net, rows)
+        step.after = RandomState(net.model)
+    elif step.draw.rows != rows:
         raise PlasticError(
-            f"the closure called the network on batches of {len(now.draw.u)} and of {rows}; gates are drawn once for "
+            f"the closure called the network on batches of {step.draw.rows} and of {rows}; gates are drawn once for "
             'both, so construct PlasticNet with gates="batch"'
         )
     elif now.calls == 0:
-        now.draw.after.restore()
+        assert step.after is not None
+        step.after.restore()
     if now.z is None:
-        z = now.draw.gates(ESTIMATORS[net.estimator], now.role == "partner")
+        z = now.gates(step.draw) if now.gates is not None else estimator.gates(step.draw, 0)
         now.z = torch.cat([z, z.new_ones(len(z), 1)], 1)
     return now.z
 
 
 def _draw(net: PlasticNet, rows: int) -> Draw:
     pi = probabilities(net._sites(), net.k).detach()
-    u = _uniform(net, rows, pi)
-    v = _uniform(net, rows, pi) if ESTIMATORS[net.estimator].partner == "independent" else None
-    return Draw(pi, u, v, RandomState(net.model))
-
-
-def _uniform(net: PlasticNet, rows: int, pi: Tensor) -> Tensor:
-    u = torch.rand(rows, len(pi), device=pi.device, dtype=pi.dtype)
-    if rows > 1 and not all(net._gating.per_sample.values()):  # sites whose rows are not samples share one draw
-        u = torch.where(shared(net), u[:1], u)
-    return u
+    sizes = torch.cat([torch.full_like(s.phi.detach(), len(s)) for s in net._sites()])
+    mixed = rows > 1 and not all(net._gating.per_sample.values())
+    return ESTIMATORS[net.estimator].draw(pi, sizes, rows, shared(net) if mixed else None)
 
 
 def shared(net: PlasticNet) -> Tensor:
@@ -186,7 +202,8 @@ def shared(net: PlasticNet) -> Tensor:
     )
 
 
-def _draws_per_sample(net: PlasticNet) -> bool:
+def draws_per_sample(net: PlasticNet) -> bool:
+    """Whether every sample gets gates of its own."""
     if net.gates_mode == "batch" or not any(net._gating.per_sample.values()):
         return False
     if net.gates_mode == "sample":
@@ -198,7 +215,8 @@ def run(net: PlasticNet, closure: Callable[[], Tensor], now: Pass) -> Tensor:
     """The losses that the closure gives in this pass. Raises `PlasticError` where they are none."""
     net._pass = now
     try:
-        f = closure()
+        with running_statistics(net.model) if now.running else nullcontext():
+            f = closure()
     finally:
         net._pass = Pass()
     if now.calls == 0:

@@ -51,21 +51,21 @@ class Prefix:
         self.made.update((id(t), t) for t in self.inputs)
         return _Recorder(self, gated)
 
-    def replays(self, inputs: Any) -> bool:
+    def replays(self, inputs: Any, last: bool = True) -> bool:
         """Whether a pass with these inputs can be handed the recorded results: something was recorded, the
-        inputs are the same tensors, nothing was changed in place since, and gradients are wanted. If not,
-        the results are forgotten."""
+        inputs are the same tensors, nothing was changed in place since, and gradients are wanted if it is the
+        last pass. If not, the results are forgotten."""
         same = [id(t) for t in tensors_within(inputs)] == [id(t) for t in self.inputs]
         unchanged = all(_version(t) == self.versions.get(i) for i, t in self.made.items())
-        if bool(self.steps) and same and unchanged and torch.is_grad_enabled():
+        if bool(self.steps) and same and unchanged and (torch.is_grad_enabled() or not last):
             return True
         self.forget()
         return False
 
-    def replaying(self, gated: Iterable[Tensor]) -> _Player:
-        """A context that hands the recorded results to what runs in it. Raises `Diverged` when it calls
-        something else."""
-        return _Player(self, gated)
+    def replaying(self, gated: Iterable[Tensor], last: bool = True) -> _Player:
+        """A context that hands the recorded results to what runs in it, and in the ``last`` pass lets go of them.
+        Raises `Diverged` when something else is called."""
+        return _Player(self, gated, last)
 
     def forget(self) -> None:
         """Let go of the results."""
@@ -172,9 +172,9 @@ class _Recorder(Watch):
 
 
 class _Player(Watch):
-    def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
+    def __init__(self, prefix: Prefix, gated: Iterable[Tensor], last: bool) -> None:
         super().__init__(prefix, gated)
-        self.at = 0
+        self.at, self.last = 0, last
 
     def _check(self, read: Iterable[Tensor]) -> None:
         if self.prefix.dropped and any(t.is_meta for t in read):
@@ -193,7 +193,8 @@ class _Player(Watch):
                 raise Diverged
             assert self.prefix.state is not None
             self.prefix.state.restore()
-            self.prefix.forget()
+            if self.last:
+                self.prefix.forget()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
