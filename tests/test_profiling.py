@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import plasticnet as pn
-from plasticnet import PlasticError, PlasticNet, profile, profiling
+from plasticnet import PlasticError, PlasticNet, profile, profiling, timing
 from plasticnet.models import LeNet5
 
 FLOAT = 4  # bytes
@@ -199,7 +199,7 @@ class Busy(nn.Module):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     now = [0]
-    monkeypatch.setattr(profiling, "_stamp", lambda device: now[0])
+    monkeypatch.setattr(timing, "_stamp", lambda device: now[0])
     monkeypatch.setattr(profiling, "trace", lambda *_: pn.trace(nn.Linear(1, 1), torch.ones(1, 1)))
     return now
 

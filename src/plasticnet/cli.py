@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +18,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from plasticnet import __version__, exporting, io, models, profiling, report, train
+from plasticnet import __version__, exporting, io, models, oneshot, profiling, report, train
 from plasticnet.data import load_data
 from plasticnet.errors import PlasticError
+from plasticnet.estimators import ESTIMATORS
 from plasticnet.net import PlasticNet
 
 app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
@@ -43,7 +45,9 @@ def train_command(
     penalty: Annotated[float, typer.Option(help="strength of the pressure on the cost")] = 0.05,
     cost: Annotated[str, typer.Option(help="units, parameters or macs")] = "parameters",
     scale: Annotated[str, typer.Option(help="linear, or log: pressure relative to what is left")] = "log",
-    estimator: Annotated[str, typer.Option(help="arm, disarm, ar or loorf")] = "disarm",
+    estimator: Annotated[
+        str, typer.Option(help="how the gradient of the gates is estimated: " + ", ".join(ESTIMATORS))
+    ] = "bitflip-cv",
     gates: Annotated[str, typer.Option(help="draw per sample, per batch, or auto")] = "auto",
     inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
     start: Annotated[int, typer.Option(help="units per site that growing starts from")] = 3,
@@ -178,22 +182,39 @@ def inspect(
     meta: Annotated[bool, typer.Option(help="without memory or arithmetic, for large models: unchecked")] = False,
     show_all: Annotated[bool, typer.Option("--all", help="name everything that is frozen")] = False,
     measure: Annotated[bool, typer.Option("--profile", help="run it, and measure memory and time")] = False,
+    sensitivity: Annotated[bool, typer.Option(help="how much each site can lose, on the validation data")] = False,
+    data: Annotated[str | None, typer.Option(help="digits, moons or mnist: what the model reads")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="where MNIST lies")] = None,
+    weights: Annotated[Path | None, typer.Option(help="a compact.safetensors of this model; else random")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
-    if measure and meta:
-        raise PlasticError("--profile runs the network, and with --meta nothing is computed: leave out one of them")
-    shape = _shape(input) if input is not None else None
-    module = models.build(models.factory(model, (shape or models.IMAGE)[1:], 10, full=full), meta)
+    if meta and (measure or sensitivity or weights):
+        what = "--profile" if measure else "--sensitivity" if sensitivity else "--weights"
+        raise PlasticError(f"{what} runs the network, and with --meta nothing is computed: leave out one of them")
+    if sensitivity and data is None:
+        raise PlasticError("--sensitivity needs the data that the model reads: --data digits, moons or mnist")
+    splits = None if data is None else load_data(data, data_dir)
+    shape = None if splits is None else (2, *splits.shape)
+    shape = shape if input is None else _shape(input)
+    make = models.factory(model, (shape or models.IMAGE)[1:], 10 if splits is None else splits.classes, full=full)
+    module = models.build(make, meta) if weights is None else io.load(weights, make)
     examples = models.example_inputs(model, module, shape)
     net = PlasticNet(
         module, examples, inputs=tuple(inputs or ()), residual=residual, blocks=tuple(blocks or ())
     )  # fmt: skip
     summary = net.summary()
     profile = profiling.profile(net, examples) if measure else None
+    losses = None
+    if sensitivity and splits is not None:
+        losses = oneshot.sensitivity(net, lambda n: train.evaluate(n, splits.val)[0])
     if json_output:
         found = {**summary.as_dict(), "checked": net.checked}
-        typer.echo(json.dumps(found if profile is None else {**found, "profile": profile.as_dict()}, indent=2))
+        if profile is not None:
+            found["profile"] = profile.as_dict()
+        if losses is not None:
+            found["sensitivity"] = {**losses.as_dict(), "weights": str(weights) if weights else "random"}
+        typer.echo(json.dumps(found, indent=2))
         return
     table = Table(box=SIMPLE)
     table.add_column("site", overflow="fold")
@@ -209,18 +230,23 @@ def inspect(
     for line in [*lines, *(f"frozen {reason}" for reason in summary.reasons(every=show_all))]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if profile is not None:
-        _print_profile(profile)
+        _print_table(profiling.COLUMNS, profile.cells(), profile.total())
+    if losses is not None:
+        whose = "random weights (--weights names a file)" if weights is None else str(weights)
+        line = f"validation loss by the share of a site that is closed; {losses.loss:.4g} with all open; {whose}"
+        _print_table(losses.columns(), losses.rows(), line)
 
 
-def _print_profile(profile: profiling.Profile) -> None:
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], line: str) -> None:
+    """A table of names and numbers, and a line below it."""
     table = Table(box=SIMPLE)
-    table.add_column(profiling.COLUMNS[0], overflow="fold")
-    for column in profiling.COLUMNS[1:]:
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
-    for row in profile.cells():
+    for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(profile.total(), markup=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,17 +1,18 @@
-"""What a network costs: units, parameters, multiply-adds, exactly or as an expectation over gates.
+"""What a network costs: units, parameters, multiply-adds, milliseconds; exactly or as an expectation over gates.
 
 A tensor costs the product of its dimensions; the expected length of a dimension is a sum over the
 sites that own parts of it, so everything follows from one number per site, the expected number of
-open units. Gates are independent; where two dimensions share a site, the variance is added. All
-tensors are computed at once: a step of training asks for this, and there may be hundreds of them.
+open units. Gates are independent; where two dimensions share a site, the variance is added. A measured
+latency is a sum of such products, too. All tensors are computed at once: a step of training asks for
+this, and there may be hundreds of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Units
 
-COSTS = ("units", "parameters", "macs")
+if TYPE_CHECKING:
+    from plasticnet.latency import Latency
+
+COSTS = ("units", "parameters", "macs", "latency")
 SCALES = ("linear", "log")
 
 
@@ -33,7 +37,9 @@ def check_names(cost: str, scale: str) -> None:
 class CostModel:
     """Expected cost of a network as a function of the gate probabilities of its sites."""
 
-    def __init__(self, sites: Mapping[str, Units], model: nn.Module, uses: Mapping[str, float]) -> None:
+    def __init__(
+        self, sites: Mapping[str, Units], model: nn.Module, uses: Mapping[str, float], latency: Latency | None = None
+    ) -> None:
         meta = next(model.parameters()).is_meta  # there is nothing to compute, but to count
         self._device = torch.device("cpu") if meta else next(model.parameters()).device
         self._sizes = [u.size for u in sites.values()]
@@ -45,32 +51,31 @@ class CostModel:
             for s in u.slices:
                 owners.setdefault((s.tensor, s.dim), {})[name] = s.index.shape[1]
         blocks = [(n, u) for n, u in sites.items() if isinstance(u, BlockUnits)]
+        block_of = {
+            t: self._starts[n] + i
+            for t, _ in model.named_parameters()
+            for n, u in blocks
+            if (i := u.inside(t)) is not None
+        }
         lengths = _Lengths(self, sites)
-        rank = max((p.dim() for p in model.parameters()), default=1)
-        terms: dict[str, list[Any]] = {"dims": [], "block": [], "parameters": [], "macs": []}
-        shared: list[tuple[int, int, float]] = []  # a term, a site that owns parts of two dimensions, their widths
+        tensors, timed = _Terms(self), _Terms(self)
+        place: dict[tuple[str, int], _Dim] = {}
         for tensor, p in model.named_parameters():
-            block = next((self._starts[n] + i for n, u in blocks if (i := u.inside(tensor)) is not None), self._one)
-            owned = [(d, owners[tensor, d]) for d in range(p.dim()) if (tensor, d) in owners]
-            dims = [lengths.add(p.shape[d], widths) for d, widths in owned]
-            fixed = prod(n for d, n in enumerate(p.shape) if (tensor, d) not in owners)
-            if len(owned) == 2:
-                for name in owned[0][1].keys() & owned[1][1].keys():
-                    shared.append((len(terms["dims"]), self._place[name], owned[0][1][name] * owned[1][1][name]))
-            terms["dims"].append(dims + [0] * (rank - len(dims)))
-            terms["block"].append(block)
-            terms["parameters"].append(float(fixed))
-            terms["macs"].append(fixed * uses.get(tensor, 0.0))
-        tensor = partial(torch.tensor, device=self._device)
+            owned = [d for d in range(p.dim()) if (tensor, d) in owners]
+            for d in owned:
+                place[tensor, d] = lengths.add(p.shape[d], owners[tensor, d]), owners[tensor, d]
+            fixed = prod(n for d, n in enumerate(p.shape) if d not in owned)
+            counts = {"parameters": float(fixed), "macs": fixed * uses.get(tensor, 0.0)}
+            tensors.add([place[tensor, d] for d in owned], block_of.get(tensor), counts)
+        for t in () if latency is None else latency.terms:
+            timed.add([place[t.tensor, d] for d in t.dims], block_of.get(t.tensor), {"latency": t.rate})
+        self._site_of = torch.tensor([i for i, n in enumerate(self._sizes) for _ in range(n)], device=self._device)
         self._lengths = lengths
-        self._site_of = tensor([i for i, n in enumerate(self._sizes) for _ in range(n)])
-        used = [d for d in range(rank) if any(t[d] for t in terms["dims"])]
-        self._dims = [tensor([t[d] for t in terms["dims"]]) for d in used]
-        self._block = tensor(terms["block"]) if blocks else None
-        self._factors = {c: tensor(terms[c], dtype=torch.float64) for c in ("parameters", "macs")}
-        self._shared = tuple(tensor(list(column)) for column in zip(*shared, strict=True))
-        lengths.freeze(self._device)
+        self._terms = {"parameters": tensors, "macs": tensors, **({} if latency is None else {"latency": timed})}
+        for part in (lengths, tensors, timed):
+            part.freeze(self._device)
         self._full: dict[str, Tensor] = {}
+        self._strengths: tuple[Sequence[float], Tensor | None] = ([], None)
 
     def full(self, cost: str) -> Tensor:
         """The cost of the network with all units, a scalar."""
@@ -79,22 +84,77 @@ class CostModel:
         return self._full[cost]
 
     def expected(self, pi: Tensor, cost: str) -> Tensor:
-        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,)."""
+        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,).
+
+        Raises `PlasticError` for the latency where it has not been measured.
+        """
         if cost == "units":
             return pi.sum()
+        if cost not in self._terms:
+            raise PlasticError(
+                'cost="latency" is not known yet: call net.measure_latency(example_inputs) first, on the device and '
+                "with the batch that count"
+            )
         sums = pi.new_zeros(len(self._sizes)).index_add(0, self._site_of, pi)
         gates = torch.cat([pi, pi.new_ones(1)])
-        lengths = self._lengths(sums, gates)
-        product = torch.ones_like(self._factors[cost], dtype=pi.dtype)
+        return self._terms[cost].total(cost, pi, self._lengths(sums, gates), gates)
+
+    def weighed(self, pi: Tensor, strengths: Sequence[float]) -> Tensor:
+        """``pi``, shape (units,), whose gradient is scaled by one number for each site; the values stay."""
+        if self._strengths[0] != strengths:
+            each = pi.new_tensor(strengths).index_select(0, self._site_of)
+            self._strengths = strengths, None if all(s == 1 for s in strengths) else each
+        each = self._strengths[1]
+        return pi if each is None else torch.lerp(pi.detach(), pi, each)
+
+
+_Dim = tuple[int, Mapping[str, int]]  # its place among the lengths, and the width of a unit of each site
+
+
+class _Terms:
+    """Sums of products of lengths, each times the gate of the block it lies in. Several costs may share the
+    products and have factors of their own."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self.dims: list[list[int]] = []
+        self.block: list[int] = []
+        self.shared: list[tuple[int, int, float]] = []  # a term, a site that owns parts of two dims, their widths
+        self.factors: dict[str, list[float]] = {}
+
+    def add(self, dims: Sequence[_Dim], block: int | None, factors: Mapping[str, float]) -> None:
+        """Another product, of these dimensions; ``factors`` are what it counts for each cost."""
+        if len(dims) == 2:
+            (_, first), (_, second) = dims
+            for name in first.keys() & second.keys():
+                self.shared.append((len(self.dims), self.cost._place[name], first[name] * second[name]))
+        self.dims.append([place for place, _ in dims])
+        self.block.append(self.cost._one if block is None else block)
+        for name, factor in factors.items():
+            self.factors.setdefault(name, []).append(factor)
+
+    def freeze(self, device: torch.device) -> None:
+        """To be called when all terms were added."""
+        tensor = partial(torch.tensor, device=device)
+        rank = max(map(len, self.dims), default=0)
+        self._dims = [tensor([dims[d] if d < len(dims) else 0 for dims in self.dims]) for d in range(rank)]
+        self._block = tensor(self.block) if any(b != self.cost._one for b in self.block) else None
+        self._shared = tuple(tensor(list(column)) for column in zip(*self.shared, strict=True))
+        self._factors = {name: tensor(values, dtype=torch.float64) for name, values in self.factors.items()}
+
+    def total(self, cost: str, pi: Tensor, lengths: Tensor, gates: Tensor) -> Tensor:
+        """The expectation of the sum, a scalar."""
+        factors = self._factors[cost].to(pi.dtype)
+        product = torch.ones_like(factors)
         for dims in self._dims:
             product = product * lengths.index_select(0, dims)
         if self._shared:
             term, site, widths = self._shared
-            variances = pi.new_zeros(len(self._sizes)).index_add(0, self._site_of, pi * (1 - pi))
+            variances = pi.new_zeros(len(self.cost._sizes)).index_add(0, self.cost._site_of, pi * (1 - pi))
             product = product.index_add(0, term, widths * variances.index_select(0, site))
         if self._block is not None:
             product = product * gates.index_select(0, self._block)
-        return self._factors[cost].to(pi.dtype) @ product
+        return factors @ product
 
 
 class _Lengths:

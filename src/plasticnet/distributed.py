@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from plasticnet.units import InputUnits
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
+
+T = TypeVar("T")
 
 
 def wrap(net: PlasticNet) -> list[str]:
@@ -46,7 +48,8 @@ def outgrow(net: PlasticNet) -> None:
 
 def enter(net: PlasticNet) -> None:
     """To be called before every run of the model in training mode: makes its buffers those of rank 0, and
-    the gates when it has just been wrapped, as DDP does with what it does not ignore.
+    the gates (and what decides with them, a measured latency) when it has just been wrapped, as DDP does with
+    what it does not ignore.
 
     Raises `PlasticError` when the network changed its size since it was wrapped, and when it is not the
     same on all ranks.
@@ -65,7 +68,10 @@ def enter(net: PlasticNet) -> None:
         _broadcast([b for name, b in net.model.named_buffers() if name not in ignored])
         if net._wrapper == "new":
             _broadcast([site.phi for site in net._sites()])
-            _compare_features(net)
+            if (latency := first(net, net._latency)) != net._latency:
+                net._latency = latency
+                net._refresh()
+            _compare_features(net)  # last: it may raise on one rank only
     if net._wrapper == "new":
         net._wrapper = "current"
 
@@ -109,6 +115,15 @@ def mean(net: PlasticNet, value: float) -> float:
     if _ranks(net) == 1:
         return value
     return float(average(net, torch.tensor(value, dtype=torch.float64, device=net._sites()[0].phi.device)))
+
+
+def first(net: PlasticNet, value: T) -> T:
+    """What rank 0 has for ``value``; the value itself where the network is not wrapped."""
+    if _ranks(net) == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 @contextmanager

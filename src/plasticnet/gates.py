@@ -48,6 +48,7 @@ class Site(nn.Module):
         super().__init__()
         self.units = units
         self.minimum, self.maximum = 1, math.inf  # units that pruning leaves, and to which growth adds
+        self.strength = 1.0  # what the pressure on these gates is multiplied by
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
         self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))

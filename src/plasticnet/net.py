@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plasticnet import distributed, objective, passes, resize, state
+from plasticnet import distributed, objective, passes, pressure, resize, state
 from plasticnet.candidates import grow_by_gradient
 from plasticnet.check import self_check
 from plasticnet.compact import check_multiple, cut, lengths, survivors
-from plasticnet.cost import CostModel, check_names
+from plasticnet.cost import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key, mean_gates, probabilities
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key, mean_gates
 from plasticnet.gating import Gating
+from plasticnet.latency import Latency, measure
 from plasticnet.optimizers import listed
 from plasticnet.snapshot import duplicate
 from plasticnet.summary import Summary, summarise
@@ -52,7 +53,7 @@ class PlasticNet(nn.Module):
         model: nn.Module,
         example_inputs: Any,
         *,
-        estimator: str = "disarm",
+        estimator: str = "bitflip-cv",
         gates: Literal["auto", "sample", "batch"] = "auto",
         inputs: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -95,12 +96,14 @@ class PlasticNet(nn.Module):
         like = next(p for p in parameters if p.is_floating_point())
         self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in traced.sites.items()})
         self._uses = traced.uses
+        self._latency: Latency | None = None
         self._k = math.inf
         self._samples_apart: bool | None = None  # for "auto": whether per-sample draws are possible
         self._wrapper: Literal["none", "new", "current", "stale", "growing"] = "none"  # of DistributedDataParallel
         self._pass = passes.Pass()
         self._rows_apart: bool | None = None  # whether the network can be run on some of the samples
         self._mean: tuple[Any, Tensor, bool] | None = None
+        self._gate_gradient: Tensor | None = None  # of the last step: a budget measures its pressure by its size
         self._refresh()
 
     def __getattr__(self, name: str) -> Any:
@@ -225,24 +228,24 @@ class PlasticNet(nn.Module):
         return objective.expected_loss(self, closure)
 
     def penalty(
-        self,
-        strength: float,
-        cost: Literal["units", "parameters", "macs"] = "units",
-        scale: Literal["linear", "log"] = "linear",
+        self, strength: float, cost: str | Mapping[str, float] = "units", scale: Literal["linear", "log"] = "linear"
     ) -> Tensor:
         """``strength`` times the expected cost (or its logarithm), a scalar differentiable in the gates.
 
-        The cost is the expected number of open units, of parameters, or of multiply-adds for one
-        sample. The logarithm keeps the pressure relative to what is left (NPN, section 3, is linear).
+        ``cost`` is "units", "parameters", "macs" (for one sample), "latency" (milliseconds: `measure_latency`), or
+        a mapping of these to weights: a weighted sum, of the logarithms with scale "log". Logarithms keep the
+        pressure relative to what is left (NPN, section 3, is linear).
         """
-        check_names(cost, scale)
-        if not isinstance(strength, Real) or not 0 <= float(strength) < math.inf:
-            raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
-        if math.isinf(self._k) and self._mean_gates()[1]:
-            expected = self._cost.full(cost)
-        else:
-            expected = self._cost.expected(probabilities(self._sites(), self._k), cost)
-        return strength * (expected if scale == "linear" else expected.log())
+        return pressure.penalty(self, strength, cost, scale)
+
+    def measure_latency(self, example_inputs: Any, *, networks: int = 24, repeats: int = 9) -> Latency:
+        """Make "latency" a cost: milliseconds of a forward pass on the example inputs, as fitted to ``networks`` that
+        are cut at random and run ``repeats`` times on the device at hand. It stays when sizes or the device
+        change; a state dict does not hold it. Raises `PlasticError` as `profile` does.
+        """
+        self._latency = distributed.first(self, measure(self, example_inputs, networks, repeats))
+        self._refresh()
+        return self._latency
 
     # -- changing size ------------------------------------------------------------------------
 
@@ -286,19 +289,14 @@ class PlasticNet(nn.Module):
                 site.features = torch.from_numpy(site.units.features).to(site.phi.device)
         self._refresh()
 
-    def limit(self, pattern: str, *, minimum: int = 1, maximum: float = math.inf) -> None:
-        """Bound the sites whose name matches ``pattern``: pruning leaves them ``minimum`` units, and growth
-        stops at ``maximum``. `resize` and `grow` do as they are told.
+    def limit(self, pattern: str, *, minimum: int = 1, maximum: float = math.inf, strength: float = 1.0) -> None:
+        """Bound the sites whose name matches ``pattern``, anew: pruning leaves them ``minimum`` units (0: they may
+        die, as a residual branch may; one unit stays, read with weights of zero), growth stops at ``maximum``,
+        and the pressure on their gates is multiplied by ``strength``. `resize` and `grow` do as they are told.
 
         Raises `PlasticError` when no site matches, or the bounds contradict each other.
         """
-        matching = [s for n, s in self.sites.items() if fnmatchcase(n, pattern)]
-        if not matching:
-            raise PlasticError(f"limit: {pattern!r} matches none of the sites: {', '.join(self.sites)}")
-        if type(minimum) is not int or not 1 <= minimum <= maximum:
-            raise PlasticError(f"limit: minimum={minimum}, maximum={maximum}; needed is 1 <= minimum <= maximum")
-        for site in matching:
-            site.minimum, site.maximum = minimum, maximum
+        pressure.limit(self, pattern, minimum, maximum, strength)
 
     def grow(
         self,
@@ -373,7 +371,7 @@ class PlasticNet(nn.Module):
         """Work out anew what depends on the sites' sizes."""
         units = {s.name: s.units for s in self._sites()}
         self._gating = Gating(units, self.model)
-        self._cost = CostModel(units, self.model, self._uses)
+        self._cost = CostModel(units, self.model, self._uses, self._latency)
         self._mean = None
 
     # -- saving -------------------------------------------------------------------------------

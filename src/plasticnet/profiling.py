@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,11 +19,10 @@ from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.passes import batch_size
 from plasticnet.snapshot import duplicate, side_effect_free
+from plasticnet.timing import TIME, Inputs, call, called_rows, device_of, one_thread, times_of, watching
 from plasticnet.tracing import _blaming, call_arguments, copy_inputs, trace
 from plasticnet.trees import tensors_within
-from plasticnet.units import BlockUnits, owner
-
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+from plasticnet.units import BlockUnits
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,6 @@ class Profile:
         return "\n".join([*lines, self.total()])
 
 
-TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}
 COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
 
 
@@ -138,20 +132,20 @@ def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, trainin
     if type(repeats) is not int or repeats < 1:
         raise PlasticError(f"repeats={repeats!r}: a whole number, 1 or more")
     args, kwargs = call_arguments(example_inputs)
-    device = _device(module, (args, kwargs))
+    device = device_of(module, (args, kwargs))
     uses = module._uses if isinstance(module, PlasticNet) else trace(module, example_inputs).uses
     twin = duplicate(module).eval()
     model = twin.model if isinstance(twin, PlasticNet) else twin
     inputs = args, kwargs
     with side_effect_free(twin), one_thread():
         with _blaming(model, args, kwargs):
-            watched, row_of = _rows(twin, model, copy_inputs(inputs))
+            watched, row_of = called_rows(twin, model, copy_inputs(inputs))
         given = copy_inputs(inputs)
         # With hooks a TransformerEncoder takes its plain path, as it does under gates and when it is compact.
-        with _watching(watched, (memory := _Memory()).start), memory:
-            _run(twin, given)
-        total = _times(partial(_run, twin), inputs, {}, repeats, device)[None]
-        times = _times(partial(_run, twin), inputs, watched, repeats, device)
+        with watching(watched, (memory := _Memory()).start), memory:
+            call(twin, given)
+        total = times_of(partial(call, twin), inputs, {}, repeats, device)[None]
+        times = times_of(partial(call, twin), inputs, watched, repeats, device)
         kept, trained = _training(twin.train(), inputs, repeats, device) if training else (None, None)
     parameters, macs = _sizes(twin, model, uses, row_of)
     sites = _sites(twin, row_of)
@@ -165,58 +159,7 @@ def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, trainin
     )  # fmt: skip
 
 
-def _device(module: nn.Module, inputs: Any) -> str:
-    tensors = [*module.parameters(), *module.buffers(), *tensors_within(inputs)]
-    devices = {t.device.type for t in tensors}
-    if "meta" in devices:
-        raise PlasticError(
-            f"{type(module).__name__} cannot be profiled on the meta device, where nothing is computed; "
-            "build it, and its inputs, on the CPU or on CUDA"
-        )
-    if unknown := devices - {"cpu", "cuda"}:
-        raise PlasticError(
-            f"time is measured on the CPU and on CUDA, not on {', '.join(sorted(unknown))}; move it there"
-        )
-    return "cuda" if "cuda" in devices else "cpu"
-
-
-def _run(module: nn.Module, inputs: _Inputs) -> Any:
-    args, kwargs = inputs
-    return module(*args, **kwargs)
-
-
 # -- rows -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _watching(modules: Mapping[str, nn.Module], on_start: Callable[[str], Any]) -> Iterator[None]:
-    """Within this context ``on_start`` is called with the name of each of these modules that starts."""
-
-    def hook(name: str, *_: Any) -> None:
-        on_start(name)
-
-    handles = [m.register_forward_pre_hook(partial(hook, name)) for name, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rows(twin: nn.Module, model: nn.Module, inputs: _Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules that get a row, in the order in which they are first called, and the row of each parameter:
-    that of the innermost module around it that is called."""
-    modules = dict(model.named_modules())
-    called: dict[str, None] = {"": None}
-    with _watching(modules, called.setdefault):
-        _run(twin, inputs)
-    row_of: dict[str, str] = {}
-    for tensor, _ in model.named_parameters():
-        name = owner(tensor)
-        while name not in called:
-            name = name.rpartition(".")[0]
-        row_of[tensor] = name
-    return {name: modules[name] for name in called if name in row_of.values()}, row_of
 
 
 def _sizes(
@@ -246,56 +189,6 @@ def _sites(twin: nn.Module, row_of: Mapping[str, str]) -> dict[str, dict[str, No
             if not s.consumed and s.tensor in row_of:
                 tags[row_of[s.tensor]][site.name] = None
     return tags
-
-
-# -- time -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within this context PyTorch computes on one thread: several wait for each other by spinning, and CPU time
-    would count that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _stamp(device: str) -> Any:
-    if device == "cpu":
-        return time.thread_time_ns()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start: Any, end: Any) -> float:
-    """Milliseconds."""
-    return (end - start) / 1e6 if isinstance(start, int) else start.elapsed_time(end)
-
-
-def _times(
-    run: Callable[[_Inputs], Any], inputs: _Inputs, watched: Mapping[str, nn.Module], repeats: int, device: str
-) -> dict[str | None, float]:
-    """Median milliseconds from the start of each module until the next one starts (None: until the first one)."""
-    marks: list[tuple[str | None, Any]] = []
-    laps: dict[str | None, list[float]] = defaultdict(list)
-    with _watching(watched, lambda name: marks.append((name, _stamp(device)))):
-        for _ in range(repeats):
-            given = copy_inputs(inputs)
-            marks[:] = [(None, _stamp(device))]
-            run(given)
-            marks.append((None, _stamp(device)))
-            if device == "cuda":
-                torch.cuda.synchronize()
-            lap: dict[str | None, float] = defaultdict(float)
-            for (name, start), (_, end) in pairwise(marks):
-                lap[name] += _between(start, end)
-            for name, milliseconds in lap.items():
-                laps[name].append(milliseconds)
-    return {name: median(values) for name, values in laps.items()}
 
 
 # -- memory -----------------------------------------------------------------------------------
@@ -353,12 +246,12 @@ def _storages(leaves: Any) -> list[torch.UntypedStorage]:
 # -- training ---------------------------------------------------------------------------------
 
 
-def _training(twin: nn.Module, inputs: _Inputs, repeats: int, device: str) -> tuple[int, float]:
+def _training(twin: nn.Module, inputs: Inputs, repeats: int, device: str) -> tuple[int, float]:
     """What a forward pass keeps, in bytes, and the median milliseconds of forward and backward."""
     try:
         with torch.enable_grad():
             kept = _kept(twin, copy_inputs(inputs))
-            return kept, _times(partial(_step, twin), inputs, {}, repeats, device)[None]
+            return kept, times_of(partial(_step, twin), inputs, {}, repeats, device)[None]
     except PlasticError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -368,7 +261,7 @@ def _training(twin: nn.Module, inputs: _Inputs, repeats: int, device: str) -> tu
         ) from error
 
 
-def _kept(twin: nn.Module, inputs: _Inputs) -> int:
+def _kept(twin: nn.Module, inputs: Inputs) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -376,15 +269,15 @@ def _kept(twin: nn.Module, inputs: _Inputs) -> int:
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
-        outputs = _run(twin, inputs)
+        outputs = call(twin, inputs)
     before = {s._cdata for s in _storages([*twin.parameters(), *twin.buffers(), *tensors_within(inputs)])}
     del outputs
     return sum(s.nbytes() for key, s in kept.items() if key not in before)
 
 
-def _step(twin: nn.Module, inputs: _Inputs) -> None:
+def _step(twin: nn.Module, inputs: Inputs) -> None:
     twin.zero_grad()
-    outputs = [t for t in tensors_within(_run(twin, inputs)) if t.requires_grad]
+    outputs = [t for t in tensors_within(call(twin, inputs)) if t.requires_grad]
     if not outputs:
         raise PlasticError(f"no output of {type(twin).__name__} depends on a parameter that requires a gradient")
     torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])

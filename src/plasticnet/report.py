@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plasticnet.profiling import TIME, readable_bytes
+from plasticnet.profiling import readable_bytes
+from plasticnet.timing import TIME
 
 _COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
 _STYLE = """

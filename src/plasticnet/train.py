@@ -20,8 +20,9 @@ from plasticnet.errors import PlasticError
 from plasticnet.growth import Growth, narrow
 from plasticnet.io import load_checkpoint, save_checkpoint
 from plasticnet.net import PlasticNet
-from plasticnet.profiling import one_thread, profile
+from plasticnet.profiling import profile
 from plasticnet.schedule import Schedule, Stage
+from plasticnet.timing import one_thread
 
 Mode = Literal["dense", "prune", "grow"]
 _PROFILES = 10  # in a run, while it trains; each takes as long as some twenty steps
@@ -36,7 +37,7 @@ class Config:
     penalty: float = 1e-3
     cost: Literal["units", "parameters", "macs"] = "units"
     scale: Literal["linear", "log"] = "linear"
-    estimator: str = "disarm"
+    estimator: str = "bitflip-cv"
     gates: Literal["auto", "sample", "batch"] = "auto"
     inputs: tuple[str, ...] = ()
     start: int = 3

@@ -1,0 +1,65 @@
+"""Pressure: the penalty on what the gates are expected to cost, and what bounds it site by site."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial, reduce
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from plasticnet.cost import check_names
+from plasticnet.errors import PlasticError
+from plasticnet.gates import probabilities
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
+
+
+def penalty(net: PlasticNet, strength: float, cost: str | Mapping[str, float], scale: str) -> Tensor:
+    """See `PlasticNet.penalty`."""
+    weights = _weights(cost, scale)
+    if not _strong(strength):
+        raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
+    expected: Callable[[str], Tensor] = net._cost.full
+    if not (math.isinf(net.k) and net._mean_gates()[1]):
+        sites = net._sites()
+        pi = net._cost.weighed(probabilities(sites, net.k), [s.strength for s in sites])
+        expected = partial(net._cost.expected, pi)
+    costs = {name: expected(name) for name in weights}
+    terms = [strength * w * (costs[name] if scale == "linear" else costs[name].log()) for name, w in weights.items()]
+    return reduce(operator.add, terms)
+
+
+def _weights(cost: str | Mapping[str, float], scale: str) -> dict[str, float]:
+    """What each cost counts in a mixture, where it counts anything."""
+    mixture = list(cost.items()) if isinstance(cost, Mapping) else [(cost, 1.0)]
+    for name, weight in mixture:
+        check_names(name, scale)
+        if not _strong(weight):
+            raise PlasticError(f"cost={cost!r}: the weight of {name!r} in the mixture is a number, 0 or more")
+    weights = {name: float(weight) for name, weight in mixture if weight}
+    if not weights:
+        raise PlasticError(f"cost={cost!r}: a mixture needs a cost with a weight above 0, such as {{'macs': 1.0}}")
+    return weights
+
+
+def _strong(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
+def limit(net: PlasticNet, pattern: str, minimum: int, maximum: float, strength: float) -> None:
+    """See `PlasticNet.limit`."""
+    matching = [s for n, s in net.sites.items() if fnmatchcase(n, pattern)]
+    if not matching:
+        raise PlasticError(f"limit: {pattern!r} matches none of the sites: {', '.join(net.sites)}")
+    if type(minimum) is not int or not 0 <= minimum <= maximum:
+        raise PlasticError(f"limit: minimum={minimum}, maximum={maximum}; needed is 0 <= minimum <= maximum")
+    if not _strong(strength):
+        raise PlasticError(f"limit: strength={strength!r}; what the pressure is multiplied by is a number, 0 or more")
+    for site in matching:
+        site.minimum, site.maximum, site.strength = minimum, maximum, float(strength)
