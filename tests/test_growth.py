@@ -82,6 +82,17 @@ def test_the_papers_rule() -> None:
     assert not growth.stopped
 
 
+def test_stopped_from_outside_and_begun_anew() -> None:
+    net, growth = small(), Growth(patience=1, failures=2)
+    assert growth.step(net, 1.0, None)
+    growth.stop()
+    assert growth.stopped
+    assert not growth.step(net, 0.1, None)
+    growth.reset()
+    assert growth.state_dict() == pytest.approx(Growth().state_dict(), nan_ok=True)
+    assert growth.step(net, 5.0, None)  # what was best before does not count
+
+
 # -- how far ----------------------------------------------------------------------------------
 
 
@@ -144,7 +155,7 @@ def test_minimum_is_reached_at_once_and_kept_by_pruning() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "bounds", "message"),
-    [("nope", {}, "nope"), ("0", {"minimum": 0}, "minimum=0"), ("0", {"minimum": 4, "maximum": 3}, "maximum=3")],
+    [("nope", {}, "nope"), ("0", {"minimum": -1}, "minimum=-1"), ("0", {"minimum": 4, "maximum": 3}, "maximum=3")],
 )
 def test_bad_limits_change_nothing(pattern: str, bounds: dict[str, Any], message: str) -> None:
     net = small()

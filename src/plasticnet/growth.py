@@ -75,8 +75,17 @@ class Growth:
 
     @property
     def stopped(self) -> bool:
-        """Whether growth has stopped by itself."""
+        """Whether growth has stopped, by itself or by `stop`."""
         return self.failed >= self.failures
+
+    def stop(self) -> None:
+        """Grow no more."""
+        self.failed = self.failures
+
+    def reset(self) -> None:
+        """Begin anew, as if nothing had been seen."""
+        self.first, self.best, self.here = math.nan, math.inf, math.inf
+        self.waited, self.failed = 0, 0
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced for ``grace`` epochs more, unless growth has stopped."""

@@ -91,6 +91,14 @@ def rebind(
         optimizer.state[moved[old]] = state
 
 
+def forget(optimizers: Sequence[Optimizer], parameter: nn.Parameter, entries: Tensor) -> None:
+    """Set to 0 what the optimizers remember of the direction of some entries; of their size they keep it."""
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key not in _MEANS:
+                value[entries] = 0
+
+
 def _name(thing: object) -> str:
     return type(thing).__qualname__
 

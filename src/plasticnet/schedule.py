@@ -1,24 +1,27 @@
-"""Schedule: k over the stages, units that hibernate are cut, new ones wake."""
+"""Schedule: k over the stages, units that hibernate are cut, new ones wake, budgets are kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from plasticnet import distributed
-from plasticnet.compact import check_multiple
+from plasticnet.budget import Budget, Controller
+from plasticnet.compact import check_multiple, survivors
 from plasticnet.errors import PlasticError
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
-from plasticnet.optimizers import check_optimizers, listed
+from plasticnet.optimizers import check_optimizers, forget, listed
+from plasticnet.projection import project
 from plasticnet.units import BlockUnits
 
 # A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
@@ -27,24 +30,45 @@ PAYS = 0.02  # the share of the MACs or of the parameters from which on it is wo
 
 @dataclass(frozen=True)
 class Stage:
-    """``epochs`` epochs at one ``k`` (0: dropout, finite: plastic, infinity: ordinary training)."""
+    """``epochs`` epochs at one ``k`` (0: dropout, finite: plastic, infinity: ordinary training).
+
+    With ``k_end`` a finite k changes from epoch to epoch, geometrically, and is ``k_end`` in the last one. The
+    logits stay, so that a rising k polarises the gates.
+    """
 
     epochs: int
     k: float = math.inf
+    k_end: float | None = None
 
     def __post_init__(self) -> None:
         numbers = type(self.epochs) is int and isinstance(self.k, Real) and not isinstance(self.k, bool)
         if not numbers or self.epochs < 0 or not self.k >= 0:
             raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): whole epochs and a number, both 0 or more")
+        end = self.k_end
+        if end is not None and not (isinstance(end, Real) and self.plastic and 0 < float(end) < math.inf):
+            raise PlasticError(f"Stage(k={self.k}, k_end={end}): k goes from one finite number above 0 to another")
+
+    @property
+    def plastic(self) -> bool:
+        """Whether gates learn: k is finite, and not 0."""
+        return 0 < self.k < math.inf
+
+    def k_of(self, epoch: int) -> float:
+        """The k of one of its epochs, the first one being 0."""
+        if self.k_end is None or not epoch:
+            return self.k
+        return self.k_end if epoch == self.epochs - 1 else self.k * (self.k_end / self.k) ** (epoch / (self.epochs - 1))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What `Schedule.step` did: units cut and grown per site, and k for the next epoch."""
+    """What `Schedule.step` did: units cut and grown per site, k for the next epoch, and how undecided the gates
+    that are there are: ``transition``, the mean of 2 pi (1 - pi)."""
 
     cut: Mapping[str, int] = field(default_factory=dict)
     grown: Mapping[str, int] = field(default_factory=dict)
     k: float = math.inf
+    transition: float = 0.0
 
 
 class Schedule:
@@ -52,8 +76,13 @@ class Schedule:
 
     On entering a plastic stage from ordinary training the open gates start at pi = 0.95. During it,
     units with pi below ``hibernate`` are cut at the end of an epoch, once together they are 2 % of the
-    MACs or of the parameters, and ``growth`` adds units. On leaving it, the network hardens: units with
+    MACs or of the parameters, and ``growth`` adds units; where fewer units than `Site.minimum` are open, the
+    best ones start at pi = 0.95 again. On leaving it, the network hardens: units with
     pi < 1/2 are cut. ``multiple_of`` keeps widths at multiples; see `PlasticNet.prune`.
+
+    With a ``budget`` the loss of every step of training has `penalty` added to it, and on hardening the best
+    units stay that fit (see `Budget`): the open units cost at most the target, and no other would fit. Growth
+    then stops when the network costs twice the target, or half of the plastic epochs are over.
 
     ``on_resize(net)`` is called at the end of a `step` in which sizes changed. Whatever holds on to the
     network as it was belongs there: wrapping it in `DistributedDataParallel`, compiling it, copying it
@@ -69,11 +98,12 @@ class Schedule:
         *,
         hibernate: float = 0.01,
         growth: Growth | None = None,
+        budget: Budget | None = None,
         multiple_of: int = 1,
         on_resize: Callable[[PlasticNet], object] | None = None,
     ) -> None:
-        """Raises `PlasticError` when there are no epochs, or the optimizers lack a parameter of the network
-        or cannot follow a change of size."""
+        """Raises `PlasticError` when there are no epochs, the optimizers lack a parameter of the network
+        or cannot follow a change of size, or the smallest network is not within the budget."""
         if not stages or not sum(s.epochs for s in stages):
             raise PlasticError("a schedule needs at least one stage with epochs")
         self.net = net
@@ -88,6 +118,11 @@ class Schedule:
         self.multiple_of = multiple_of
         self.on_resize = on_resize
         self.epoch = 0
+        self.rounds = 1  # `wake` adds more
+        self._first = len(self.stages)  # the stages of the first round
+        self.controller = None if budget is None else Controller(net, budget)
+        if self.controller is not None and self.controller.targets:
+            project(net, {n: site.phi for n, site in net.sites.items()}, self.controller.targets)
         # A network that has been trained or loaded is not changed here; its checkpoint follows, or its gates stay.
         fresh = all(bool((site.phi == INITIAL_LOGIT).all()) for site in net.sites.values())
         before, net.k = net.k, self.stage.k
@@ -102,51 +137,144 @@ class Schedule:
     @property
     def stage(self) -> Stage:
         """The stage of the epoch that is running (the last one, at the end)."""
+        return self._place()[0]
+
+    def _place(self) -> tuple[Stage, int]:
+        """The stage that is running, and its place in the list."""
         end = 0
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
             end += stage.epochs
             if self.epoch < end:
-                return stage
-        return self.stages[-1]
+                return stage, i
+        return self.stages[-1], len(self.stages) - 1
+
+    def _plastic_epochs(self) -> tuple[int, int]:
+        """The first epoch of the plastic stages around the one that is running, and the first after them."""
+        first = last = self._place()[1]
+        while first and self.stages[first - 1].plastic:
+            first -= 1
+        while last + 1 < len(self.stages) and self.stages[last + 1].plastic:
+            last += 1
+        return self._begin(first), self._begin(last + 1)
+
+    def _begin(self, place: int) -> int:
+        """The first epoch of a stage."""
+        return sum(s.epochs for s in self.stages[:place])
+
+    def penalty(self) -> Tensor:
+        """What the budget adds to the loss, a scalar; 0 without one, and outside of plastic stages.
+
+        To be called once for each `PlasticNet.expected_loss`, after it: every call is a step of the multipliers.
+        When gradients are accumulated, divide both alike.
+        """
+        if self.controller is not None:
+            self.controller.steps += 1
+            if self.stage.plastic and (self.growth is None or self.growth.stopped):
+                return self.controller.penalty(self.net, self.epoch, self._plastic_epochs()[1])
+        return self.net._sites()[0].phi.new_zeros(())
 
     def step(self, val_loss: float | None = None) -> Change:
-        """End an epoch. ``val_loss`` is the loss on held-out data; growth decides by it.
+        """End an epoch. ``val_loss`` is the loss on held-out data; growth and `Budget(loss=...)` decide by it.
 
-        Raises `PlasticError` at the end of the schedule, and when growth needs a validation loss and there is
-        none, or it is NaN.
+        Raises `PlasticError` at the end of the schedule, and in a plastic stage when a validation loss is needed
+        and there is none, or it is NaN.
         """
         if self.epoch >= self.epochs:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
-        before = self.stage
-        plastic = 0 < before.k < math.inf
-        loss = math.nan
-        if plastic and self.growth is not None:
-            loss = distributed.mean(self.net, math.nan if val_loss is None else float(val_loss))
-            if math.isnan(loss):
-                raise PlasticError(f"val_loss={val_loss}: growth needs the validation loss of every plastic epoch")
+        before, place = self._place()
+        begin, end = self._plastic_epochs()
+        loss = self._loss(val_loss, before)
         check_optimizers(self.optimizers, dict(self.net.named_parameters()))
         self.epoch += 1
         cut: dict[str, int] = {}
         grown: dict[str, int] = {}
-        if plastic:
+        self.net._gate_gradient = None  # what a checkpoint does not hold must not matter
+        if self.controller is not None:
+            self.controller.step(loss, before.plastic, (self.epoch - begin) / max(end - begin, 1))
+        if before.plastic:
             for site in self.net.sites.values():
                 site.grace.sub_(1).clamp_(min=0)
-            if self._pays():
-                cut = self.net.prune(self.hibernate, self.optimizers, self.multiple_of)
+            self._recover()
+            cut = self._cut_hibernating() if self._kept_to_loss() else {}
             if self.growth is not None and self.stage is before:
+                if self.controller is not None and (
+                    self.controller.outgrown(self.net) or 2 * (self.epoch - begin) >= end - begin
+                ):
+                    self.growth.stop()
                 grown = self.growth.step(self.net, loss, self.optimizers)
         if self.stage is not before:
             for name, n in self._enter(self.stage).items():
                 cut[name] = cut.get(name, 0) + n
-        elif self.epoch == self.epochs and plastic:
+        elif self.epoch < self.epochs:
+            self.net.k = before.k_of(self.epoch - self._begin(place))
+        elif before.plastic:
             self._drop_gate_state()
         if self.on_resize is not None and (cut or grown):
             self.on_resize(self.net)
-        return Change(cut, grown, self.net.k)
+        pi = probabilities(self.net._sites(), self.net.k).detach()
+        return Change(cut, grown, self.net.k, float((2 * pi * (1 - pi)).mean()))
 
-    def _pays(self) -> bool:
-        """Whether cutting what hibernates makes the network smaller by a share of `PAYS`."""
+    def _loss(self, val_loss: float | None, stage: Stage) -> float:
+        """The validation loss over all ranks, NaN where there is none and none is needed."""
+        by_loss = self.controller is not None and self.controller.loss is not None
+        if not by_loss and not (stage.plastic and self.growth is not None):
+            return math.nan
+        loss = distributed.mean(self.net, math.nan if val_loss is None else float(val_loss))
+        if stage.plastic and math.isnan(loss):
+            what = "the budget" if by_loss else "growth"
+            raise PlasticError(f"val_loss={val_loss}: {what} needs the validation loss of every plastic epoch")
+        return loss
+
+    def _kept_to_loss(self) -> bool:
+        """Whether the loss is within its budget; if not, the gates go back to where they were when it was, for which
+        nothing may be cut."""
+        if self.controller is None or self.controller.within:
+            if self.controller is not None and not math.isnan(self.controller.begun):
+                self.controller.remember(self.net)
+            return True
+        for name, logits in self.controller.good.items():
+            phi = self.net.sites[name].phi
+            if len(phi) == len(logits):  # else somebody has resized it
+                _lift(self.net.sites[name], torch.ones_like(phi, dtype=torch.bool), logits)
+                forget(self.optimizers, phi, torch.ones_like(phi, dtype=torch.bool))
+        return False
+
+    def _recover(self) -> None:
+        """Start the best gates anew where a site has fewer open than it must. The optimizers forget what has pressed
+        them down, but not how large their gradients are, or their next step would be of any length."""
+        for site in self.net.sites.values():
+            if int(site.open.sum()) < min(site.minimum, len(site)) and not isinstance(site.units, BlockUnits):
+                units = torch.from_numpy(site.likely(site.minimum)).to(site.phi.device)
+                _lift(site, units, OPEN_LOGIT / self.net.k)
+                forget(self.optimizers, site.phi, units)
+
+    def _cut_hibernating(self) -> dict[str, int]:
         keep = self.net._survivors(self.hibernate, self.multiple_of)
+        if keep and self.controller is not None and self.controller.targets:
+            keep = self._with_enough(keep, self.controller.targets)
+        if not self._pays(keep):
+            return {}
+        before = {name: len(site) for name, site in self.net.sites.items()}
+        self.net.resize(keep, self.optimizers)
+        if self.controller is not None:
+            self.controller.remember(self.net)
+        return {n: before[n] - len(s) for n, s in self.net.sites.items() if before[n] != len(s)}
+
+    def _with_enough(self, keep: dict[str, list[int]], targets: Mapping[str, float]) -> dict[str, list[int]]:
+        """``keep``, and those of the best units that come up to the budget."""
+        sites = self.net.sites
+        try:
+            values = project(self.net, {n: s.phi for n, s in sites.items()}, targets)
+        except PlasticError:  # what is held open alone costs more
+            return keep
+        for name, site in sites.items():
+            stays = values[name].copy()
+            stays[keep.get(name, slice(None))] = True
+            values[name] = np.where(stays, 1.0, 0.4 * site.probability(self.net.k).detach().cpu().numpy())
+        return survivors({n: s.units for n, s in sites.items()}, values, 0.5, self.multiple_of)
+
+    def _pays(self, keep: Mapping[str, list[int]]) -> bool:
+        """Whether keeping only these units makes the network smaller by a share of `PAYS`."""
         if not keep:
             return False
         sites = self.net.sites.items()
@@ -172,19 +300,46 @@ class Schedule:
     def _harden(self) -> dict[str, int]:
         for site in self.net.sites.values():
             site.grace.zero_()
+        if self.controller is not None and self.controller.targets:
+            best = project(self.net, {n: s.phi for n, s in self.net.sites.items()}, self.controller.targets)
+            for name, site in self.net.sites.items():
+                stays = torch.from_numpy(best[name]).to(site.phi.device)
+                _lift(site, stays & ~site.open, INITIAL_LOGIT)
+                _lift(site, ~stays & site.open, -INITIAL_LOGIT)
         cut = self.net.prune(0.5, self.optimizers, self.multiple_of)
-        with torch.no_grad():  # the units that a site keeps as its minimum are there to be used
-            for site in self.net.sites.values():
-                if int(site.open.sum()) < site.minimum and not isinstance(site.units, BlockUnits):
-                    site.phi[site.likely(site.minimum)] = INITIAL_LOGIT
+        for site in self.net.sites.values():  # the units that a site keeps as its minimum are there to be used
+            if int(site.open.sum()) < site.minimum and not isinstance(site.units, BlockUnits):
+                _lift(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
         return cut
 
     def _open(self, k: float) -> None:
-        with torch.no_grad():
-            for site in self.net.sites.values():
-                site.phi.copy_(torch.where(site.open, OPEN_LOGIT / k, site.phi))
+        for site in self.net.sites.values():
+            _lift(site, site.open, OPEN_LOGIT / k)
         if self.growth is not None:
             self.growth.hold(self.net)
+
+    def wake(self, stages: Sequence[Stage] | None = None) -> None:
+        """Begin another round at the end of the schedule, when data have changed, say: append ``stages``, by
+        default those from the first plastic one on. Open gates start at pi = 0.95 again, and growth and the budget's
+        multipliers anew; the budget's targets stay.
+
+        Raises `PlasticError` before the end, or when there are no epochs to add.
+        """
+        if self.epoch < self.epochs:
+            raise PlasticError(f"wake: the schedule is at epoch {self.epoch} of {self.epochs}; wake it at its end")
+        if stages is None:
+            first = self.stages[: self._first]
+            start = next((i for i, s in enumerate(first) if s.plastic), len(first))
+            stages = first[start:]
+        if not any(s.epochs for s in stages):
+            raise PlasticError("wake: there is no plastic stage to repeat; give stages with epochs")
+        self.stages += [replace(s) for s in stages if s.epochs]  # copies: a stage is told from another by identity
+        self.rounds += 1
+        if self.growth is not None:
+            self.growth.reset()
+        if self.controller is not None:
+            self.controller.reset()
+        self._enter(self.stage)
 
     def _drop_gate_state(self) -> None:
         logits = {site.phi for site in self.net.sites.values()}
@@ -193,20 +348,43 @@ class Schedule:
                 del optimizer.state[phi]
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and the state of growth; the network has its own."""
-        return {"epoch": self.epoch, "growth": None if self.growth is None else self.growth.state_dict()}
+        """The epoch, the stages that `wake` added, and the states of growth and the budget; the network has its own."""
+        return {
+            "epoch": self.epoch,
+            "rounds": self.rounds,
+            "woken": [list(astuple(s)) for s in self.stages[self._first :]],
+            "growth": None if self.growth is None else self.growth.state_dict(),
+            "budget": None if self.controller is None else self.controller.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. Load the network's state too: it holds k and the sizes.
 
-        Raises `PlasticError` when the state has an epoch that this schedule does not, or growth differs.
+        Raises `PlasticError` when the state has an epoch that this schedule does not, or growth or budget differ.
         """
-        epoch, growth = state.get("epoch"), state.get("growth")
-        if type(epoch) is not int or not 0 <= epoch <= self.epochs:
-            raise PlasticError(f"the state is at epoch {epoch!r}, but this schedule has {self.epochs}")
-        if (growth is None) != (self.growth is None):
-            raise PlasticError("the state was saved with growth and this schedule has none, or the other way round")
+        epoch, growth, budget = state.get("epoch"), state.get("growth"), state.get("budget")
+        try:
+            stages = self.stages[: self._first] + [Stage(*s) for s in state.get("woken", ())]
+        except TypeError:
+            raise PlasticError(f"the state has stages that are none: {state['woken']!r}") from None
+        total = sum(s.epochs for s in stages)
+        if type(epoch) is not int or not 0 <= epoch <= total:
+            raise PlasticError(f"the state is at epoch {epoch!r}, but this schedule has {total}")
+        for name, saved, own in (("growth", growth, self.growth), ("a budget", budget, self.controller)):
+            if (saved is None) != (own is None):
+                raise PlasticError(
+                    f"the state was saved with {name} and this schedule has none, or the other way round"
+                )
+        if self.controller is not None:
+            self.controller.load_state_dict(budget)
         if self.growth is not None and growth is not None:
             self.growth.load_state_dict(growth)
-        self.epoch = epoch
-        self.net.k = self.stage.k
+        self.epoch, self.stages, self.rounds = epoch, stages, int(state.get("rounds", 1))
+        stage, place = self._place()
+        self.net.k = stage.k_of(min(epoch - self._begin(place), stage.epochs - 1))
+
+
+def _lift(site: Site, units: Tensor, logit: float | Tensor) -> None:
+    """Set the logits of some units, given by a mask or by indices."""
+    with torch.no_grad():
+        site.phi[units] = logit

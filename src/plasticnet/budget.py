@@ -1,0 +1,192 @@
+"""Budget: what the network may cost, or lose, and the pressure that brings it there.
+
+A target on cost is a constraint with a multiplier, on the logarithm of the expected cost. Three things make it work
+without tuning. The multiplier is relative to the loss: one at which the pressure on the gates is, on
+average, as large as the gradient of the loss (with its noise) counts as 1. The target comes down
+geometrically, so that the network follows it instead of falling. And the multiplier is the exponential of a
+proportional and an integral part of the error, so that it answers at once, and forgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates import held_open, probability
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
+
+FALL = 0.6  # the share of the plastic epochs in which the target comes down
+OUTGROWN = 2.0  # growth stops at this multiple of a target
+START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3  # the multiplier, relative to the loss
+GAIN = 6.0  # how much the logarithm of the multiplier follows that of the excess at once,
+RATE = 0.02  # and with every step
+MEMORY = 0.98  # of the running means of gradients
+RISE = 0.8  # with a budget of loss, the share of the plastic epochs in which the multiplier may rise
+FASTER, SLOWER = 1.4, 0.5  # the multiplier's factor after an epoch with a loss within the limit, and above
+_COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms": "latency"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that the network may cost when it is hardened, or the loss that it may take to be small.
+
+    ``macs`` (for one sample), ``params`` and ``units`` are shares of the network as it was when the
+    schedule was made, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
+    `PlasticNet.measure_latency`. Of several, all hold. ``loss`` is by how much the validation loss may
+    exceed the best one seen before the plastic stage (or else the first one in it): the pressure, on
+    parameters and MACs, rises for as long as it does not; when it does, gates go back to where they last did not.
+
+    Raises `PlasticError` when there is no target, one is not positive, or ``loss`` stands beside others.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    units: float | None = None
+    latency_ms: float | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {n: v for n, v in asdict(self).items() if v is not None}
+        for name, value in given.items():
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+                raise PlasticError(f"Budget({name}={value!r}): a target is a number above 0")
+        if not given or (self.loss is not None and len(given) > 1):
+            raise PlasticError(
+                f"Budget({', '.join(given)}): give targets among {', '.join(_COSTS)}, or loss, the other way round"
+            )
+
+    def targets(self, net: PlasticNet) -> dict[str, float]:
+        """The most that the network may cost, by the names of `PlasticNet.penalty`; shares are of ``net`` as it is."""
+        found: dict[str, float] = {}
+        for name, cost in _COSTS.items():
+            value = getattr(self, name)
+            if value is not None:
+                relative = value <= 1 and cost != "latency"
+                found[cost] = float(value * present(net, cost) if relative else value)
+        return found
+
+
+def present(net: PlasticNet, cost: str) -> float:
+    """What the network costs with all units that are there."""
+    return float(
+        net._cost.expected(torch.cat([torch.ones_like(s.phi, dtype=torch.float64) for s in net._sites()]), cost)
+    )
+
+
+class Controller:
+    """The multipliers of a budget, one for each cost, and what they are decided by."""
+
+    def __init__(self, net: PlasticNet, budget: Budget) -> None:
+        self.loss = budget.loss
+        self.targets = budget.targets(net)
+        self.costs = tuple(self.targets) or ("parameters", "macs")
+        self.like = net._sites()[0].phi.detach()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew; the targets stay."""
+        n = len(self.costs)
+        self.level = self.like.new_full((n,), math.log(START))  # the logarithm of the multipliers
+        self.sizes = self.like.new_zeros(n + 1)  # running means of the gradients' sizes: of the costs, of the loss
+        self.begun = math.nan  # the epoch from which on there is pressure, and the logarithm of the costs then
+        self.base = [0.0] * n
+        self.steps, self.per_epoch = 0, 0  # calls in this epoch, and in the one before
+        self.reference, self.within = math.inf, True  # the validation loss to compare with; whether it was kept to
+        self.good: dict[str, Tensor] = {}  # the logits of the last epoch in which it was
+
+    def outgrown(self, net: PlasticNet) -> bool:
+        """Whether the network costs more than twice a target: enough to choose from."""
+        return any(present(net, cost) > OUTGROWN * target for cost, target in self.targets.items())
+
+    def penalty(self, net: PlasticNet, epoch: int, end: int) -> Tensor:
+        """A scalar whose gradient presses on the gates; ``end`` is the last of the plastic epochs."""
+        sites = net._sites()
+        if math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites):
+            return self.like.new_zeros(())  # what is held open cannot follow
+        phi = torch.cat([s.phi for s in sites])
+        leaf = phi.detach().requires_grad_()
+        with torch.enable_grad():
+            pi = held_open(probability(leaf, net.k), torch.cat([s.grace for s in sites]))
+            pi = net._cost.weighed(pi, [s.strength for s in sites])
+            logs = [net._cost.expected(pi, cost).log() for cost in self.costs]
+            gradients = torch.stack([torch.autograd.grad(log, leaf, retain_graph=True)[0] for log in logs])
+        costs = torch.stack(logs).detach()
+        if math.isnan(self.begun):
+            self.begun, self.base = float(epoch), costs.tolist()
+            self.remember(net)
+        excess = self._follow(costs, epoch, end)
+        self._weigh(gradients, net._gate_gradient)
+        net._gate_gradient = None
+        strength = (self.level + GAIN * excess).exp() * self.sizes[-1] / self.sizes[:-1].clamp(min=1e-30)
+        total = phi @ (strength / len(self.costs) @ gradients)
+        return total - total.detach() + (strength * excess).sum()
+
+    def _follow(self, costs: Tensor, epoch: int, end: int) -> Tensor:
+        """Move the multipliers; returns the logarithms of expected cost over target of now, within -1 and 1."""
+        if self.loss is not None:
+            return torch.zeros_like(costs)
+        passed = epoch + self.steps / self.per_epoch if self.per_epoch else epoch
+        share = min(1.0, max(0.0, (passed - self.begun) / max(FALL * (end - self.begun), 1e-9)))
+        finals = [math.log(target) for target in self.targets.values()]
+        now = [final + (1 - share) * max(0.0, base - final) for base, final in zip(self.base, finals, strict=True)]
+        excess = (costs - costs.new_tensor(now)).clamp(-1, 1)
+        self.level = (self.level + RATE * excess).clamp(math.log(LOWEST), math.log(HIGHEST))
+        return excess
+
+    def _weigh(self, gradients: Tensor, of_loss: Tensor | None) -> None:
+        """Keep running means of the gradients' sizes; their ratio makes the multipliers those of any loss."""
+        if of_loss is not None:
+            sizes = torch.cat([gradients.abs().sum(1), of_loss.abs().sum().reshape(1)])
+            self.sizes = MEMORY * self.sizes + (1 - MEMORY) * sizes
+
+    def step(self, val_loss: float, plastic: bool, passed: float) -> None:
+        """To be called at the end of an epoch; ``passed`` is the share of the plastic epochs that are over."""
+        self.steps, self.per_epoch = 0, self.steps
+        if self.loss is None:
+            return
+        if math.isinf(self.reference) or (math.isnan(self.begun) and not plastic):
+            self.reference = min(self.reference, math.inf if math.isnan(val_loss) else val_loss)
+        if plastic and not math.isnan(self.begun):
+            self.within = val_loss <= self.reference + self.loss
+            factor = SLOWER if not self.within else FASTER if passed <= RISE else 1.0
+            self.level = (self.level + math.log(factor)).clamp(math.log(LOWEST), math.log(HIGHEST))
+
+    def remember(self, net: PlasticNet) -> None:
+        """Note the gates as they are, for a budget of loss."""
+        if self.loss is not None:
+            self.good = {name: site.phi.detach().clone() for name, site in net.sites.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        state = {name: getattr(self, name) for name in _NUMBERS}
+        lists = {name: [float(v) for v in getattr(self, name)] for name in _LISTS}
+        return {**state, **lists, "targets": dict(self.targets), "good": dict(self.good)}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore `state_dict`. Raises `PlasticError` when something else is given."""
+        sizes = {"level": len(self.costs), "sizes": len(self.costs) + 1, "base": len(self.costs)}
+        if (
+            not isinstance(state, Mapping)
+            or any(not isinstance(state.get(name), int | float) for name in _NUMBERS)
+            or any(not isinstance(state.get(n), Sequence) or len(state[n]) != size for n, size in sizes.items())
+            or list(state.get("targets", ())) != list(self.targets)
+        ):
+            raise PlasticError(f"the state of the budget is not one of {', '.join(self.costs)}: {state!r}")
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        self.targets, self.base = dict(state["targets"]), list(state["base"])
+        self.good = {name: phi.to(self.like.device) for name, phi in state.get("good", {}).items()}
+        self.level, self.sizes = (self.like.new_tensor(state[n]) for n in ("level", "sizes"))
+
+
+_NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")
+_LISTS = ("level", "sizes", "base")

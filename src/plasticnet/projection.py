@@ -1,0 +1,206 @@
+"""Projection: which units stay, given a score for each, so that the network keeps within its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+from plasticnet.units import BlockUnits, InputUnits
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
+
+
+def project(
+    net: PlasticNet, scores: Mapping[str, Tensor | np.ndarray], targets: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """The units that stay open, a boolean mask of shape (units,) for every site; changes nothing.
+
+    ``scores`` has shape (units,) per site, higher is better, and is compared across sites. ``targets`` maps a
+    cost of `PlasticNet.penalty` to the most that the network *cut to the open units* may cost. As many of
+    the best units as the targets allow stay; of those below them, the best that still fit are opened
+    again, until no unit is left that would fit. A channel counts as no better than the best of
+    its gated features, nor a feature than its channel. Units in their grace period stay, and the best
+    `Site.minimum` of every site (one at least); blocks may all close.
+
+    Raises `PlasticError` when scores are missing, of another shape or not finite, or when the smallest network
+    costs more than a target.
+    """
+    units = _Units(net, scores, targets)
+    missed = {c: smallest for c, t in targets.items() if (smallest := units.cost(units.kept, c)) > t}
+    if missed:
+        costs = ", ".join(f"{s:,.6g} {c} (the target is {targets[c]:,.6g})" for c, s in missed.items())
+        raise PlasticError(
+            f"the target cannot be met: the smallest network, with the units that each site must keep, costs {costs}"
+        )
+    z = units.best(units.kept, units.order)
+    while len(candidates := units.fitting(z)):
+        more = units.best(z, candidates)
+        if (more == z).all():  # fits by the price, and not by the cost: a matter of rounding
+            break
+        z = more
+    return units.by_site(z)
+
+
+class _Units:
+    """All units in one vector, in the order of their sites, and what depends on what."""
+
+    def __init__(
+        self, net: PlasticNet, scores: Mapping[str, Tensor | np.ndarray], targets: Mapping[str, float]
+    ) -> None:
+        self.net, self.targets = net, targets
+        self.sites = dict(net.sites)
+        sizes = [len(site) for site in self.sites.values()]
+        self.starts = dict(zip(self.sites, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self.n = sum(sizes)
+        score = np.concatenate([_checked(name, scores, n) for name, n in zip(self.sites, sizes, strict=True)])
+        self._depend()
+        features = np.flatnonzero(self.producer >= 0)
+        best = np.full(self.n, -np.inf)
+        np.maximum.at(best, self.producer[features], score[features])
+        effective = np.where(self.follows, np.minimum(score, best), score)
+        effective[features] = np.minimum(score[features], score[self.producer[features]])
+        # At equal scores sites close in step, and not one after the other.
+        share = np.concatenate([_ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
+        self.order = np.lexsort((share, -effective))
+        self.rank = np.argsort(self.order)
+        self.kept = self._must()
+
+    def _depend(self) -> None:
+        """The channel that each feature comes from, or -1; and which channels are read through their features only."""
+        self.producer = np.full(self.n, -1)
+        self.follows = np.zeros(self.n, dtype=bool)
+        self.reading = np.ones(self.n)  # how many features come from a channel
+        units = {name: site.units for name, site in self.sites.items()}
+        for name, u in units.items():
+            start, through = self.starts[name], set[str]()
+            for s in u.slices:
+                if isinstance(inputs := units.get(s.tensor), InputUnits):
+                    channel = np.full(inputs.full, -1)
+                    channel[s.index] = start + np.arange(u.size)[:, None]
+                    first = self.starts[s.tensor]
+                    here = self.producer[first : first + inputs.size]
+                    np.copyto(here, channel[inputs.features], where=channel[inputs.features] >= 0)
+                    through.add(inputs.consumers[0].tensor)
+            self.follows[start : start + u.size] = bool(through) and {c.tensor for c in u.consumers} == through
+        self.reading = np.maximum(np.bincount(self.producer[self.producer >= 0], minlength=self.n), 1)
+
+    def _must(self) -> np.ndarray:
+        """The units that stay whatever they cost, with the channels and features that they need."""
+        must = np.concatenate([site.grace.cpu().numpy() > 0 for site in self.sites.values()])
+        needed = {n: 0 if isinstance(s.units, BlockUnits) else max(s.minimum, 1) for n, s in self.sites.items()}
+        inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
+        for name in [n for n in self.sites if n not in inputs]:
+            here = self._of(name)
+            must[here[np.argsort(self.rank[here])][: needed[name]]] = True
+        self._with_channels(must)
+        features = self.order[self.producer[self.order] >= 0]
+        for channel in np.flatnonzero(must & self.follows):
+            mine = features[self.producer[features] == channel]
+            if len(mine) and not must[mine].any():
+                must[mine[0]] = True
+        for name in inputs:  # those of channels that stay anyway come first
+            here = self._of(name)
+            ready = (self.producer[here] < 0) | must[self.producer[here]]
+            best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
+            must[best_first[: needed[name]]] = True
+        self._with_channels(must)
+        return must
+
+    def _of(self, name: str) -> np.ndarray:
+        return np.arange(len(self.sites[name])) + self.starts[name]
+
+    def _with_channels(self, z: np.ndarray) -> None:
+        channels = self.producer[np.flatnonzero(z)]
+        z[channels[channels >= 0]] = True
+
+    def cut(self, z: np.ndarray) -> np.ndarray:
+        """What is left when the units that are closed in ``z`` are cut, as by `compact.survivors`."""
+        left = z | self.kept
+        features = np.flatnonzero(left & (self.producer >= 0))
+        read = self.kept.copy()
+        read[self.producer[features]] = True
+        left &= read | ~self.follows
+        left[features] &= left[self.producer[features]]
+        return left
+
+    def cost(self, z: np.ndarray, cost: str) -> float:
+        return float(self._expected(z, cost))
+
+    def _expected(self, z: np.ndarray, cost: str, gradient: bool = False) -> Tensor:
+        like = next(iter(self.sites.values())).phi
+        pi = torch.from_numpy(z.astype(np.float64)).to(like.device).requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            expected = self.net._cost.expected(pi, cost)
+            return torch.autograd.grad(expected, pi)[0].cpu() if gradient else expected
+
+    def fits(self, z: np.ndarray) -> bool:
+        return all(self.cost(z, cost) <= target for cost, target in self.targets.items())
+
+    def best(self, z: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """``z`` with as many units opened, from the first in ``order`` on, as fit."""
+
+        def opened(n: int) -> np.ndarray:
+            more = z.copy()
+            more[order[:n]] = True
+            if order is not self.order:
+                self._with_channels(more)
+            return self.cut(more)
+
+        return opened(_most(lambda n: self.fits(opened(n)), len(order)))
+
+    def fitting(self, z: np.ndarray) -> np.ndarray:
+        """The closed units that change the cost and fit, each by itself, best first.
+
+        The cost is linear in each gate, so that one gradient has the price of every unit. A feature opens
+        with its channel: all features behind a closed channel being open costs nothing, and makes the price
+        of that channel one with all of them.
+        """
+        closed = np.flatnonzero(~z & ~self.follows)
+        channel = self.producer[closed]
+        both = (channel >= 0) & ~z[channel]
+        ready = z.copy()
+        ready[closed[both]] = True
+        fit, priced = np.ones(len(closed), dtype=bool), np.zeros(len(closed), dtype=bool)
+        for cost, target in self.targets.items():
+            price = self._expected(z, cost, gradient=True).numpy()
+            alone, c = price[closed], channel[both]
+            if both.any():
+                with_all = self._expected(ready, cost, gradient=True).numpy()
+                alone[both] += price[c] + (with_all[c] - price[c]) / self.reading[c]
+            fit &= alone <= target - self.cost(z, cost)
+            priced |= alone > 0
+        found = closed[fit & priced]
+        return found[np.argsort(self.rank[found])]
+
+    def by_site(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: z[self._of(name)] for name in self.sites}
+
+
+def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -> np.ndarray:
+    if name not in scores:
+        raise PlasticError(f"there are no scores for site {name!r}; one is needed for each of its {units} units")
+    given = scores[name]
+    array = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+    if array.shape != (units,) or not np.isfinite(array).all():
+        what = "are not all finite" if array.shape == (units,) else f"have shape {array.shape}"
+        raise PlasticError(f"site {name!r}: the scores {what}; needed is a number for each unit, shape ({units},)")
+    return array
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(-values, kind="stable"))
+
+
+def _most(fits: Callable[[int], bool], n: int) -> int:
+    """The largest number up to ``n`` that fits, if all smaller ones do; 0 is taken to fit."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
