@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from test_cli import fail, succeed
+from torch import nn
+
+from plasticnet import save
+from plasticnet.data import Split, load_data
+from plasticnet.models import factory
+from plasticnet.train import evaluate
 
 
 def test_inspect_json() -> None:
@@ -116,3 +124,50 @@ def test_inspect_gates_what_it_is_asked_to() -> None:
     args = ["inspect", "torchvision:resnet18", "--input", "2,3,32,32", "--json"]
     before, after = (json.loads(succeed(*args, *more)) for more in ([], ["--blocks", "layer1.[01]"]))
     assert len(after["sites"]) == len(before["sites"]) + 1
+
+
+def test_inspect_says_how_much_each_site_can_lose(tmp_path: Path) -> None:
+    """Of the weights in the file: the loss with all open is that of the module, and closing costs."""
+    data = load_data("digits")
+    model = factory("mlp:12-8", data.shape, data.classes)()
+    train(model, data.train)
+    save(model, tmp_path / "compact.safetensors")
+    args = ["inspect", "mlp:12-8", "--sensitivity", "--data", "digits"]
+    found = json.loads(succeed(*args, "--weights", tmp_path / "compact.safetensors", "--json"))["sensitivity"]
+    assert found["loss"] == pytest.approx(evaluate(model, data.val)[0], rel=1e-5)
+    assert found["weights"].endswith("compact.safetensors")
+    assert {s["name"]: (s["units"], s["closed"]) for s in found["sites"]} == {
+        "1": (12, [1, 3, 6, 9, 11]), "3": (8, [1, 2, 4, 6, 7]),
+    }  # fmt: skip
+    assert all(s["losses"][-1] > 1.5 * found["loss"] for s in found["sites"])
+    text = succeed(*args, "--weights", tmp_path / "compact.safetensors")
+    (row,) = (line.split() for line in text.splitlines() if line.split()[:2] == ["3", "8"] and "." in line)
+    assert row[2:] == [f"{loss:.4g}" for loss in found["sites"][1]["losses"]]
+    assert "compact.safetensors" in text
+    assert "random weights" not in text
+    assert "random weights" in succeed(*args)
+
+
+def train(model: nn.Module, split: Split) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(split.x), split.y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["lenet5", "--sensitivity"], "--data"),
+        (["lenet5", "--sensitivity", "--data", "digits", "--meta"], "leave out one of them"),
+        (["lenet5", "--weights", "none.safetensors", "--meta"], "leave out one of them"),
+        (["lenet5", "--weights", "none.safetensors"], "none.safetensors"),
+        (["lenet5", "--sensitivity", "--data", "digits"], "does not run on the example inputs"),
+        (["lenet5", "--sensitivity", "--data", "faces"], "unknown data"),
+    ],
+)
+def test_inspect_refuses_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert message in fail(monkeypatch, capsys, "inspect", *args)
