@@ -11,6 +11,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "experiments"))
+from common import between, how, svg  # noqa: E402
+
 DOCS = HERE.parent / "docs"
 PAGE, PICTURE = DOCS / "cost.md", DOCS / "cost.svg"
 
@@ -220,27 +223,15 @@ PARTS: dict[str, Callable[[Rows], list[str]]] = {
 def section(name: str, content: Mapping[str, Any]) -> str:
     """What stands between the markers of a part: how it was measured, and its tables."""
     e, settings = content["environment"], content["settings"]
-    repeats = f"at most {settings['repeats']} repeats; " if "repeats" in settings else ""
-    after = f" before and {e['load_after']:.1f} after" if "load_after" in e else " at the end"
-    how = (
-        f"`{e['command']}`: {repeats}torch {e['torch']}, {e['threads']} thread, {e['device']}, "
-        f"load {e['load']:.1f}{after}, {e['date']}, commit {e['commit']}."
-    )
-    return "\n".join([*PARTS[name](content["results"]), "", how])
+    repeats = f", at most {settings['repeats']} repeats" if "repeats" in settings else ""
+    return "\n".join([*PARTS[name](content["results"]), "", how(e).replace(":", f"{repeats}:", 1)])
 
 
 def draw(rows: Rows) -> str:
     """The picture, as SVG: equal results give equal bytes."""
-    import io
 
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # The date and the version are left out, ids are fixed, text stays text.
-    with mpl.rc_context({"svg.hashsalt": "plasticnet", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4.6))
+    def panels(figure: Any) -> None:
+        panels = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.07, right=0.98, bottom=0.12, top=0.92, wspace=0.2)
         for axes, axis in zip(panels, ("open units", "width"), strict=True):
             chosen = [r for r in rows if r["axis"] == axis]
@@ -258,10 +249,8 @@ def draw(rows: Rows) -> str:
             axes.legend(fontsize=8)
         panels[0].set(title="1 to 100 % of the units open", xlabel="multiply-adds of the open units, relative")
         panels[1].set(title="LeNet-5, ¼ to 16 times as wide", xlabel="multiply-adds, relative to LeNet-5")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+    return svg(panels, (10, 4.6))
 
 
 def main() -> int:
@@ -271,10 +260,7 @@ def main() -> int:
     contents = {name: json.loads(path.read_text()) for name, path in paths.items()}
     old = text = PAGE.read_text()
     for name, content in contents.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        head, rest = text.split(begin)
-        _, tail = rest.split(end)
-        text = f"{head}{begin}\n\n{section(name, content)}\n\n{end}{tail}"
+        text = between(text, name, section(name, content))
     picture = draw(contents["growth_of_cost"]["results"])
     if "--check" in sys.argv:
         return int(text != old or not PICTURE.exists() or PICTURE.read_text() != picture)

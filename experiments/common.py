@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -52,6 +54,40 @@ def write(name: str, settings: dict[str, Any], results: Any) -> None:
     RESULTS.mkdir(exist_ok=True)
     content = {"environment": environment(), "settings": settings, "results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """``text`` with this content between its markers of this name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
+def how(e: dict[str, Any]) -> str:
+    """A line on how results were obtained, from their environment."""
+    after = f" before and {e['load_after']:.1f} after" if "load_after" in e else " at the end"
+    return (
+        f"`{e['command']}`: torch {e['torch']}, {e['threads']} thread, {e['device']}, load {e['load']:.1f}{after}, "
+        f"{e['date']}, commit {e['commit']}."
+    )
+
+
+def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
+    """A picture that ``draw(figure)`` makes, as SVG: equal results give equal bytes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The date and the version are left out, ids are fixed, text stays text.
+    with mpl.rc_context({"svg.hashsalt": "plasticnet", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure = plt.figure(figsize=size)
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
 def spread(values: list[float], digits: int = 2) -> str:

@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from common import RESULTS, spread
+from common import RESULTS, between, spread
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def table(name: str, title: str, script: str) -> str:
@@ -62,9 +61,7 @@ def main() -> int:
         table("lenet_cost", "LeNet-5 on MNIST, 30 epochs each", "experiments/lenet_cost.py"),
     ]
     text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{tail}"
+    new = between(text, "results", "\n\n".join(parts))
     if "--check" in sys.argv:
         return int(new != text)
     README.write_text(new)

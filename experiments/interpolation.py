@@ -1,0 +1,102 @@
+"""From dropout to ordinary training by one number: k from 0 to infinity on the digits.
+
+An MLP 256-128 with all gates at phi = 3/7, trained at one k from beginning to end under the same pressure on its
+parameters. At k = 0 the gates are dropout's, at k = infinity there are none: both ends are compared with
+plain PyTorch networks, with and without `nn.Dropout`, over more seeds.
+
+About 12 minutes: python experiments/interpolation.py. Writes results/interpolation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import write
+from torch import nn
+
+import plasticnet as pn
+from plasticnet.data import Data, load_data
+from plasticnet.gates import probabilities
+from plasticnet.models import MLP
+from plasticnet.train import Config, evaluate, train_epoch
+
+KS = (0.0, 0.1, 0.3, 1.0, 3.0, 7.0, 20.0, 60.0, 200.0, math.inf)
+SEEDS, END_SEEDS = 3, 5
+CONFIG = Config(penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
+EPOCHS = 60
+
+
+def with_dropout(mlp: MLP) -> nn.Module:
+    """The network with dropout where plasticnet has gates: at the inputs of the layers behind hidden units."""
+    layers: list[nn.Module] = []
+    for i, layer in enumerate(mlp):
+        layers += [nn.Dropout(0.5), layer] if isinstance(layer, nn.Linear) and i > 1 else [layer]
+    return nn.Sequential(*layers)
+
+
+def gated(k: float, data: Data, seed: int) -> dict[str, Any]:
+    """One run at one k."""
+    torch.manual_seed(seed)
+    net = pn.PlasticNet(MLP([64, 256, 128, 10]), (data.train.x[:2],))
+    net.k = k
+    optimizer = torch.optim.Adam(net.param_groups(CONFIG.lr, CONFIG.gate_lr))
+    transitions = []
+    for _ in range(EPOCHS):
+        train_epoch(net, optimizer, data.train, CONFIG)
+        pi = probabilities(list(net.sites.values()), k).detach()
+        transitions.append(float((2 * pi * (1 - pi)).mean()))
+    size = net.summary()
+    return {
+        "units": [s.open for s in size.sites],
+        "parameters": size.open_parameters,
+        "transition": transitions[-1],
+        "transitions": transitions,
+        "val_accuracy": evaluate(net, data.val)[1],
+        "test_accuracy": evaluate(net.compact(), data.test)[1],
+    }
+
+
+def plain(dropout: bool, data: Data, seed: int) -> dict[str, Any]:
+    """The same by hand, without plasticnet."""
+    torch.manual_seed(seed)
+    mlp = MLP([64, 256, 128, 10])
+    model = with_dropout(mlp) if dropout else mlp
+    optimizer = torch.optim.Adam(model.parameters(), CONFIG.lr)
+    for _ in range(EPOCHS):
+        model.train()
+        for index in torch.randperm(len(data.train)).split(CONFIG.batch):
+            loss = F.cross_entropy(model(data.train.x[index]), data.train.y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    parameters = sum(p.numel() for p in model.parameters())
+    accuracies = {"val_accuracy": evaluate(model, data.val)[1], "test_accuracy": evaluate(model, data.test)[1]}
+    return {"parameters": parameters, **accuracies}
+
+
+def main() -> None:
+    """Every k, and the two ends by hand."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for seed in range(END_SEEDS):
+        data = load_data("digits", seed=seed)
+        for k in KS if seed < SEEDS else (0.0, math.inf):
+            started = time.process_time()
+            row = {"k": "inf" if math.isinf(k) else k, "seed": seed, **gated(k, data, seed)}
+            results.append({**row, "cpu_seconds": time.process_time() - started})
+        for dropout in (True, False):
+            results.append({"k": "dropout" if dropout else "plain", "seed": seed, **plain(dropout, data, seed)})
+        print(seed, [(r["k"], r["val_accuracy"], r["parameters"]) for r in results if r["seed"] == seed], flush=True)
+    settings = {"epochs": EPOCHS, "penalty": CONFIG.penalty, "cost": CONFIG.cost, "scale": CONFIG.scale}
+    settings |= {"batch": CONFIG.batch, "lr": CONFIG.lr, "gate_lr": CONFIG.gate_lr, "phi": pn.gates.INITIAL_LOGIT}
+    write("interpolation", settings, results)
+
+
+if __name__ == "__main__":
+    main()
