@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plasticnet import PlasticError, load, save, save_checkpoint, train
+from plasticnet import Budget, PlasticError, load, save, save_checkpoint, train
 from plasticnet.data import Data, Split, load_data
 from plasticnet.models import MLP
 from plasticnet.train import Config, Mode, Result, evaluate, run, time_per_thousand
@@ -160,6 +160,15 @@ def test_profiling_does_not_count_as_training(data: Data, monkeypatch: pytest.Mo
     result = run(model(), data, replace(CONFIG, epochs=3), "prune")
     assert len(profiled) == 1 + 3 + 1
     assert result.summary["train_cpu_seconds"] == 0
+
+
+@pytest.mark.parametrize("mode", RUNS)
+def test_a_budget_is_met_in_the_place_of_a_penalty(mode: Mode, data: Data) -> None:
+    """Its shares are those of the model that was given, also when growing begins with less."""
+    config, widths = RUNS[mode]
+    full = sum(p.numel() for p in MLP(widths).parameters())
+    result = run(model(mode), data, replace(config, penalty=0.0, budget=Budget(params=0.6), k_end=14.0), mode)
+    assert 0.1 * full < result.summary["parameters"] <= 0.6 * full
 
 
 def test_the_model_given_is_left_alone(data: Data) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,11 @@ class Budget:
             raise PlasticError(
                 f"Budget({', '.join(given)}): give targets among {', '.join(_COSTS)}, or loss, the other way round"
             )
+
+    def absolute(self, net: PlasticNet) -> Budget:
+        """The same budget with its shares, of ``net`` as it is, as numbers: for a schedule that begins smaller."""
+        found = self.targets(net)
+        return replace(self, **{name: found[cost] for name, cost in _COSTS.items() if cost in found})
 
     def targets(self, net: PlasticNet) -> dict[str, float]:
         """The most that the network may cost, by the names of `PlasticNet.penalty`; shares are of ``net`` as it is."""

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from plasticnet import __version__, exporting, io, models, oneshot, profiling, report, train
+from plasticnet.budget import Budget
 from plasticnet.data import load_data
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
@@ -42,6 +43,8 @@ def train_command(
     mode: Annotated[str, typer.Option(help="prune, grow, dense, or both (all three)")] = "both",
     epochs: Annotated[int, typer.Option(help="epochs of each run")] = 150,
     k: Annotated[float, typer.Option(help="plasticity of the middle stage")] = 7.0,
+    k_end: Annotated[float | None, typer.Option(help="k at the end of the middle stage, if it is to rise")] = None,
+    budget: Annotated[str | None, typer.Option(help="what it may cost, as macs=0.3,params=5000; for --penalty")] = None,
     penalty: Annotated[float, typer.Option(help="strength of the pressure on the cost")] = 0.05,
     cost: Annotated[str, typer.Option(help="units, parameters or macs")] = "parameters",
     scale: Annotated[str, typer.Option(help="linear, or log: pressure relative to what is left")] = "log",
@@ -62,12 +65,22 @@ def train_command(
     """Train a network that prunes itself, grows, or both beside a dense one."""
     choices: dict[str, Any] = {"cost": cost, "scale": scale, "gates": gates}
     config = train.Config(
-        epochs=epochs, k=k, penalty=penalty, estimator=estimator, inputs=tuple(inputs or ()), start=start,
-        batch=batch, lr=lr, gate_lr=gate_lr, seed=seed, **choices,
+        epochs=epochs, k=k, k_end=k_end, budget=_budget(budget), penalty=penalty, estimator=estimator,
+        inputs=tuple(inputs or ()), start=start, batch=batch, lr=lr, gate_lr=gate_lr, seed=seed, **choices,
     )  # fmt: skip
     if mode not in MODES:
         raise PlasticError(f"--mode {mode}: choose one of {', '.join(MODES)}")
     _run(data, model, MODES[mode], config, data_dir, out, resume)
+
+
+def _budget(text: str | None) -> Budget | None:
+    if text is None:
+        return None
+    try:
+        targets = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+        return Budget(**targets)
+    except (ValueError, TypeError):
+        raise PlasticError(f"--budget {text}: write targets as in macs=0.3,params=5000; or loss=0.02") from None
 
 
 @app.command()

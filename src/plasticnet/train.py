@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plasticnet.budget import Budget
 from plasticnet.cost import check_names
 from plasticnet.data import Data, Split
 from plasticnet.errors import PlasticError
@@ -34,6 +36,8 @@ class Config:
 
     epochs: int = 60
     k: float = 7.0
+    k_end: float | None = None
+    budget: Budget | None = None
     penalty: float = 1e-3
     cost: Literal["units", "parameters", "macs"] = "units"
     scale: Literal["linear", "log"] = "linear"
@@ -63,7 +67,7 @@ class Config:
         if self.epochs < 3:
             raise PlasticError(f"epochs={self.epochs}: the three stages need at least 3")
         first, last = max(1, round(0.05 * self.epochs)), max(1, round(0.25 * self.epochs))
-        return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k), Stage(last, math.inf)]
+        return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k, self.k_end), Stage(last, math.inf)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def build(
 ) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
     """The network, its optimizer and its schedule for a run; ``model`` is the widest it may grow to."""
     net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
+    budget = None if config.budget is None or mode == "dense" else config.budget.absolute(net)
     if mode == "grow":
         for name, site in net.sites.items():
             net.limit(name, maximum=len(site))
@@ -89,12 +94,20 @@ def build(
     # Long enough to tell a standstill from a bad batch: periods of some 100 steps, 400 to give up.
     period = -(-len(data.train) // config.batch)
     patience = -(-100 // period)
-    growth = Growth(patience=patience, failures=-(-400 // (patience * period)))
-    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth if mode == "grow" else None)
+    growth = Growth(patience=patience, failures=-(-400 // (patience * period))) if mode == "grow" else None
+    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth, budget=budget)
 
 
-def train_epoch(net: PlasticNet, optimizer: torch.optim.Optimizer, train: Split, config: Config) -> float:
-    """One epoch over shuffled batches; returns the mean training loss."""
+def train_epoch(
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    config: Config,
+    pressure: Callable[[], Tensor] | None = None,
+) -> float:
+    """One epoch over shuffled batches, under the penalty of ``config`` or another ``pressure``; returns the mean
+    training loss."""
+    pressure = pressure or partial(net.penalty, config.penalty, config.cost, config.scale)
     net.train()
     total = torch.zeros(())
     for index in torch.randperm(len(train)).split(config.batch):
@@ -106,7 +119,7 @@ def train_epoch(net: PlasticNet, optimizer: torch.optim.Optimizer, train: Split,
         loss = net.expected_loss(losses)
         total += loss.detach() * len(index)
         if not math.isinf(net.k):
-            loss = loss + net.penalty(config.penalty, config.cost, config.scale)
+            loss = loss + pressure()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,7 +146,8 @@ def epochs(
     while schedule.epoch < schedule.epochs:
         started = time.process_time()
         k = net.k
-        loss = train_epoch(net, optimizer, data.train, config)
+        pressure = schedule.penalty if config.budget is not None else None
+        loss = train_epoch(net, optimizer, data.train, config, pressure)
         val_loss, val_accuracy = evaluate(net, data.val)
         paused = time.process_time()
         measured = _profile(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
