@@ -1,25 +1,27 @@
 """What each idea brings: LeNet-5 on 20,000 MNIST images, from the paper's estimator and pressure to the defaults.
 
-Two lists of runs with the same data, epochs and rates. "ideas" adds one idea after the other; "estimators"
-exchanges the estimator alone, at the default pressure. The linear pressure has the slope that the
-logarithmic one has at the beginning. Every run hardens at the end of its plastic stage.
+Two lists of runs with the same data, epochs and rates. "ideas" adds one idea after the other, at one strength of the
+pressure; the linear one has the slope that the logarithmic one has at the beginning. "estimators" exchanges
+the estimator alone, under a budget, so that all end at the same size.
 
-About 50 minutes on one core: python experiments/ablation.py --data-dir DIR. Writes results/ablation.json.
+About 80 minutes on one core: python experiments/ablation.py --data-dir DIR. Writes results/ablation.json after
+every run, and goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import write
+from common import RESULTS, write
 
 import plasticnet as pn
 from plasticnet.data import Data, Split, load_data
@@ -27,7 +29,7 @@ from plasticnet.models import LeNet5
 from plasticnet.train import Config, evaluate, train_epoch
 
 IMAGES, FIRST, PLASTIC, LAST, DECAY = 20_000, 2, 12, 6, 6
-PENALTY, LR, GATE_LR, K, K_END = 0.1, 1e-3, 4e-2, 7.0, 28.0
+PENALTY, LR, GATE_LR, K, K_END, BUDGET = 0.1, 1e-3, 4e-2, 7.0, 28.0, 0.08
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Variant:
     gates: Literal["sample", "batch"] = "sample"
     scale: Literal["linear", "log"] = "log"
     k_end: float = K
+    budget: float | None = None  # share of the MACs
 
 
 IDEAS = [
@@ -49,8 +52,9 @@ IDEAS = [
     Variant("+ logarithmic pressure (the defaults)"),
     Variant("+ rising k", k_end=K_END),
 ]
-NAMES = ["arm", "disarm", "disarm-cv", "disarm-mean", "straight-through"]
-ESTIMATORS = [Variant(name, name) for name in NAMES]
+NAMES = ["arm", "disarm", "disarm-cv", "disarm-mean", "bitflip-cv", "straight-through"]
+ESTIMATORS = [Variant("arm, per batch", "arm", "batch", budget=BUDGET)]
+ESTIMATORS += [Variant(f"{name}, per sample", name, budget=BUDGET) for name in NAMES]
 
 
 def run(variant: Variant, data: Data, seed: int) -> dict[str, Any]:
@@ -59,7 +63,8 @@ def run(variant: Variant, data: Data, seed: int) -> dict[str, Any]:
     net = pn.PlasticNet(LeNet5(), (data.train.x[:2],), estimator=variant.estimator, gates=variant.gates)
     optimizer = torch.optim.Adam(net.param_groups(LR, GATE_LR))
     stages = [pn.Stage(FIRST), pn.Stage(PLASTIC, K, k_end=variant.k_end), pn.Stage(LAST)]
-    schedule = pn.Schedule(net, optimizer, stages)
+    budget = None if variant.budget is None else pn.Budget(macs=variant.budget)
+    schedule = pn.Schedule(net, optimizer, stages, budget=budget)
     full = net.summary().macs
     strength = PENALTY if variant.scale == "log" else PENALTY / full
     config = Config(penalty=strength, cost="macs", scale=variant.scale)
@@ -67,7 +72,7 @@ def run(variant: Variant, data: Data, seed: int) -> dict[str, Any]:
     for epoch in range(schedule.epochs):
         for group, rate in zip(optimizer.param_groups, (LR, GATE_LR), strict=True):
             group["lr"] = rate * min(1.0, (schedule.epochs - epoch) / DECAY) if math.isinf(net.k) else rate
-        train_epoch(net, optimizer, data.train, config)
+        train_epoch(net, optimizer, data.train, config, schedule.penalty if budget is not None else None)
         change = schedule.step()
         size = net.summary()
         history.append({"parameters": size.open_parameters, "macs": size.open_macs, "transition": change.transition})
@@ -97,21 +102,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    jobs = [
-        (part, v, seed, options.data_dir)
-        for seed in options.seeds
-        for part, variants in (("ideas", IDEAS), ("estimators", ESTIMATORS))
-        for v in variants
-    ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(job, *zip(*jobs, strict=True)))
+    path = RESULTS / "ablation.json"
+    results = json.loads(path.read_text())["results"] if path.exists() else []
+    there = {(r["part"], r["variant"], r["seed"]) for r in results}
     settings = {
         "images": IMAGES, "stages": [FIRST, PLASTIC, LAST], "decay": DECAY, "penalty": PENALTY, "lr": LR,
-        "gate_lr": GATE_LR, "k": K, "k_end": K_END, "batch": Config().batch, "jobs": options.jobs,
+        "gate_lr": GATE_LR, "k": K, "k_end": K_END, "budget": BUDGET, "batch": Config().batch, "jobs": options.jobs,
     }  # fmt: skip
     sys.argv = ["ablation.py", "--data-dir", "DIR", "--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
     torch.set_num_threads(1)
-    write("ablation", settings, results)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        runs = [
+            pool.submit(job, part, v, seed, options.data_dir)
+            for seed in options.seeds
+            for part, v in _ALL
+            if (part, v.name, seed) not in there
+        ]
+        for done in as_completed(runs):
+            results.append(done.result())
+            order = {(p, v.name): i for i, (p, v) in enumerate(_ALL)}
+            results.sort(key=lambda r: (order[r["part"], r["variant"]], r["seed"]))
+            write("ablation", settings, results)
+
+
+_ALL = [*(("ideas", v) for v in IDEAS), *(("estimators", v) for v in ESTIMATORS)]
 
 
 if __name__ == "__main__":

@@ -6,20 +6,20 @@ until it costs twice the budget, and is then pruned to it in the same way. Both 
 outputs (distillation); its training counts in their time and epochs. No augmentation; the test set is read at the
 end. Settings were chosen on the validation data of seeds 0 and 1.
 
-About 2 hours on two cores: python experiments/lenet_targets.py --data-dir DIR --jobs 2. Writes
-results/lenet_targets.json.
+About 2 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
+after every run, and goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from plasticnet.data import Data, load_data
 from plasticnet.models import LeNet5
 from plasticnet.train import evaluate
 
+ENDS = ["pruned", "grown"]
 START, PERIODS, SCORED = 3, 2, 1000  # units per site; schedule steps an epoch; images by which candidates are judged
 RATE, GATE_RATE = 1e-3, 4e-2  # while gates move
 
@@ -187,49 +188,45 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
     }  # fmt: skip
 
 
-def job(network: str, seed: int, points: list[str], ends: list[str], folder: str) -> list[dict[str, Any]]:
-    """All runs that share a dense network, in a process of its own."""
-    torch.set_num_threads(1)
-    data = load_data("mnist", Path(folder), seed)
-    trained, outputs, seconds = dense(network, data, seed)
-    error = 100 * (1 - evaluate(trained, data.test)[1])
-    print(f"dense {network}, seed {seed}: {error:.2f} %, {seconds:.0f} s", flush=True)
-    results = []
-    for key in points:
-        if POINTS[key].network == network:
-            for end in ends:
-                found = run(POINTS[key], end, trained, outputs, data, seed)
-                found["cpu_seconds"] += seconds
-                results.append({"point": key, "end": end, "seed": seed, "dense_error": error, **found})
-                print({k: v for k, v in results[-1].items() if k != "history"}, flush=True)
-    return results
-
-
 def main() -> None:
-    """All points, ends and seeds; what an earlier call wrote for others stays."""
+    """All points, ends and seeds that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--points", nargs="+", default=list(POINTS))
-    parser.add_argument("--ends", nargs="+", default=["pruned", "grown"])
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--ends", nargs="+", default=ENDS)
     parser.add_argument("--name", default="lenet_targets", help="of the file in results")
     o = parser.parse_args()
-    path = RESULTS / f"{o.name}.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else []
-    networks = dict.fromkeys(POINTS[p].network for p in o.points)
-    with ProcessPoolExecutor(o.jobs) as pool:
-        jobs = [pool.submit(job, n, s, o.points, o.ends, o.data_dir) for s in o.seeds for n in networks]
-        for done in as_completed(jobs):
-            new = done.result()
-            key = {(r["point"], r["end"], r["seed"]) for r in new}
-            results = [r for r in results if (r["point"], r["end"], r["seed"]) not in key] + new
-            results.sort(key=lambda r: (list(POINTS).index(r["point"]), r["end"] != "pruned", r["seed"]))
-            sys.argv = ["lenet_targets.py", "--data-dir", "DIR", "--jobs", str(o.jobs)]
-            torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    for seed, network in itertools.product(o.seeds, NETWORKS):
+        wanted = [(p, e) for p in o.points for e in o.ends if POINTS[p].network == network]
+        wanted = [(p, e) for p, e in wanted if (p, e, seed) not in {_key(r) for r in written(o.name)}]
+        if not wanted:
+            continue
+        data = load_data("mnist", Path(o.data_dir), seed)
+        trained, outputs, seconds = dense(network, data, seed)
+        error = 100 * (1 - evaluate(trained, data.test)[1])
+        print(f"dense {network}, seed {seed}: {error:.2f} %, {seconds:.0f} s", flush=True)
+        for point, end in wanted:
+            found = run(POINTS[point], end, trained, outputs, data, seed)
+            found["cpu_seconds"] += seconds
+            result = {"point": point, "end": end, "seed": seed, "dense_error": error, **found}
+            print({k: v for k, v in result.items() if k != "history"}, flush=True)
+            results = sorted([*written(o.name), result], key=_key)  # read anew: another process may have written
+            sys.argv = ["lenet_targets.py", "--data-dir", "DIR"]
             settings = {"points": {k: vars(p) for k, p in POINTS.items()}, "rate": RATE, "gate_rate": GATE_RATE}
             settings |= {"start": START, "periods": PERIODS, "scored": SCORED, "batch": 128}
             write(o.name, settings, results)
+
+
+def written(name: str) -> list[dict[str, Any]]:
+    """The results so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
+def _key(r: dict[str, Any]) -> tuple[str, str, int]:
+    return r["point"], r["end"], r["seed"]
 
 
 if __name__ == "__main__":
