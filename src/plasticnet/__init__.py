@@ -15,6 +15,7 @@ from plasticnet.pretrained import equalise, save_pretrained
 from plasticnet.profiling import Profile, profile
 from plasticnet.schedule import Schedule, Stage
 from plasticnet.scoring import scores
+from plasticnet.sparse import SparseLinear, sparsify
 from plasticnet.tracing import register_rule, trace
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Profile",
     "Schedule",
     "Sensitivity",
+    "SparseLinear",
     "Stage",
     "Take",
     "distillation",
@@ -45,5 +47,6 @@ __all__ = [
     "save_pretrained",
     "scores",
     "sensitivity",
+    "sparsify",
     "trace",
 ]

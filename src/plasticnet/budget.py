@@ -82,9 +82,8 @@ class Budget:
 
 def present(net: PlasticNet, cost: str) -> float:
     """What the network costs with all units that are there."""
-    return float(
-        net._cost.expected(torch.cat([torch.ones_like(s.phi, dtype=torch.float64) for s in net._sites()]), cost)
-    )
+    units = sum(map(len, net._sites()))
+    return float(net._cost.expected(torch.ones(units, dtype=torch.float64, device=net._like.device), cost))
 
 
 class Controller:
@@ -94,7 +93,7 @@ class Controller:
         self.loss = budget.loss
         self.targets = budget.targets(net)
         self.costs = tuple(self.targets) or ("parameters", "macs")
-        self.like = net._sites()[0].phi.detach()
+        self.like = net._like
         self.reset()
 
     def reset(self) -> None:
@@ -117,10 +116,11 @@ class Controller:
         sites = net._sites()
         if math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites):
             return self.like.new_zeros(())  # what is held open cannot follow
-        phi = torch.cat([s.phi for s in sites])
+        phi = net._phi()
         leaf = phi.detach().requires_grad_()
         with torch.enable_grad():
-            pi = held_open(probability(leaf, net.k), torch.cat([s.grace for s in sites]))
+            grace = torch.cat([torch.zeros(0, dtype=torch.int64, device=leaf.device), *(s.grace for s in sites)])
+            pi = held_open(probability(leaf, net.k), grace)
             pi = net._cost.weighed(pi, [s.strength for s in sites])
             logs = [net._cost.expected(pi, cost).log() for cost in self.costs]
             gradients = torch.stack([torch.autograd.grad(log, leaf, retain_graph=True)[0] for log in logs])
@@ -168,7 +168,8 @@ class Controller:
     def remember(self, net: PlasticNet) -> None:
         """Note the gates as they are, for a budget of loss."""
         if self.loss is not None:
-            self.good = {name: site.phi.detach().clone() for name, site in net.sites.items()}
+            gated = {**net.sites, **net.weights}
+            self.good = {name: g.phi.detach().clone() for name, g in gated.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +16,12 @@ from plasticnet import resize
 from plasticnet.attention import unfuse_encoders
 from plasticnet.errors import PlasticError
 from plasticnet.gating import Skip, fold, readers
+from plasticnet.snapshot import duplicate
 from plasticnet.units import BlockUnits, InputUnits, Units
+from plasticnet.weights import mean_weights, read
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
 
 # A compact module's plain record, for `save`: the dimensions that are not those of the original
 # architecture ("resized"), attributes that were set for them ("widths"), and blocks that are gone ("removed").
@@ -51,6 +57,52 @@ def insert_take(model: nn.Module, consumer: str, take: Take) -> None:
         for name, child in list(module._modules.items()):
             if child is target and module is not wrapped:
                 module._modules[name] = wrapped
+
+
+def compacted(net: PlasticNet, multiple_of: int) -> nn.Module:
+    """See `PlasticNet.compact`."""
+    check_multiple(multiple_of)
+    small = duplicate(net.model).eval()
+    sites = net._sites()
+    best = {s.name: int(s.best) for s in sites}
+    factors = {s.name: s.mean_gate(net.k) for s in sites}
+    weights = mean_weights(net)
+    if weights is not None:
+        parameters = dict(small.named_parameters())
+        with torch.no_grad():
+            for name, z in weights.items():
+                parameters[name].mul_(z.to(parameters[name].dtype))
+        for s, left in zip(sites, _read(net, {n: f > 0 for n, f in factors.items()}), strict=True):
+            factors[s.name] = torch.where(left, factors[s.name], 0.0)
+    return cut(small, {s.name: s.units for s in sites}, factors, best, multiple_of)
+
+
+def to_keep(net: PlasticNet, below: float, multiple_of: int) -> dict[str, list[int]]:
+    """The units that `PlasticNet.prune` keeps, for every site that loses some."""
+    if not isinstance(below, Real) or not 0 <= float(below) <= 1:
+        raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
+    check_multiple(multiple_of)
+    values = {s.name: s.probability(net.k).detach().cpu().numpy() for s in net._sites()}
+    for name, g in {**net.sites, **net.weights}.items():
+        if not bool(torch.isfinite(g.phi).all()):
+            raise PlasticError(f"{name!r}: its gates are not finite; go back to a checkpoint")
+    floor = float(np.nextafter(np.float32(below), np.float32(-1)))
+    if net._weights() and math.isinf(net.k):
+        left = _read(net, {s.name: s.mean_gate(net.k) > 0 for s in net._sites()})
+        for value, read_ in zip(values.values(), left, strict=True):
+            value[~read_.cpu().numpy()] = 0.0
+    for site in net._sites():
+        if (values[site.name] > floor).sum() < site.minimum:
+            values[site.name][site.likely(site.minimum)] = 1.0
+    return survivors({s.name: s.units for s in net._sites()}, values, floor, multiple_of)
+
+
+def _read(net: PlasticNet, opened: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Of the open units of every site, those that open weights read."""
+    if not opened:
+        return []
+    left = read(net, torch.cat(list(opened.values())), {w.name: w.open for w in net._weights()})
+    return left.split([len(z) for z in opened.values()])
 
 
 def lengths(model: nn.Module) -> dict[tuple[str, int], int]:

@@ -4,7 +4,8 @@ A tensor costs the product of its dimensions; the expected length of a dimension
 sites that own parts of it, so everything follows from one number per site, the expected number of
 open units. Gates are independent; where two dimensions share a site, the variance is added. A measured
 latency is a sum of such products, too. All tensors are computed at once: a step of training asks for
-this, and there may be hundreds of them.
+this, and there may be hundreds of them. Of a weight whose entries have gates of their own each entry costs its
+probability times those of its row's and its column's unit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Units
+from plasticnet.weights import entries
 
 if TYPE_CHECKING:
     from plasticnet.latency import Latency
@@ -38,10 +40,16 @@ class CostModel:
     """Expected cost of a network as a function of the gate probabilities of its sites."""
 
     def __init__(
-        self, sites: Mapping[str, Units], model: nn.Module, uses: Mapping[str, float], latency: Latency | None = None
+        self,
+        sites: Mapping[str, Units],
+        model: nn.Module,
+        uses: Mapping[str, float],
+        latency: Latency | None = None,
+        weights: Sequence[str] = (),
     ) -> None:
+        """``weights`` are the names of those whose entries have gates."""
         meta = next(model.parameters()).is_meta  # there is nothing to compute, but to count
-        self._device = torch.device("cpu") if meta else next(model.parameters()).device
+        self.device = torch.device("cpu") if meta else next(model.parameters()).device
         self._sizes = [u.size for u in sites.values()]
         self._starts = dict(zip(sites, np.cumsum([0, *self._sizes]).tolist(), strict=False))
         self._one = sum(self._sizes)  # where the constant 1 stands behind the probabilities
@@ -58,7 +66,7 @@ class CostModel:
             if (i := u.inside(t)) is not None
         }
         lengths = _Lengths(self, sites)
-        tensors, timed = _Terms(self), _Terms(self)
+        tensors, timed, ungated = _Terms(self), _Terms(self), _Terms(self)
         place: dict[tuple[str, int], _Dim] = {}
         for tensor, p in model.named_parameters():
             owned = [d for d in range(p.dim()) if (tensor, d) in owners]
@@ -66,28 +74,37 @@ class CostModel:
                 place[tensor, d] = lengths.add(p.shape[d], owners[tensor, d]), owners[tensor, d]
             fixed = prod(n for d, n in enumerate(p.shape) if d not in owned)
             counts = {"parameters": float(fixed), "macs": fixed * uses.get(tensor, 0.0)}
-            tensors.add([place[tensor, d] for d in owned], block_of.get(tensor), counts)
+            for terms in (tensors,) if tensor in weights else (tensors, ungated):
+                terms.add([place[tensor, d] for d in owned], block_of.get(tensor), counts)
         for t in () if latency is None else latency.terms:
             timed.add([place[t.tensor, d] for d in t.dims], block_of.get(t.tensor), {"latency": t.rate})
-        self._site_of = torch.tensor([i for i, n in enumerate(self._sizes) for _ in range(n)], device=self._device)
+        site_of = [i for i, n in enumerate(self._sizes) for _ in range(n)]
+        self._site_of = torch.tensor(site_of, dtype=torch.int64, device=self.device)
         self._lengths = lengths
         self._terms = {"parameters": tensors, "macs": tensors, **({} if latency is None else {"latency": timed})}
-        for part in (lengths, tensors, timed):
-            part.freeze(self._device)
+        self._ungated = ungated
+        self.entries = entries(sites, model, weights)
+        self._entry_sizes = [e.shape.numel() for e in self.entries]
+        self._entry_costs = {"parameters": [1.0] * len(weights), "macs": [uses.get(name, 0.0) for name in weights]}
+        for part in (lengths, tensors, timed, *([ungated] if weights else [])):
+            part.freeze(self.device)
         self._full: dict[str, Tensor] = {}
         self._strengths: tuple[Sequence[float], Tensor | None] = ([], None)
 
     def full(self, cost: str) -> Tensor:
         """The cost of the network with all units, a scalar."""
         if cost not in self._full:
-            self._full[cost] = self.expected(torch.ones(self._one, device=self._device), cost)
+            self._full[cost] = self.expected(torch.ones(self._one, device=self.device), cost)
         return self._full[cost]
 
     def expected(self, pi: Tensor, cost: str) -> Tensor:
-        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,).
-
-        Raises `PlasticError` for the latency where it has not been measured.
+        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,). Those of the
+        gated weights may stand behind them, else all their entries are open; "units" and "latency" do not depend on
+        them. Raises `PlasticError` for the latency where it has not been measured.
         """
+        weights: Sequence[Tensor] = ()
+        if len(pi) > self._one:
+            pi, *weights = pi.split([self._one, *self._entry_sizes])
         if cost == "units":
             return pi.sum()
         if cost not in self._terms:
@@ -97,15 +114,29 @@ class CostModel:
             )
         sums = pi.new_zeros(len(self._sizes)).index_add(0, self._site_of, pi)
         gates = torch.cat([pi, pi.new_ones(1)])
-        return self._terms[cost].total(cost, pi, self._lengths(sums, gates), gates)
+        lengths = self._lengths(sums, gates)
+        if not weights or cost not in self._entry_costs:
+            return self._terms[cost].total(cost, pi, lengths, gates)
+        total = self._ungated.total(cost, pi, lengths, gates)
+        for e, each, own in zip(self.entries, self._entry_costs[cost], weights, strict=True):
+            total = total + each * e.expected(own, gates)
+        return total
+
+    def reached(self, z: Tensor) -> Tensor:
+        """The entries of the gated weights whose units are open in z, a mask (units,): shape (weights,)."""
+        z = torch.cat([z, z.new_ones(1)])
+        return torch.cat([e.reached(z).expand(e.shape).flatten() for e in self.entries])
 
     def weighed(self, pi: Tensor, strengths: Sequence[float]) -> Tensor:
-        """``pi``, shape (units,), whose gradient is scaled by one number for each site; the values stay."""
+        """``pi``, shape (units,) and more, whose gradient is scaled by one number for each site; the values stay."""
         if self._strengths[0] != strengths:
             each = pi.new_tensor(strengths).index_select(0, self._site_of)
             self._strengths = strengths, None if all(s == 1 for s in strengths) else each
         each = self._strengths[1]
-        return pi if each is None else torch.lerp(pi.detach(), pi, each)
+        if each is None:
+            return pi
+        each = each if len(each) == len(pi) else nn.functional.pad(each, (0, len(pi) - len(each)), value=1.0)
+        return torch.lerp(pi.detach(), pi, each)
 
 
 _Dim = tuple[int, Mapping[str, int]]  # its place among the lengths, and the width of a unit of each site

@@ -35,7 +35,7 @@ def wrap(net: PlasticNet) -> list[str]:
     if _initialised():  # something else may ask, too
         net._wrapper = "new"
     inner = getattr(net.model, "_ddp_params_and_buffers_to_ignore", ())
-    own = {site.phi for site in net._sites()}
+    own = {g.phi for g in net._gated()}
     gates = [name for name, p in net.named_parameters() if p in own]
     return [*gates, *(name for name, _ in net.named_buffers()), *(f"model.{name}" for name in inner)]
 
@@ -67,7 +67,7 @@ def enter(net: PlasticNet) -> None:
         ignored = getattr(net.model, "_ddp_params_and_buffers_to_ignore", ())
         _broadcast([b for name, b in net.model.named_buffers() if name not in ignored])
         if net._wrapper == "new":
-            _broadcast([site.phi for site in net._sites()])
+            _broadcast([g.phi for g in net._gated()])
             if (latency := first(net, net._latency)) != net._latency:
                 net._latency = latency
                 net._refresh()
@@ -114,7 +114,7 @@ def mean(net: PlasticNet, value: float) -> float:
     """The mean of a number over all ranks; the number itself where the network is not wrapped."""
     if _ranks(net) == 1:
         return value
-    return float(average(net, torch.tensor(value, dtype=torch.float64, device=net._sites()[0].phi.device)))
+    return float(average(net, torch.tensor(value, dtype=torch.float64, device=net._like.device)))
 
 
 def first(net: PlasticNet, value: T) -> T:
@@ -133,7 +133,7 @@ def alike(net: PlasticNet) -> Iterator[None]:
     if _ranks(net) == 1:
         yield
         return
-    device = net._sites()[0].phi.device
+    device = net._like.device
     seed = torch.randint(2**62, (1,)).to(device)
     dist.broadcast(seed, 0)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -14,7 +14,7 @@ Notation: pi = sigmoid(k phi), u uniform; d pi / d phi = k pi (1 - pi).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 class Draw:
     """What is drawn in a step, for gates of probability ``pi``, shape (units,): ``u``, some sets of uniform numbers,
     shape (sets, rows, units); and for estimators that flip one unit of every row, which one, ``chosen``
-    (rows,), and one over the probabilities of that, ``rarity`` (units,), 0 for units that are never chosen."""
+    (rows,), and one over the probabilities of that, ``rarity`` (units,), 0 for units that are never chosen. Without
+    ``chosen`` none is flipped."""
 
     pi: Tensor
     u: Tensor
@@ -36,6 +37,12 @@ class Draw:
     def rows(self) -> int:
         """How many rows have gates of their own."""
         return self.u.shape[1]
+
+    def flipping(self, flips: bool) -> Draw:
+        """The draw where a coin decides whether it flips units, or another one does."""
+        if self.rarity is None or not flips:
+            return replace(self, chosen=None)
+        return replace(self, rarity=2 * self.rarity)
 
     def open(self, i: int) -> Tensor:
         """``1[u < pi]`` of set ``i``, shape (rows, units)."""
@@ -48,18 +55,22 @@ class Draw:
     def flipped(self) -> Tensor:
         """`open` of set 0, with the chosen unit of every row the other way round."""
         z = self.open(0)
-        chosen = self._chosen()[:, None]
+        if self.chosen is None:
+            return z
+        chosen = self.chosen[:, None]
         return z.scatter(1, chosen, 1 - z.gather(1, chosen))
 
     def sparse(self, values: Tensor) -> Tensor:
         """The sum over the rows of ``values`` (rows,) times their unit's rarity, put at the chosen units."""
-        assert self.rarity is not None
-        chosen = self._chosen()
-        return torch.zeros_like(self.pi).index_add(0, chosen, values * self.rarity[chosen])
+        if self.chosen is None or self.rarity is None:
+            return torch.zeros_like(self.pi)
+        return torch.zeros_like(self.pi).index_add(0, self.chosen, values * self.rarity[self.chosen])
 
-    def _chosen(self) -> Tensor:
-        assert self.chosen is not None
-        return self.chosen
+    def at_chosen(self, values: Tensor) -> Tensor:
+        """Of ``values`` (rows, units) those of the chosen units, shape (rows,); 0 where none is chosen."""
+        if self.chosen is None:
+            return values.new_zeros(len(values))
+        return values.gather(1, self.chosen[:, None])[:, 0]
 
 
 # -- from losses ------------------------------------------------------------------------------
@@ -98,7 +109,7 @@ def arms(draw: Draw, k: float, f: Tensor) -> Tensor:
 def bitflip(draw: Draw, k: float, f: Tensor) -> Tensor:
     """Bitflip-1 (Kunes et al., arXiv 2208.06124): the exact difference that one unit of every row makes,
     ``d pi / d phi (f(z_j = 1) - f(z_j = 0)) / P(j is chosen)``."""
-    sign = 2 * draw.open(0).gather(1, draw._chosen()[:, None])[:, 0] - 1
+    sign = 2 * draw.at_chosen(draw.open(0)) - 1
     return _slope(draw, k) * draw.sparse(sign * (f[0] - f[-1])) / len(f[0])
 
 
@@ -143,8 +154,7 @@ def local(draw: Draw, k: float, b: Tensor) -> Tensor:
     """The slope as the control variate of `bitflip`: it takes the place of the difference at every unit, and what it
     was wrong by is made good at the chosen one. Unbiased, for the choice does not depend on b; what is left
     of the variance is that of the loss's curvature along single gates."""
-    wrong = b.gather(1, draw._chosen()[:, None])[:, 0]
-    return straight_through(draw, k, b) - _slope(draw, k) * draw.sparse(wrong)
+    return straight_through(draw, k, b) - _slope(draw, k) * draw.sparse(draw.at_chosen(b))
 
 
 def _pair(draw: Draw, i: int, difference: Tensor) -> Tensor:
@@ -188,7 +198,7 @@ def _correlation(pi: Tensor, n: int) -> Tensor:
 def _certain(pi: Tensor) -> Tensor:
     """Gates for which the bound on the variance of bitflip-1, ``n m^2 M^2 F^2``, is below that of DisARM,
     ``m M^2 F^2 / 2``, where m = min(pi, 1 - pi), M = 1 - m and F bounds the difference of two losses."""
-    return torch.minimum(pi, 1 - pi) < 0.5 / len(pi)
+    return torch.minimum(pi, 1 - pi) < 0.5 / max(len(pi), 1)
 
 
 def everywhere(pi: Tensor, sizes: Tensor) -> Tensor:
@@ -233,7 +243,7 @@ class Estimator:
         u = torch.rand(self.sets, rows, len(pi), device=pi.device, dtype=pi.dtype)
         if shared is not None:
             u = torch.where(shared, u[:, :1], u)
-        if self.flips is None:
+        if self.flips is None or not len(pi):
             return Draw(pi, u)
         weights = self.flips(pi, sizes)
         chosen = _choose(weights, rows if shared is None else 1)
@@ -247,9 +257,17 @@ class Estimator:
         return estimate if self.slopes is None or b is None else estimate + self.slopes(draw, k, b)
 
 
+_MANY = 2**16  # gates, from which on multinomial takes longer than sums; from 2**24 on it refuses
+
+
 def _choose(weights: Tensor, rows: int) -> Tensor:
     """A unit for every row, by weight (any, where there is none: its rarity is 0), without waiting for a GPU."""
-    return torch.where(weights.sum() > 0, weights, 1.0).multinomial(rows, replacement=True)
+    weights = torch.where(weights.sum() > 0, weights, 1.0)
+    if len(weights) <= _MANY:
+        return weights.multinomial(rows, replacement=True)
+    ends = weights.double().cumsum(0)
+    drawn = torch.rand(rows, dtype=ends.dtype, device=ends.device) * ends[-1]
+    return torch.searchsorted(ends, drawn, right=True).clamp(max=len(ends) - 1)
 
 
 def _antithetic(draw: Draw, i: int) -> Tensor:

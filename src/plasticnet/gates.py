@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from plasticnet.units import BlockUnits, InputUnits, Units
+
+if TYPE_CHECKING:
+    from plasticnet.weights import WeightSite
 
 INITIAL_LOGIT = 3.0 / 7  # phi of a new network: open, at the authors' k = 7
 OPEN_LOGIT = 3.0  # k phi of a gate that starts open: sigmoid(3) = 0.95 (the authors' setting)
@@ -30,7 +34,8 @@ def probability(phi: Tensor, k: float) -> Tensor:
 
 
 def held_open(pi: Tensor, grace: Tensor) -> Tensor:
-    """The probabilities, with 1 for gates in their grace period."""
+    """The probabilities, with 1 for gates in their grace period. Gates behind those have none."""
+    grace = grace if len(grace) == len(pi) else nn.functional.pad(grace, (0, len(pi) - len(grace)))
     return torch.where(grace > 0, 1.0, pi)
 
 
@@ -100,9 +105,11 @@ class Site(nn.Module):
         return f"{self.name!r}, units={len(self)}"
 
 
-def probabilities(sites: Sequence[Site], k: float) -> Tensor:
-    """`Site.probability` of all sites in one vector, shape (units,)."""
-    return held_open(probability(torch.cat([s.phi for s in sites]), k), torch.cat([s.grace for s in sites]))
+def probabilities(gated: Sequence[Site | WeightSite], k: float) -> Tensor:
+    """The probabilities of sites, and of gated weights behind them, in one vector: (units,) or (units + weights,)."""
+    pi = probability(torch.cat([g.phi.flatten() for g in gated]), k)
+    graces = [g.grace for g in gated if isinstance(g, Site)]
+    return held_open(pi, torch.cat(graces)) if graces else pi
 
 
 def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:

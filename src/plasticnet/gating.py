@@ -2,8 +2,8 @@
 
 A gate multiplies what the consumers of its unit read. Gates that differ between samples multiply
 the activation, in a hook that lives for one forward pass; gates that the whole batch shares are
-folded into the consumers' weights. `compact` folds by the same function. Norms take their
-statistics over what is open, and closed blocks are skipped.
+folded into the consumers' weights, and so are those of single weights. `compact` folds by the same function.
+Norms take their statistics over what is open, and closed blocks are skipped.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ class Skip(nn.Module):
         return args[0] if args else next(iter(kwargs.values()))
 
 
-def _offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
+def gate_offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
     """Where each site's gates begin in the gates of all, and where the constant 1 is."""
     ends = np.cumsum([0, *(u.size for u in sites.values())]).tolist()
     return dict(zip(sites, ends, strict=False)), ends[-1]
 
 
-def _positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) -> np.ndarray:
+def gate_positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) -> np.ndarray:
     """For each position of one dimension of a tensor, the index of its gate."""
-    offsets, one = _offsets(sites)
+    offsets, one = gate_offsets(sites)
     positions = np.full(length, one)
     for name, u in sites.items():
         for s in u.slices:
@@ -76,7 +76,7 @@ def _positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) ->
 
 def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
     """Every gated (parameter, dimension), in execution order."""
-    offsets, _ = _offsets(sites)
+    offsets, _ = gate_offsets(sites)
     inputs = {u.consumers[0].tensor: u for u in sites.values() if isinstance(u, InputUnits)}
     shapes = dict(model.named_parameters())
     found: dict[tuple[str, int], Reader] = {}
@@ -85,7 +85,7 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
         weight = shapes[consumer.tensor]
         feature = inputs.get(consumer.tensor)
         where = (feature.name, 0) if feature else key
-        positions = _positions(sites, where, feature.full if feature else weight.shape[consumer.dim])
+        positions = gate_positions(sites, where, feature.full if feature else weight.shape[consumer.dim])
         per_sample = consumer.per_sample and consumer.axis is not None
         if key in found:  # several calls of one module: they differ in rank or batch at most
             per_sample = per_sample and found[key].per_sample and found[key].axis == consumer.axis
@@ -121,10 +121,11 @@ class Gating:
     as rows, and nothing takes statistics over its units.
     """
 
-    def __init__(self, sites: Mapping[str, Units], model: nn.Module) -> None:
+    def __init__(self, sites: Mapping[str, Units], model: nn.Module, weights: Iterable[str] = ()) -> None:
+        """``weights`` are the names of the parameters whose entries have gates of their own."""
         self.model = model
         self.readers = readers(sites, model)
-        offsets, _ = _offsets(sites)
+        offsets, _ = gate_offsets(sites)
         shapes = {name: t.shape for name, t in model.named_parameters()}
         device = next(model.parameters()).device
         self._blocks = [
@@ -140,12 +141,12 @@ class Gating:
             (
                 model.get_submodule(n.module),
                 n.axis,
-                torch.from_numpy(_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device),
+                torch.from_numpy(gate_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device),
             )
             for n in norms
         ]
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-        self._places = _places(model, {r.tensor for r in self.readers})
+        self._places = _places(model, {r.tensor for r in self.readers} | set(weights))
         self.keep_results = False  # of a prefix, all of them: something has read what nothing seemed to hold
         self._known = [*model.parameters(), *model.buffers()]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
@@ -167,13 +168,15 @@ class Gating:
         *,
         all_open: bool = False,
         prefix: Callable[[Iterable[Tensor]], Watch] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
         batch or one per sample; the last is the constant 1.
 
         A norm over a site that is closed altogether counts one unit of it, as the cut network will: the
         one in ``best``, by the site's name, or the first. ``all_open`` says that all gates are 1: then
-        the model runs as it is. ``prefix`` is `Prefix.recording` or `Prefix.replaying`.
+        the model runs as it is. ``prefix`` is `Prefix.recording` or `Prefix.replaying`. ``weights`` are gates of
+        single weights, by the parameter's name and of its shape; without them all are open.
 
         What was compiled in place (``model.compile()``) runs compiled unless gates act by hooks or norms are
         masked, for those are not guarded against: then it runs as it was written.
@@ -184,28 +187,31 @@ class Gating:
         per_sample = z.dim() == 2 and len(z) > 1
         hooked = [r for r in self.readers if r.per_sample] if per_sample else []
         folded = [r for r in self.readers if not (per_sample and r.per_sample)]
-        tensors: dict[str, Tensor] = {}
+        parameters = self._parameters() if weights or not all_open else {}
+        tensors = {name: parameters[name] * g.to(parameters[name].dtype) for name, g in (weights or {}).items()}
         with ExitStack() as stack:
             if any(_compiled(m) for m in self.model.modules()):
                 prefix = None  # the compiler does not follow it
                 if hooked or (not all_open and (self._norms or self._blocks)):
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if not all_open:
+            if tensors or not all_open:
                 if self._fused:
                     stack.enter_context(unfused_layers())
                 if torch.is_grad_enabled():
                     stack.enter_context(_refusing_checkpoints())
+            if not all_open:
                 opened = shared > 0
                 for name, start, size in self._normed:
                     part = opened[start : start + size]
                     part |= ~part.any() & (torch.arange(size, device=z.device) == (0 if best is None else best[name]))
-                tensors = fold(self._parameters(), folded, shared)
-                stack.enter_context(_swapped(self._places, tensors, self._recurrent))
+                tensors |= fold({**parameters, **tensors}, folded, shared)
                 for norm, axis, positions in self._norms:
                     stack.enter_context(open_statistics(norm, axis, opened.index_select(0, positions)))
                 if self._blocks:
                     skipped = (shared == 0).tolist()
                     stack.enter_context(_skipping(module for module, i in self._blocks if skipped[i]))
+            if tensors:
+                stack.enter_context(_swapped(self._places, tensors, self._recurrent))
             watch = None if prefix is None else prefix(tensors.values())
             if watch is not None:
                 gates = [m for m, *_ in (*self._blocks, *self._norms)]
@@ -219,7 +225,7 @@ class Gating:
             return self.model(*args, **kwargs)
 
     def _parameters(self) -> dict[str, Tensor]:
-        """The parameters that readers read, as they are now."""
+        """The parameters that gates act on, as they are now."""
         return {name: held[0][0]._parameters[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
 
 

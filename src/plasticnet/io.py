@@ -22,6 +22,7 @@ from plasticnet.compact import RECORD, Take, insert_take, remove_block
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.resize import replace_tensors
+from plasticnet.sparse import sparse_layers
 
 _KEY = "plasticnet"
 _FORMAT = 1
@@ -34,6 +35,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     not at all."""
     if any(isinstance(child, PlasticNet) for child in module.modules()):
         raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
+    if sparse := sparse_layers(module):
+        raise PlasticError(f"{sparse[0]!r} is sparse; save what was given to sparsify, and sparsify what load gives")
     record: dict[str, Any] = getattr(module, RECORD, {})
     attributes: dict[str, dict[str, Any]] = {}
     takes: dict[str, int] = {}

@@ -11,7 +11,6 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,18 +18,18 @@ from torch.optim import Optimizer
 from plasticnet import distributed, objective, passes, pressure, resize, state
 from plasticnet.candidates import grow_by_gradient
 from plasticnet.check import self_check
-from plasticnet.compact import check_multiple, cut, lengths, survivors
+from plasticnet.compact import compacted, lengths, to_keep
 from plasticnet.cost import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.estimators import ESTIMATORS
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, gate_key, mean_gates
+from plasticnet.gates import Site, gate_key, mean_gates
 from plasticnet.gating import Gating
 from plasticnet.latency import Latency, measure
 from plasticnet.optimizers import listed
-from plasticnet.snapshot import duplicate
 from plasticnet.summary import Summary, summarise
 from plasticnet.tracing import call_arguments, trace
 from plasticnet.units import InputUnits
+from plasticnet.weights import WeightSite, gateable, mean_weights, weight_key
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
@@ -41,9 +40,9 @@ class PlasticNet(nn.Module):
     The model is gated in place: its parameters are the ones that are trained, and `resize` replaces
     them. It starts as the model it is: k is infinity and every gate is open.
 
-    Attributes: ``model``, the module; ``sites``, name to `Site`; ``frozen``, what cannot be gated and
-    why; ``excluded``, sites left alone because of ``exclude``; ``checked``, whether the self-check ran
-    (it cannot on the meta device). Other attributes are the model's.
+    Attributes: ``model``, the module; ``sites``, name to `Site`; ``weights``, parameter to `WeightSite`; ``frozen``,
+    what cannot be gated and why; ``excluded``, sites left alone because of ``exclude``; ``checked``, whether the
+    self-check ran (it cannot on the meta device). Other attributes are the model's.
 
     Raises `PlasticError` when the model rejects the example inputs or has nothing to gate.
     """
@@ -59,13 +58,15 @@ class PlasticNet(nn.Module):
         exclude: Sequence[str] = (),
         residual: bool = False,
         blocks: Sequence[str] = (),
+        weights: Sequence[str] = (),
     ) -> None:
         """``inputs`` are name patterns of consumers whose input features are gated one by one;
         ``exclude`` are name patterns of sites to leave alone; ``gates`` says whether gates are drawn
         per sample or per batch ("auto": per sample where that is unbiased). ``residual`` gates what
         LayerNorm, RMSNorm and their like normalise, and embeddings, too: the norms then take their
         statistics over the open units. ``blocks`` are name patterns of modules that are units as a
-        whole: a closed one hands on its first input."""
+        whole: a closed one hands on its first input. ``weights`` are name patterns of modules whose weight gets a
+        gate on every entry, shared by the batch."""
         super().__init__()
         if estimator not in ESTIMATORS:
             raise PlasticError(f"estimator={estimator!r}: choose one of {', '.join(ESTIMATORS)}")
@@ -74,7 +75,8 @@ class PlasticNet(nn.Module):
         if not isinstance(model, nn.Module) or any(isinstance(m, PlasticNet) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
         args, kwargs = call_arguments(example_inputs)
-        inputs, exclude, blocks = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude, blocks))
+        patterns = ((p,) if isinstance(p, str) else tuple(p) for p in (inputs, exclude, blocks, weights))
+        inputs, exclude, blocks, weights = patterns
         traced = trace(model, example_inputs, inputs=inputs, residual=residual, blocks=blocks)
         for pattern in exclude:
             if not any(fnmatchcase(n, pattern) for n in traced.sites):
@@ -83,11 +85,12 @@ class PlasticNet(nn.Module):
         for name in self.excluded:
             del traced.sites[name]
         traced = self_check(model, traced, args, kwargs)
-        if not traced.sites:
-            reasons = "; ".join(f"{n}: {r}" for n, r in list(traced.frozen.items())[:5])
+        tensors, ungated = gateable(model, weights, args, kwargs)
+        if not traced.sites and not tensors:
+            reasons = "; ".join(f"{n}: {r}" for n, r in [*ungated.items(), *traced.frozen.items()][:5])
             raise PlasticError(f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'})")
         self.model = model
-        self._frozen = traced.frozen
+        self._frozen = {**traced.frozen, **ungated}
         self._signature = inspect.signature(model.forward)
         self.checked = traced.checked
         self.estimator = estimator
@@ -95,6 +98,7 @@ class PlasticNet(nn.Module):
         parameters = [p.real if p.is_complex() else p for p in model.parameters()]
         like = next(p for p in parameters if p.is_floating_point())
         self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in traced.sites.items()})
+        self.gates.update({weight_key(n): WeightSite(n, model.get_parameter(n)) for n in tensors})
         self._uses = traced.uses
         self._latency: Latency | None = None
         self._k = math.inf
@@ -103,6 +107,7 @@ class PlasticNet(nn.Module):
         self._pass = passes.Pass()
         self._rows_apart: bool | None = None  # whether the network can be run on some of the samples
         self._mean: tuple[Any, Tensor, bool] | None = None
+        self._mean_of_weights: tuple[Any, Mapping[str, Tensor] | None] | None = None
         self._gate_gradient: Tensor | None = None  # of the last step: a budget measures its pressure by its size
         self._refresh()
 
@@ -131,8 +136,29 @@ class PlasticNet(nn.Module):
         """The name of whatever cannot be gated, to the reason."""
         return MappingProxyType(self._frozen)
 
+    @property
+    def weights(self) -> Mapping[str, WeightSite]:
+        """The name of every parameter whose entries have gates, to these."""
+        return MappingProxyType({w.name: w for w in self._weights()})
+
     def _sites(self) -> list[Site]:
         return [site for site in self.gates.values() if isinstance(site, Site)]
+
+    def _weights(self) -> list[WeightSite]:
+        return [w for w in self.gates.values() if isinstance(w, WeightSite)]
+
+    def _gated(self) -> list[Site | WeightSite]:
+        """The sites, and the weights behind them."""
+        return list(self.gates.values())  # pyright: ignore[reportReturnType]
+
+    def _phi(self) -> Tensor:
+        """All logits in one vector: (units,), or (units + weights,)."""
+        return torch.cat([g.phi.flatten() for g in self._gated()])
+
+    @property
+    def _like(self) -> Tensor:
+        """Some logits, for their dtype and device."""
+        return self._gated()[0].phi.detach()
 
     @property
     def k(self) -> float:
@@ -149,12 +175,12 @@ class PlasticNet(nn.Module):
             raise PlasticError(f"k={value!r}: k is a number from 0 (dropout) to infinity (ordinary training)")
         self._k = float(value)
         if self._k == 0 or math.isinf(self._k):
-            for site in self._sites():
-                site.phi.grad = None
+            for g in self._gated():
+                g.phi.grad = None
 
     def summary(self) -> Summary:
         """Units, parameters and multiply-adds: per site and in total, all and open. Prints as a table."""
-        return summarise(self._sites(), self._cost, self._k, self.model, self.frozen, self.excluded)
+        return summarise(self)
 
     def param_groups(self, lr: float, gate_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
         """Two groups for an optimizer: the model's parameters, with ``options`` (weight_decay, say),
@@ -162,7 +188,7 @@ class PlasticNet(nn.Module):
         for optimizers of Adam's family, a shorter memory: the gradients of the first steps are large,
         and a long memory of them would hold the gates back."""
         gates: dict[str, Any] = {
-            "params": [s.phi for s in self._sites()],
+            "params": [g.phi for g in self._gated()],
             "lr": 10 * lr if gate_lr is None else gate_lr,
         }
         weights = {"params": list(self.model.parameters()), "lr": lr, **options}
@@ -190,7 +216,7 @@ class PlasticNet(nn.Module):
             return passes.drawn(self, args, kwargs)
         z, all_open = self._mean_gates()
         self._pass.note(args, kwargs)
-        return self._run(z, args, kwargs, all_open=all_open)
+        return self._run(z, args, kwargs, all_open=all_open, weights=mean_weights(self))
 
     def _run(self, z: Tensor, args: Any, kwargs: Any, **options: Any) -> Any:
         best = {s.name: s.best for s in self._sites() if s.units.norms}
@@ -208,6 +234,8 @@ class PlasticNet(nn.Module):
         """The gates at evaluation, and whether all are open. On a GPU this is kept until a gate changes:
         asking would mean waiting."""
         sites = self._sites()
+        if not sites:
+            return self._like.new_ones(1), True
         key = (
             (self._k, *((id(t), t._version) for s in sites for t in (s.phi, s.grace))) if sites[0].phi.is_cuda else None
         )
@@ -263,24 +291,7 @@ class PlasticNet(nn.Module):
         Raises `PlasticError`, and changes nothing, for an unknown site, an index out of range, a site
         left empty, or optimizers that do not hold every trainable parameter or cannot be resized.
         """
-        optimizers = listed(optimizer)
-        if not isinstance(sources, Mapping):
-            raise PlasticError(f"resize takes a mapping of site to source indices, not a {type(sources).__name__}")
-        value = OPEN_LOGIT / self._k if 0 < self._k < math.inf else INITIAL_LOGIT
-        value = 0.0 if init == "paper" else value
-        logits = {s.name: (s.phi, value) for s in self._sites()}
-        with distributed.alike(self):
-            planned = resize.plan({s.name: s.units for s in self._sites()}, lengths(self.model), sources)
-            moved = resize.apply(self.model, planned, logits, optimizers, init)
-        if moved:
-            distributed.outgrow(self)
-        for site in self._sites():
-            site.phi = moved.get(site.phi, site.phi)
-            if site.name in planned.sources:
-                source = planned.sources[site.name]
-                site.grace = resize.rewrite(site.grace, {0: source})
-                site.grace[torch.from_numpy(source < 0).to(site.grace.device)] = grace
-        self._adopt(planned)
+        resize.rebuild(self, sources, lengths(self.model), listed(optimizer), init, grace)
 
     def _adopt(self, planned: resize.Plan) -> None:
         for site in self._sites():
@@ -328,51 +339,35 @@ class PlasticNet(nn.Module):
         """Cut the units whose gate has a probability below ``below``, and those whose features are
         all cut; every site keeps at least one. Returns how many were cut per site.
 
+        Where single weights have gates and k is infinity, so are units that only closed ones read.
+
         With ``multiple_of`` a site keeps the next likely units, too, so that its width in the tensors is
         a multiple of it. Sites that have not that many are cut as without, and so are those that a norm
         takes statistics over.
         """
-        sources = self._survivors(below, multiple_of)
+        sources = to_keep(self, below, multiple_of)
         before = {n: len(s) for n, s in self.sites.items()}
         if sources:
             self.resize(sources, optimizer)
         return {n: before[n] - len(s) for n, s in self.sites.items() if before[n] != len(s)}
 
-    def _survivors(self, below: float, multiple_of: int) -> dict[str, list[int]]:
-        """The units that `prune` keeps, for every site that loses some."""
-        if not isinstance(below, Real) or not 0 <= float(below) <= 1:
-            raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
-        check_multiple(multiple_of)
-        values = {s.name: s.probability(self._k).detach().cpu().numpy() for s in self._sites()}
-        for site in self._sites():
-            if not bool(torch.isfinite(site.phi).all()):
-                raise PlasticError(f"site {site.name!r}: its gates are not finite; go back to a checkpoint")
-        floor = float(np.nextafter(np.float32(below), np.float32(-1)))
-        for site in self._sites():
-            if (values[site.name] > floor).sum() < site.minimum:
-                values[site.name][site.likely(site.minimum)] = 1.0
-        return survivors({s.name: s.units for s in self._sites()}, values, floor, multiple_of)
-
     def compact(self, multiple_of: int = 1) -> nn.Module:
         """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units
-        are cut, and the mean gates of the open ones are multiplied into the weights that read them.
+        are cut, and the mean gates of the open ones are multiplied into the weights that read them. Single weights
+        that are closed are zeros.
 
         With ``multiple_of`` some closed units stay, read with weights of zero, so that widths are multiples
         of it; see `prune`.
         """
-        check_multiple(multiple_of)
-        small = duplicate(self.model).eval()
-        sites = self._sites()
-        best = {s.name: int(s.best) for s in sites}
-        factors = {s.name: s.mean_gate(self._k) for s in sites}
-        return cut(small, {s.name: s.units for s in sites}, factors, best, multiple_of)
+        return compacted(self, multiple_of)
 
     def _refresh(self) -> None:
         """Work out anew what depends on the sites' sizes."""
         units = {s.name: s.units for s in self._sites()}
-        self._gating = Gating(units, self.model)
-        self._cost = CostModel(units, self.model, self._uses, self._latency)
-        self._mean = None
+        weights = [w.name for w in self._weights()]
+        self._gating = Gating(units, self.model, weights)
+        self._cost = CostModel(units, self.model, self._uses, self._latency, weights)
+        self._mean = self._mean_of_weights = None
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -392,9 +387,9 @@ class PlasticNet(nn.Module):
         """
         state.compare_keys(self.state_dict().keys(), state_dict.keys())
         state.check_k(state_dict["_extra_state"])
-        planned = state.plan_load({s.name: s.units for s in self._sites()}, self.model, state_dict)
+        planned = state.plan_load(self, state_dict)
         before = [(p, p.shape) for p in self.parameters()]
-        state.resize_in_place(self.model, self._sites(), planned)
+        state.resize_in_place(self, planned)
         self._adopt(planned)
         keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if any(p is not q or p.shape != shape for (p, shape), q in zip(before, self.parameters(), strict=True)):

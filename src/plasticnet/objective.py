@@ -56,6 +56,7 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) 
     if ESTIMATORS[net.estimator].at != "training":
         net._gate_gradient = step.gradient
         return loss
+    step.gradient = step.gradient.clone()  # that of the slopes is added
     scaled = _Scaled.apply(loss, step)
     assert isinstance(scaled, Tensor)
     return scaled
@@ -70,7 +71,7 @@ def _passes(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot, st
     indices = [i for i in estimator.reads if running or i]
     step.prefix = net._gating.prefix() if indices else None
     found: dict[int, Tensor] = {}
-    slopes: Tensor | None = None
+    slopes: list[Tensor] = []
     try:
         for i in indices:
             now = Pass("partner", step, _gates_of(net, i), running)
@@ -84,9 +85,8 @@ def _passes(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot, st
     except Alike as alike:
         before.restore()
         f, found[1] = _nearly_equal(net, closure, before, step, alike.rows)
-    assert step.draw is not None
     found.setdefault(0, f.detach())
-    return f, estimate(net, step.draw, [found.get(i, found[0]) for i in range(estimator.partners + 1)], slopes)
+    return f, estimate(net, step, [found.get(i, found[0]) for i in range(estimator.partners + 1)], slopes)
 
 
 def _gates_of(net: PlasticNet, i: int) -> Callable[[Draw], Tensor]:
@@ -148,18 +148,19 @@ def _nearly_equal(
 # -- slopes -----------------------------------------------------------------------------------
 
 
-def _slopes_at_mean(net: PlasticNet, closure: Callable[[], Tensor], step: Step, before: Snapshot) -> Tensor:
-    """The gradient of the mean loss with respect to the gates of each row, at z = pi: shape (rows, units)."""
-    leaf: list[Tensor] = []
+def _slopes_at_mean(net: PlasticNet, closure: Callable[[], Tensor], step: Step, before: Snapshot) -> list[Tensor]:
+    """The gradient of the mean loss with respect to the gates of each row, at z = pi: shape (rows, units), for every
+    draw of the step."""
+    leaves: dict[int, Tensor] = {}
 
     def gates(draw: Draw) -> Tensor:
-        leaf[:] = [draw.pi.expand(draw.rows, -1).clone().requires_grad_()]
-        return leaf[0]
+        leaves[id(draw)] = draw.pi.expand(draw.rows, -1).clone().requires_grad_()
+        return leaves[id(draw)]
 
     f = _again(net, before, Pass("partner", step, gates), partial(run, net, closure))
-    (slopes,) = torch.autograd.grad(f.mean(), leaf, allow_unused=True)
+    slopes = torch.autograd.grad(f.mean(), [leaves[id(draw)] for draw in step.draws], materialize_grads=True)
     before.restore()
-    return torch.zeros_like(leaf[0]) if slopes is None else slopes
+    return list(slopes)
 
 
 def _training_gates(net: PlasticNet, step: Step, draw: Draw) -> Tensor:
@@ -171,12 +172,17 @@ def _training_gates(net: PlasticNet, step: Step, draw: Draw) -> Tensor:
         return z
 
     def part(slopes: Tensor) -> Tensor:
-        gradient = distributed.average(net, _of_slopes(net, draw, slopes))
+        gradient = distributed.average(net, _of_slopes(net, draw, slopes, held))
         if step.gradient is not None and step.scale is not None:
-            net._gate_gradient = step.gradient + gradient / step.scale
+            first = sum(len(s) for s in net._sites()) if held is None else 0
+            step.gradient[first : first + len(gradient)] += gradient / step.scale
+            net._gate_gradient = step.gradient
         return gradient
 
-    gated = _Slopes.apply(torch.cat([s.phi for s in net._sites()]), z, part)
+    gates, held = (net._weights(), None) if draw is step.weights else (net._sites(), _held(net))
+    if not gates:
+        return z
+    gated = _Slopes.apply(torch.cat([g.phi.flatten() for g in gates]), z, part)
     assert isinstance(gated, Tensor)
     return gated
 
@@ -208,20 +214,21 @@ class _Scaled(torch.autograd.Function):
         return grad, None
 
 
-def _of_slopes(net: PlasticNet, draw: Draw, slopes: Tensor) -> Tensor:
+def _of_slopes(net: PlasticNet, draw: Draw, slopes: Tensor, held: Tensor | None) -> Tensor:
     """The part of the estimate that depends on the slopes, shape (units,); 0 for gates that are held open."""
     estimator = ESTIMATORS[net.estimator]
     assert estimator.slopes is not None
     if draw.rows > 1 and not all(net._gating.per_sample.values()):  # the first row holds what all have in common
         slopes = torch.where(shared(net), slopes.mean(0), slopes)
-    return torch.where(_held(net), 0.0, estimator.slopes(draw, net.k, slopes))
+    part = estimator.slopes(draw, net.k, slopes)
+    return part if held is None else torch.where(held, 0.0, part)
 
 
 def _uncertain(net: PlasticNet) -> bool:
     """Whether any gate can differ between two draws. Not asked of a GPU, which would mean waiting for it."""
-    if net._sites()[0].phi.is_cuda:
+    if net._like.is_cuda:
         return True
-    pi = probabilities(net._sites(), net.k)
+    pi = probabilities(net._gated(), net.k)
     return bool(((pi > 0) & (pi < 1)).any())
 
 
@@ -231,7 +238,7 @@ def _resolve_auto(net: PlasticNet, closure: Callable[[], Tensor]) -> None:
     if net.gates_mode != "auto" or net._samples_apart is not None or uses_batch_statistics(net.model):
         return
     units = sum(len(s) for s in net._sites())
-    device = net._sites()[0].phi.device
+    device = net._like.device
 
     def all_open(rows: int) -> Tensor:
         return torch.ones(rows, units + 1, device=device)
@@ -269,14 +276,17 @@ def _resolve_auto(net: PlasticNet, closure: Callable[[], Tensor]) -> None:
 
 
 def surrogate(net: PlasticNet, gradient: Tensor) -> Tensor:
-    """A scalar of value 0 whose gradient with respect to the logits of all sites is ``gradient``, shape (units,)."""
-    total = torch.cat([s.phi for s in net._sites()]) @ gradient
+    """A scalar of value 0 whose gradient with respect to all logits is ``gradient``, shape (units,), or (units +
+    weights,) where single weights have gates."""
+    total = net._phi() @ gradient
     return total - total.detach()
 
 
-def estimate(net: PlasticNet, draw: Draw, losses: Sequence[Tensor], slopes: Tensor | None = None) -> Tensor:
-    """The estimate for the logits of all sites, shape (units,), from the losses under the gates of every pass and
-    from the slopes, as far as they are known; 0 for gates that are held open."""
+def estimate(net: PlasticNet, step: Step, losses: Sequence[Tensor], slopes: Sequence[Tensor] = ()) -> Tensor:
+    """The estimate for all logits, shape (units,) or (units + weights,), from the losses under the gates of every pass
+    and from the slopes of every draw, as far as they are known; 0 for gates that are held open."""
+    draw = step.draw
+    assert draw is not None
     if draw.rows > 1 and losses[0].shape != (draw.rows,):
         raise PlasticError(
             f"gates were drawn for {draw.rows} samples, but the closure returned losses of shape "
@@ -284,10 +294,16 @@ def estimate(net: PlasticNet, draw: Draw, losses: Sequence[Tensor], slopes: Tens
             'gates="batch"'
         )
     f = torch.stack(list(losses)).to(draw.pi.dtype).reshape(len(losses), -1)
-    f = f if draw.rows > 1 else f.mean(1, keepdim=True)
-    gradient = torch.where(_held(net), 0.0, ESTIMATORS[net.estimator].losses(draw, net.k, f))
-    return gradient if slopes is None else gradient + _of_slopes(net, draw, slopes)
+    parts: list[Tensor] = []
+    for i, draw in enumerate(step.draws):
+        held = _held(net) if draw is step.draw else None
+        part = ESTIMATORS[net.estimator].losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
+        part = part if held is None else torch.where(held, 0.0, part)
+        parts.append(part + _of_slopes(net, draw, slopes[i], held) if slopes else part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _held(net: PlasticNet) -> Tensor:
-    return torch.cat([s.grace for s in net._sites()]) > 0
+def _held(net: PlasticNet) -> Tensor | None:
+    """The units that are held open, if there are units."""
+    graces = [s.grace for s in net._sites()]
+    return torch.cat(graces) > 0 if graces else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,25 +26,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What the passes of one training step share: the draw of the first, the random numbers after it, and what
-    it recorded before the first gate. Then the part of the estimate that follows from the losses, and, from the
-    backward pass on, by what the loss was scaled."""
+    """What the passes of one training step share: the draw of the first (for units, and for single weights where
+    they have gates), the random numbers after it, and what it recorded before the first gate. Then the estimate: the
+    part that follows from the losses, in the backward pass also that of the slopes; and by what the loss was scaled."""
 
     draw: Draw | None = None
+    weights: Draw | None = None
     after: RandomState | None = None
     prefix: Prefix | None = None
     gradient: Tensor | None = None
     scale: Tensor | None = None
+
+    @property
+    def draws(self) -> list[Draw]:
+        """Those that there are."""
+        return [draw for draw in (self.draw, self.weights) if draw is not None]
 
 
 @dataclass
 class Pass:
     """One run of the closure: what for, the gates it uses, and what the network was called with.
 
-    ``gates(draw)`` gives the gates, shape (rows, units); else they are those of the estimator's pass 0. The
-    first "partner" fills the step's prefix, in its first call, and the passes behind it are handed what it
-    holds. "training", which comes last, fills ``outputs``, if there are any, and a "partner" with ``rows``
-    computes them anew for these samples only. With ``running``, norms use their running statistics.
+    ``gates(draw)`` gives the gates, shape (rows, units), and from the other draw those of single weights, shape
+    (1, weights); else they are those of the estimator's pass 0. The first "partner" fills the step's prefix, in its
+    first call, and the passes behind it are handed what it holds. "training", which comes last, fills ``outputs``, if
+    there are any, and a "partner" with ``rows`` computes them anew for these samples only. With ``running``, norms
+    use their running statistics.
     """
 
     role: Literal["free", "probe", "partner", "training"] = "free"  # "free": outside of expected_loss
@@ -52,6 +59,7 @@ class Pass:
     gates: Callable[[Draw], Tensor] | None = None
     running: bool = False
     z: Tensor | None = None
+    weights: Mapping[str, Tensor] | None = None  # gates of the entries of weights, where not all are open
     probe: Callable[[int], Tensor] | None = None
     outputs: list[Any] | None = None
     rows: Tensor | None = None
@@ -118,7 +126,7 @@ def drawn(net: PlasticNet, args: Any, kwargs: Any) -> Any:
                 prefix = recorded.recording
         elif recorded.replays((args, kwargs), last=now.role == "training"):
             prefix = partial(recorded.replaying, last=now.role == "training")
-    output = net._run(z, args, kwargs, prefix=prefix)
+    output = net._run(z, args, kwargs, prefix=prefix, weights=now.weights)
     if now.role == "training" and now.outputs is not None:
         now.outputs.append(tree_map_only(Tensor, Tensor.detach, output))
     return output
@@ -137,7 +145,7 @@ def _compare(net: PlasticNet, now: Pass) -> None:
     not interact, and nothing is left in buffers. Not asked of a GPU, which would mean waiting for it."""
     draw, estimator = now.step.draw, ESTIMATORS[net.estimator]
     assert draw is not None
-    if draw.u.is_cuda or estimator.partners != 1 or estimator.slopes is not None or now.running:
+    if net._weights() or draw.u.is_cuda or estimator.partners != 1 or estimator.slopes is not None or now.running:
         return
     differ = (estimator.gates(draw, 0) != estimator.gates(draw, 1)).any(1)
     rows = differ.nonzero().squeeze(1)
@@ -165,7 +173,7 @@ def _some_rows(net: PlasticNet, now: Pass, z: Tensor, args: Any, kwargs: Any, be
 
 
 def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
-    """The gates of this call, shape (rows, units + 1)."""
+    """The gates of this call, shape (rows, units + 1); those of single weights are noted in the pass."""
     if now.role == "probe":
         assert now.probe is not None
         return now.probe(batch_size(args, kwargs))
@@ -173,6 +181,8 @@ def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
     rows = batch_size(args, kwargs) if draws_per_sample(net) else 1
     if step.draw is None:
         step.draw = _draw(net, rows)
+        if net._weights():
+            step.draw, step.weights = _with_weights(net, step.draw)
         step.after = RandomState(net.model)
     elif step.draw.rows != rows:
         raise PlasticError(
@@ -183,16 +193,35 @@ def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
         assert step.after is not None
         step.after.restore()
     if now.z is None:
-        z = now.gates(step.draw) if now.gates is not None else estimator.gates(step.draw, 0)
+        gates = now.gates or (lambda draw: estimator.gates(draw, 0))
+        z = gates(step.draw)
         now.z = torch.cat([z, z.new_ones(len(z), 1)], 1)
+        if step.weights is not None:
+            parts = gates(step.weights)[0].split([w.phi.numel() for w in net._weights()])
+            now.weights = {w.name: g.view(w.phi.shape) for w, g in zip(net._weights(), parts, strict=True)}
     return now.z
 
 
 def _draw(net: PlasticNet, rows: int) -> Draw:
+    if not net._sites():
+        nothing = net._like.new_zeros(0)
+        return ESTIMATORS[net.estimator].draw(nothing, nothing, rows)
     pi = probabilities(net._sites(), net.k).detach()
     sizes = torch.cat([torch.full_like(s.phi.detach(), len(s)) for s in net._sites()])
     mixed = rows > 1 and not all(net._gating.per_sample.values())
     return ESTIMATORS[net.estimator].draw(pi, sizes, rows, shared(net) if mixed else None)
+
+
+def _with_weights(net: PlasticNet, units: Draw) -> tuple[Draw, Draw]:
+    """The draw for the units, and one for single weights, which the batch shares. Of the units or the weights one kind
+    is flipped in a step: a coin says which."""
+    pi = torch.cat([w.probability(net.k).detach().flatten() for w in net._weights()])
+    sizes = torch.cat([w.phi.new_full((w.phi.numel(),), w.phi.numel()) for w in net._weights()]).detach()
+    weights = ESTIMATORS[net.estimator].draw(pi, sizes, 1)
+    if units.chosen is None or weights.chosen is None:
+        return units, weights
+    coin = bool(torch.rand((), device="cpu") < 0.5)
+    return units.flipping(coin), weights.flipping(not coin)
 
 
 def shared(net: PlasticNet) -> Tensor:

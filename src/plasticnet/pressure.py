@@ -15,6 +15,7 @@ from torch import Tensor
 from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.gates import probabilities
+from plasticnet.weights import mean_weights
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
@@ -26,9 +27,8 @@ def penalty(net: PlasticNet, strength: float, cost: str | Mapping[str, float], s
     if not _strong(strength):
         raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
     expected: Callable[[str], Tensor] = net._cost.full
-    if not (math.isinf(net.k) and net._mean_gates()[1]):
-        sites = net._sites()
-        pi = net._cost.weighed(probabilities(sites, net.k), [s.strength for s in sites])
+    if not (math.isinf(net.k) and net._mean_gates()[1] and mean_weights(net) is None):
+        pi = net._cost.weighed(probabilities(net._gated(), net.k), [s.strength for s in net._sites()])
         expected = partial(net._cost.expected, pi)
     costs = {name: expected(name) for name in weights}
     terms = [strength * w * (costs[name] if scale == "linear" else costs[name].log()) for name, w in weights.items()]

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits
+from plasticnet.weights import read
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
 
 
 def project(
-    net: PlasticNet, scores: Mapping[str, Tensor | np.ndarray], targets: Mapping[str, float]
+    net: PlasticNet,
+    scores: Mapping[str, Tensor | np.ndarray],
+    targets: Mapping[str, float],
+    weights: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The units that stay open, a boolean mask of shape (units,) for every site; changes nothing.
 
@@ -26,12 +30,13 @@ def project(
     the best units as the targets allow stay; of those below them, the best that still fit are opened
     again, until no unit is left that would fit. A channel counts as no better than the best of
     its gated features, nor a feature than its channel. Units in their grace period stay, and the best
-    `Site.minimum` of every site (one at least); blocks may all close.
+    `Site.minimum` of every site (one at least); blocks may all close. Where single weights have gates,
+    ``weights`` says which are open, shape (weights,); without it all are.
 
     Raises `PlasticError` when scores are missing, of another shape or not finite, or when the smallest network
     costs more than a target.
     """
-    units = _Units(net, scores, targets)
+    units = _Units(net, scores, targets, weights)
     missed = {c: smallest for c, t in targets.items() if (smallest := units.cost(units.kept, c)) > t}
     if missed:
         costs = ", ".join(f"{s:,.6g} {c} (the target is {targets[c]:,.6g})" for c, s in missed.items())
@@ -51,14 +56,20 @@ class _Units:
     """All units in one vector, in the order of their sites, and what depends on what."""
 
     def __init__(
-        self, net: PlasticNet, scores: Mapping[str, Tensor | np.ndarray], targets: Mapping[str, float]
+        self,
+        net: PlasticNet,
+        scores: Mapping[str, Tensor | np.ndarray],
+        targets: Mapping[str, float],
+        weights: np.ndarray | None = None,
     ) -> None:
         self.net, self.targets = net, targets
+        self.weights = np.zeros(0, dtype=bool) if weights is None else weights
         self.sites = dict(net.sites)
         sizes = [len(site) for site in self.sites.values()]
         self.starts = dict(zip(self.sites, np.cumsum([0, *sizes]).tolist(), strict=False))
         self.n = sum(sizes)
-        score = np.concatenate([_checked(name, scores, n) for name, n in zip(self.sites, sizes, strict=True)])
+        found = [_checked(name, scores, n) for name, n in zip(self.sites, sizes, strict=True)]
+        score = np.concatenate([np.zeros(0), *found])
         self._depend()
         features = np.flatnonzero(self.producer >= 0)
         best = np.full(self.n, -np.inf)
@@ -92,7 +103,8 @@ class _Units:
 
     def _must(self) -> np.ndarray:
         """The units that stay whatever they cost, with the channels and features that they need."""
-        must = np.concatenate([site.grace.cpu().numpy() > 0 for site in self.sites.values()])
+        graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
+        must = np.concatenate([np.zeros(0, dtype=bool), *graces])
         needed = {n: 0 if isinstance(s.units, BlockUnits) else max(s.minimum, 1) for n, s in self.sites.items()}
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
         for name in [n for n in self.sites if n not in inputs]:
@@ -133,10 +145,11 @@ class _Units:
         return float(self._expected(z, cost))
 
     def _expected(self, z: np.ndarray, cost: str, gradient: bool = False) -> Tensor:
-        like = next(iter(self.sites.values())).phi
-        pi = torch.from_numpy(z.astype(np.float64)).to(like.device).requires_grad_(gradient)
+        device = self.net._like.device
+        pi = torch.from_numpy(z.astype(np.float64)).to(device).requires_grad_(gradient)
+        weights = torch.from_numpy(self.weights.astype(np.float64)).to(device)
         with torch.set_grad_enabled(gradient):
-            expected = self.net._cost.expected(pi, cost)
+            expected = self.net._cost.expected(torch.cat([pi, weights]), cost)
             return torch.autograd.grad(expected, pi)[0].cpu() if gradient else expected
 
     def fits(self, z: np.ndarray) -> bool:
@@ -180,6 +193,58 @@ class _Units:
 
     def by_site(self, z: np.ndarray) -> dict[str, np.ndarray]:
         return {name: z[self._of(name)] for name in self.sites}
+
+
+def decide(net: PlasticNet, targets: Mapping[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The units that stay open by their logits, as `project` says, and which entries of the weights that have gates: a
+    boolean mask of the weight's shape for each.
+
+    The best of all gates, units and weights alike, that the targets allow say what weights cost the units; then
+    as many of the best weights as fit. Units that no open weight reads close.
+    """
+    scores = {name: site.phi for name, site in net.sites.items()}
+    sites = net._weights()
+    if not sites:
+        return project(net, scores, targets), {}
+    phi = np.concatenate([w.phi.detach().flatten().cpu().double().numpy() for w in sites])
+    # At equal logits weights close in step, the smallest ones of each tensor first.
+    sizes = [net.model.get_parameter(w.name).detach().abs().flatten().cpu().double().numpy() for w in sites]
+    best = np.lexsort((np.concatenate([_ranks(size) / size.size for size in sizes]), -phi))
+    units = _Units(net, scores, targets, np.zeros(phi.size, dtype=bool))
+
+    def opened(n: int, among: np.ndarray = best, others: np.ndarray | None = None) -> np.ndarray:
+        weights = np.zeros(phi.size, dtype=bool) if others is None else others.copy()
+        weights[among[:n]] = True
+        return weights
+
+    def fits(z: np.ndarray, weights: np.ndarray) -> bool:
+        units.weights = weights
+        return units.fits(z)
+
+    def as_good(n: int) -> np.ndarray:
+        z = units.kept.copy()
+        z[units.order[: int((score >= phi[best[n - 1]]).sum())] if n else slice(0)] = True
+        return z
+
+    def masks(weights: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.split(weights, np.cumsum([w.phi.numel() for w in sites])[:-1])
+        return {w.name: part.reshape(w.phi.shape) for w, part in zip(sites, parts, strict=True)}
+
+    def read_by(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        device = net._like.device
+        left = {name: torch.from_numpy(mask).to(device) for name, mask in masks(weights).items()}
+        return read(net, torch.from_numpy(z).to(device), left).cpu().numpy() | units.kept
+
+    score = np.concatenate([np.zeros(0), *(s.detach().cpu().numpy() for s in scores.values())])
+    first = opened(_most(lambda n: fits(as_good(n), opened(n)), phi.size))
+    stays = project(net, scores, targets, first)
+    z = np.concatenate([np.zeros(0, dtype=bool), *stays.values()])
+    weights = opened(_most(lambda n: fits(read_by(z, opened(n)), opened(n)), phi.size))
+    z = read_by(z, weights) if z.size else z
+    reached = net._cost.reached(torch.from_numpy(z).to(net._like.device)).cpu().numpy()
+    spare = best[(reached & ~weights)[best]]
+    weights = opened(_most(lambda n: fits(z, opened(n, spare, weights)), spare.size), spare, weights)
+    return units.by_site(z), masks(weights)
 
 
 def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -> np.ndarray:

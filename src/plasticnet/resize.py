@@ -7,19 +7,25 @@ new); `apply` rewrites parameters, buffers, module attributes and the optimizers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from plasticnet import distributed
 from plasticnet.attributes import shift_widths, update_attributes
 from plasticnet.errors import PlasticError
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT
 from plasticnet.optimizers import check_optimizers, rebind
 from plasticnet.units import BlockUnits, InputUnits, Slice, Units, Width
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
 
 Sources = Mapping[str, Sequence[int]]
 INITS = ("preserve", "random", "paper")
@@ -178,6 +184,35 @@ def _plan_features(u: InputUnits, full_take: np.ndarray, result: Plan) -> None:
     result.sources[u.name] = column[present]
 
 
+def rebuild(
+    net: PlasticNet,
+    sources: Sources,
+    lengths: Mapping[tuple[str, int], int],
+    optimizers: Sequence[Optimizer],
+    init: str,
+    grace: int,
+) -> None:
+    """See `PlasticNet.resize`."""
+    if not isinstance(sources, Mapping):
+        raise PlasticError(f"resize takes a mapping of site to source indices, not a {type(sources).__name__}")
+    opened = OPEN_LOGIT / net.k if 0 < net.k < math.inf else INITIAL_LOGIT
+    logits = {s.name: (s.phi, 0.0 if init == "paper" else opened) for s in net._sites()}
+    weights = {w.name: (w.phi, opened) for w in net._weights()}
+    with distributed.alike(net):
+        planned = plan({s.name: s.units for s in net._sites()}, lengths, sources)
+        moved = apply(net.model, planned, logits, optimizers, init, weights)
+    if moved:
+        distributed.outgrow(net)
+    for g in net._gated():
+        g.phi = moved.get(g.phi, g.phi)
+    for site in net._sites():
+        if site.name in planned.sources:
+            source = planned.sources[site.name]
+            site.grace = rewrite(site.grace, {0: source})
+            site.grace[torch.from_numpy(source < 0).to(site.grace.device)] = grace
+    net._adopt(planned)
+
+
 # -- applying ---------------------------------------------------------------------------------
 
 
@@ -187,10 +222,12 @@ def apply(
     gates: Mapping[str, tuple[nn.Parameter, float]],
     optimizers: Sequence[Optimizer] = (),
     init: str = "preserve",
+    weights: Mapping[str, tuple[nn.Parameter, float]] | None = None,
 ) -> dict[nn.Parameter, nn.Parameter]:
     """Rewrite the model's tensors, the gate logits and the optimizers' state by a plan.
 
-    ``gates`` maps a site to its logits and the value for new ones. ``init`` is "preserve" (random
+    ``gates`` maps a site to its logits and the value for new ones, ``weights`` a parameter to the logits of its
+    entries, which follow it, and the value. ``init`` is "preserve" (random
     incoming and zero outgoing weights: the function stays), "random" or "paper" (both random). Returns old
     parameters with the new ones; both the model and the optimizers hold only the new ones. The gate
     logits are returned, not rebound in the model.
@@ -201,7 +238,8 @@ def apply(
     if init not in INITS:
         raise PlasticError(f"init={init!r}: choose one of {', '.join(INITS)}")
     parameters = dict(model.named_parameters())
-    check_optimizers(optimizers, {**parameters, **{f"the gates of {n}": p for n, (p, _) in gates.items()}})
+    every = [*gates.items(), *(weights or {}).items()]
+    check_optimizers(optimizers, {**parameters, **{f"the gates of {n}": p for n, (p, _) in every}})
     by_tensor: dict[str, dict[int, _Take]] = {}
     for (tensor, dim), take in plan.takes.items():
         by_tensor.setdefault(tensor, {})[dim] = _Take(take)
@@ -219,13 +257,15 @@ def apply(
                 takes_of[old] = takes
             else:
                 cut_buffers.append((old, new))
-        for site, (logits, value) in gates.items():
-            if site in plan.sources:
-                take = _Take(plan.sources[site])
-                new = _rewrite(logits, {0: take})
-                new[take.fresh] = value
+        takes_of_gates = {site: {0: _Take(source)} for site, source in plan.sources.items()}
+        followers = [(by_tensor.get(n), *g) for n, g in (weights or {}).items()]
+        for takes, logits, value in [*((takes_of_gates.get(n), *g) for n, g in gates.items()), *followers]:
+            if takes is not None:
+                new = _rewrite(logits, takes)
+                for dim, take in takes.items():
+                    new[_at(dim, take.fresh)] = value
                 moved[logits] = nn.Parameter(new, requires_grad=logits.requires_grad)
-                takes_of[logits] = {0: take}
+                takes_of[logits] = takes
         for old, new in moved.items():
             if old.grad is not None:
                 new.grad = _rewrite(old.grad, takes_of[old])

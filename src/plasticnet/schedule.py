@@ -15,14 +15,15 @@ from torch.optim import Optimizer
 
 from plasticnet import distributed
 from plasticnet.budget import Budget, Controller
-from plasticnet.compact import check_multiple, survivors
+from plasticnet.compact import check_multiple, survivors, to_keep
 from plasticnet.errors import PlasticError
 from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, forget, listed
-from plasticnet.projection import project
+from plasticnet.projection import decide, project
 from plasticnet.units import BlockUnits
+from plasticnet.weights import WeightSite
 
 # A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
 PAYS = 0.02  # the share of the MACs or of the parameters from which on it is worth it
@@ -122,9 +123,9 @@ class Schedule:
         self._first = len(self.stages)  # the stages of the first round
         self.controller = None if budget is None else Controller(net, budget)
         if self.controller is not None and self.controller.targets:
-            project(net, {n: site.phi for n, site in net.sites.items()}, self.controller.targets)
+            decide(net, self.controller.targets)
         # A network that has been trained or loaded is not changed here; its checkpoint follows, or its gates stay.
-        fresh = all(bool((site.phi == INITIAL_LOGIT).all()) for site in net.sites.values())
+        fresh = bool((net._phi() == INITIAL_LOGIT).all())
         before, net.k = net.k, self.stage.k
         if fresh and 0 < self.stage.k < math.inf and before != self.stage.k:
             self._open(self.stage.k)
@@ -171,7 +172,7 @@ class Schedule:
             self.controller.steps += 1
             if self.stage.plastic and (self.growth is None or self.growth.stopped):
                 return self.controller.penalty(self.net, self.epoch, self._plastic_epochs()[1])
-        return self.net._sites()[0].phi.new_zeros(())
+        return self.net._like.new_zeros(())
 
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch. ``val_loss`` is the loss on held-out data; growth and `Budget(loss=...)` decide by it.
@@ -211,7 +212,7 @@ class Schedule:
             self._drop_gate_state()
         if self.on_resize is not None and (cut or grown):
             self.on_resize(self.net)
-        pi = probabilities(self.net._sites(), self.net.k).detach()
+        pi = probabilities(self.net._gated(), self.net.k).detach()
         return Change(cut, grown, self.net.k, float((2 * pi * (1 - pi)).mean()))
 
     def _loss(self, val_loss: float | None, stage: Stage) -> float:
@@ -232,10 +233,12 @@ class Schedule:
             if self.controller is not None and not math.isnan(self.controller.begun):
                 self.controller.remember(self.net)
             return True
+        gated = {**self.net.sites, **self.net.weights}
         for name, logits in self.controller.good.items():
-            phi = self.net.sites[name].phi
-            if len(phi) == len(logits):  # else somebody has resized it
-                _lift(self.net.sites[name], torch.ones_like(phi, dtype=torch.bool), logits)
+            phi = gated[name].phi
+            if phi.shape == logits.shape:  # else somebody has resized it
+                with torch.no_grad():
+                    phi.copy_(logits)
                 forget(self.optimizers, phi, torch.ones_like(phi, dtype=torch.bool))
         return False
 
@@ -249,7 +252,7 @@ class Schedule:
                 forget(self.optimizers, site.phi, units)
 
     def _cut_hibernating(self) -> dict[str, int]:
-        keep = self.net._survivors(self.hibernate, self.multiple_of)
+        keep = to_keep(self.net, self.hibernate, self.multiple_of)
         if keep and self.controller is not None and self.controller.targets:
             keep = self._with_enough(keep, self.controller.targets)
         if not self._pays(keep):
@@ -264,7 +267,8 @@ class Schedule:
         """``keep``, and those of the best units that come up to the budget."""
         sites = self.net.sites
         try:
-            values = project(self.net, {n: s.phi for n, s in sites.items()}, targets)
+            weights = [w.open.flatten().cpu().numpy() for w in self.net._weights()]
+            values = project(self.net, {n: s.phi for n, s in sites.items()}, targets, np.concatenate([[], *weights]))
         except PlasticError:  # what is held open alone costs more
             return keep
         for name, site in sites.items():
@@ -301,11 +305,12 @@ class Schedule:
         for site in self.net.sites.values():
             site.grace.zero_()
         if self.controller is not None and self.controller.targets:
-            best = project(self.net, {n: s.phi for n, s in self.net.sites.items()}, self.controller.targets)
-            for name, site in self.net.sites.items():
-                stays = torch.from_numpy(best[name]).to(site.phi.device)
-                _lift(site, stays & ~site.open, INITIAL_LOGIT)
-                _lift(site, ~stays & site.open, -INITIAL_LOGIT)
+            units, weights = decide(self.net, self.controller.targets)
+            best = {**units, **weights}
+            for name, g in {**self.net.sites, **self.net.weights}.items():
+                stays = torch.from_numpy(best[name]).to(g.phi.device)
+                _lift(g, stays & ~g.open, INITIAL_LOGIT)
+                _lift(g, ~stays & g.open, -INITIAL_LOGIT)
         cut = self.net.prune(0.5, self.optimizers, self.multiple_of)
         for site in self.net.sites.values():  # the units that a site keeps as its minimum are there to be used
             if int(site.open.sum()) < site.minimum and not isinstance(site.units, BlockUnits):
@@ -313,8 +318,8 @@ class Schedule:
         return cut
 
     def _open(self, k: float) -> None:
-        for site in self.net.sites.values():
-            _lift(site, site.open, OPEN_LOGIT / k)
+        for g in self.net._gated():
+            _lift(g, g.open, OPEN_LOGIT / k)
         if self.growth is not None:
             self.growth.hold(self.net)
 
@@ -342,7 +347,7 @@ class Schedule:
         self._enter(self.stage)
 
     def _drop_gate_state(self) -> None:
-        logits = {site.phi for site in self.net.sites.values()}
+        logits = {g.phi for g in self.net._gated()}
         for optimizer in self.optimizers:
             for phi in logits & optimizer.state.keys():
                 del optimizer.state[phi]
@@ -384,7 +389,7 @@ class Schedule:
         self.net.k = stage.k_of(min(epoch - self._begin(place), stage.epochs - 1))
 
 
-def _lift(site: Site, units: Tensor, logit: float | Tensor) -> None:
-    """Set the logits of some units, given by a mask or by indices."""
+def _lift(gated: Site | WeightSite, some: Tensor, logit: float) -> None:
+    """Set some of the logits, given by a mask or by indices."""
     with torch.no_grad():
-        site.phi[units] = logit
+        gated.phi[some] = logit

@@ -14,6 +14,7 @@ from plasticnet import distributed, passes
 from plasticnet.errors import PlasticError
 from plasticnet.snapshot import side_effect_free
 from plasticnet.units import BlockUnits, Slice, Units
+from plasticnet.weights import mean_weights
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
@@ -46,6 +47,8 @@ def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int
     """
     if kind not in KINDS:
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
+    if not net.sites:
+        raise PlasticError("there are no units to score: only single weights have gates")
     if type(batches) is not int or batches < 1:
         raise PlasticError(f"batches={batches!r}: how often the loss is called, 1 or more")
     if kind == "magnitude":
@@ -150,7 +153,7 @@ def _gate(net: PlasticNet, loss: Loss) -> Tensor:
 
 def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
     """The squared derivatives with respect to the gates, of each sample's own, or of the batch's."""
-    now, calls = net._mean_gates()[0], list[Tensor]()
+    now, weights, calls = net._mean_gates()[0], mean_weights(net), list[Tensor]()
 
     def gates(rows: int) -> Tensor:
         calls.append(now.expand(rows if apart else 1, -1).clone().requires_grad_())
@@ -160,7 +163,7 @@ def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
     try:
         net.training, net._k = True, 1.0  # then it takes the gates that it is given; its modules stay as they are
         with torch.enable_grad(), _gated_blocks(net, lambda: calls[-1][0]):
-            f = _dependent(passes.run(net, loss, passes.Pass("probe", probe=gates)))
+            f = _dependent(passes.run(net, loss, passes.Pass("probe", probe=gates, weights=weights)))
             found = torch.autograd.grad(f.sum(), calls, materialize_grads=True)
     finally:
         net.training, net._k = False, k

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from plasticnet import resize
 from plasticnet.compact import lengths
 from plasticnet.errors import PlasticError
-from plasticnet.gates import Site, gate_key
+from plasticnet.gates import gate_key
 from plasticnet.units import InputUnits, Units
+from plasticnet.weights import weight_key
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
 
 
 def compare_keys(own: Iterable[str], found: Iterable[str]) -> None:
@@ -31,11 +35,13 @@ def check_k(k: Any) -> None:
         raise PlasticError(f"the state has k={k!r}; k is one number from 0 to infinity")
 
 
-def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, Any]) -> resize.Plan:
-    """The resize that brings ``model`` to the sizes in ``state``, a `PlasticNet` state dict.
+def plan_load(net: PlasticNet, state: Mapping[str, Any]) -> resize.Plan:
+    """The resize that brings ``net`` to the sizes in ``state``, a `PlasticNet` state dict.
 
     Raises `PlasticError` naming the tensor and the shapes when no resize does.
     """
+    model = net.model
+    units: dict[str, Units] = {s.name: s.units for s in net._sites()}
     for name, u in units.items():
         leaves = ("phi", "grace", "features") if isinstance(u, InputUnits) else ("phi", "grace")
         found = [state[f"gates.{gate_key(name)}.{leaf}"] for leaf in leaves]
@@ -61,7 +67,7 @@ def plan_load(units: Mapping[str, Units], model: nn.Module, state: Mapping[str, 
     for name, u in planned.units.items():
         if isinstance(u, InputUnits):
             _plan_features(planned, u, state[f"gates.{gate_key(name)}.features"].cpu().numpy())
-    _compare(model, planned, state)
+    _compare(net, planned, state)
     for name, u in planned.units.items():
         u.growable = growable[name]
     return planned
@@ -80,25 +86,28 @@ def _plan_features(planned: resize.Plan, u: InputUnits, array: np.ndarray) -> No
     planned.units[u.name] = replace(u, size=len(array), features=array)
 
 
-def _compare(model: nn.Module, planned: resize.Plan, state: Mapping[str, Any]) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+def _compare(net: PlasticNet, planned: resize.Plan, state: Mapping[str, Any]) -> None:
+    tensors = {n: (f"model.{n}", t) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
+    gates = [(n, (f"gates.{weight_key(n)}.phi", tensors[n][1])) for n in net.weights]
+    for name, (key, tensor) in [*tensors.items(), *gates]:
         expected = tuple(len(planned.takes.get((name, d), range(n))) for d, n in enumerate(tensor.shape))
-        found = state.get(f"model.{name}")
+        found = state.get(key)
         if isinstance(found, Tensor) and tuple(found.shape) != expected:
             raise PlasticError(
-                f"the state belongs to another architecture: {name} has shape {tuple(found.shape)}, and {expected} here"
+                f"the state belongs to another architecture: {key.removeprefix('model.')} has shape "
+                f"{tuple(found.shape)}, and {expected} here"
             )
 
 
-def resize_in_place(model: nn.Module, sites: Iterable[Site], planned: resize.Plan) -> None:
+def resize_in_place(net: PlasticNet, planned: resize.Plan) -> None:
     """Apply a plan, keeping every Parameter the same object: nothing has been run since it was built
     or the run is over, so that no autograd graph remembers the old shapes."""
-    sites = list(sites)
+    sites = net._sites()
     logits = {s.name: (s.phi, 0.0) for s in sites}
-    moved = resize.apply(model, planned, logits)
+    moved = resize.apply(net.model, planned, logits, weights={w.name: (w.phi, 0.0) for w in net._weights()})
     for old, new in moved.items():
         old.data, old.grad = new.data, None
-    resize.replace_tensors(model, [(new, old) for old, new in moved.items()])
+    resize.replace_tensors(net.model, [(new, old) for old, new in moved.items()])
     for site in sites:
         if site.name in planned.sources:
             site.grace = resize.rewrite(site.grace, {0: planned.sources[site.name]})

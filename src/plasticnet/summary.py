@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plasticnet.cost import CostModel
 from plasticnet.gates import Site
 from plasticnet.units import BlockUnits
+
+if TYPE_CHECKING:
+    from plasticnet.net import PlasticNet
 
 Row = tuple[str, str, str, str, str]
 _SHOWN = 3  # names of one kind: of what reads a site, or is frozen for one reason
@@ -144,20 +146,17 @@ def _listed(names: Sequence[str], shown: int) -> str:
     return f"{', '.join(names[:shown])} and {len(names) - shown:,} more"
 
 
-def summarise(
-    sites: Sequence[Site],
-    cost: CostModel,
-    k: float,
-    model: nn.Module,
-    frozen: Mapping[str, str],
-    excluded: Sequence[str],
-) -> Summary:
+def summarise(net: PlasticNet) -> Summary:
     """See `Summary`."""
+    sites, cost, k = net._sites(), net._cost, net.k
     full = {s.name: torch.ones(len(s), dtype=torch.float64) for s in sites}
     opened = {s.name: full[s.name] if s.phi.is_meta else (s.mean_gate(k) > 0).double().cpu() for s in sites}
 
-    def total(pi: Mapping[str, Tensor], kind: str) -> float:
-        return float(cost.expected(torch.cat(list(pi.values())), kind))
+    nothing = torch.zeros(0, dtype=torch.float64)
+    masks = [nothing if w.phi.is_meta else w.open.flatten().double().cpu() for w in net._weights()]
+
+    def total(pi: Mapping[str, Tensor], kind: str, weights: Sequence[Tensor] = ()) -> float:
+        return float(cost.expected(torch.cat([nothing, *pi.values(), *weights]).to(cost.device), kind))
 
     present = {kind: total(full, kind) for kind in ("parameters", "macs")}
     rows = []
@@ -171,14 +170,14 @@ def summarise(
     none = {name: torch.zeros_like(ones) for name, ones in full.items()}
     return Summary(
         tuple(rows),
-        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in net.model.parameters()),
         round(present["parameters"] - total(none, "parameters")),
         round(present["macs"]),
-        round(total(opened, "parameters")),
-        round(total(opened, "macs")),
+        round(total(opened, "parameters", masks)),
+        round(total(opened, "macs", masks)),
         k,
-        dict(frozen),
-        tuple(excluded),
+        dict(net.frozen),
+        tuple(net.excluded),
     )
 
 
