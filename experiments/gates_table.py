@@ -133,24 +133,12 @@ def targets(content: Mapping[str, Any]) -> list[str]:
                 f"({point}) {goal['title']}, {end}", percent(rows), f"≤ {goal['error']:.2f}",
                 ", ".join(f"{r[goal['cost']]:,}" for r in rows), f"≤ {goal['target']:,}",
                 "met" if met else "**missed**",
-                ", ".join("-".join(map(str, r["units"])) for r in rows),
-                spread([r["cpu_seconds"] for r in rows], 0), f"{rows[0]['epochs']}",
+                ", ".join("-".join(map(str, r["units"])) for r in rows), f"{rows[0]['epochs']}",
+                spread([r["cpu_seconds"] for r in rows], 0),
             ]
         )  # fmt: skip
-    header = ["point", "test error, %", "must reach", "cost", "must reach", "", "units", "CPU s", "epochs"]
+    header = ["point", "test error, %", "must reach", "cost", "must reach", "", "units", "epochs", "CPU s"]
     return table(header, cells)
-
-
-def weights(content: Mapping[str, Any]) -> list[str]:
-    """Single weights gated: LeNet-300-100."""
-    rows = content["results"]
-    cells = [
-        [f"seed {r['seed']}", f"{100 * (1 - r['test_accuracy']):.2f}", f"{r['nonzero']:,}", f"{100 * r['share']:.2f} %",
-         f"{r['cpu_seconds']:.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    cells.append(["mean", percent(rows), "", f"{100 * fmean(r['share'] for r in rows):.2f} %", ""])
-    return table(["LeNet-300-100", "test error, %", "weights left", "share", "CPU s"], cells)
 
 
 def label(k: float | str) -> str:
@@ -219,7 +207,6 @@ PARTS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], list[str]]]] = {
     "ideas": (RESULTS / "ablation.json", runs("ideas")),
     "targets": (RESULTS / "lenet_targets.json", targets),
     "budgets": (RESULTS / "budgets.json", budgets),
-    "weights": (RESULTS / "weights.json", weights),
     "interpolation": (RESULTS / "interpolation.json", interpolation),
 }
 

@@ -50,6 +50,7 @@ class Point:
     budget: dict[str, float]
     network: str = "LeNet-5"
     inputs: tuple[str, ...] = ()
+    weights: bool = False  # single weights are gated, and no units
     growing: int = 6  # epochs more in the plastic stage of "grown"
     plastic: int = 8
     last: int = 30
@@ -63,8 +64,41 @@ class Point:
 POINTS = {
     "b": Point("LeNet-5, multiply-adds", 0.75, "macs", 217_000, {"macs": 217_000}),
     "a": Point("LeNet-5, multiply-adds", 1.00, "macs", 140_000, {"macs": 140_000}),
-    "c": Point("LeNet-5, weights", 1.05, "weights", 2_700, {"params": 2_740}, inputs=("fc1",)),
-    "d": Point("MLP 784-300-100, multiply-adds", 1.60, "macs", 9_000, {"macs": 9_000}, "MLP", inputs=("fc1",)),
+    "c": Point("LeNet-5, weights", 1.05, "weights", 2_700, {"params": 2_740}, inputs=("fc1",), plastic=14, last=64),
+    "d": Point(
+        "MLP 784-300-100, multiply-adds, units and features",
+        1.60,
+        "macs",
+        9_000,
+        {"macs": 9_000},
+        "MLP",
+        ("fc1",),
+        plastic=20,
+        last=50,
+        rate=5e-3,
+    ),
+    "e": Point(
+        "MLP 784-300-100, multiply-adds, single weights",
+        1.60,
+        "macs",
+        9_000,
+        {"macs": 9_000},
+        "MLP",
+        weights=True,
+        plastic=15,
+        last=50,
+    ),
+    "f": Point(  # 2 % of the weights, and all 410 biases
+        "MLP 784-300-100, single weights",
+        1.70,
+        "weights",
+        5_324,
+        {"params": 5_734},
+        "MLP",
+        weights=True,
+        plastic=15,
+        last=50,
+    ),
 }
 
 
@@ -140,7 +174,8 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
         for layer in model.children():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-    net = pn.PlasticNet(model, (x[:2],), inputs=point.inputs)
+    single = {"weights": ("*",), "exclude": ("*",)} if point.weights else {}
+    net = pn.PlasticNet(model, (x[:2],), inputs=point.inputs, **single)
     if end == "grown":
         for name, site in net.sites.items():
             net.limit(name, maximum=len(site))
@@ -181,7 +216,7 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
     size = net.summary()
     return {
         "units": [s.open for s in size.sites], "macs": size.open_macs, "parameters": size.open_parameters,
-        "weights": sum(p.numel() for p in small.parameters() if p.dim() > 1),
+        "weights": sum(int(p.count_nonzero()) for p in small.parameters() if p.dim() > 1),
         "val_accuracy": evaluate(small, data.val)[1], "test_accuracy": evaluate(small, data.test)[1],
         "epochs": plastic + point.last + NETWORKS[point.network][1],
         "cpu_seconds": time.process_time() - started, "history": history,
@@ -200,6 +235,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed, network in itertools.product(o.seeds, NETWORKS):
         wanted = [(p, e) for p in o.points for e in o.ends if POINTS[p].network == network]
+        wanted = [(p, e) for p, e in wanted if e == "pruned" or not POINTS[p].weights]
         wanted = [(p, e) for p, e in wanted if (p, e, seed) not in {_key(r) for r in written(o.name)}]
         if not wanted:
             continue
