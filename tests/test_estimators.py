@@ -208,7 +208,6 @@ def test_held_gates_get_no_gradient() -> None:
     assert (gradient[[0, 1, 3, 4, 5]] != 0).all()
 
 
-
 def test_the_size_of_the_gradient_is_known_without_its_scale() -> None:
     """A budget weighs its pressure by it."""
     net, x, y = problem(norm=False)

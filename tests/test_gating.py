@@ -12,7 +12,7 @@ from conftest import ConvNet, images, mlp, randomise_gates
 from torch import Tensor, nn
 
 import plasticnet as pn
-from plasticnet.gating import fold, readers
+from plasticnet.gating import _Gated, fold, readers
 
 
 class Shared(nn.Module):
@@ -216,3 +216,20 @@ def test_rows_that_are_no_samples_are_refused() -> None:
     with pytest.raises(pn.PlasticError, match=r'reads 3 rows.*5 samples.*gates="batch"'):
         net._gating.run(z, (torch.randn(3, 4),), {})
     assert not net.model[2]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("closed", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("shape", "axis"), [((4, 5), -1), ((4, 3, 5), -1), ((4, 5, 3, 2), -3), ((4, 7, 2, 5), -1)])
+def test_sparing_product_is_the_product(shape: tuple[int, ...], axis: int, closed: float) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    z = torch.rand(4, 5, dtype=torch.float64) + 0.1
+    z = torch.where(torch.rand(4, 5) < closed, 0.0, z).requires_grad_()
+    wide = [1] * x.dim()
+    wide[0], wide[axis] = 4, 5
+    grad = torch.randn(shape, dtype=torch.float64)
+    found, expected = _Gated.apply(x, z, axis), x * z.reshape(wide)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, expected)
+    gradients = (torch.autograd.grad(y, (x, z), grad) for y in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import checkpoint
 
 from plasticnet.attention import unfused_layers
@@ -350,7 +351,36 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                 )
             shape = [1] * x.dim()
             shape[0], shape[reader.axis] = len(multiplier), multiplier.shape[1]
-            x = x * multiplier.to(x.dtype).reshape(shape)
+            z = multiplier.to(x.dtype)
+            sparing = z.requires_grad and not x.is_cuda and not is_functorch_wrapped_tensor(x)
+            x = _Gated.apply(x, z, reader.axis) if sparing else x * z.reshape(shape)
         return (x, *args[1:])
 
     return hook
+
+
+class _Gated(torch.autograd.Function):
+    """``x`` times gates (rows, units) that lie along ``axis``, whose gradient is wanted, too. It takes little memory:
+    the product, which the layer behind keeps anyway, and of x only what is closed. (On a GPU finding that would mean
+    waiting for it.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.axis, closed = axis, z == 0
+        product = (x.movedim(axis, 1) * _wide(z, x)).movedim(1, axis)
+        ctx.save_for_backward(product, z, closed, x.movedim(axis, 1)[closed])
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        product, z, closed, left = ctx.saved_tensors
+        by_unit = grad.movedim(ctx.axis, 1)
+        slopes = (by_unit * product.movedim(ctx.axis, 1)).reshape(*z.shape, -1).sum(2)
+        slopes = slopes / torch.where(closed, 1, z)
+        slopes[closed] = (by_unit[closed] * left)[..., None].flatten(1).sum(1)
+        return (by_unit * _wide(z, grad)).movedim(1, ctx.axis), slopes, None
+
+
+def _wide(z: Tensor, x: Tensor) -> Tensor:
+    """``z``, shape (rows, units), for the axes of ``x`` with the units in the second place."""
+    return z.reshape(*z.shape, *[1] * (x.dim() - 2))
