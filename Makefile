@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint zoo cost clean
+.PHONY: demo test lint zoo cost gates clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,15 @@ zoo: $(VENV)/.zoo
 cost: $(VENV)/.installed
 	$(BIN)/python benchmarks/cost.py $(COST)
 	$(BIN)/python benchmarks/cost_table.py
+
+# DATA=DIR, the folder that holds MNIST/raw; some hours, and it goes on from what is there.
+gates: $(VENV)/.installed
+	$(BIN)/python benchmarks/variance.py --data-dir $(DATA)
+	$(BIN)/python experiments/interpolation.py
+	$(BIN)/python experiments/budgets.py
+	$(BIN)/python experiments/ablation.py --data-dir $(DATA)
+	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
+	$(BIN)/python experiments/gates_table.py
 
 clean:
 	rm -rf $(VENV) runs
