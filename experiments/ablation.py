@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import RESULTS, write
+from common import RESULTS, environment, write
 
 import plasticnet as pn
 from plasticnet.data import Data, Split, load_data
@@ -90,7 +90,8 @@ def job(part: str, variant: Variant, seed: int, folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = load_data("mnist", Path(folder), seed)
     data = Data(Split(data.train.x[:IMAGES], data.train.y[:IMAGES]), data.val, data.test)
-    result = {"part": part, "variant": variant.name, "seed": seed, **run(variant, data, seed)}
+    commit = environment()["commit"]  # of the code that is loaded
+    result = {"part": part, "variant": variant.name, "seed": seed, "commit": commit, **run(variant, data, seed)}
     print({k: v for k, v in result.items() if k != "history"}, flush=True)
     return result
 

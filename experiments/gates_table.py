@@ -216,7 +216,10 @@ def main() -> int:
     old = text = PAGE.read_text()
     for name, (path, make) in PARTS.items():
         content = json.loads(path.read_text())
-        text = between(text, name, "\n".join([*make(content), "", how(content["environment"])]))
+        rows = content["results"] if isinstance(content["results"], list) else []
+        commits = sorted({r["commit"] for r in rows if "commit" in r} or {content["environment"]["commit"]})
+        found = {**content["environment"], "commit": ", ".join(commits)}
+        text = between(text, name, "\n".join([*make(content), "", how(found)]))
     picture = draw(json.loads((RESULTS / "interpolation.json").read_text())["results"])
     if "--check" in sys.argv:
         return int(text != old or not PICTURE.exists() or PICTURE.read_text() != picture)

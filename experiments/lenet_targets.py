@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, write
+from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -244,9 +244,10 @@ def main() -> None:
         error = 100 * (1 - evaluate(trained, data.test)[1])
         print(f"dense {network}, seed {seed}: {error:.2f} %, {seconds:.0f} s", flush=True)
         for point, end in wanted:
+            commit = environment()["commit"]  # of the code that is loaded
             found = run(POINTS[point], end, trained, outputs, data, seed)
             found["cpu_seconds"] += seconds
-            result = {"point": point, "end": end, "seed": seed, "dense_error": error, **found}
+            result = {"point": point, "end": end, "seed": seed, "dense_error": error, "commit": commit, **found}
             print({k: v for k, v in result.items() if k != "history"}, flush=True)
             results = sorted([*written(o.name), result], key=_key)  # read anew: another process may have written
             sys.argv = ["lenet_targets.py", "--data-dir", "DIR"]
