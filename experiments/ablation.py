@@ -49,7 +49,7 @@ IDEAS = [
     Variant("+ a draw per sample", "arm", "sample", "linear"),
     Variant("+ DisARM", "disarm", "sample", "linear"),
     Variant("+ control variate (bitflip-cv)", "bitflip-cv", "sample", "linear"),
-    Variant("+ logarithmic pressure (the defaults)"),
+    Variant("+ logarithmic pressure"),
     Variant("+ rising k", k_end=K_END),
 ]
 NAMES = ["arm", "disarm", "disarm-cv", "disarm-mean", "bitflip-cv", "straight-through"]

@@ -23,7 +23,11 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """Versions, device, threads, load, date and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit, changed = (
+        subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+        for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "../src", "."))
+    )
+    changed = [line for line in changed.stdout.splitlines() if "results/" not in line]
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
@@ -38,7 +42,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() + (" and changes" if changed else ""),
     }
 
 
@@ -92,5 +96,5 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float]) -> str:
 
 def spread(values: list[float], digits: int = 2) -> str:
     """``mean ± standard deviation``."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{mean(values):,.{digits}f} ± {deviation:,.{digits}f}"
+    middle = f"{mean(values):,.{digits}f}"
+    return f"{middle} ± {stdev(values):,.{digits}f}" if len(values) > 1 else middle

@@ -58,13 +58,14 @@ def variance(content: Mapping[str, Any]) -> list[str]:
             values = relative(name, gates, state)
             equal = fmean(values) * cost / step("LeNet-5", "arm", "batch")
             row += [f"{fmean(values):.3g} ({min(values):.2g} to {max(values):.2g})", f"{1 / equal:,.1f}"]
-        bias = [(r["distance"] - r["noise_of_distance"]) / r["gradient"] for s in states for r in of[name, gates, s]]
-        row += [f"{max(0.0, fmean(bias)) ** 0.5:.0%}" if name == "straight-through" else "0"]
+        found = [r for s in states for r in of[name, gates, s]]
+        off, noise = (fmean(r[key] / r["gradient"] for r in found) ** 0.5 for key in ("distance", "noise_of_distance"))
+        row += [f"{off:.0%} ({noise:.0%})"]
         cells.append([*row, f"{cost:.2f}", f"{step('ResNet-20', name, gates):.2f}"])
     header = ["estimator"]
     for state in states:
         header += [f"variance, {state}", "times better at equal time"]
-    return table([*header, "bias", "step, LeNet-5", "step, ResNet-20"], cells)
+    return table([*header, "distance (by chance)", "step, LeNet-5", "step, ResNet-20"], cells)
 
 
 def runs(part: str) -> Callable[[Mapping[str, Any]], list[str]]:

@@ -62,8 +62,8 @@ class Point:
 
 
 POINTS = {
-    "b": Point("LeNet-5, multiply-adds", 0.75, "macs", 217_000, {"macs": 217_000}),
-    "a": Point("LeNet-5, multiply-adds", 1.00, "macs", 140_000, {"macs": 140_000}),
+    "b": Point("LeNet-5, multiply-adds", 0.75, "macs", 217_000, {"macs": 217_000, "params": 20_000}),
+    "a": Point("LeNet-5, multiply-adds", 1.00, "macs", 140_000, {"macs": 140_000, "params": 14_000}),
     "c": Point("LeNet-5, weights", 1.05, "weights", 2_700, {"params": 2_740}, inputs=("fc1",), plastic=14, last=64),
     "d": Point(
         "MLP 784-300-100, multiply-adds, units and features",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_sites_with_no_strength_feel_no_pressure() -> None:
 
 
 def test_multipliers_rise_above_the_target_and_fall_below() -> None:
-    net, optimizer, schedule, x, y = build(Budget(macs=0.5), stages=[Stage(2, 7.0)])
+    net, optimizer, schedule, x, y = build(Budget(macs=0.5), stages=[Stage(2, 7.0), Stage(1)])
     epoch(net, optimizer, schedule, x, y)
     schedule.step()
     epoch(net, optimizer, schedule, x, y)
@@ -257,7 +258,7 @@ def test_the_smallest_network_within_a_loss() -> None:
 
 
 def test_by_loss_the_strength_rises_within_the_limit_and_cuts_wait_above() -> None:
-    net, optimizer, schedule, x, y = build(Budget(loss=0.1), stages=[Stage(2), Stage(20, 7.0)])
+    net, optimizer, schedule, x, y = build(Budget(loss=0.1), stages=[Stage(2), Stage(20, 7.0), Stage(1)])
     for loss in (1.0, 1.2):
         schedule.step(loss)
     controller = schedule.controller
@@ -283,12 +284,44 @@ def test_by_loss_the_strength_rises_within_the_limit_and_cuts_wait_above() -> No
 
 
 def test_without_a_loss_before_the_first_plastic_one_counts() -> None:
-    net, optimizer, schedule, x, y = build(Budget(loss=0.1), stages=[Stage(3, 7.0)])
+    net, optimizer, schedule, x, y = build(Budget(loss=0.1), stages=[Stage(3, 7.0), Stage(1)])
     epoch(net, optimizer, schedule, x, y)
     for loss in (2.0, 1.0):
         schedule.step(loss)
     assert schedule.controller is not None
     assert schedule.controller.reference == 2.0
+
+
+def test_what_cannot_be_met_is_refused() -> None:
+    for stages in ([Stage(5)], [Stage(5, 0.0)], [Stage(2), Stage(5, 7.0)]):
+        with pytest.raises(PlasticError, match="hardens"):
+            build(Budget(macs=0.5), stages=stages)
+    with pytest.raises(PlasticError, match=r"pn\.Budget"):
+        build(0.3)  # pyright: ignore[reportArgumentType]
+    net = build(Budget(macs=0.5))[0]
+    with pytest.raises(PlasticError, match="less than a single one"):
+        Budget(units=0.5 / sum(map(len, net.sites.values()))).absolute(net)
+
+
+def test_a_target_that_has_become_impossible_stops_the_last_plastic_step() -> None:
+    net, optimizer, schedule, x, y = build(Budget(units=0.3), stages=[Stage(2, 7.0), Stage(1)])
+    epoch(net, optimizer, schedule, x, y)
+    schedule.step()
+    net.limit("*", minimum=min(map(len, net.sites.values())))
+    state = copy.deepcopy((schedule.state_dict(), net.state_dict()))
+    with pytest.raises(PlasticError, match="cannot be met"):
+        schedule.step()
+    assert_same((schedule.state_dict(), net.state_dict()), state)
+    net.limit("*")
+    schedule.step()
+    assert_met(net, schedule)
+
+
+def test_sites_without_pressure_take_none() -> None:
+    net, optimizer, schedule, x, y = build(Budget(macs=0.5), stages=[Stage(2, 7.0), Stage(1)])
+    net.limit("*", strength=0.0)
+    epoch(net, optimizer, schedule, x, y)
+    assert float(schedule.penalty()) == 0.0
 
 
 # -- resume, wake -----------------------------------------------------------------------------

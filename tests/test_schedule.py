@@ -279,12 +279,42 @@ def test_k_rises_geometrically_and_the_logits_stay() -> None:
 def test_transition_is_reported_and_goes_to_zero() -> None:
     net, optimizer = small()
     schedule = Schedule(net, optimizer, [Stage(1), Stage(2, 5.0), Stage(1, 0), Stage(1)])
+    assert schedule.step().transition == 0
     assert schedule.step().transition == pytest.approx(2 * 0.9526 * 0.0474, rel=1e-3)
     set_probabilities(net, "0", 0.5, 0.9, 0.9, 0.9, 0.9, 0.9)
     set_probabilities(net, "2", 0.7, 0.7, 0.7, 0.7, 0.7)
     assert schedule.step().transition == pytest.approx((0.5 + 5 * 0.18 + 5 * 0.42) / 11)
     assert schedule.step().transition == 0.5
     assert schedule.step().transition == 0
+
+
+def test_one_stage_twice_is_two_stages() -> None:
+    net, optimizer = small()
+    stage = Stage(2, 7.0, 28.0)
+    schedule = Schedule(net, optimizer, [stage, stage, Stage(1)])
+    ks = [net.k]
+    for _ in range(4):
+        schedule.step()
+        ks.append(net.k)
+    assert ks == [7.0, 28.0, 7.0, 28.0, math.inf]
+
+
+def test_a_round_that_ends_plastic_is_woken_too() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(2, 7.0)])
+    set_probabilities(net, "0", *[0.999] * 6)
+    for _ in range(2):
+        schedule.step()
+    schedule.wake()
+    assert schedule.rounds == 2
+    torch.testing.assert_close(net.sites["0"].probability(7.0).detach(), torch.full((6,), 0.9526), rtol=1e-3, atol=0)
+    assert schedule._plastic_epochs() == (2, 4)
+
+
+def test_growth_by_a_cost_that_is_not_known_is_refused_at_once() -> None:
+    net, optimizer = small()
+    with pytest.raises(PlasticError, match="measure_latency"):
+        Schedule(net, optimizer, [Stage(2, 7.0)], growth=Growth(lambda: torch.zeros(()), cost="latency"))
 
 
 def test_a_site_that_dies_gets_its_best_units_back() -> None:

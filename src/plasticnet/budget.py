@@ -30,8 +30,9 @@ START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3  # the multiplier, relative to the loss
 GAIN = 6.0  # how much the logarithm of the multiplier follows that of the excess at once,
 RATE = 0.02  # and with every step
 MEMORY = 0.98  # of the running means of gradients
-RISE = 0.8  # with a budget of loss, the share of the plastic epochs in which the multiplier may rise
-FASTER, SLOWER = 1.4, 0.5  # the multiplier's factor after an epoch with a loss within the limit, and above
+RISE = 0.8  # with a budget of loss, the share of the plastic epochs in which the multiplier may rise,
+REACH = 1e4  # by this factor in all, if the loss stays within the limit,
+FASTER, SLOWER = 4.0, 0.5  # and at most by the first in one epoch; by the second after one above
 _COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms": "latency"}
 
 
@@ -40,9 +41,9 @@ class Budget:
     """The most that the network may cost when it is hardened, or the loss that it may take to be small.
 
     ``macs`` (for one sample), ``params`` and ``units`` are shares of the network as it was when the
-    schedule was made, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
+    schedule was given, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
     `PlasticNet.measure_latency`. Of several, all hold. ``loss`` is by how much the validation loss may
-    exceed the best one seen before the plastic stage (or else the first one in it): the pressure, on
+    exceed the best one seen before the pressure begins (or else the first one then): the pressure, on
     parameters and MACs, rises for as long as it does not; when it does, gates go back to where they last did not.
 
     Raises `PlasticError` when there is no target, one is not positive, or ``loss`` stands beside others.
@@ -65,8 +66,13 @@ class Budget:
             )
 
     def absolute(self, net: PlasticNet) -> Budget:
-        """The same budget with its shares, of ``net`` as it is, as numbers: for a schedule that begins smaller."""
+        """The same budget with its shares, of ``net`` as it is, as numbers: for a schedule that begins smaller.
+
+        Raises `PlasticError` when that is less than one.
+        """
         found = self.targets(net)
+        if small := [f"{cost}: {n:.3g}" for cost, n in found.items() if n <= 1 and cost != "latency"]:
+            raise PlasticError(f"{self}: the shares come to less than a single one ({', '.join(small)})")
         return replace(self, **{name: found[cost] for name, cost in _COSTS.items() if cost in found})
 
     def targets(self, net: PlasticNet) -> dict[str, float]:
@@ -81,9 +87,9 @@ class Budget:
 
 
 def present(net: PlasticNet, cost: str) -> float:
-    """What the network costs with all units that are there."""
-    units = sum(map(len, net._sites()))
-    return float(net._cost.expected(torch.ones(units, dtype=torch.float64, device=net._like.device), cost))
+    """What the network costs with all units that are there, and the single weights that are open."""
+    units = torch.ones(sum(map(len, net._sites())), dtype=torch.float64, device=net._like.device)
+    return float(net._cost.expected(torch.cat([units, *(w.open.flatten() for w in net._weights())]), cost))
 
 
 class Controller:
@@ -131,7 +137,8 @@ class Controller:
         excess = self._follow(costs, epoch, end)
         self._weigh(gradients, net._gate_gradient)
         net._gate_gradient = None
-        strength = (self.level + GAIN * excess).exp() * self.sizes[-1] / self.sizes[:-1].clamp(min=1e-30)
+        ratio = torch.where(self.sizes[:-1] > 0, self.sizes[-1] / self.sizes[:-1], 0.0)  # 0: nothing can be pressed on
+        strength = (self.level + GAIN * excess).exp() * ratio
         total = phi @ (strength / len(self.costs) @ gradients)
         return total - total.detach() + (strength * excess).sum()
 
@@ -153,16 +160,17 @@ class Controller:
             sizes = torch.cat([gradients.abs().sum(1), of_loss.abs().sum().reshape(1)])
             self.sizes = MEMORY * self.sizes + (1 - MEMORY) * sizes
 
-    def step(self, val_loss: float, plastic: bool, passed: float) -> None:
-        """To be called at the end of an epoch; ``passed`` is the share of the plastic epochs that are over."""
+    def step(self, val_loss: float, plastic: bool, passed: int, epochs: int) -> None:
+        """To be called at the end of an epoch; ``passed`` of the plastic ``epochs`` are over."""
         self.steps, self.per_epoch = 0, self.steps
         if self.loss is None:
             return
-        if math.isinf(self.reference) or (math.isnan(self.begun) and not plastic):
+        if math.isinf(self.reference) or math.isnan(self.begun):
             self.reference = min(self.reference, math.inf if math.isnan(val_loss) else val_loss)
         if plastic and not math.isnan(self.begun):
             self.within = val_loss <= self.reference + self.loss
-            factor = SLOWER if not self.within else FASTER if passed <= RISE else 1.0
+            faster = min(FASTER, REACH ** (1 / max(1, RISE * epochs)))
+            factor = SLOWER if not self.within else faster if passed <= RISE * epochs else 1.0
             self.level = (self.level + math.log(factor)).clamp(math.log(LOWEST), math.log(HIGHEST))
 
     def remember(self, net: PlasticNet) -> None:
@@ -184,7 +192,9 @@ class Controller:
             not isinstance(state, Mapping)
             or any(not isinstance(state.get(name), int | float) for name in _NUMBERS)
             or any(not isinstance(state.get(n), Sequence) or len(state[n]) != size for n, size in sizes.items())
-            or list(state.get("targets", ())) != list(self.targets)
+            or not isinstance(state.get("targets"), Mapping)
+            or list(state["targets"]) != list(self.targets)
+            or not isinstance(state.get("good", {}), Mapping)
         ):
             raise PlasticError(f"the state of the budget is not one of {', '.join(self.costs)}: {state!r}")
         for name in _NUMBERS:

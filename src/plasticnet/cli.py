@@ -78,9 +78,12 @@ def _budget(text: str | None) -> Budget | None:
         return None
     try:
         targets = {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
-        return Budget(**targets)
+        budget = Budget(**targets)
     except (ValueError, TypeError):
         raise PlasticError(f"--budget {text}: write targets as in macs=0.3,params=5000; or loss=0.02") from None
+    if budget.latency_ms is not None:
+        raise PlasticError("--budget latency_ms: latency is measured in Python, by net.measure_latency(...)")
+    return budget
 
 
 @app.command()
@@ -103,6 +106,8 @@ def _run(
 ) -> None:
     data = load_data(data_name, data_dir, config.seed)
     make = models.factory(model_name, data.shape, data.classes)
+    for mode in modes:  # what is refused is refused before anything is written
+        train.build(make(), data, config, mode)
     described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
     text = json.dumps(described, indent=2) + "\n"
     if resume:

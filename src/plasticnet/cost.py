@@ -116,7 +116,9 @@ class CostModel:
         gates = torch.cat([pi, pi.new_ones(1)])
         lengths = self._lengths(sums, gates)
         if not weights or cost not in self._entry_costs:
-            return self._terms[cost].total(cost, pi, lengths, gates)
+            total = self._terms[cost].total(cost, pi, lengths, gates)
+            # A latency may be all constants: then its gradient is 0, not missing.
+            return total if total.requires_grad or not pi.requires_grad else total + 0 * pi.sum()
         total = self._ungated.total(cost, pi, lengths, gates)
         for e, each, own in zip(self.entries, self._entry_costs[cost], weights, strict=True):
             total = total + each * e.expected(own, gates)

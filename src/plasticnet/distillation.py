@@ -31,6 +31,8 @@ def distillation(
         )
     if labels.is_floating_point() or labels.is_complex():
         raise PlasticError(f"distillation: labels are class indices, whole numbers, not {labels.dtype}")
+    if labels.numel() and not labels.is_cuda and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise PlasticError(f"distillation: labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
     if not 0 < temperature < math.inf or not 0 <= weight <= 1:
         raise PlasticError(
             f"distillation: temperature={temperature}, weight={weight}: a number above 0, and one from 0 to 1"

@@ -52,7 +52,8 @@ class Site(nn.Module):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.minimum, self.maximum = 1, math.inf  # units that pruning leaves, and to which growth adds
+        self.minimum = 0 if isinstance(units, BlockUnits) else 1  # units that pruning leaves
+        self.maximum = math.inf  # to which growth adds
         self.strength = 1.0  # what the pressure on these gates is multiplied by
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
         self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))

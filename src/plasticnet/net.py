@@ -300,7 +300,9 @@ class PlasticNet(nn.Module):
                 site.features = torch.from_numpy(site.units.features).to(site.phi.device)
         self._refresh()
 
-    def limit(self, pattern: str, *, minimum: int = 1, maximum: float = math.inf, strength: float = 1.0) -> None:
+    def limit(
+        self, pattern: str, *, minimum: int | None = None, maximum: float = math.inf, strength: float = 1.0
+    ) -> None:
         """Bound the sites whose name matches ``pattern``, anew: pruning leaves them ``minimum`` units (0: they may
         die, as a residual branch may; one unit stays, read with weights of zero), growth stops at ``maximum``,
         and the pressure on their gates is multiplied by ``strength``. `resize` and `grow` do as they are told.

@@ -55,7 +55,8 @@ def prune_once(
     if not targets:
         raise PlasticError(f"prune_once takes a budget of costs, such as pn.Budget(macs=0.3), not {budget!r}")
     worth = resolve(net, scores, loss)
-    keep = project(net, worth, targets) if scope == "global" else _uniform(net, worth, targets)
+    weights = np.concatenate([np.zeros(0, dtype=bool), *(w.open.flatten().cpu().numpy() for w in net._weights())])
+    keep = project(net, worth, targets, weights) if scope == "global" else _uniform(net, worth, targets)
     sources = _sources(net, keep, worth)
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
     net.resize(sources, optimizer)
@@ -85,14 +86,14 @@ def _uniform(net: PlasticNet, worth: Mapping[str, np.ndarray], targets: Mapping[
     def kept(share: float) -> dict[str, np.ndarray]:
         masks = {}
         for name, site in sites.items():
-            least = 0 if isinstance(site.units, BlockUnits) else max(site.minimum, 1)
+            least = site.minimum if isinstance(site.units, BlockUnits) else max(site.minimum, 1)
             masks[name] = _ranks(-worth[name]) < max(least, math.floor(share * len(site) + 1e-9))
         left = _sources(net, masks, worth)  # with features go channels that nothing else reads
         return {n: np.isin(np.arange(len(mask)), left[n]) if n in left else mask for n, mask in masks.items()}
 
     def exceeds(share: float) -> bool:
-        pi = torch.from_numpy(np.concatenate([*kept(share).values()]).astype(np.float64))
-        pi = pi.to(next(iter(sites.values())).phi.device)
+        weights = [w.open.flatten().cpu().numpy() for w in net._weights()]
+        pi = torch.from_numpy(np.concatenate([*kept(share).values(), *weights]).astype(np.float64)).to(net._like.device)
         return any(float(net._cost.expected(pi, cost)) > target for cost, target in targets.items())
 
     shares = sorted({0.0, *(i / len(s) for s in sites.values() for i in range(1, len(s) + 1))})

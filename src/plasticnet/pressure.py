@@ -15,6 +15,7 @@ from torch import Tensor
 from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.gates import probabilities
+from plasticnet.units import BlockUnits
 from plasticnet.weights import mean_weights
 
 if TYPE_CHECKING:
@@ -52,14 +53,16 @@ def _strong(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
-def limit(net: PlasticNet, pattern: str, minimum: int, maximum: float, strength: float) -> None:
+def limit(net: PlasticNet, pattern: str, minimum: int | None, maximum: float, strength: float) -> None:
     """See `PlasticNet.limit`."""
     matching = [s for n, s in net.sites.items() if fnmatchcase(n, pattern)]
     if not matching:
         raise PlasticError(f"limit: {pattern!r} matches none of the sites: {', '.join(net.sites)}")
-    if type(minimum) is not int or not 0 <= minimum <= maximum:
+    if minimum is not None and (type(minimum) is not int or not 0 <= minimum <= maximum):
         raise PlasticError(f"limit: minimum={minimum}, maximum={maximum}; needed is 0 <= minimum <= maximum")
     if not _strong(strength):
         raise PlasticError(f"limit: strength={strength!r}; what the pressure is multiplied by is a number, 0 or more")
     for site in matching:
-        site.minimum, site.maximum, site.strength = minimum, maximum, float(strength)
+        usual = 0 if isinstance(site.units, BlockUnits) else 1
+        site.minimum = usual if minimum is None else minimum
+        site.maximum, site.strength = maximum, float(strength)

@@ -30,7 +30,7 @@ def project(
     the best units as the targets allow stay; of those below them, the best that still fit are opened
     again, until no unit is left that would fit. A channel counts as no better than the best of
     its gated features, nor a feature than its channel. Units in their grace period stay, and the best
-    `Site.minimum` of every site (one at least); blocks may all close. Where single weights have gates,
+    `Site.minimum` of every site (one at least, but for blocks). Where single weights have gates,
     ``weights`` says which are open, shape (weights,); without it all are.
 
     Raises `PlasticError` when scores are missing, of another shape or not finite, or when the smallest network
@@ -86,7 +86,6 @@ class _Units:
         """The channel that each feature comes from, or -1; and which channels are read through their features only."""
         self.producer = np.full(self.n, -1)
         self.follows = np.zeros(self.n, dtype=bool)
-        self.reading = np.ones(self.n)  # how many features come from a channel
         units = {name: site.units for name, site in self.sites.items()}
         for name, u in units.items():
             start, through = self.starts[name], set[str]()
@@ -105,7 +104,8 @@ class _Units:
         """The units that stay whatever they cost, with the channels and features that they need."""
         graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
         must = np.concatenate([np.zeros(0, dtype=bool), *graces])
-        needed = {n: 0 if isinstance(s.units, BlockUnits) else max(s.minimum, 1) for n, s in self.sites.items()}
+        blocks = {n for n, s in self.sites.items() if isinstance(s.units, BlockUnits)}
+        needed = {n: s.minimum if n in blocks else max(s.minimum, 1) for n, s in self.sites.items()}
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
         for name in [n for n in self.sites if n not in inputs]:
             here = self._of(name)

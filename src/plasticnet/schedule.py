@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from numbers import Real
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from plasticnet import distributed
-from plasticnet.budget import Budget, Controller
+from plasticnet.budget import Budget, Controller, present
 from plasticnet.compact import check_multiple, survivors, to_keep
 from plasticnet.errors import PlasticError
 from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities
@@ -22,54 +21,11 @@ from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, forget, listed
 from plasticnet.projection import decide, project
-from plasticnet.units import BlockUnits
+from plasticnet.stages import Change, Stage, check_hardening
 from plasticnet.weights import WeightSite
 
 # A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
 PAYS = 0.02  # the share of the MACs or of the parameters from which on it is worth it
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``epochs`` epochs at one ``k`` (0: dropout, finite: plastic, infinity: ordinary training).
-
-    With ``k_end`` a finite k changes from epoch to epoch, geometrically, and is ``k_end`` in the last one. The
-    logits stay, so that a rising k polarises the gates.
-    """
-
-    epochs: int
-    k: float = math.inf
-    k_end: float | None = None
-
-    def __post_init__(self) -> None:
-        numbers = type(self.epochs) is int and isinstance(self.k, Real) and not isinstance(self.k, bool)
-        if not numbers or self.epochs < 0 or not self.k >= 0:
-            raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): whole epochs and a number, both 0 or more")
-        end = self.k_end
-        if end is not None and not (isinstance(end, Real) and self.plastic and 0 < float(end) < math.inf):
-            raise PlasticError(f"Stage(k={self.k}, k_end={end}): k goes from one finite number above 0 to another")
-
-    @property
-    def plastic(self) -> bool:
-        """Whether gates learn: k is finite, and not 0."""
-        return 0 < self.k < math.inf
-
-    def k_of(self, epoch: int) -> float:
-        """The k of one of its epochs, the first one being 0."""
-        if self.k_end is None or not epoch:
-            return self.k
-        return self.k_end if epoch == self.epochs - 1 else self.k * (self.k_end / self.k) ** (epoch / (self.epochs - 1))
-
-
-@dataclass(frozen=True)
-class Change:
-    """What `Schedule.step` did: units cut and grown per site, k for the next epoch, and how undecided the gates
-    that are there are: ``transition``, the mean of 2 pi (1 - pi)."""
-
-    cut: Mapping[str, int] = field(default_factory=dict)
-    grown: Mapping[str, int] = field(default_factory=dict)
-    k: float = math.inf
-    transition: float = 0.0
 
 
 class Schedule:
@@ -103,8 +59,8 @@ class Schedule:
         multiple_of: int = 1,
         on_resize: Callable[[PlasticNet], object] | None = None,
     ) -> None:
-        """Raises `PlasticError` when there are no epochs, the optimizers lack a parameter of the network
-        or cannot follow a change of size, or the smallest network is not within the budget."""
+        """Raises `PlasticError` when there are no epochs, the optimizers lack a parameter of the network or cannot
+        follow a change of size, the smallest network is not within the budget, or no stage hardens to it."""
         if not stages or not sum(s.epochs for s in stages):
             raise PlasticError("a schedule needs at least one stage with epochs")
         self.net = net
@@ -119,8 +75,12 @@ class Schedule:
         self.multiple_of = multiple_of
         self.on_resize = on_resize
         self.epoch = 0
-        self.rounds = 1  # `wake` adds more
+        self._rounds = [0]  # the places of their first stages; `wake` adds more
         self._first = len(self.stages)  # the stages of the first round
+        if growth is not None:
+            present(net, growth.cost)  # raises where it is not known
+        if budget is not None:
+            check_hardening(budget, self.stages)
         self.controller = None if budget is None else Controller(net, budget)
         if self.controller is not None and self.controller.targets:
             decide(net, self.controller.targets)
@@ -134,6 +94,11 @@ class Schedule:
     def epochs(self) -> int:
         """The epochs of all stages together."""
         return sum(s.epochs for s in self.stages)
+
+    @property
+    def rounds(self) -> int:
+        """One, and one for each `wake`."""
+        return len(self._rounds)
 
     @property
     def stage(self) -> Stage:
@@ -152,9 +117,9 @@ class Schedule:
     def _plastic_epochs(self) -> tuple[int, int]:
         """The first epoch of the plastic stages around the one that is running, and the first after them."""
         first = last = self._place()[1]
-        while first and self.stages[first - 1].plastic:
+        while first not in self._rounds and self.stages[first - 1].plastic:
             first -= 1
-        while last + 1 < len(self.stages) and self.stages[last + 1].plastic:
+        while last + 1 < len(self.stages) and last + 1 not in self._rounds and self.stages[last + 1].plastic:
             last += 1
         return self._begin(first), self._begin(last + 1)
 
@@ -177,8 +142,9 @@ class Schedule:
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch. ``val_loss`` is the loss on held-out data; growth and `Budget(loss=...)` decide by it.
 
-        Raises `PlasticError` at the end of the schedule, and in a plastic stage when a validation loss is needed
-        and there is none, or it is NaN.
+        Raises `PlasticError`, and changes nothing, at the end of the schedule; in a plastic stage when a validation
+        loss is needed and there is none, or it is NaN, and when gates are not finite; and when the budget has
+        become impossible.
         """
         if self.epoch >= self.epochs:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
@@ -186,24 +152,31 @@ class Schedule:
         begin, end = self._plastic_epochs()
         loss = self._loss(val_loss, before)
         check_optimizers(self.optimizers, dict(self.net.named_parameters()))
+        if before.plastic:
+            to_keep(self.net, 0.5, self.multiple_of)
+            if self.controller is not None and self.controller.targets and self.epoch + 1 == self._begin(place + 1):
+                decide(self.net, self.controller.targets)
+        pi = probabilities(self.net._gated(), self.net.k).detach()
+        transition = float((2 * pi * (1 - pi)).mean())
         self.epoch += 1
+        ends = self._place()[1] != place
         cut: dict[str, int] = {}
         grown: dict[str, int] = {}
         self.net._gate_gradient = None  # what a checkpoint does not hold must not matter
         if self.controller is not None:
-            self.controller.step(loss, before.plastic, (self.epoch - begin) / max(end - begin, 1))
+            self.controller.step(loss, before.plastic, self.epoch - begin, max(end - begin, 1))
         if before.plastic:
             for site in self.net.sites.values():
                 site.grace.sub_(1).clamp_(min=0)
             self._recover()
             cut = self._cut_hibernating() if self._kept_to_loss() else {}
-            if self.growth is not None and self.stage is before:
+            if self.growth is not None and not ends:
                 if self.controller is not None and (
                     self.controller.outgrown(self.net) or 2 * (self.epoch - begin) >= end - begin
                 ):
                     self.growth.stop()
                 grown = self.growth.step(self.net, loss, self.optimizers)
-        if self.stage is not before:
+        if ends:
             for name, n in self._enter(self.stage).items():
                 cut[name] = cut.get(name, 0) + n
         elif self.epoch < self.epochs:
@@ -212,8 +185,7 @@ class Schedule:
             self._drop_gate_state()
         if self.on_resize is not None and (cut or grown):
             self.on_resize(self.net)
-        pi = probabilities(self.net._gated(), self.net.k).detach()
-        return Change(cut, grown, self.net.k, float((2 * pi * (1 - pi)).mean()))
+        return Change(cut, grown, self.net.k, transition)
 
     def _loss(self, val_loss: float | None, stage: Stage) -> float:
         """The validation loss over all ranks, NaN where there is none and none is needed."""
@@ -246,7 +218,7 @@ class Schedule:
         """Start the best gates anew where a site has fewer open than it must. The optimizers forget what has pressed
         them down, but not how large their gradients are, or their next step would be of any length."""
         for site in self.net.sites.values():
-            if int(site.open.sum()) < min(site.minimum, len(site)) and not isinstance(site.units, BlockUnits):
+            if int(site.open.sum()) < min(site.minimum, len(site)):
                 units = torch.from_numpy(site.likely(site.minimum)).to(site.phi.device)
                 _lift(site, units, OPEN_LOGIT / self.net.k)
                 forget(self.optimizers, site.phi, units)
@@ -313,7 +285,7 @@ class Schedule:
                 _lift(g, ~stays & g.open, -INITIAL_LOGIT)
         cut = self.net.prune(0.5, self.optimizers, self.multiple_of)
         for site in self.net.sites.values():  # the units that a site keeps as its minimum are there to be used
-            if int(site.open.sum()) < site.minimum and not isinstance(site.units, BlockUnits):
+            if int(site.open.sum()) < site.minimum:
                 _lift(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
         return cut
 
@@ -338,13 +310,18 @@ class Schedule:
             stages = first[start:]
         if not any(s.epochs for s in stages):
             raise PlasticError("wake: there is no plastic stage to repeat; give stages with epochs")
-        self.stages += [replace(s) for s in stages if s.epochs]  # copies: a stage is told from another by identity
-        self.rounds += 1
+        self._rounds.append(len(self.stages))
+        self.stages += [s for s in stages if s.epochs]
         if self.growth is not None:
             self.growth.reset()
         if self.controller is not None:
             self.controller.reset()
-        self._enter(self.stage)
+        if self.stage.plastic and 0 < self.net.k < math.inf:  # the round before did not harden
+            self.net.k = self.stage.k
+            self._open(self.stage.k)
+            self._drop_gate_state()
+        else:
+            self._enter(self.stage)
 
     def _drop_gate_state(self) -> None:
         logits = {g.phi for g in self.net._gated()}
@@ -356,7 +333,7 @@ class Schedule:
         """The epoch, the stages that `wake` added, and the states of growth and the budget; the network has its own."""
         return {
             "epoch": self.epoch,
-            "rounds": self.rounds,
+            "rounds": list(self._rounds),
             "woken": [list(astuple(s)) for s in self.stages[self._first :]],
             "growth": None if self.growth is None else self.growth.state_dict(),
             "budget": None if self.controller is None else self.controller.state_dict(),
@@ -380,11 +357,20 @@ class Schedule:
                 raise PlasticError(
                     f"the state was saved with {name} and this schedule has none, or the other way round"
                 )
-        if self.controller is not None:
-            self.controller.load_state_dict(budget)
+        rounds = state.get("rounds", [0])
+        if not isinstance(rounds, list) or not rounds or any(type(r) is not int for r in rounds):
+            raise PlasticError(f"the state has rounds that are none: {rounds!r}")
+        own = None if self.growth is None else self.growth.state_dict()
         if self.growth is not None and growth is not None:
             self.growth.load_state_dict(growth)
-        self.epoch, self.stages, self.rounds = epoch, stages, int(state.get("rounds", 1))
+        if self.controller is not None:
+            try:
+                self.controller.load_state_dict(budget)
+            except PlasticError:
+                if self.growth is not None and own is not None:
+                    self.growth.load_state_dict(own)
+                raise
+        self.epoch, self.stages, self._rounds = epoch, stages, list(rounds)
         stage, place = self._place()
         self.net.k = stage.k_of(min(epoch - self._begin(place), stage.epochs - 1))
 
