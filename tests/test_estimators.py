@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import nullcontext
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plasticnet import ESTIMATORS, PlasticNet
+from plasticnet import ESTIMATORS, Budget, PlasticNet, Schedule, Stage
 from plasticnet.estimators import _correlation, copula
 from plasticnet.passes import running_statistics
 
@@ -216,3 +217,53 @@ def test_the_size_of_the_gradient_is_known_without_its_scale() -> None:
     assert net._gate_gradient is not None
     assert net.sites["0"].phi.grad is not None
     torch.testing.assert_close(1000 * net._gate_gradient, net.sites["0"].phi.grad)
+
+
+def test_a_scale_that_overflows_leaves_the_budget_working() -> None:
+    net, x, y = problem(norm=False)
+    optimizer = torch.optim.Adam(net.param_groups(1e-2))
+    schedule = Schedule(net, optimizer, [Stage(3, 2.0), Stage(1)], budget=Budget(units=0.5))
+    net.train()
+    for scale in (1.0, math.inf, 0.0, 1.0, 1.0):
+        loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none")) + schedule.penalty()
+        net.zero_grad()
+        (scale * loss).backward()
+    assert schedule.controller is not None
+    assert torch.isfinite(schedule.controller.sizes).all()
+    assert net.sites["0"].phi.grad is not None
+    assert torch.isfinite(net.sites["0"].phi.grad).all()
+
+
+def test_slopes_come_through_a_later_call_of_the_network() -> None:
+    """The first one may be a target without gradients."""
+    net, x, y = problem(norm=False)
+    net.estimator = "straight-through"
+    net.train()
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            target = net(x).softmax(1)
+        return F.cross_entropy(net(x), y, reduction="none") + (net(x).softmax(1) - target).square().sum(1)
+
+    net.expected_loss(closure).backward()
+    assert net.sites["0"].phi.grad is not None
+    assert net.sites["0"].phi.grad.all()
+
+
+def test_the_slopes_are_those_of_the_step() -> None:
+    """Whatever is set before the backward pass, and however often that runs."""
+    net, x, y = problem(norm=False)
+    net.train()
+    torch.manual_seed(5)
+    net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none")).backward()
+    expected = net.sites["0"].phi.grad
+    net.zero_grad()
+    torch.manual_seed(5)
+    loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none"))
+    net.estimator = "arm"
+    net.k = 5.0
+    for _ in range(2):
+        net.zero_grad()
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(net.sites["0"].phi.grad, expected)
+        torch.testing.assert_close(net._gate_gradient, expected)

@@ -12,6 +12,7 @@ from conftest import ConvNet, images, mlp, randomise_gates
 from torch import Tensor, nn
 
 import plasticnet as pn
+from plasticnet import PlasticNet
 from plasticnet.gating import _Gated, fold, readers
 
 
@@ -233,3 +234,19 @@ def test_sparing_product_is_the_product(shape: tuple[int, ...], axis: int, close
     gradients = (torch.autograd.grad(y, (x, z), grad) for y in (found, expected))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class InPlace(nn.Linear):
+    """A layer that changes its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.relu_(), self.weight, self.bias)
+
+
+def test_layers_that_change_their_input_in_place() -> None:
+    x = torch.randn(6, 4)
+    net = PlasticNet(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), InPlace(5, 3)), (x,))
+    net.k = 2.0
+    net.train()
+    net.expected_loss(lambda: net(x).square().sum(1)).backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in net.parameters())

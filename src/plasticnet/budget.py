@@ -158,7 +158,9 @@ class Controller:
         """Keep running means of the gradients' sizes; their ratio makes the multipliers those of any loss."""
         if of_loss is not None:
             sizes = torch.cat([gradients.abs().sum(1), of_loss.abs().sum().reshape(1)])
-            self.sizes = MEMORY * self.sizes + (1 - MEMORY) * sizes
+            now = MEMORY * self.sizes + (1 - MEMORY) * sizes
+            # A loss scaler tries scales that overflow.
+            self.sizes = torch.where(torch.isfinite(now).all(), now, self.sizes)
 
     def step(self, val_loss: float, plastic: bool, passed: int, epochs: int) -> None:
         """To be called at the end of an epoch; ``passed`` of the plastic ``epochs`` are over."""

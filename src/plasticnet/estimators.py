@@ -152,8 +152,9 @@ def linear(i: int) -> Callable[[Draw, float, Tensor], Tensor]:
 
 def local(draw: Draw, k: float, b: Tensor) -> Tensor:
     """The slope as the control variate of `bitflip`: it takes the place of the difference at every unit, and what it
-    was wrong by is made good at the chosen one. Unbiased, for the choice does not depend on b; what is left
-    of the variance is that of the loss's curvature along single gates."""
+    was wrong by is made good at the chosen one. Unbiased, for the choice does not depend on b. What is left of the
+    variance is how much a unit's own difference depends on the others, and, over the probability of the choice, how
+    far its slope is from its difference."""
     return straight_through(draw, k, b) - _slope(draw, k) * draw.sparse(draw.at_chosen(b))
 
 

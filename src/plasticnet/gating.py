@@ -352,7 +352,8 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
             shape = [1] * x.dim()
             shape[0], shape[reader.axis] = len(multiplier), multiplier.shape[1]
             z = multiplier.to(x.dtype)
-            sparing = z.requires_grad and not x.is_cuda and not is_functorch_wrapped_tensor(x)
+            own = type(module).__module__.startswith("torch.nn.")  # others may change their input in place
+            sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_functorch_wrapped_tensor(x))
             x = _Gated.apply(x, z, reader.axis) if sparing else x * z.reshape(shape)
         return (x, *args[1:])
 
@@ -367,7 +368,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.axis, closed = axis, z == 0
-        product = (x.movedim(axis, 1) * _wide(z, x)).movedim(1, axis)
+        shape = [1] * x.dim()
+        shape[0], shape[axis] = z.shape
+        product = x * z.reshape(shape)
         ctx.save_for_backward(product, z, closed, x.movedim(axis, 1)[closed])
         return product
 

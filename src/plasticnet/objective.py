@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plasticnet import distributed
 from plasticnet.errors import PlasticError
-from plasticnet.estimators import ESTIMATORS, Draw
+from plasticnet.estimators import ESTIMATORS, Draw, Estimator
 from plasticnet.gates import probabilities
 from plasticnet.passes import (
     Alike,
@@ -49,15 +49,16 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) 
         f = run(net, closure, Pass("training"))
         return f.mean() if f.dim() else f
     _resolve_auto(net, closure)
-    step = Step()
+    step = Step(gradients=torch.is_grad_enabled())
     f, gradient = _passes(net, closure, before, step)
     step.gradient = distributed.average(net, gradient)
     loss = (f.mean() if f.dim() else f) + surrogate(net, step.gradient)
     if ESTIMATORS[net.estimator].at != "training":
         net._gate_gradient = step.gradient
         return loss
-    step.gradient = step.gradient.clone()  # that of the slopes is added
-    scaled = _Scaled.apply(loss, step)
+    # All gates are part of the loss, used or not: else a rank whose blocks are closed would not come to its slopes.
+    tied = [0 * z.sum() for z in step.gated]
+    scaled = _Scaled.apply(loss + sum(tied), step)
     assert isinstance(scaled, Tensor)
     return scaled
 
@@ -166,24 +167,27 @@ def _slopes_at_mean(net: PlasticNet, closure: Callable[[], Tensor], step: Step, 
 def _training_gates(net: PlasticNet, step: Step, draw: Draw) -> Tensor:
     """The gates of the training pass. In the backward pass the logits get the part of the estimate that depends
     on the slopes there."""
-    estimator = ESTIMATORS[net.estimator]
+    estimator, k = ESTIMATORS[net.estimator], net.k  # as they are now, also if the backward pass comes late
     z = estimator.gates(draw, 0)
-    if estimator.at != "training" or not torch.is_grad_enabled():
+    gates, first = (net._weights(), sum(map(len, net._sites()))) if draw is step.weights else (net._sites(), 0)
+    if estimator.at != "training" or not step.gradients or not gates:
         return z
+    mixed = _mixed(net, draw)
 
     def part(slopes: Tensor) -> Tensor:
-        gradient = distributed.average(net, _of_slopes(net, draw, slopes, held))
+        gradient = distributed.average(net, _of_slopes(estimator, k, draw, slopes, mixed))
         if step.gradient is not None and step.scale is not None:
-            first = sum(len(s) for s in net._sites()) if held is None else 0
-            step.gradient[first : first + len(gradient)] += gradient / step.scale
-            net._gate_gradient = step.gradient
+            step.of_slopes[first] = gradient.detach() / step.scale
+            total = step.gradient.clone()
+            for at, each in step.of_slopes.items():
+                total[at : at + len(each)] += each
+            net._gate_gradient = total
         return gradient
 
-    gates, held = (net._weights(), None) if draw is step.weights else (net._sites(), _held(net))
-    if not gates:
-        return z
-    gated = _Slopes.apply(torch.cat([g.phi.flatten() for g in gates]), z, part)
+    with torch.enable_grad():  # a first call of the network may be without
+        gated = _Slopes.apply(torch.cat([g.phi.flatten() for g in gates]), z, part)
     assert isinstance(gated, Tensor)
+    step.gated.append(gated)
     return gated
 
 
@@ -214,14 +218,16 @@ class _Scaled(torch.autograd.Function):
         return grad, None
 
 
-def _of_slopes(net: PlasticNet, draw: Draw, slopes: Tensor, held: Tensor | None) -> Tensor:
-    """The part of the estimate that depends on the slopes, shape (units,); 0 for gates that are held open."""
-    estimator = ESTIMATORS[net.estimator]
+def _mixed(net: PlasticNet, draw: Draw) -> Tensor | None:
+    """Which gates the batch shares in a draw per sample, if there are any."""
+    return shared(net) if draw.rows > 1 and not all(net._gating.per_sample.values()) else None
+
+
+def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, mixed: Tensor | None) -> Tensor:
+    """The part of the estimate that depends on the slopes, shape (units,). Of gates that are shared, a mask (units,), the
+    first row holds what all rows have in common."""
     assert estimator.slopes is not None
-    if draw.rows > 1 and not all(net._gating.per_sample.values()):  # the first row holds what all have in common
-        slopes = torch.where(shared(net), slopes.mean(0), slopes)
-    part = estimator.slopes(draw, net.k, slopes)
-    return part if held is None else torch.where(held, 0.0, part)
+    return estimator.slopes(draw, k, slopes if mixed is None else torch.where(mixed, slopes.mean(0), slopes))
 
 
 def _uncertain(net: PlasticNet) -> bool:
@@ -295,11 +301,12 @@ def estimate(net: PlasticNet, step: Step, losses: Sequence[Tensor], slopes: Sequ
         )
     f = torch.stack(list(losses)).to(draw.pi.dtype).reshape(len(losses), -1)
     parts: list[Tensor] = []
+    estimator = ESTIMATORS[net.estimator]
     for i, draw in enumerate(step.draws):
+        part = estimator.losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
         held = _held(net) if draw is step.draw else None
-        part = ESTIMATORS[net.estimator].losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
         part = part if held is None else torch.where(held, 0.0, part)
-        parts.append(part + _of_slopes(net, draw, slopes[i], held) if slopes else part)
+        parts.append(part + _of_slopes(estimator, net.k, draw, slopes[i], _mixed(net, draw)) if slopes else part)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -34,7 +34,10 @@ class Step:
     weights: Draw | None = None
     after: RandomState | None = None
     prefix: Prefix | None = None
+    gradients: bool = True  # whether they are wanted
+    gated: list[Tensor] = field(default_factory=list)  # gates of the training pass that have slopes
     gradient: Tensor | None = None
+    of_slopes: dict[int, Tensor] = field(default_factory=dict)  # by the first of the gates
     scale: Tensor | None = None
 
     @property
@@ -195,7 +198,8 @@ def _gates(net: PlasticNet, now: Pass, args: Any, kwargs: Any) -> Tensor:
     if now.z is None:
         gates = now.gates or (lambda draw: estimator.gates(draw, 0))
         z = gates(step.draw)
-        now.z = torch.cat([z, z.new_ones(len(z), 1)], 1)
+        with torch.set_grad_enabled(z.requires_grad or torch.is_grad_enabled()):
+            now.z = torch.cat([z, z.new_ones(len(z), 1)], 1)
         if step.weights is not None:
             parts = gates(step.weights)[0].split([w.phi.numel() for w in net._weights()])
             now.weights = {w.name: g.view(w.phi.shape) for w, g in zip(net._weights(), parts, strict=True)}

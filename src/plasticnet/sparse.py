@@ -45,7 +45,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return F.linear(x, self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):  # there is no such product in half precision
+            return F.linear(x.to(self.values.dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The sizes, and how many entries are not zero."""
@@ -59,8 +60,10 @@ def sparsify(
     those that match the patterns in ``layers`` the ones with at least 80 % zeros ("csr") or 50 % ("2:4"). For
     `PlasticNet.compact` of a network with gates on single weights.
 
-    "csr" keeps the nonzero entries of every row, on any device. "2:4" is torch's semi-structured layout, for the
-    sparse tensor cores of NVIDIA's GPUs: of every four entries of a row two at most are not zero, in half precision.
+    "csr" keeps the nonzero entries of every row, in single or double precision. "2:4" is torch's semi-structured
+    layout, for the sparse tensor cores of NVIDIA's GPUs: of every four entries of a row two at most are not zero, in half precision.
+
+    The layers of torch's `nn.TransformerEncoderLayer` stay as they are: its fused forward reads dense weights.
 
     Raises `PlasticError` when no layer has enough zeros, and, naming the layer, when one cannot be "2:4".
     """
@@ -68,10 +71,15 @@ def sparsify(
         raise PlasticError(f"layout={layout!r}: choose one of {', '.join(ENOUGH)}")
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     small = duplicate(module).eval()
+    # These have a fused forward that reads dense weights.
+    fused = {m for layer in small.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()}
     linear = {
         name: m
         for name, m in small.named_modules()
-        if type(m) is nn.Linear and m.weight.numel() and any(fnmatchcase(name, pattern) for pattern in layers)
+        if type(m) is nn.Linear
+        and m not in fused
+        and m.weight.numel()
+        and any(fnmatchcase(name, pattern) for pattern in layers)
     }
     zeros = {name: float((m.weight == 0).double().mean()) for name, m in linear.items()}
     chosen = tuple(name for name in linear if zeros[name] >= ENOUGH[layout])
@@ -82,6 +90,8 @@ def sparsify(
         )
     for name in chosen:
         if layout == "csr":
+            if linear[name].weight.dtype not in (torch.float32, torch.float64):
+                raise PlasticError(f'layer {name!r} is {linear[name].weight.dtype}: "csr" needs float32 or float64')
             small = _replaced(small, linear[name], SparseLinear(linear[name]))
         else:
             _semi_structure(name, linear[name])

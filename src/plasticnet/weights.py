@@ -106,6 +106,11 @@ def gateable(
                 frozen[tensor] = reason
             else:
                 found.append(tensor)
+    for name, m in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            others = [leaf for leaf, p in m._parameters.items() if leaf != "weight" and p is not None and p.dim() > 1]
+            reason = 'only parameters of the name "weight" are gated entry by entry'
+            frozen.update({f"{name}.{leaf}".removeprefix("."): reason for leaf in others})
     if _masking_differs(model, found, args, kwargs):
         wrong = [t for t in found if _masking_differs(model, [t], args, kwargs)] or found
         frozen.update(dict.fromkeys(wrong, "closing its entries is not what zeros in it are: something else reads it"))
