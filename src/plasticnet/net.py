@@ -247,8 +247,8 @@ class PlasticNet(nn.Module):
         """The training loss, a scalar whose backward also gives the gates their gradient.
 
         ``closure`` runs the network and returns the losses of the samples, shape (batch,), or their
-        mean, a scalar. It is called once, and at finite k by most estimators twice or more, under the same random numbers
-        and with BatchNorm's statistics updated once; it should have no other side effect.
+        mean, a scalar. It is called once, and at finite k by most estimators twice or more, under the same
+        random numbers and with BatchNorm's statistics updated once; it should have no other side effect.
 
         Raises `PlasticError` in evaluation mode, when the closure never calls the network or returns
         something else, and when a loss is not finite.

@@ -224,8 +224,8 @@ def _mixed(net: PlasticNet, draw: Draw) -> Tensor | None:
 
 
 def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, mixed: Tensor | None) -> Tensor:
-    """The part of the estimate that depends on the slopes, shape (units,). Of gates that are shared, a mask (units,), the
-    first row holds what all rows have in common."""
+    """The part of the estimate that depends on the slopes, shape (units,). Of gates that are shared, a mask (units,),
+    the first row holds what all rows have in common."""
     assert estimator.slopes is not None
     return estimator.slopes(draw, k, slopes if mixed is None else torch.where(mixed, slopes.mean(0), slopes))
 

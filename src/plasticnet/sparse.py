@@ -61,7 +61,8 @@ def sparsify(
     `PlasticNet.compact` of a network with gates on single weights.
 
     "csr" keeps the nonzero entries of every row, in single or double precision. "2:4" is torch's semi-structured
-    layout, for the sparse tensor cores of NVIDIA's GPUs: of every four entries of a row two at most are not zero, in half precision.
+    layout, for the sparse tensor cores of NVIDIA's GPUs: of every four entries of a row two at most are not zero, in
+    half precision.
 
     The layers of torch's `nn.TransformerEncoderLayer` stay as they are: its fused forward reads dense weights.
 
