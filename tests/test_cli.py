@@ -163,6 +163,15 @@ def test_a_refused_resume_leaves_the_run_alone(
     assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
 
 
+def test_a_refused_option_leaves_the_run_before_it_alone(
+    started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    for budget in ("params=2", "latency_ms=1", "units=0.001"):
+        fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--budget", budget)
+    assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
+
+
 @pytest.mark.parametrize("change", [["--model", "mlp:9-9"], ["--data", "digits"]])
 def test_resume_with_another_model_or_data_is_refused(
     change: list[str], started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

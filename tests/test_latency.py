@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,13 @@ def work(rank: int, path: Path) -> None:
     found = net.measure_latency((x,), networks=8, repeats=1)  # wrapped: all together
     assert everywhere(found) == [net._latency] * 2
     dist.destroy_process_group()
+
+
+def test_a_time_that_follows_no_gate_has_a_gradient_of_zero() -> None:
+    net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),))
+    found = net.measure_latency((torch.randn(8, 4),), networks=4, repeats=1)
+    net._latency = replace(found, terms=tuple(replace(t, dims=()) for t in found.terms))
+    net._refresh()
+    net.k = 2.0
+    net.penalty(1.0, "latency").backward()
+    assert all(s.phi.grad is not None and not s.phi.grad.any() for s in net.sites.values())

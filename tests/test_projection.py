@@ -142,7 +142,7 @@ def test_minimum_and_grace_stay() -> None:
         project(net, scores, {"units": 4})
 
 
-def test_blocks_may_all_close() -> None:
+def test_blocks_may_all_close_unless_there_is_a_minimum() -> None:
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -160,6 +160,12 @@ def test_blocks_may_all_close() -> None:
     masks = project(net, scores, {"macs": outside})
     assert not masks[name].any()
     assert project(net, scores, {"macs": outside + 2 * 6 * 8})[name].tolist() == [True, False]
+    net.limit(name, minimum=1)
+    with pytest.raises(PlasticError, match="cannot be met"):
+        project(net, scores, {"macs": outside})
+    assert project(net, scores, {"macs": outside + 2 * 6 * 1})[name].tolist() == [True, False]
+    net.limit(name)  # back to what blocks have by default
+    assert not project(net, scores, {"macs": outside})[name].any()
 
 
 def test_many_units_are_quick_to_choose_from() -> None:
