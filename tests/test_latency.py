@@ -336,7 +336,7 @@ def work(rank: int, path: Path) -> None:
 
 def test_a_time_that_follows_no_gate_has_a_gradient_of_zero() -> None:
     net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),))
-    found = net.measure_latency((torch.randn(8, 4),), networks=4, repeats=1)
+    found = net.measure_latency((torch.randn(8, 4),), networks=8, repeats=1)
     net._latency = replace(found, terms=tuple(replace(t, dims=()) for t in found.terms))
     net._refresh()
     net.k = 2.0
