@@ -12,7 +12,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
-from common import between, how, svg  # noqa: E402
+from common import between, how, publish, svg  # noqa: E402
 
 DOCS = HERE.parent / "docs"
 PAGE, PICTURE = DOCS / "cost.md", DOCS / "cost.svg"
@@ -258,15 +258,11 @@ def main() -> int:
     paths = {name: HERE / "results" / f"cost_{name}.json" for name in PARTS}
     paths["runs"] = HERE.parent / "experiments" / "results" / "lenet_cost.json"
     contents = {name: json.loads(path.read_text()) for name, path in paths.items()}
-    old = text = PAGE.read_text()
+    text = PAGE.read_text()
     for name, content in contents.items():
         text = between(text, name, section(name, content))
     picture = draw(contents["growth_of_cost"]["results"])
-    if "--check" in sys.argv:
-        return int(text != old or not PICTURE.exists() or PICTURE.read_text() != picture)
-    PAGE.write_text(text)
-    PICTURE.write_text(picture)
-    return 0
+    return publish({PAGE: text, PICTURE: picture})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -66,6 +66,15 @@ def between(text: str, name: str, content: str) -> str:
     head, rest = text.split(begin)
     _, tail = rest.split(end)
     return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
+def publish(files: Mapping[Path, str]) -> int:
+    """Write the files; with --check on the command line only say whether they are up to date: 0, or 1."""
+    if "--check" in sys.argv:
+        return int(any(not path.exists() or path.read_text() != text for path, text in files.items()))
+    for path, text in files.items():
+        path.write_text(text)
+    return 0
 
 
 def how(e: dict[str, Any]) -> str:

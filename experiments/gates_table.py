@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import RESULTS, between, how, spread, svg
+from common import RESULTS, between, how, publish, spread, svg
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "results"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -214,7 +214,7 @@ PARTS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], list[str]]]] = {
 
 def main() -> int:
     """Fill the page and draw; or compare with --check."""
-    old = text = PAGE.read_text()
+    text = PAGE.read_text()
     for name, (path, make) in PARTS.items():
         content = json.loads(path.read_text())
         rows = content["results"] if isinstance(content["results"], list) else []
@@ -222,11 +222,7 @@ def main() -> int:
         found = {**content["environment"], "commit": ", ".join(commits)}
         text = between(text, name, "\n".join([*make(content), "", how(found)]))
     picture = draw(json.loads((RESULTS / "interpolation.json").read_text())["results"])
-    if "--check" in sys.argv:
-        return int(text != old or not PICTURE.exists() or PICTURE.read_text() != picture)
-    PAGE.write_text(text)
-    PICTURE.write_text(picture)
-    return 0
+    return publish({PAGE: text, PICTURE: picture})
 
 
 if __name__ == "__main__":

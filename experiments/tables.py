@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import RESULTS, between, spread
+from common import RESULTS, between, publish, spread
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -62,10 +62,7 @@ def main() -> int:
     ]
     text = README.read_text()
     new = between(text, "results", "\n\n".join(parts))
-    if "--check" in sys.argv:
-        return int(new != text)
-    README.write_text(new)
-    return 0
+    return publish({README: new})
 
 
 if __name__ == "__main__":
