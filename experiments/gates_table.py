@@ -216,13 +216,18 @@ def main() -> int:
     """Fill the page and draw; or compare with --check."""
     text = PAGE.read_text()
     for name, (path, make) in PARTS.items():
+        if not path.exists():
+            text = between(text, name, "Not measured yet.")
+            continue
         content = json.loads(path.read_text())
         rows = content["results"] if isinstance(content["results"], list) else []
         commits = sorted({r["commit"] for r in rows if "commit" in r} or {content["environment"]["commit"]})
         found = {**content["environment"], "commit": ", ".join(commits)}
         text = between(text, name, "\n".join([*make(content), "", how(found)]))
-    picture = draw(json.loads((RESULTS / "interpolation.json").read_text())["results"])
-    return publish({PAGE: text, PICTURE: picture})
+    files = {PAGE: text}
+    if (found := RESULTS / "interpolation.json").exists():
+        files[PICTURE] = draw(json.loads(found.read_text())["results"])
+    return publish(files)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "small.safetensors").exists()
 
 
-@pytest.mark.parametrize("script", ["experiments/tables.py", "benchmarks/zoo_table.py", "benchmarks/cost_table.py"])
+SCRIPTS = ["experiments/tables.py", "experiments/gates_table.py", "benchmarks/zoo_table.py", "benchmarks/cost_table.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_results_are_those_of_the_committed_json(script: str) -> None:
     command = [sys.executable, str(ROOT / script), "--check"]
     assert subprocess.run(command, check=False).returncode == 0, f"run {script}"
