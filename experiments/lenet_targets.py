@@ -50,7 +50,8 @@ class Point:
     budget: dict[str, float]
     network: str = "LeNet-5"
     inputs: tuple[str, ...] = ()
-    weights: bool = False  # single weights are gated, and no units
+    weights: tuple[str, ...] = ()  # of which modules single weights are gated,
+    exclude: tuple[str, ...] = ()  # and which units are not
     growing: int = 6  # epochs more in the plastic stage of "grown"
     plastic: int = 8
     last: int = 30
@@ -65,6 +66,16 @@ POINTS = {
     "b": Point("LeNet-5, multiply-adds", 0.75, "macs", 217_000, {"macs": 217_000, "params": 20_000}),
     "a": Point("LeNet-5, multiply-adds", 1.00, "macs", 140_000, {"macs": 140_000, "params": 14_000}),
     "c": Point("LeNet-5, weights", 1.05, "weights", 2_700, {"params": 2_740}, inputs=("fc1",), plastic=14, last=64),
+    "g": Point(
+        "LeNet-5, weights, single ones within open units",
+        1.05,
+        "weights",
+        2_700,
+        {"params": 2_740},
+        weights=("*",),
+        plastic=12,
+        last=40,
+    ),
     "d": Point(
         "MLP 784-300-100, multiply-adds, units and features",
         1.60,
@@ -84,7 +95,8 @@ POINTS = {
         9_000,
         {"macs": 9_000},
         "MLP",
-        weights=True,
+        weights=("*",),
+        exclude=("*",),
         plastic=15,
         last=50,
     ),
@@ -95,7 +107,8 @@ POINTS = {
         5_324,
         {"params": 5_734},
         "MLP",
-        weights=True,
+        weights=("*",),
+        exclude=("*",),
         plastic=15,
         last=50,
     ),
@@ -174,8 +187,7 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
         for layer in model.children():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-    single = {"weights": ("*",), "exclude": ("*",)} if point.weights else {}
-    net = pn.PlasticNet(model, (x[:2],), inputs=point.inputs, **single)
+    net = pn.PlasticNet(model, (x[:2],), inputs=point.inputs, weights=point.weights, exclude=point.exclude)
     if end == "grown":
         for name, site in net.sites.items():
             net.limit(name, maximum=len(site))
@@ -235,7 +247,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed, network in itertools.product(o.seeds, NETWORKS):
         wanted = [(p, e) for p in o.points for e in o.ends if POINTS[p].network == network]
-        wanted = [(p, e) for p, e in wanted if e == "pruned" or not POINTS[p].weights]
+        wanted = [(p, e) for p, e in wanted if e == "pruned" or not POINTS[p].exclude]
         wanted = [(p, e) for p, e in wanted if (p, e, seed) not in {_key(r) for r in written(o.name)}]
         if not wanted:
             continue
