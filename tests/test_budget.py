@@ -321,7 +321,7 @@ def test_sites_without_pressure_take_none() -> None:
     net, optimizer, schedule, x, y = build(Budget(macs=0.5), stages=[Stage(2, 7.0), Stage(1)])
     net.limit("*", strength=0.0)
     epoch(net, optimizer, schedule, x, y)
-    assert float(schedule.penalty()) == 0.0
+    assert schedule.penalty().item() == 0.0
 
 
 # -- resume, wake -----------------------------------------------------------------------------

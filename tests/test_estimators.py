@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 from contextlib import nullcontext
 from typing import Literal
 
@@ -267,3 +269,29 @@ def test_the_slopes_are_those_of_the_step() -> None:
         loss.backward(retain_graph=True)
         torch.testing.assert_close(net.sites["0"].phi.grad, expected)
         torch.testing.assert_close(net._gate_gradient, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_step_leaves_no_graph_behind(name: str, backward: bool) -> None:
+    """Without the garbage collector: a graph in a cycle would hold the activations until it comes."""
+    net, x, y = problem(norm=False)
+    net.estimator = name
+    net.train()
+    outputs: list[weakref.ref[Tensor]] = []
+
+    def closure() -> Tensor:
+        output = net(x)
+        outputs.append(weakref.ref(output))
+        return F.cross_entropy(output, y, reduction="none")
+
+    gc.disable()
+    try:
+        loss = net.expected_loss(closure)
+        if backward:
+            loss.backward()
+        del loss
+        assert outputs
+        assert all(ref() is None for ref in outputs)
+    finally:
+        gc.enable()

@@ -192,7 +192,7 @@ def test_language_model() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", sorted(pn.ESTIMATORS))
+@pytest.mark.parametrize("estimator", [n for n, e in sorted(pn.ESTIMATORS.items()) if not e.biased])
 def test_unbiased(estimator: str) -> None:
     """Against the sum over all patterns, in which the norm is taken over the open entries by hand. (A
     pattern without any keeps none of the norm's output, which no consumer reads.)"""

@@ -58,6 +58,7 @@ def _estimate(net: PlasticNet, closure: Callable[[], Tensor], before: Snapshot) 
         return loss
     # All gates are part of the loss, used or not: else a rank whose blocks are closed would not come to its slopes.
     tied = [0 * z.sum() for z in step.gated]
+    step.gated.clear()  # their graph knows the step
     scaled = _Scaled.apply(loss + sum(tied), step)
     assert isinstance(scaled, Tensor)
     return scaled
