@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,8 @@ def test_what_is_taken_out_of_the_hands_of_ddp() -> None:
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def work(rank: int, path: Path) -> None:
-    """What each of two processes does; an assertion that fails in one ends the test."""
-    torch.set_num_threads(1)
-    start(path, rank, 2)
-    for scenario in (
+    together(
+        tmp_path,
         gradients_are_the_mean_of_both,
         schedule_keeps_both_alike,
         batch_norm,
@@ -120,9 +115,21 @@ def work(rank: int, path: Path) -> None:
         gates_begin_as_on_rank_0,
         accumulation,
         skipped_blocks,
-    ):
+    )
+
+
+def together(path: Path, *scenarios: Callable[[int], None]) -> None:
+    """Run them in two processes, one after the other; an assertion that fails in one ends the test."""
+    multiprocessing.spawn(_work, (path, scenarios), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _work(rank: int, path: Path, scenarios: Sequence[Callable[[int], None]]) -> None:
+    torch.set_num_threads(1)
+    start(path, rank, 2)
+    for scenario in scenarios:
         torch.manual_seed(0)  # the networks are built alike
         scenario(rank)
+        gc.collect()  # a wrapper that is left keeps the threads of the group alive when the interpreter ends
         dist.barrier()
     dist.destroy_process_group()
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ConvNet, assert_same, images, mlp, randomise_gates, small
 from test_cost import tiny
-from test_distributed import everywhere, start
-from torch import Tensor, multiprocessing, nn
+from test_distributed import everywhere, together
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import plasticnet as pn
@@ -311,14 +311,10 @@ def test_a_network_that_does_not_run_when_it_is_narrow() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_ranks_share_the_table_of_the_first(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    together(tmp_path, table_of_the_first)
 
 
-def work(rank: int, path: Path) -> None:
-    """What each of two processes does; an assertion that fails in one ends the test."""
-    torch.set_num_threads(1)
-    start(path, rank, 2)
-    torch.manual_seed(0)
+def table_of_the_first(rank: int) -> None:
     x = torch.randn(6, 4)
     net = PlasticNet(mlp(4, 6, 5, 3), (x,))
     net.k = 7.0
@@ -331,7 +327,6 @@ def work(rank: int, path: Path) -> None:
     assert len(set(everywhere(net.penalty(1.0, "latency").item()))) == 1
     found = net.measure_latency((x,), networks=8, repeats=1)  # wrapped: all together
     assert everywhere(found) == [net._latency] * 2
-    dist.destroy_process_group()
 
 
 def test_a_time_that_follows_no_gate_has_a_gradient_of_zero() -> None:
