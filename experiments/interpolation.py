@@ -21,7 +21,7 @@ from torch import nn
 
 import plasticnet as pn
 from plasticnet.data import Data, load_data
-from plasticnet.gates import probabilities
+from plasticnet.gates import INITIAL_LOGIT, probabilities, transition
 from plasticnet.models import MLP
 from plasticnet.train import Config, evaluate, train_epoch
 
@@ -48,8 +48,7 @@ def gated(k: float, data: Data, seed: int) -> dict[str, Any]:
     transitions = []
     for _ in range(EPOCHS):
         train_epoch(net, optimizer, data.train, CONFIG)
-        pi = probabilities(list(net.sites.values()), k).detach()
-        transitions.append(float((2 * pi * (1 - pi)).mean()))
+        transitions.append(transition(probabilities(list(net.sites.values()), k).detach()))
     size = net.summary()
     return {
         "units": [s.open for s in size.sites],
@@ -94,7 +93,7 @@ def main() -> None:
             results.append({"k": "dropout" if dropout else "plain", "seed": seed, **plain(dropout, data, seed)})
         print(seed, [(r["k"], r["val_accuracy"], r["parameters"]) for r in results if r["seed"] == seed], flush=True)
     settings = {"epochs": EPOCHS, "penalty": CONFIG.penalty, "cost": CONFIG.cost, "scale": CONFIG.scale}
-    settings |= {"batch": CONFIG.batch, "lr": CONFIG.lr, "gate_lr": CONFIG.gate_lr, "phi": pn.gates.INITIAL_LOGIT}
+    settings |= {"batch": CONFIG.batch, "lr": CONFIG.lr, "gate_lr": CONFIG.gate_lr, "phi": INITIAL_LOGIT}
     write("interpolation", settings, results)
 
 

@@ -40,8 +40,8 @@ _COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms"
 class Budget:
     """The most that the network may cost when it is hardened, or the loss that it may take to be small.
 
-    ``macs`` (for one sample), ``params`` and ``units`` are shares of the network as it was when the
-    schedule was given, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
+    ``macs`` (for one sample), ``params`` and ``units`` are shares of the network as it was given to
+    the schedule, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
     `PlasticNet.measure_latency`. Of several, all hold. ``loss`` is by how much the validation loss may
     exceed the best one seen before the pressure begins (or else the first one then): the pressure, on
     parameters and MACs, rises for as long as it does not; when it does, gates go back to where they last did not.
@@ -178,8 +178,7 @@ class Controller:
     def remember(self, net: PlasticNet) -> None:
         """Note the gates as they are, for a budget of loss."""
         if self.loss is not None:
-            gated = {**net.sites, **net.weights}
-            self.good = {name: g.phi.detach().clone() for name, g in gated.items()}
+            self.good = {g.name: g.phi.detach().clone() for g in net._gated()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""

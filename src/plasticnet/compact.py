@@ -83,9 +83,7 @@ def to_keep(net: PlasticNet, below: float, multiple_of: int) -> dict[str, list[i
         raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
     check_multiple(multiple_of)
     values = {s.name: s.probability(net.k).detach().cpu().numpy() for s in net._sites()}
-    for name, g in {**net.sites, **net.weights}.items():
-        if not bool(torch.isfinite(g.phi).all()):
-            raise PlasticError(f"{name!r}: its gates are not finite; go back to a checkpoint")
+    check_finite(net)
     floor = float(np.nextafter(np.float32(below), np.float32(-1)))
     if net._weights() and math.isinf(net.k):
         left = _read(net, {s.name: s.mean_gate(net.k) > 0 for s in net._sites()})
@@ -95,6 +93,13 @@ def to_keep(net: PlasticNet, below: float, multiple_of: int) -> dict[str, list[i
         if (values[site.name] > floor).sum() < site.minimum:
             values[site.name][site.likely(site.minimum)] = 1.0
     return survivors({s.name: s.units for s in net._sites()}, values, floor, multiple_of)
+
+
+def check_finite(net: PlasticNet) -> None:
+    """Raise `PlasticError` unless all logits are finite."""
+    for g in net._gated():
+        if not bool(torch.isfinite(g.phi).all()):
+            raise PlasticError(f"{g.name!r}: its gates are not finite; go back to a checkpoint")
 
 
 def _read(net: PlasticNet, opened: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -52,7 +52,7 @@ class Site(nn.Module):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.minimum = 0 if isinstance(units, BlockUnits) else 1  # units that pruning leaves
+        self.minimum = self.usual_minimum  # units that pruning leaves
         self.maximum = math.inf  # to which growth adds
         self.strength = 1.0  # what the pressure on these gates is multiplied by
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
@@ -70,6 +70,16 @@ class Site(nn.Module):
     def open(self) -> Tensor:
         """Which units are open, a boolean mask of shape (units,): phi >= 0."""
         return self.phi.detach() >= 0
+
+    @property
+    def usual_minimum(self) -> int:
+        """The minimum unless another one was set: blocks may all close."""
+        return 0 if isinstance(self.units, BlockUnits) else 1
+
+    @property
+    def least(self) -> int:
+        """How many units stay in any case: the minimum, and one, but of blocks."""
+        return max(self.minimum, self.usual_minimum)
 
     @property
     def room(self) -> float:
@@ -111,6 +121,11 @@ def probabilities(gated: Sequence[Site | WeightSite], k: float) -> Tensor:
     pi = probability(torch.cat([g.phi.flatten() for g in gated]), k)
     graces = [g.grace for g in gated if isinstance(g, Site)]
     return held_open(pi, torch.cat(graces)) if graces else pi
+
+
+def transition(pi: Tensor) -> float:
+    """The mean probability with which a gate differs between two draws, ``2 pi (1 - pi)`` (NPN, section 3)."""
+    return float((2 * pi * (1 - pi)).mean())
 
 
 def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:

@@ -20,6 +20,7 @@ from plasticnet.passes import (
     Step,
     draws_per_sample,
     has_running_statistics,
+    mixed,
     run,
     shared,
     uses_batch_statistics,
@@ -173,10 +174,10 @@ def _training_gates(net: PlasticNet, step: Step, draw: Draw) -> Tensor:
     gates, first = (net._weights(), sum(map(len, net._sites()))) if draw is step.weights else (net._sites(), 0)
     if estimator.at != "training" or not step.gradients or not gates:
         return z
-    mixed = _mixed(net, draw)
+    together = mixed(net, draw.rows)
 
     def part(slopes: Tensor) -> Tensor:
-        gradient = distributed.average(net, _of_slopes(estimator, k, draw, slopes, mixed))
+        gradient = distributed.average(net, _of_slopes(estimator, k, draw, slopes, together))
         if step.gradient is not None and step.scale is not None:
             step.of_slopes[first] = gradient.detach() / step.scale
             total = step.gradient.clone()
@@ -219,16 +220,11 @@ class _Scaled(torch.autograd.Function):
         return grad, None
 
 
-def _mixed(net: PlasticNet, draw: Draw) -> Tensor | None:
-    """Which gates the batch shares in a draw per sample, if there are any."""
-    return shared(net) if draw.rows > 1 and not all(net._gating.per_sample.values()) else None
-
-
-def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, mixed: Tensor | None) -> Tensor:
+def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, together: Tensor | None) -> Tensor:
     """The part of the estimate that depends on the slopes, shape (units,). Of gates that are shared, a mask (units,),
     the first row holds what all rows have in common."""
     assert estimator.slopes is not None
-    return estimator.slopes(draw, k, slopes if mixed is None else torch.where(mixed, slopes.mean(0), slopes))
+    return estimator.slopes(draw, k, slopes if together is None else torch.where(together, slopes.mean(0), slopes))
 
 
 def _uncertain(net: PlasticNet) -> bool:
@@ -307,7 +303,7 @@ def estimate(net: PlasticNet, step: Step, losses: Sequence[Tensor], slopes: Sequ
         part = estimator.losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
         held = _held(net) if draw is step.draw else None
         part = part if held is None else torch.where(held, 0.0, part)
-        parts.append(part + _of_slopes(estimator, net.k, draw, slopes[i], _mixed(net, draw)) if slopes else part)
+        parts.append(part + _of_slopes(estimator, net.k, draw, slopes[i], mixed(net, draw.rows)) if slopes else part)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,9 +17,9 @@ from plasticnet.budget import Budget
 from plasticnet.compact import survivors
 from plasticnet.errors import PlasticError
 from plasticnet.gates import INITIAL_LOGIT
-from plasticnet.projection import project
+from plasticnet.projection import most, project, ranks
 from plasticnet.scoring import Loss, Scores, left_as_it_was, resolve
-from plasticnet.units import BlockUnits
+from plasticnet.weights import open_weights
 
 if TYPE_CHECKING:
     from plasticnet.net import Optimizers, PlasticNet
@@ -55,8 +54,7 @@ def prune_once(
     if not targets:
         raise PlasticError(f"prune_once takes a budget of costs, such as pn.Budget(macs=0.3), not {budget!r}")
     worth = resolve(net, scores, loss)
-    weights = np.concatenate([np.zeros(0, dtype=bool), *(w.open.flatten().cpu().numpy() for w in net._weights())])
-    keep = project(net, worth, targets, weights) if scope == "global" else _uniform(net, worth, targets)
+    keep = project(net, worth, targets, open_weights(net)) if scope == "global" else _uniform(net, worth, targets)
     sources = _sources(net, keep, worth)
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
     net.resize(sources, optimizer)
@@ -70,38 +68,30 @@ def prune_once(
 
 def _sources(net: PlasticNet, keep: Mapping[str, np.ndarray], worth: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
     """The units to keep, for every site that loses some, as `PlasticNet.resize` wants them."""
-    values = {n: mask + 0.4 * _ranks(worth[n]) / len(mask) for n, mask in keep.items()}  # closed ones: below 0.5
+    values = {n: mask + 0.4 * ranks(-worth[n]) / len(mask) for n, mask in keep.items()}  # closed ones: below 0.5
     return survivors({n: s.units for n, s in net.sites.items()}, values, 0.5)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """0 for the lowest, and so on."""
-    return values.argsort(kind="stable").argsort()
 
 
 def _uniform(net: PlasticNet, worth: Mapping[str, np.ndarray], targets: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The units that stay when every site keeps the same share of them, the largest that the targets allow."""
-    sites = net.sites
+    sites, weights = net.sites, open_weights(net)
 
     def kept(share: float) -> dict[str, np.ndarray]:
         masks = {}
         for name, site in sites.items():
-            least = site.minimum if isinstance(site.units, BlockUnits) else max(site.minimum, 1)
-            masks[name] = _ranks(-worth[name]) < max(least, math.floor(share * len(site) + 1e-9))
+            masks[name] = ranks(worth[name]) < max(site.least, math.floor(share * len(site) + 1e-9))
         left = _sources(net, masks, worth)  # with features go channels that nothing else reads
         return {n: np.isin(np.arange(len(mask)), left[n]) if n in left else mask for n, mask in masks.items()}
 
-    def exceeds(share: float) -> bool:
-        weights = [w.open.flatten().cpu().numpy() for w in net._weights()]
-        pi = torch.from_numpy(np.concatenate([*kept(share).values(), *weights]).astype(np.float64)).to(net._like.device)
-        return any(float(net._cost.expected(pi, cost)) > target for cost, target in targets.items())
+    def fits(share: float) -> bool:
+        pi = torch.from_numpy(np.concatenate([*kept(share).values(), weights]).astype(np.float64)).to(net._like.device)
+        return all(float(net._cost.expected(pi, cost)) <= target for cost, target in targets.items())
 
     shares = sorted({0.0, *(i / len(s) for s in sites.values() for i in range(1, len(s) + 1))})
-    first = bisect_left(shares, True, key=exceeds)
-    if first == 0:
+    if not fits(shares[0]):
         named = ", ".join(f"{target:,.6g} {cost}" for cost, target in targets.items())
         raise PlasticError(f"the budget of {named} cannot be met: the smallest network costs more")
-    return kept(shares[first - 1])
+    return kept(shares[most(lambda n: fits(shares[n]), len(shares) - 1)])
 
 
 # -- sensitivity ------------------------------------------------------------------------------
@@ -181,8 +171,7 @@ def sensitivity(
     with left_as_it_was(net), _own_gates(net):
         whole = measured()
         for name, site in net.sites.items():
-            most = len(site) - (not isinstance(site.units, BlockUnits))
-            closed = [min(round(share * len(site)), most) for share in shares]
+            closed = [min(round(share * len(site)), len(site) - site.usual_minimum) for share in shares]
             lowest = torch.from_numpy(worth[name].argsort(kind="stable")).to(site.phi.device)
             losses = {0: whole}
             for n in closed:

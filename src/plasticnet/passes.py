@@ -212,8 +212,7 @@ def _draw(net: PlasticNet, rows: int) -> Draw:
         return ESTIMATORS[net.estimator].draw(nothing, nothing, rows)
     pi = probabilities(net._sites(), net.k).detach()
     sizes = torch.cat([torch.full_like(s.phi.detach(), len(s)) for s in net._sites()])
-    mixed = rows > 1 and not all(net._gating.per_sample.values())
-    return ESTIMATORS[net.estimator].draw(pi, sizes, rows, shared(net) if mixed else None)
+    return ESTIMATORS[net.estimator].draw(pi, sizes, rows, mixed(net, rows))
 
 
 def _with_weights(net: PlasticNet, units: Draw) -> tuple[Draw, Draw]:
@@ -233,6 +232,11 @@ def shared(net: PlasticNet) -> Tensor:
     return torch.cat(
         [torch.full((len(s),), not net._gating.per_sample[s.name], device=s.phi.device) for s in net._sites()]
     )
+
+
+def mixed(net: PlasticNet, rows: int) -> Tensor | None:
+    """`shared`, where others draw once for each of some rows; else None."""
+    return shared(net) if rows > 1 and not all(net._gating.per_sample.values()) else None
 
 
 def draws_per_sample(net: PlasticNet) -> bool:

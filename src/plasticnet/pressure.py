@@ -15,7 +15,6 @@ from torch import Tensor
 from plasticnet.cost import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.gates import probabilities
-from plasticnet.units import BlockUnits
 from plasticnet.weights import mean_weights
 
 if TYPE_CHECKING:
@@ -63,6 +62,5 @@ def limit(net: PlasticNet, pattern: str, minimum: int | None, maximum: float, st
     if not _strong(strength):
         raise PlasticError(f"limit: strength={strength!r}; what the pressure is multiplied by is a number, 0 or more")
     for site in matching:
-        usual = 0 if isinstance(site.units, BlockUnits) else 1
-        site.minimum = usual if minimum is None else minimum
+        site.minimum = site.usual_minimum if minimum is None else minimum
         site.maximum, site.strength = maximum, float(strength)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import BlockUnits, InputUnits
+from plasticnet.units import InputUnits
 from plasticnet.weights import read
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Units:
         effective = np.where(self.follows, np.minimum(score, best), score)
         effective[features] = np.minimum(score[features], score[self.producer[features]])
         # At equal scores sites close in step, and not one after the other.
-        share = np.concatenate([_ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
+        share = np.concatenate([ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
         self.order = np.lexsort((share, -effective))
         self.rank = np.argsort(self.order)
         self.kept = self._must()
@@ -104,12 +104,10 @@ class _Units:
         """The units that stay whatever they cost, with the channels and features that they need."""
         graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
         must = np.concatenate([np.zeros(0, dtype=bool), *graces])
-        blocks = {n for n, s in self.sites.items() if isinstance(s.units, BlockUnits)}
-        needed = {n: s.minimum if n in blocks else max(s.minimum, 1) for n, s in self.sites.items()}
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
         for name in [n for n in self.sites if n not in inputs]:
             here = self._of(name)
-            must[here[np.argsort(self.rank[here])][: needed[name]]] = True
+            must[here[np.argsort(self.rank[here])][: self.sites[name].least]] = True
         self._with_channels(must)
         features = self.order[self.producer[self.order] >= 0]
         for channel in np.flatnonzero(must & self.follows):
@@ -120,7 +118,7 @@ class _Units:
             here = self._of(name)
             ready = (self.producer[here] < 0) | must[self.producer[here]]
             best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
-            must[best_first[: needed[name]]] = True
+            must[best_first[: self.sites[name].least]] = True
         self._with_channels(must)
         return must
 
@@ -165,7 +163,7 @@ class _Units:
                 self._with_channels(more)
             return self.cut(more)
 
-        return opened(_most(lambda n: self.fits(opened(n)), len(order)))
+        return opened(most(lambda n: self.fits(opened(n)), len(order)))
 
     def fitting(self, z: np.ndarray) -> np.ndarray:
         """The closed units that change the cost and fit, each by itself, best first.
@@ -209,7 +207,7 @@ def decide(net: PlasticNet, targets: Mapping[str, float]) -> tuple[dict[str, np.
     phi = np.concatenate([w.phi.detach().flatten().cpu().double().numpy() for w in sites])
     # At equal logits weights close in step, the smallest ones of each tensor first.
     sizes = [net.model.get_parameter(w.name).detach().abs().flatten().cpu().double().numpy() for w in sites]
-    best = np.lexsort((np.concatenate([_ranks(size) / size.size for size in sizes]), -phi))
+    best = np.lexsort((np.concatenate([ranks(size) / size.size for size in sizes]), -phi))
     units = _Units(net, scores, targets, np.zeros(phi.size, dtype=bool))
 
     def opened(n: int, among: np.ndarray = best, others: np.ndarray | None = None) -> np.ndarray:
@@ -236,14 +234,14 @@ def decide(net: PlasticNet, targets: Mapping[str, float]) -> tuple[dict[str, np.
         return read(net, torch.from_numpy(z).to(device), left).cpu().numpy() | units.kept
 
     score = np.concatenate([np.zeros(0), *(s.detach().cpu().numpy() for s in scores.values())])
-    first = opened(_most(lambda n: fits(as_good(n), opened(n)), phi.size))
+    first = opened(most(lambda n: fits(as_good(n), opened(n)), phi.size))
     stays = project(net, scores, targets, first)
     z = np.concatenate([np.zeros(0, dtype=bool), *stays.values()])
-    weights = opened(_most(lambda n: fits(read_by(z, opened(n)), opened(n)), phi.size))
+    weights = opened(most(lambda n: fits(read_by(z, opened(n)), opened(n)), phi.size))
     z = read_by(z, weights) if z.size else z
     reached = net._cost.reached(torch.from_numpy(z).to(net._like.device)).cpu().numpy()
     spare = best[(reached & ~weights)[best]]
-    weights = opened(_most(lambda n: fits(z, opened(n, spare, weights)), spare.size), spare, weights)
+    weights = opened(most(lambda n: fits(z, opened(n, spare, weights)), spare.size), spare, weights)
     return units.by_site(z), masks(weights)
 
 
@@ -258,11 +256,12 @@ def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -
     return array
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
+    """0 for the highest, and so on."""
     return np.argsort(np.argsort(-values, kind="stable"))
 
 
-def _most(fits: Callable[[int], bool], n: int) -> int:
+def most(fits: Callable[[int], bool], n: int) -> int:
     """The largest number up to ``n`` that fits, if all smaller ones do; 0 is taken to fit."""
     low, high = 0, n
     while low < high:

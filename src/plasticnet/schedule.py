@@ -14,15 +14,15 @@ from torch.optim import Optimizer
 
 from plasticnet import distributed
 from plasticnet.budget import Budget, Controller, present
-from plasticnet.compact import check_multiple, survivors, to_keep
+from plasticnet.compact import check_finite, check_multiple, survivors, to_keep
 from plasticnet.errors import PlasticError
-from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities
+from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities, transition
 from plasticnet.growth import Growth
 from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, forget, listed
 from plasticnet.projection import decide, project
 from plasticnet.stages import Change, Stage, check_hardening
-from plasticnet.weights import WeightSite
+from plasticnet.weights import WeightSite, open_weights
 
 # A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
 PAYS = 0.02  # the share of the MACs or of the parameters from which on it is worth it
@@ -153,11 +153,10 @@ class Schedule:
         loss = self._loss(val_loss, before)
         check_optimizers(self.optimizers, dict(self.net.named_parameters()))
         if before.plastic:
-            to_keep(self.net, 0.5, self.multiple_of)
+            check_finite(self.net)
             if self.controller is not None and self.controller.targets and self.epoch + 1 == self._begin(place + 1):
                 decide(self.net, self.controller.targets)
-        pi = probabilities(self.net._gated(), self.net.k).detach()
-        transition = float((2 * pi * (1 - pi)).mean())
+        undecided = transition(probabilities(self.net._gated(), self.net.k).detach())
         self.epoch += 1
         ends = self._place()[1] != place
         cut: dict[str, int] = {}
@@ -185,7 +184,7 @@ class Schedule:
             self._drop_gate_state()
         if self.on_resize is not None and (cut or grown):
             self.on_resize(self.net)
-        return Change(cut, grown, self.net.k, transition)
+        return Change(cut, grown, self.net.k, undecided)
 
     def _loss(self, val_loss: float | None, stage: Stage) -> float:
         """The validation loss over all ranks, NaN where there is none and none is needed."""
@@ -205,13 +204,12 @@ class Schedule:
             if self.controller is not None and not math.isnan(self.controller.begun):
                 self.controller.remember(self.net)
             return True
-        gated = {**self.net.sites, **self.net.weights}
-        for name, logits in self.controller.good.items():
-            phi = gated[name].phi
-            if phi.shape == logits.shape:  # else somebody has resized it
+        for g in self.net._gated():
+            logits = self.controller.good.get(g.name)
+            if logits is not None and g.phi.shape == logits.shape:  # else somebody has resized it
                 with torch.no_grad():
-                    phi.copy_(logits)
-                forget(self.optimizers, phi, torch.ones_like(phi, dtype=torch.bool))
+                    g.phi.copy_(logits)
+                forget(self.optimizers, g.phi, torch.ones_like(g.phi, dtype=torch.bool))
         return False
 
     def _recover(self) -> None:
@@ -239,8 +237,7 @@ class Schedule:
         """``keep``, and those of the best units that come up to the budget."""
         sites = self.net.sites
         try:
-            weights = [w.open.flatten().cpu().numpy() for w in self.net._weights()]
-            values = project(self.net, {n: s.phi for n, s in sites.items()}, targets, np.concatenate([[], *weights]))
+            values = project(self.net, {n: s.phi for n, s in sites.items()}, targets, open_weights(self.net))
         except PlasticError:  # what is held open alone costs more
             return keep
         for name, site in sites.items():
@@ -279,8 +276,8 @@ class Schedule:
         if self.controller is not None and self.controller.targets:
             units, weights = decide(self.net, self.controller.targets)
             best = {**units, **weights}
-            for name, g in {**self.net.sites, **self.net.weights}.items():
-                stays = torch.from_numpy(best[name]).to(g.phi.device)
+            for g in self.net._gated():
+                stays = torch.from_numpy(best[g.name]).to(g.phi.device)
                 _lift(g, stays & ~g.open, INITIAL_LOGIT)
                 _lift(g, ~stays & g.open, -INITIAL_LOGIT)
         cut = self.net.prune(0.5, self.optimizers, self.multiple_of)

@@ -19,6 +19,7 @@ from plasticnet.budget import Budget
 from plasticnet.cost import check_names
 from plasticnet.data import Data, Split
 from plasticnet.errors import PlasticError
+from plasticnet.gates import transition
 from plasticnet.growth import Growth, narrow
 from plasticnet.io import load_checkpoint, save_checkpoint
 from plasticnet.net import PlasticNet
@@ -179,7 +180,7 @@ def _size(net: PlasticNet) -> dict[str, Any]:
         "parameters": summary.open_parameters,
         "macs": summary.open_macs,
         "histogram": torch.histc(pi, 20, 0, 1).int().tolist(),
-        "transition": float((2 * pi * (1 - pi)).mean()),
+        "transition": transition(pi),
     }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -73,6 +74,11 @@ def mean_weights(net: PlasticNet) -> Mapping[str, Tensor] | None:
         all_open = math.isinf(net.k) and all(bool(w.open.all()) for w in weights)
         net._mean_of_weights = (key, None if all_open else {w.name: w.mean_gate(net.k) for w in weights})
     return net._mean_of_weights[1]
+
+
+def open_weights(net: PlasticNet) -> np.ndarray:
+    """Which single weights are open, of all that have gates: a boolean mask, shape (weights,)."""
+    return np.concatenate([np.zeros(0, dtype=bool), *(w.open.flatten().cpu().numpy() for w in net._weights())])
 
 
 # -- which weights ----------------------------------------------------------------------------
