@@ -30,7 +30,7 @@ from plasticnet.models import LeNet5
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
 
-DRAWS, REFERENCE = 120, 1500
+DRAWS, REFERENCE = 60, 600
 STATES = {"mid-way": (1.0, 0.0), "polarised": (1.0, 4.0)}  # spread of the logits of pi, and how far they lie from 0
 
 

@@ -1,10 +1,10 @@
-"""What each idea brings: LeNet-5 on 20,000 MNIST images, from the paper's estimator and pressure to the defaults.
+"""What each idea brings: LeNet-5 on 10,000 MNIST images, from the paper's estimator and pressure to the defaults.
 
 Two lists of runs with the same data, epochs and rates. "ideas" adds one idea after the other, at one strength of the
 pressure; the linear one has the slope that the logarithmic one has at the beginning. "estimators" exchanges
 the estimator alone, under a budget, so that all end at the same size.
 
-About 80 minutes on one core: python experiments/ablation.py --data-dir DIR. Writes results/ablation.json after
+About 40 minutes on one core: python experiments/ablation.py --data-dir DIR. Writes results/ablation.json after
 every run, and goes on from there.
 """
 
@@ -28,7 +28,7 @@ from plasticnet.data import Data, Split, load_data
 from plasticnet.models import LeNet5
 from plasticnet.train import Config, evaluate, train_epoch
 
-IMAGES, FIRST, PLASTIC, LAST, DECAY = 20_000, 2, 12, 6, 6
+IMAGES, FIRST, PLASTIC, LAST, DECAY = 10_000, 2, 12, 6, 6
 PENALTY, LR, GATE_LR, K, K_END, BUDGET = 0.1, 1e-3, 4e-2, 7.0, 28.0, 0.08
 
 
