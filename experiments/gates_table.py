@@ -16,6 +16,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, PICTURE = DOCS / "gates.md", DOCS / "interpolation.svg"
 
+ENDS = {"pruned": "pruned", "grown": "grown", "known": "these widths known, from random weights"}
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -124,14 +126,14 @@ def budgets(content: Mapping[str, Any]) -> list[str]:
 def targets(content: Mapping[str, Any]) -> list[str]:
     """The operating points on MNIST: every seed, and the mean beside what it must reach."""
     cells = []
-    ordered = sorted(content["results"], key=lambda r: (r["point"], r["end"] != "pruned", r["seed"]))
+    ordered = sorted(content["results"], key=lambda r: (r["point"], r["end"] != "pruned", r["end"], r["seed"]))
     for (point, end), rows in grouped(ordered, "point", "end").items():
         goal = content["settings"]["points"][point]
         error = fmean(100 * (1 - r["test_accuracy"]) for r in rows)
         met = error <= goal["error"] and all(r[goal["cost"]] <= goal["target"] for r in rows)
         cells.append(
             [
-                f"({point}) {goal['title']}, {end}", percent(rows), f"≤ {goal['error']:.2f}",
+                f"({point}) {goal['title']}, {ENDS[end]}", percent(rows), f"≤ {goal['error']:.2f}",
                 ", ".join(f"{r[goal['cost']]:,}" for r in rows), f"≤ {goal['target']:,}",
                 "met" if met else "**missed**",
                 ", ".join("-".join(map(str, r["units"])) for r in rows), f"{rows[0]['epochs']}",

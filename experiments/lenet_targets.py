@@ -3,10 +3,11 @@
 A dense network is trained with dropout. "pruned" starts from it: its gates open, they close under a budget, the
 network hardens and is trained on. "grown" starts from random weights with three units a site, grows by the gradient
 until it costs twice the budget, and is then pruned to it in the same way. Both learn from the dense network's
-outputs (distillation); its training counts in their time and epochs. No augmentation; the test set is read at the
-end. Settings were chosen on the validation data of seeds 0 and 1.
+outputs (distillation); its training counts in their time and epochs. "known" is for comparison: a network that has
+the widths of the pruned one from the start, and learns for as many epochs from the same outputs. No augmentation; the
+test set is read at the end. Settings were chosen on the validation data of seeds 0 and 1.
 
-About 2 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
+About 4 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
 after every run, and goes on from there.
 """
 
@@ -34,7 +35,7 @@ from plasticnet.data import Data, load_data
 from plasticnet.models import LeNet5
 from plasticnet.train import evaluate
 
-ENDS = ["pruned", "grown"]
+ENDS = ["pruned", "grown", "known"]
 START, PERIODS, SCORED = 3, 2, 1000  # units per site; schedule steps an epoch; images by which candidates are judged
 RATE, GATE_RATE = 1e-3, 4e-2  # while gates move
 
@@ -178,12 +179,14 @@ def dense(name: str, data: Data, seed: int) -> tuple[nn.Module, Tensor, float]:
     return model, outputs, time.process_time() - started
 
 
-def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data, seed: int) -> dict[str, Any]:
-    """One network to its end."""
+def run(
+    point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data, seed: int, widths: list[int]
+) -> dict[str, Any]:
+    """One network to its end; ``widths`` are those of a known one."""
     torch.manual_seed(seed)
     started, x, y = time.process_time(), data.train.x, data.train.y
     model = copy.deepcopy(trained)
-    if end == "grown":
+    if end != "pruned":
         for layer in model.children():
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
@@ -192,6 +195,8 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
         for name, site in net.sites.items():
             net.limit(name, maximum=len(site))
         pn.narrow(net, START)
+    if end == "known":
+        net.resize({name: range(width) for name, width in zip(net.sites, widths, strict=True)})
     optimizer = torch.optim.AdamW(net.param_groups(RATE, GATE_RATE, weight_decay=0.0))
 
     def losses(i: Tensor) -> Tensor:
@@ -203,9 +208,12 @@ def run(point: Point, end: str, trained: nn.Module, teacher: Tensor, data: Data,
         scored = lambda: losses(torch.randperm(len(x))[:SCORED]).mean()  # noqa: E731
         growth = pn.Growth(scored, patience=1, grace=1, cost=cost, **point.growth)
     plastic = point.plastic + (point.growing if end == "grown" else 0)
-    stages = [pn.Stage(plastic * PERIODS, 7.0), pn.Stage(point.last * PERIODS)]
-    schedule = pn.Schedule(net, optimizer, stages, growth=growth, budget=pn.Budget(**point.budget))
-    step, steps = 0, point.last * math.ceil(len(x) / 128)
+    ordinary = point.last + (plastic if end == "known" else 0)
+    stages = [pn.Stage(plastic * PERIODS, 7.0)] if end != "known" else []
+    budget = pn.Budget(**point.budget) if end != "known" else None
+    stages.append(pn.Stage(ordinary * PERIODS))
+    schedule = pn.Schedule(net, optimizer, stages, growth=growth, budget=budget)
+    step, steps = 0, ordinary * math.ceil(len(x) / 128)
     history = []
     while schedule.epoch < schedule.epochs:
         last = math.isinf(net.k)
@@ -248,6 +256,7 @@ def main() -> None:
     for seed, network in itertools.product(o.seeds, NETWORKS):
         wanted = [(p, e) for p in o.points for e in o.ends if POINTS[p].network == network]
         wanted = [(p, e) for p, e in wanted if e == "pruned" or not POINTS[p].exclude]
+        wanted = [(p, e) for p, e in wanted if e != "known" or not (POINTS[p].weights or POINTS[p].inputs)]
         wanted = [(p, e) for p, e in wanted if (p, e, seed) not in {_key(r) for r in written(o.name)}]
         if not wanted:
             continue
@@ -257,7 +266,8 @@ def main() -> None:
         print(f"dense {network}, seed {seed}: {error:.2f} %, {seconds:.0f} s", flush=True)
         for point, end in wanted:
             commit = environment()["commit"]  # of the code that is loaded
-            found = run(POINTS[point], end, trained, outputs, data, seed)
+            widths = next((r["units"] for r in written(o.name) if _key(r) == (point, "pruned", seed)), [])
+            found = run(POINTS[point], end, trained, outputs, data, seed, widths)
             found["cpu_seconds"] += seconds
             result = {"point": point, "end": end, "seed": seed, "dense_error": error, "commit": commit, **found}
             print({k: v for k, v in result.items() if k != "history"}, flush=True)
