@@ -92,6 +92,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the results")] = Pat
     config = train.Config(
         epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2
     )
+    torch.set_num_threads(1)  # threads on networks of this size wait for each other, and long on a busy machine
     _run("digits", "mlp:256-128", MODES["both"], config, None, out, resume=False)
 
 
