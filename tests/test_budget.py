@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from plasticnet import Budget, Growth, PlasticError, PlasticNet, Schedule, Stage, load_checkpoint, save_checkpoint
+from plasticnet.latency import Latency, Term
 from plasticnet.projection import project
 
 COSTS = {"params": "parameters", "macs": "macs", "units": "units"}
@@ -32,6 +34,10 @@ def task(n: int = 256) -> tuple[Tensor, Tensor]:
 def build(budget: Budget, *, sgd: bool = False, gate_lr: float = 0.05, **options: Any) -> tuple[Any, ...]:
     torch.manual_seed(0)
     net = PlasticNet(mlp(8, 40, 24, 4), (torch.randn(2, 8),))
+    if budget.latency_ms is not None:  # measured anew, it is never the same
+        gated = {"0.weight": ((0,), (40,)), "2.weight": ((0, 1), (24, 40)), "4.weight": ((1,), (24,))}
+        terms = tuple(Term(name, name, *dims, 1 + random.random()) for name, dims in gated.items())
+        net._use_latency(Latency(terms, (), sum(t.milliseconds for t in terms), 0, 0, 9, 3, "cpu", "float32", 1))
     weights, gates = net.param_groups(5e-3, gate_lr)
     del gates["betas"]
     optimizer: Optimizer = SGD([weights, gates], momentum=0.9) if sgd else Adam([weights, gates])
@@ -327,7 +333,7 @@ def test_sites_without_pressure_take_none() -> None:
 # -- resume, wake -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [Budget(macs=0.3, params=0.4), Budget(loss=0.3)])
+@pytest.mark.parametrize("budget", [Budget(macs=0.3, params=0.4), Budget(loss=0.3), Budget(latency_ms=1.0)])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_resume_equals_the_uninterrupted(budget: Budget, stop: int, tmp_path: Path) -> None:
     net, optimizer, schedule, x, y = build(budget)
@@ -382,10 +388,11 @@ def test_shares_and_counts() -> None:
 
 
 def test_what_cannot_be_met_is_refused_at_once() -> None:
+    net = PlasticNet(mlp(8, 5, 4), (torch.randn(2, 8),))
     with pytest.raises(PlasticError, match="smallest network"):
         build(Budget(params=10))
     with pytest.raises(PlasticError, match="measure_latency"):
-        build(Budget(latency_ms=1.0))
+        Schedule(net, Adam(net.parameters()), STAGES, budget=Budget(latency_ms=1.0))
 
 
 def test_a_loss_is_needed() -> None:

@@ -305,6 +305,15 @@ def test_a_network_that_does_not_run_when_it_is_narrow() -> None:
         net.measure_latency((torch.randn(2, 4),), networks=8, repeats=1)
 
 
+def test_plain_data_and_back() -> None:
+    net, _ = small()
+    found = net.measure_latency((torch.randn(2, 4),), networks=8, repeats=1)
+    assert latency.Latency.from_dict(json.loads(json.dumps(found.as_dict()))) == found
+    for other in ({}, {"terms": [{}]}, {**found.as_dict(), "terms": 3}):
+        with pytest.raises(PlasticError, match="no table of latencies"):
+            latency.Latency.from_dict(other)
+
+
 # -- two processes ----------------------------------------------------------------------------
 
 

@@ -69,8 +69,7 @@ def enter(net: PlasticNet) -> None:
         if net._wrapper == "new":
             _broadcast([g.phi for g in net._gated()])
             if (latency := first(net, net._latency)) != net._latency:
-                net._latency = latency
-                net._refresh()
+                net._use_latency(latency)
             _compare_features(net)  # last: it may raise on one rank only
     if net._wrapper == "new":
         net._wrapper = "current"

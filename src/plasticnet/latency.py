@@ -79,6 +79,15 @@ class Latency:
         """Plain data, ready for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Latency:
+        """What `as_dict` gave. Raises `PlasticError` when it is something else."""
+        try:
+            terms = [Term(**{**t, "dims": tuple(t["dims"]), "lengths": tuple(t["lengths"])}) for t in data["terms"]]
+            return cls(**{**data, "terms": tuple(terms), "constants": tuple(data["constants"])})
+        except (TypeError, KeyError) as error:
+            raise PlasticError(f"this is no table of latencies: {error!r}") from None
+
     def __str__(self) -> str:
         modules: dict[str, list[Term]] = {}
         for t in self.terms:

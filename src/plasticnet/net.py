@@ -269,11 +269,15 @@ class PlasticNet(nn.Module):
     def measure_latency(self, example_inputs: Any, *, networks: int = 24, repeats: int = 9) -> Latency:
         """Make "latency" a cost: milliseconds of a forward pass on the example inputs, as fitted to ``networks`` that
         are cut at random and run ``repeats`` times on the device at hand. It stays when sizes or the device
-        change; a state dict does not hold it. Raises `PlasticError` as `profile` does.
+        change; a state dict does not hold it, but that of a `Schedule` does. Raises `PlasticError` as `profile` does.
         """
-        self._latency = distributed.first(self, measure(self, example_inputs, networks, repeats))
+        latency = distributed.first(self, measure(self, example_inputs, networks, repeats))
+        self._use_latency(latency)
+        return latency
+
+    def _use_latency(self, latency: Latency | None) -> None:
+        self._latency = latency
         self._refresh()
-        return self._latency
 
     # -- changing size ------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from plasticnet.compact import check_finite, check_multiple, survivors, to_keep
 from plasticnet.errors import PlasticError
 from plasticnet.gates import INITIAL_LOGIT, OPEN_LOGIT, Site, probabilities, transition
 from plasticnet.growth import Growth
+from plasticnet.latency import Latency
 from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, forget, listed
 from plasticnet.projection import decide, project
@@ -327,8 +328,11 @@ class Schedule:
                 del optimizer.state[phi]
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the stages that `wake` added, and the states of growth and the budget; the network has its own."""
+        """The epoch, the stages that `wake` added, the states of growth and the budget, and what latency was measured;
+        the network has its own."""
+        latency = self.net._latency
         return {
+            "latency": None if latency is None else latency.as_dict(),
             "epoch": self.epoch,
             "rounds": list(self._rounds),
             "woken": [list(astuple(s)) for s in self.stages[self._first :]],
@@ -339,7 +343,8 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. Load the network's state too: it holds k and the sizes.
 
-        Raises `PlasticError` when the state has an epoch that this schedule does not, or growth or budget differ.
+        Raises `PlasticError`, and changes nothing, when the state has an epoch that this schedule does not, or growth
+        or budget differ.
         """
         epoch, growth, budget = state.get("epoch"), state.get("growth"), state.get("budget")
         try:
@@ -357,6 +362,7 @@ class Schedule:
         rounds = state.get("rounds", [0])
         if not isinstance(rounds, list) or not rounds or any(type(r) is not int for r in rounds):
             raise PlasticError(f"the state has rounds that are none: {rounds!r}")
+        latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
         own = None if self.growth is None else self.growth.state_dict()
         if self.growth is not None and growth is not None:
             self.growth.load_state_dict(growth)
@@ -370,6 +376,8 @@ class Schedule:
         self.epoch, self.stages, self._rounds = epoch, stages, list(rounds)
         stage, place = self._place()
         self.net.k = stage.k_of(min(epoch - self._begin(place), stage.epochs - 1))
+        if latency is not None:
+            self.net._use_latency(latency)
 
 
 def _lift(gated: Site | WeightSite, some: Tensor, logit: float) -> None:
