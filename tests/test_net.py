@@ -50,6 +50,16 @@ def test_infinite_k_is_bit_identical_to_the_plain_model(estimator: str) -> None:
         assert torch.equal(a, b), name
 
 
+def test_gates_have_a_rate_and_betas_of_their_own() -> None:
+    net = PlasticNet(mlp(5, 7, 3), (torch.randn(4, 5),))
+    weights, gates = torch.optim.AdamW(net.param_groups(1e-2, weight_decay=0.1, betas=(0.8, 0.9))).param_groups
+    assert (weights["lr"], weights["betas"], weights["weight_decay"]) == (1e-2, (0.8, 0.9), 0.1)
+    assert (gates["lr"], gates["betas"], gates["weight_decay"]) == (1e-1, (0.9, 0.99), 0.0)
+    assert gates["params"] == [s.phi for s in net.sites.values()]
+    _, gates = torch.optim.AdamW(net.param_groups(1e-2, 0.5, (0.5, 0.7))).param_groups
+    assert (gates["lr"], gates["betas"]) == (0.5, (0.5, 0.7))
+
+
 @pytest.mark.parametrize("gates", ["sample", "batch"])
 def test_k_zero_is_dropout(gates: str) -> None:
     model = mlp(5, 7, 3)

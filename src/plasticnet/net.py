@@ -182,17 +182,17 @@ class PlasticNet(nn.Module):
         """Units, parameters and multiply-adds: per site and in total, all and open. Prints as a table."""
         return summarise(self)
 
-    def param_groups(self, lr: float, gate_lr: float | None = None, **options: Any) -> list[dict[str, Any]]:
-        """Two groups for an optimizer: the model's parameters, with ``options`` (weight_decay, say),
-        and the gates' logits, with their own rate (default: ten times ``lr``), no weight decay, and,
-        for optimizers of Adam's family, a shorter memory: the gradients of the first steps are large,
-        and a long memory of them would hold the gates back."""
-        gates: dict[str, Any] = {
-            "params": [g.phi for g in self._gated()],
-            "lr": 10 * lr if gate_lr is None else gate_lr,
-        }
+    def param_groups(
+        self, lr: float, gate_lr: float | None = None, gate_betas: tuple[float, float] = (0.9, 0.99), **options: Any
+    ) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: the model's parameters, with ``options`` (weight_decay, say), and the gates'
+        logits, with their own rate (default: ten times ``lr``), no weight decay, and, for optimizers of Adam's
+        family, their own betas. The second is lower than usual: the gradients of the first steps are large, and a
+        long memory of them would hold the gates back."""
+        rate = 10 * lr if gate_lr is None else gate_lr
         weights = {"params": list(self.model.parameters()), "lr": lr, **options}
-        return [weights, {**gates, "weight_decay": 0.0, "betas": (0.9, 0.99)}]
+        gates = {"params": [g.phi for g in self._gated()], "lr": rate, "weight_decay": 0.0, "betas": gate_betas}
+        return [weights, gates]
 
     # -- running ------------------------------------------------------------------------------
 
