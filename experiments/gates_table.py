@@ -136,7 +136,7 @@ def targets(content: Mapping[str, Any]) -> list[str]:
                 f"({point}) {goal['title']}, {ENDS[end]}", percent(rows), f"≤ {goal['error']:.2f}",
                 ", ".join(f"{r[goal['cost']]:,}" for r in rows), f"≤ {goal['target']:,}",
                 "met" if met else "**missed**",
-                ", ".join("-".join(map(str, r["units"])) for r in rows), f"{rows[0]['epochs']}",
+                ", ".join("-".join(map(str, r["units"])) for r in rows if r["units"]), f"{rows[0]['epochs']}",
                 spread([r["cpu_seconds"] for r in rows], 0),
             ]
         )  # fmt: skip
