@@ -1,5 +1,5 @@
-"""Write the tables and pictures of docs/gates.md from the committed results; --check only says whether they are up to
-date."""
+"""Write the tables and pictures of docs/gates.md from the committed results, and a table of the README; --check only
+says whether they are up to date."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from common import RESULTS, between, how, publish, spread, svg
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, PICTURE = DOCS / "gates.md", DOCS / "interpolation.svg"
+PAGE, PICTURE, README = DOCS / "gates.md", DOCS / "interpolation.svg", DOCS.parent / "README.md"
 
+# Error in % and cost: Dai et al. 2018 (VIB), Louizos et al. 2017 (BC-GHS), Neklyudov et al. 2017 (SBP).
+PUBLISHED = {
+    "a": "BC-GHS: 1.0 at 158K", "b": "SBP: 0.86 at 217K", "c": "BC-GHS: 1.0 at 2,751", "g": "BC-GHS: 1.0 at 2,751",
+    "d": "VIB: 1.6 at 9.6K", "e": "VIB: 1.6 at 9.6K",
+}  # fmt: skip
 ENDS = {"pruned": "pruned", "grown": "grown", "known": "these widths known, from random weights"}
 
 Rows = Sequence[Mapping[str, Any]]
@@ -144,6 +149,20 @@ def targets(content: Mapping[str, Any]) -> list[str]:
     return table(header, cells)
 
 
+def headline(content: Mapping[str, Any]) -> list[str]:
+    """The same for the README: mean errors only, beside what others have published."""
+    cells = []
+    of = grouped(content["results"], "point", "end")
+    points = content["settings"]["points"]
+    for point in dict.fromkeys(point for point, _ in sorted(of)):
+        goal, pruned = points[point], of[point, "pruned"]
+        cost = max(r[goal["cost"]] for rows in of.values() for r in rows if r["point"] == point)
+        errors = [percent(of[point, end]) if (point, end) in of else "" for end in ENDS]
+        cells.append([goal["title"], f"{cost:,}", str(len(pruned)), *errors, PUBLISHED.get(point, "")])
+    header = ["network, cost, granularity", "cost, at most", "seeds", *(f"error, %, {e}" for e in ENDS.values())]
+    return table([*header, "published: error, %, and cost"], cells)
+
+
 def label(k: float | str) -> str:
     """How k is written."""
     return "∞" if k == "inf" else k if isinstance(k, str) else f"{k:g}"
@@ -226,7 +245,9 @@ def main() -> int:
         commits = sorted({r["commit"] for r in rows if "commit" in r} or {content["environment"]["commit"]})
         found = {**content["environment"], "commit": ", ".join(commits)}
         text = between(text, name, "\n".join([*make(content), "", how(found)]))
-    files = {PAGE: text}
+    found = json.loads((RESULTS / "lenet_targets.json").read_text())
+    readme = between(README.read_text(), "targets", "\n".join(headline(found)))
+    files = {PAGE: text, README: readme}
     if (found := RESULTS / "interpolation.json").exists():
         files[PICTURE] = draw(json.loads(found.read_text())["results"])
     return publish(files)
