@@ -6,6 +6,7 @@ About 20 minutes on one core. Writes results/budgets.json.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import write
+from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
@@ -111,16 +112,21 @@ def result(net: PlasticNet, data: Data, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All networks, costs and shares; and two losses on the first network."""
+    """All costs and shares, and two losses on the first network: for all networks, or those that are named, whose
+    results take the place of earlier ones."""
     torch.set_num_threads(1)
-    results = []
-    chosen = sys.argv[1:]
+    chosen = sys.argv[1:] or list(networks())
+    path, commit = RESULTS / "budgets.json", environment()["commit"]
+    results = (
+        [r for r in json.loads(path.read_text())["results"] if r["network"] not in chosen] if path.exists() else []
+    )
     for name, (make, data) in networks().items():
-        if chosen and name not in chosen:
+        if name not in chosen:
             continue
         net, _, seconds = train(make, data, None)
         full = costs(net)
-        dense = {"network": name, "budget": None, **result(net, data, seconds)}
+        of = {"network": name, "commit": commit}
+        dense = {**of, "budget": None, **result(net, data, seconds)}
         results.append(dense)
         print(dense, flush=True)
         for kind, cost in COSTS.items():
@@ -129,7 +135,7 @@ def main() -> None:
                 assert schedule.controller is not None
                 target, reached = schedule.controller.targets[cost], costs(net)[cost]
                 results.append(
-                    {"network": name, "budget": {kind: share}, "target": target, "reached": reached,
+                    {**of, "budget": {kind: share}, "target": target, "reached": reached,
                      "below_percent": 100 * (1 - reached / target), "share": reached / full[cost],
                      "one_more": cheapest(make, data, net, cost), **result(net, data, seconds)}
                 )  # fmt: skip
@@ -140,11 +146,11 @@ def main() -> None:
             assert schedule.controller is not None
             limit = schedule.controller.reference + loss
             results.append(
-                {"network": name, "budget": {"loss": loss}, "limit": limit, **result(net, data, seconds)}
+                {**of, "budget": {"loss": loss}, "limit": limit, **result(net, data, seconds)}
             )  # fmt: skip
             print(results[-1], flush=True)
-    if not chosen:
-        write("budgets", {**SETTINGS, "shares": SHARES, "default": asdict(Budget(macs=0.5))}, results)
+    results.sort(key=lambda r: list(networks()).index(r["network"]))
+    write("budgets", {**SETTINGS, "shares": SHARES, "default": asdict(Budget(macs=0.5))}, results)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def task(n: int = 256) -> tuple[Tensor, Tensor]:
 def build(budget: Budget, *, sgd: bool = False, gate_lr: float = 0.05, **options: Any) -> tuple[Any, ...]:
     torch.manual_seed(0)
     net = PlasticNet(mlp(8, 40, 24, 4), (torch.randn(2, 8),))
-    if budget.latency_ms is not None:  # measured anew, it is never the same
+    if isinstance(budget, Budget) and budget.latency_ms is not None:  # measured anew, it is never the same
         gated = {"0.weight": ((0,), (40,)), "2.weight": ((0, 1), (24, 40)), "4.weight": ((1,), (24,))}
         terms = tuple(Term(name, name, *dims, 1 + random.random()) for name, dims in gated.items())
         net._use_latency(Latency(terms, (), sum(t.milliseconds for t in terms), 0, 0, 9, 3, "cpu", "float32", 1))
@@ -210,6 +210,44 @@ def test_multipliers_rise_above_the_target_and_fall_below() -> None:
         before = float(controller.level)
         schedule.penalty()
         assert (float(controller.level) > before) is rises
+
+
+def test_what_was_cut_too_early_is_added_again() -> None:
+    resized = []
+    net, optimizer, schedule, x, y = build(Budget(macs=0.5), on_resize=resized.append)
+    for _ in range(8):
+        schedule.step(epoch(net, optimizer, schedule, x, y))
+    first, second = net.sites
+    net.resize({first: range(12), second: range(6)}, optimizer)
+    epoch(net, optimizer, schedule, x, y)
+    left = copy.deepcopy(net).eval()
+    for site in left.sites.values():
+        site.phi.data.fill_(1.0)
+    left.k = math.inf
+    resized.clear()
+    change = schedule.step()
+    assert change.grown
+    assert not change.cut
+    assert resized == [net]
+    assert_met(net, schedule)
+    assert 12 < len(net.sites[first]) <= 40 or 6 < len(net.sites[second]) <= 24
+    assert torch.allclose(net.eval()(x), left(x), atol=1e-6)  # they come with outgoing weights of zero,
+    run(net, optimizer, schedule, x, y)
+    assert net.model.get_parameter("4.weight").count_nonzero() == 4 * len(net.sites[second])  # and learn
+    assert_met(net, schedule)
+
+
+def test_no_site_gets_more_units_than_it_had() -> None:
+    net, optimizer, schedule, x, y = build(Budget(macs=0.5))
+    for _ in range(8):
+        schedule.step(epoch(net, optimizer, schedule, x, y))
+    assert schedule.controller is not None
+    first, second = net.sites
+    net.resize({first: range(3), second: range(3)}, optimizer)
+    schedule.controller.widths = {first: 5, second: 3}
+    change = schedule.step(epoch(net, optimizer, schedule, x, y))
+    assert change.grown == {first: 2}
+    assert [len(s) for s in net.sites.values()] == [5, 3]
 
 
 # -- growth -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plasticnet import PlasticError, PlasticNet
-from plasticnet.projection import project
+from plasticnet.projection import missing, project
 from plasticnet.units import InputUnits
 
 Masks = dict[str, np.ndarray]
@@ -164,6 +164,30 @@ def test_blocks_may_all_close_unless_there_is_a_minimum() -> None:
     assert project(net, scores, {"macs": outside})[name].tolist() == [True, False]
     net.limit(name)  # back to what blocks have by default
     assert not project(net, scores, {"macs": outside})[name].any()
+
+
+def test_missing_units() -> None:
+    net = PlasticNet(mlp(8, 40, 24, 4), (torch.randn(2, 8),))
+    first, second = net.sites
+    widths = {name: len(site) for name, site in net.sites.items()}
+    assert missing(net, {"macs": net.summary().macs}, widths) == {}
+    net.resize({first: range(20), second: range(12)})
+    now = 8 * 20 + 20 * 12 + 12 * 4
+    assert missing(net, {"macs": 1.02 * now}, widths) == {}
+    assert missing(net, {"macs": now + 60}, widths) == {first: 60 // (8 + 12), second: 60 // (20 + 4)}
+    assert missing(net, {"macs": now + 60, "units": 34}, widths) == {first: 2, second: 2}
+    assert missing(net, {"macs": now + 60, "units": 32}, widths) == {}
+    assert missing(net, {"macs": 10 * now}, widths) == {first: 20, second: 12}
+    net.limit(first, maximum=21)
+    assert missing(net, {"macs": 10 * now}, widths) == {first: 1, second: 12}
+
+
+def test_nothing_is_missing_where_weights_or_features_can_open() -> None:
+    x = torch.randn(2, 8)
+    fine = PlasticNet(mlp(8, 40, 4), (x,), weights=("*",))
+    assert missing(fine, {"macs": 1e6}, dict.fromkeys(fine.sites, 99)) == {}
+    net = PlasticNet(mlp(8, 40, 4), (x,), inputs=("0",))
+    assert missing(net, {"macs": 1e6}, dict.fromkeys(net.sites, 99)) == {"0": 59}
 
 
 def test_many_units_are_quick_to_choose_from() -> None:

@@ -100,6 +100,8 @@ class Controller:
         self.targets = budget.targets(net)
         self.costs = tuple(self.targets) or ("parameters", "macs")
         self.like = net._like
+        self.widths: dict[str, int] = {}
+        self.notice(net)
         self.reset()
 
     def reset(self) -> None:
@@ -112,6 +114,10 @@ class Controller:
         self.steps, self.per_epoch = 0, 0  # calls in this epoch, and in the one before
         self.reference, self.within = math.inf, True  # the validation loss to compare with; whether it was kept to
         self.good: dict[str, Tensor] = {}  # the logits of the last epoch in which it was
+
+    def notice(self, net: PlasticNet) -> None:
+        """Keep the largest width that each site has had."""
+        self.widths = {name: max(self.widths.get(name, 0), len(site)) for name, site in net.sites.items()}
 
     def outgrown(self, net: PlasticNet) -> bool:
         """Whether the network costs more than twice a target: enough to choose from."""
@@ -184,7 +190,7 @@ class Controller:
         """What a checkpoint needs."""
         state = {name: getattr(self, name) for name in _NUMBERS}
         lists = {name: [float(v) for v in getattr(self, name)] for name in _LISTS}
-        return {**state, **lists, "targets": dict(self.targets), "good": dict(self.good)}
+        return {**state, **lists, "targets": dict(self.targets), "good": dict(self.good), "widths": dict(self.widths)}
 
     def load_state_dict(self, state: Any) -> None:
         """Restore `state_dict`. Raises `PlasticError` when something else is given."""
@@ -195,12 +201,15 @@ class Controller:
             or any(not isinstance(state.get(n), Sequence) or len(state[n]) != size for n, size in sizes.items())
             or not isinstance(state.get("targets"), Mapping)
             or list(state["targets"]) != list(self.targets)
+            or not isinstance(state.get("widths"), Mapping)
+            or list(state["widths"]) != list(self.widths)
             or not isinstance(state.get("good", {}), Mapping)
         ):
             raise PlasticError(f"the state of the budget is not one of {', '.join(self.costs)}: {state!r}")
         for name in _NUMBERS:
             setattr(self, name, state[name])
         self.targets, self.base = dict(state["targets"]), list(state["base"])
+        self.widths = dict(state["widths"])
         self.good = {name: phi.to(self.like.device) for name, phi in state.get("good", {}).items()}
         self.level, self.sizes = (self.like.new_tensor(state[n]) for n in ("level", "sizes"))
 

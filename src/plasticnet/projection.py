@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import InputUnits
+from plasticnet.units import BlockUnits, InputUnits
 from plasticnet.weights import read
 
 if TYPE_CHECKING:
     from plasticnet.net import PlasticNet
+
+UNSPENT = 0.02  # the share of a target that may be left when the network hardens
 
 
 def project(
@@ -243,6 +245,28 @@ def decide(net: PlasticNet, targets: Mapping[str, float]) -> tuple[dict[str, np.
     spare = best[(reached & ~weights)[best]]
     weights = opened(most(lambda n: fits(z, opened(n, spare, weights)), spare.size), spare, weights)
     return units.by_site(z), masks(weights)
+
+
+def missing(net: PlasticNet, targets: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, int]:
+    """How many units more each site could have, up to ``widths``, if the best of those that are there leave more than
+    `UNSPENT` of every target: as if the others got none, so that together they are too many."""
+    if net.weights:  # closed entries can open instead
+        return {}
+    scores = {name: site.phi for name, site in net.sites.items()}
+    z = np.concatenate([np.zeros(0, dtype=bool), *project(net, scores, targets).values()])
+    units = _Units(net, scores, targets)
+    room = {cost: target - units.cost(z, cost) for cost, target in targets.items()}
+    if any(room[cost] <= UNSPENT * target for cost, target in targets.items()):
+        return {}
+    prices = {cost: units._expected(z, cost, gradient=True).numpy() for cost in targets}
+    found = {}
+    for name, site in net.sites.items():
+        here = units._of(name)
+        selects = isinstance(site.units, InputUnits | BlockUnits) or units.follows[here].any()
+        if site.units.growable and not selects:
+            fit = min(room[cost] / max(float(prices[cost][here].mean()), 1e-9 * room[cost]) for cost in targets)
+            found[name] = int(max(0, min(fit, widths[name] - len(site), site.maximum - len(site))))
+    return {name: n for name, n in found.items() if n}
 
 
 def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -> np.ndarray:

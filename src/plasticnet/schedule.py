@@ -21,7 +21,7 @@ from plasticnet.growth import Growth
 from plasticnet.latency import Latency
 from plasticnet.net import PlasticNet
 from plasticnet.optimizers import check_optimizers, forget, listed
-from plasticnet.projection import decide, project
+from plasticnet.projection import decide, missing, project
 from plasticnet.stages import Change, Stage, check_hardening
 from plasticnet.weights import WeightSite, open_weights
 
@@ -39,8 +39,9 @@ class Schedule:
     pi < 1/2 are cut. ``multiple_of`` keeps widths at multiples; see `PlasticNet.prune`.
 
     With a ``budget`` the loss of every step of training has `penalty` added to it, and on hardening the best
-    units stay that fit (see `Budget`): the open units cost at most the target, and no other would fit. Growth
-    then stops when the network costs twice the target, or half of the plastic epochs are over.
+    units stay that fit (see `Budget`): the open units cost at most the target, and no other would fit. Where more were
+    cut before than the budget asks for, new ones take their place. Growth then stops when the network costs twice the
+    target, or half of the plastic epochs are over.
 
     ``on_resize(net)`` is called at the end of a `step` in which sizes changed. Whatever holds on to the
     network as it was belongs there: wrapping it in `DistributedDataParallel`, compiling it, copying it
@@ -158,6 +159,7 @@ class Schedule:
             if self.controller is not None and self.controller.targets and self.epoch + 1 == self._begin(place + 1):
                 decide(self.net, self.controller.targets)
         undecided = transition(probabilities(self.net._gated(), self.net.k).detach())
+        parameters = list(self.net.model.parameters())
         self.epoch += 1
         ends = self._place()[1] != place
         cut: dict[str, int] = {}
@@ -177,13 +179,14 @@ class Schedule:
                     self.growth.stop()
                 grown = self.growth.step(self.net, loss, self.optimizers)
         if ends:
-            for name, n in self._enter(self.stage).items():
-                cut[name] = cut.get(name, 0) + n
+            for counts, found in zip((cut, grown), self._enter(self.stage), strict=True):
+                counts.update({name: counts.get(name, 0) + n for name, n in found.items()})
         elif self.epoch < self.epochs:
             self.net.k = before.k_of(self.epoch - self._begin(place))
         elif before.plastic:
             self._drop_gate_state()
-        if self.on_resize is not None and (cut or grown):
+        new = any(p is not q for p, q in zip(parameters, self.net.model.parameters(), strict=True))
+        if new and self.on_resize is not None:
             self.on_resize(self.net)
         return Change(cut, grown, self.net.k, undecided)
 
@@ -223,6 +226,8 @@ class Schedule:
                 forget(self.optimizers, site.phi, units)
 
     def _cut_hibernating(self) -> dict[str, int]:
+        if self.controller is not None:
+            self.controller.notice(self.net)
         keep = to_keep(self.net, self.hibernate, self.multiple_of)
         if keep and self.controller is not None and self.controller.targets:
             keep = self._with_enough(keep, self.controller.targets)
@@ -257,35 +262,53 @@ class Schedule:
         cost, now = self.net._cost.expected, torch.ones_like(then)
         return any(float(cost(then, c)) <= (1 - PAYS) * float(cost(now, c)) for c in ("macs", "parameters"))
 
-    def _enter(self, stage: Stage) -> dict[str, int]:
-        """Set k; harden or open the gates; forget the gates' moments, which belong to another k."""
+    def _enter(self, stage: Stage) -> tuple[dict[str, int], dict[str, int]]:
+        """Set k; harden or open the gates; forget the gates' moments, which belong to another k. Returns what was cut,
+        and what was added."""
         net, before = self.net, self.net.k
-        cut: dict[str, int] = {}
+        changed: tuple[dict[str, int], dict[str, int]] = {}, {}
         if stage.k == before:
-            return cut
+            return changed
         net.k = stage.k
         if math.isinf(stage.k):
-            cut = self._harden()
+            changed = self._harden()
         elif stage.k and (before == 0 or math.isinf(before)):
             self._open(stage.k)
         self._drop_gate_state()
-        return cut
+        return changed
 
-    def _harden(self) -> dict[str, int]:
-        for site in self.net.sites.values():
+    def _harden(self) -> tuple[dict[str, int], dict[str, int]]:
+        sites = self.net.sites
+        for site in sites.values():
             site.grace.zero_()
+        grown: dict[str, int] = {}
+        added: dict[str, int] = {}
         if self.controller is not None and self.controller.targets:
+            added = self._add_missing(self.controller)
             units, weights = decide(self.net, self.controller.targets)
+            grown = {n: stays for n, some in added.items() if (stays := int(units[n][-some:].sum()))}
             best = {**units, **weights}
             for g in self.net._gated():
                 stays = torch.from_numpy(best[g.name]).to(g.phi.device)
                 _lift(g, stays & ~g.open, INITIAL_LOGIT)
                 _lift(g, ~stays & g.open, -INITIAL_LOGIT)
         cut = self.net.prune(0.5, self.optimizers, self.multiple_of)
-        for site in self.net.sites.values():  # the units that a site keeps as its minimum are there to be used
+        cut = {n: old for n, some in cut.items() if (old := some - added.get(n, 0) + grown.get(n, 0)) > 0}
+        for site in sites.values():  # the units that a site keeps as its minimum are there to be used
             if int(site.open.sum()) < site.minimum:
                 _lift(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
-        return cut
+        return cut, grown
+
+    def _add_missing(self, controller: Controller) -> dict[str, int]:
+        """Where units were cut that the budget has room for, after all: add new ones, which come after all others."""
+        added = missing(self.net, controller.targets, controller.widths)
+        if added:
+            lowest = float(self.net._phi().detach().min()) - 1
+            sizes = {name: len(self.net.sites[name]) for name in added}
+            self.net.grow(added, self.optimizers)
+            for name, size in sizes.items():
+                _lift(self.net.sites[name], slice(size, None), lowest)
+        return added
 
     def _open(self, k: float) -> None:
         for g in self.net._gated():
@@ -380,7 +403,7 @@ class Schedule:
             self.net._use_latency(latency)
 
 
-def _lift(gated: Site | WeightSite, some: Tensor, logit: float) -> None:
-    """Set some of the logits, given by a mask or by indices."""
+def _lift(gated: Site | WeightSite, some: Tensor | slice, logit: float) -> None:
+    """Set some of the logits, given by a mask, indices or a slice."""
     with torch.no_grad():
         gated.phi[some] = logit
