@@ -20,7 +20,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import SGD, Adam, Optimizer
 
-from plasticnet import Growth, PlasticError, PlasticNet, Schedule, Stage, distributed
+from plasticnet import Budget, Growth, PlasticError, PlasticNet, Schedule, Stage, distributed
 
 INF = math.inf
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -110,6 +110,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         tmp_path,
         gradients_are_the_mean_of_both,
         schedule_keeps_both_alike,
+        budget_is_filled_alike,
         batch_norm,
         features_wake_alike,
         gates_begin_as_on_rank_0,
@@ -196,6 +197,32 @@ def schedule_keeps_both_alike(rank: int) -> None:
     net.resize({"0": [0, 1, -1]}, optimizer)
     with pytest.raises(PlasticError, match="wrap it again"):
         wrapped[-1].train()(torch.randn(6, 4))
+
+
+def budget_is_filled_alike(rank: int) -> None:
+    """Also with units that are added when the network hardens."""
+    net = PlasticNet(mlp(4, 20, 12, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    wrapped = [DDP(net)]
+    schedule = Schedule(
+        net,
+        optimizer,
+        [Stage(2, 7.0), Stage(1)],
+        budget=Budget(macs=0.5),
+        on_resize=lambda net: wrapped.append(DDP(net)),
+    )
+    torch.manual_seed(rank + 1)
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    schedule.step()
+    net.resize({name: range(4) for name in net.sites}, optimizer)
+    wrapped.append(DDP(net))
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    change = schedule.step()
+    assert sum(change.grown.values()) > 2
+    assert len(set(everywhere(tuple(change.grown.items())))) == 1
+    assert_alike(net)
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    assert_alike(net)
 
 
 def batch_norm(rank: int) -> None:

@@ -185,8 +185,8 @@ class Schedule:
             self.net.k = before.k_of(self.epoch - self._begin(place))
         elif before.plastic:
             self._drop_gate_state()
-        new = any(p is not q for p, q in zip(parameters, self.net.model.parameters(), strict=True))
-        if new and self.on_resize is not None:
+        rebuilt = any(p is not q for p, q in zip(parameters, self.net.model.parameters(), strict=True))
+        if self.on_resize is not None and (cut or grown or rebuilt):
             self.on_resize(self.net)
         return Change(cut, grown, self.net.k, undecided)
 
@@ -279,27 +279,25 @@ class Schedule:
 
     def _harden(self) -> tuple[dict[str, int], dict[str, int]]:
         sites = self.net.sites
+        sizes = {name: len(site) for name, site in sites.items()}
         for site in sites.values():
             site.grace.zero_()
-        grown: dict[str, int] = {}
-        added: dict[str, int] = {}
         if self.controller is not None and self.controller.targets:
-            added = self._add_missing(self.controller)
+            self._add_missing(self.controller)
             units, weights = decide(self.net, self.controller.targets)
-            grown = {n: stays for n, some in added.items() if (stays := int(units[n][-some:].sum()))}
             best = {**units, **weights}
             for g in self.net._gated():
                 stays = torch.from_numpy(best[g.name]).to(g.phi.device)
                 _lift(g, stays & ~g.open, INITIAL_LOGIT)
                 _lift(g, ~stays & g.open, -INITIAL_LOGIT)
-        cut = self.net.prune(0.5, self.optimizers, self.multiple_of)
-        cut = {n: old for n, some in cut.items() if (old := some - added.get(n, 0) + grown.get(n, 0)) > 0}
+        self.net.prune(0.5, self.optimizers, self.multiple_of)
         for site in sites.values():  # the units that a site keeps as its minimum are there to be used
             if int(site.open.sum()) < site.minimum:
                 _lift(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
-        return cut, grown
+        more = {name: len(site) - sizes[name] for name, site in sites.items()}
+        return {name: -n for name, n in more.items() if n < 0}, {name: n for name, n in more.items() if n > 0}
 
-    def _add_missing(self, controller: Controller) -> dict[str, int]:
+    def _add_missing(self, controller: Controller) -> None:
         """Where units were cut that the budget has room for, after all: add new ones, which come after all others."""
         added = missing(self.net, controller.targets, controller.widths)
         if added:
@@ -308,7 +306,6 @@ class Schedule:
             self.net.grow(added, self.optimizers)
             for name, size in sizes.items():
                 _lift(self.net.sites[name], slice(size, None), lowest)
-        return added
 
     def _open(self, k: float) -> None:
         for g in self.net._gated():
