@@ -134,7 +134,7 @@ def targets(content: Mapping[str, Any]) -> list[str]:
     ordered = sorted(content["results"], key=lambda r: (r["point"], r["end"] != "pruned", r["end"], r["seed"]))
     for (point, end), rows in grouped(ordered, "point", "end").items():
         goal = content["settings"]["points"][point]
-        error = fmean(100 * (1 - r["test_accuracy"]) for r in rows)
+        error = round(fmean(100 * (1 - r["test_accuracy"]) for r in rows), 6)  # 225 errors in 30,000 are 0.75 %
         met = error <= goal["error"] and all(r[goal["cost"]] <= goal["target"] for r in rows)
         cells.append(
             [
