@@ -11,7 +11,6 @@ every run, and goes on from there.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import RESULTS, environment, write
+from common import environment, write, written
 
 import plasticnet as pn
 from plasticnet.data import Data, Split, load_data
@@ -103,8 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
-    path = RESULTS / "ablation.json"
-    results = json.loads(path.read_text())["results"] if path.exists() else []
+    results = written("ablation")
     there = {(r["part"], r["variant"], r["seed"]) for r in results}
     settings = {
         "images": IMAGES, "stages": [FIRST, PLASTIC, LAST], "decay": DECAY, "penalty": PENALTY, "lr": LR,

@@ -6,7 +6,6 @@ About 20 minutes on one core. Writes results/budgets.json.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, environment, write
+from common import environment, write, written
 from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
@@ -116,10 +115,8 @@ def main() -> None:
     results take the place of earlier ones."""
     torch.set_num_threads(1)
     chosen = sys.argv[1:] or list(networks())
-    path, commit = RESULTS / "budgets.json", environment()["commit"]
-    results = (
-        [r for r in json.loads(path.read_text())["results"] if r["network"] not in chosen] if path.exists() else []
-    )
+    commit = environment()["commit"]
+    results = [r for r in written("budgets") if r["network"] not in chosen]
     for name, (make, data) in networks().items():
         if name not in chosen:
             continue

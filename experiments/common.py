@@ -60,6 +60,12 @@ def write(name: str, settings: dict[str, Any], results: Any) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def written(name: str) -> list[dict[str, Any]]:
+    """The results that ``results/NAME.json`` has so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
 def between(text: str, name: str, content: str) -> str:
     """``text`` with this content between its markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

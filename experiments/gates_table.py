@@ -237,20 +237,14 @@ def main() -> int:
     """Fill the page and draw; or compare with --check."""
     text = PAGE.read_text()
     for name, (path, make) in PARTS.items():
-        if not path.exists():
-            text = between(text, name, "Not measured yet.")
-            continue
         content = json.loads(path.read_text())
         rows = content["results"] if isinstance(content["results"], list) else []
         commits = sorted({r["commit"] for r in rows if "commit" in r} or {content["environment"]["commit"]})
         found = {**content["environment"], "commit": ", ".join(commits)}
         text = between(text, name, "\n".join([*make(content), "", how(found)]))
-    found = json.loads((RESULTS / "lenet_targets.json").read_text())
-    readme = between(README.read_text(), "targets", "\n".join(headline(found)))
-    files = {PAGE: text, README: readme}
-    if (found := RESULTS / "interpolation.json").exists():
-        files[PICTURE] = draw(json.loads(found.read_text())["results"])
-    return publish(files)
+    points, picture = (json.loads(PARTS[name][0].read_text()) for name in ("targets", "interpolation"))
+    readme = between(README.read_text(), "targets", "\n".join(headline(points)))
+    return publish({PAGE: text, README: readme, PICTURE: draw(picture["results"])})
 
 
 if __name__ == "__main__":

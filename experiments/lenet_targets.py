@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, environment, write
+from common import environment, write, written
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -207,11 +206,13 @@ def run(
     if end == "grown":
         scored = lambda: losses(torch.randperm(len(x))[:SCORED]).mean()  # noqa: E731
         growth = pn.Growth(scored, patience=1, grace=1, cost=cost, **point.growth)
-    plastic = point.plastic + (point.growing if end == "grown" else 0)
-    ordinary = point.last + (plastic if end == "known" else 0)
-    stages = [pn.Stage(plastic * PERIODS, 7.0)] if end != "known" else []
-    budget = pn.Budget(**point.budget) if end != "known" else None
-    stages.append(pn.Stage(ordinary * PERIODS))
+    plastic, ordinary = point.plastic, point.last
+    if end == "grown":
+        plastic += point.growing
+    if end == "known":
+        plastic, ordinary = 0, plastic + ordinary
+    stages = [pn.Stage(plastic * PERIODS, 7.0), pn.Stage(ordinary * PERIODS)]
+    budget = None if end == "known" else pn.Budget(**point.budget)
     schedule = pn.Schedule(net, optimizer, stages, growth=growth, budget=budget)
     step, steps = 0, ordinary * math.ceil(len(x) / 128)
     history = []
@@ -238,7 +239,7 @@ def run(
         "units": [s.open for s in size.sites], "macs": size.open_macs, "parameters": size.open_parameters,
         "weights": sum(int(p.count_nonzero()) for p in small.parameters() if p.dim() > 1),
         "val_accuracy": evaluate(small, data.val)[1], "test_accuracy": evaluate(small, data.test)[1],
-        "epochs": plastic + point.last + NETWORKS[point.network][1],
+        "epochs": plastic + ordinary + NETWORKS[point.network][1],
         "cpu_seconds": time.process_time() - started, "history": history,
     }  # fmt: skip
 
@@ -276,12 +277,6 @@ def main() -> None:
             settings = {"points": {k: vars(p) for k, p in POINTS.items()}, "rate": RATE, "gate_rate": GATE_RATE}
             settings |= {"start": START, "periods": PERIODS, "scored": SCORED, "batch": 128}
             write(o.name, settings, results)
-
-
-def written(name: str) -> list[dict[str, Any]]:
-    """The results so far."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else []
 
 
 def _key(r: dict[str, Any]) -> tuple[str, str, int]:

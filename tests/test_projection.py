@@ -13,8 +13,8 @@ from generated import Generated, networks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plasticnet import PlasticError, PlasticNet
-from plasticnet.projection import missing, project
+from plasticnet import PlasticError, PlasticNet, projection
+from plasticnet.projection import project
 from plasticnet.units import InputUnits
 
 Masks = dict[str, np.ndarray]
@@ -164,6 +164,12 @@ def test_blocks_may_all_close_unless_there_is_a_minimum() -> None:
     assert project(net, scores, {"macs": outside})[name].tolist() == [True, False]
     net.limit(name)  # back to what blocks have by default
     assert not project(net, scores, {"macs": outside})[name].any()
+
+
+def missing(net: PlasticNet, targets: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, int]:
+    """Beside the best of those that are there."""
+    keep = project(net, {n: s.phi for n, s in net.sites.items()}, targets)
+    return projection.missing(net, keep, targets, widths)
 
 
 def test_missing_units() -> None:

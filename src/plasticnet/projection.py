@@ -247,14 +247,15 @@ def decide(net: PlasticNet, targets: Mapping[str, float]) -> tuple[dict[str, np.
     return units.by_site(z), masks(weights)
 
 
-def missing(net: PlasticNet, targets: Mapping[str, float], widths: Mapping[str, int]) -> dict[str, int]:
-    """How many units more each site could have, up to ``widths``, if the best of those that are there leave more than
+def missing(
+    net: PlasticNet, keep: Mapping[str, np.ndarray], targets: Mapping[str, float], widths: Mapping[str, int]
+) -> dict[str, int]:
+    """How many units more each site could have, up to ``widths``, where those that `project` keeps leave more than
     `UNSPENT` of every target: as if the others got none, so that together they are too many."""
     if net.weights:  # closed entries can open instead
         return {}
-    scores = {name: site.phi for name, site in net.sites.items()}
-    z = np.concatenate([np.zeros(0, dtype=bool), *project(net, scores, targets).values()])
-    units = _Units(net, scores, targets)
+    z = np.concatenate([np.zeros(0, dtype=bool), *keep.values()])
+    units = _Units(net, {name: site.phi for name, site in net.sites.items()}, targets)
     room = {cost: target - units.cost(z, cost) for cost, target in targets.items()}
     if any(room[cost] <= UNSPENT * target for cost, target in targets.items()):
         return {}

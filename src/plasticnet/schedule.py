@@ -283,8 +283,11 @@ class Schedule:
         for site in sites.values():
             site.grace.zero_()
         if self.controller is not None and self.controller.targets:
-            self._add_missing(self.controller)
-            units, weights = decide(self.net, self.controller.targets)
+            targets = self.controller.targets
+            units, weights = decide(self.net, targets)
+            if counts := missing(self.net, units, targets, self.controller.widths):
+                self._add_last(counts)
+                units, weights = decide(self.net, targets)
             best = {**units, **weights}
             for g in self.net._gated():
                 stays = torch.from_numpy(best[g.name]).to(g.phi.device)
@@ -297,15 +300,13 @@ class Schedule:
         more = {name: len(site) - sizes[name] for name, site in sites.items()}
         return {name: -n for name, n in more.items() if n < 0}, {name: n for name, n in more.items() if n > 0}
 
-    def _add_missing(self, controller: Controller) -> None:
-        """Where units were cut that the budget has room for, after all: add new ones, which come after all others."""
-        added = missing(self.net, controller.targets, controller.widths)
-        if added:
-            lowest = float(self.net._phi().detach().min()) - 1
-            sizes = {name: len(self.net.sites[name]) for name in added}
-            self.net.grow(added, self.optimizers)
-            for name, size in sizes.items():
-                _lift(self.net.sites[name], slice(size, None), lowest)
+    def _add_last(self, counts: Mapping[str, int]) -> None:
+        """Add new units that come after all others."""
+        lowest = float(self.net._phi().detach().min()) - 1
+        sizes = {name: len(self.net.sites[name]) for name in counts}
+        self.net.grow(counts, self.optimizers)
+        for name, size in sizes.items():
+            _lift(self.net.sites[name], slice(size, None), lowest)
 
     def _open(self, k: float) -> None:
         for g in self.net._gated():
