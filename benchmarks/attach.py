@@ -33,13 +33,13 @@ def child(name: str) -> dict[str, Any]:
     import torch
 
     from plasticnet import PlasticNet
-    from plasticnet.models import build, example_inputs, factory
+    from plasticnet.apps.models import build_model, example_inputs, factory
 
     torch.set_num_threads(2)
     meta = name.startswith("transformers:")
     shape = None if meta else (1, 3, 224, 224)
     make = factory(name, (3, 224, 224), 10, full=meta)
-    model = build(make, meta)
+    model = build_model(make, meta)
     inputs = example_inputs(name, model, shape)
     clock, cpu = time.perf_counter(), time.process_time()
     net = PlasticNet(model, inputs)

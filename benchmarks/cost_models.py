@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from plasticnet.models import LeNet5
+from plasticnet.apps.models import LeNet5
 
 
 class LeNet(LeNet5):

@@ -24,8 +24,8 @@ from cost_steps import BATCH, K, gated, gated_step, plain_step, timed
 from torch import Tensor
 
 from plasticnet import ESTIMATORS, PlasticNet
-from plasticnet.data import Split, load_data
-from plasticnet.models import LeNet5
+from plasticnet.apps.data import Split, load_data
+from plasticnet.apps.models import LeNet5
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
@@ -79,12 +79,12 @@ def variances(seed: int, train: Split) -> list[dict[str, Any]]:
         torch.manual_seed(seed)
         net = trained(state, train)
         x, y = train.x[:BATCH], train.y[:BATCH]
-        net.estimator, net.gates_mode = "bitflip-cv", "sample"
+        net.sampler.estimator, net.sampler.mode = "bitflip-cv", "sample"
         truth = estimates(net, x, y, REFERENCE)
         norm = truth.mean(0).square().sum()
         for name in ESTIMATORS:
             for mode in ("batch", "sample"):
-                net.estimator, net.gates_mode = name, mode
+                net.sampler.estimator, net.sampler.mode = name, mode
                 found = estimates(net, x, y, DRAWS)
                 off = float((found.mean(0) - truth.mean(0)).square().sum())
                 row = {"seed": seed, "state": state, "estimator": name, "gates": mode}
@@ -101,7 +101,7 @@ def times(network: Network, repeats: int) -> dict[str, dict[str, float]]:
     for name in ESTIMATORS:
         for mode in ("batch", "sample"):
             net, optimizer = gated(network, network.widths, network.widths)
-            net.k, net.estimator, net.gates_mode = K, name, mode
+            net.k, net.sampler.estimator, net.sampler.mode = K, name, mode
             variants[f"{name} {mode}"] = gated_step(net, optimizer, network)
     return timed(variants, repeats)
 

@@ -20,9 +20,9 @@ from common import environment, write, written
 from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
-from plasticnet.data import Data, Split, load_data
-from plasticnet.models import MLP, LeNet5
-from plasticnet.train import evaluate
+from plasticnet.apps.data import Data, Split, load_data
+from plasticnet.apps.loop import evaluate
+from plasticnet.apps.models import MLP, LeNet5
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from cost_models import ResNet20

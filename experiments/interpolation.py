@@ -20,10 +20,10 @@ from common import write
 from torch import nn
 
 import plasticnet as pn
-from plasticnet.data import Data, load_data
-from plasticnet.gates import INITIAL_LOGIT, probabilities, transition
-from plasticnet.models import MLP
-from plasticnet.train import Config, evaluate, train_epoch
+from plasticnet.apps.data import Data, load_data
+from plasticnet.apps.loop import Config, evaluate, train_epoch
+from plasticnet.apps.models import MLP
+from plasticnet.gates.site import INITIAL_LOGIT, probabilities, transition
 
 KS = (0.0, 0.1, 0.3, 1.0, 3.0, 7.0, 20.0, 60.0, 200.0, math.inf)
 SEEDS, END_SEEDS = 3, 5

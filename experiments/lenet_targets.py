@@ -30,9 +30,9 @@ from common import environment, write, written
 from torch import Tensor, nn
 
 import plasticnet as pn
-from plasticnet.data import Data, load_data
-from plasticnet.models import LeNet5
-from plasticnet.train import evaluate
+from plasticnet.apps.data import Data, load_data
+from plasticnet.apps.loop import evaluate
+from plasticnet.apps.models import LeNet5
 
 ENDS = ["pruned", "grown", "known"]
 START, PERIODS, SCORED = 3, 2, 1000  # units per site; schedule steps an epoch; images by which candidates are judged

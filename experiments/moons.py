@@ -10,9 +10,9 @@ from dataclasses import asdict
 import torch
 from common import write
 
-from plasticnet.data import load_data
-from plasticnet.models import MLP
-from plasticnet.train import Config, run
+from plasticnet.apps.data import load_data
+from plasticnet.apps.loop import Config, train_run
+from plasticnet.apps.models import MLP
 
 CONFIG = Config(
     epochs=600, k=7.0, penalty=0.03, cost="parameters", scale="log", inputs=("*",), batch=32, lr=1e-2, gate_lr=1e-1
@@ -31,7 +31,7 @@ def main() -> None:
             model = MLP([100, 80, 2])
             full = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
             history: list[dict] = []
-            result = run(model, data, config, mode, on_epoch=history.append)
+            result = train_run(model, data, config, mode, on_epoch=history.append)
             weights = sum(p.numel() for n, p in result.compact.named_parameters() if n.endswith("weight"))
             grown_last = max((r["epoch"] for r in history if r["grown"]), default=None)
             summary = {k: v for k, v in result.summary.items() if k != "profile"}

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ConvNet, images, mlp, randomise_gates
 from torch import Tensor, nn
 
 from plasticnet import ESTIMATORS, PlasticError, PlasticNet
+from tests.kit.draws import last_draw
+from tests.kit.networks import ConvNet, images, mlp, randomise_gates
 
 
 def batches(n: int) -> list[tuple[Tensor, Tensor]]:
@@ -69,8 +70,8 @@ def test_k_zero_is_dropout(gates: str) -> None:
     x = torch.randn(4, 5)
     loss = net.expected_loss(lambda: net(x).pow(2).sum(1)) + net.penalty(1.0)
     loss.backward()
-    assert net._draw is not None
-    u = net._draw.u[0]
+    assert last_draw(net) is not None
+    u = last_draw(net).u[0]
     mask = (u < 0.5).float()
     by_hand = model[2](F.dropout(model[1](model[0](x)), 0.0) * mask)  # dropout(x, 0.5) * 0.5 has this mask
     torch.testing.assert_close(loss.detach() - 3.5, by_hand.pow(2).sum(1).mean())
@@ -122,7 +123,7 @@ def test_both_passes_see_the_same_dropout() -> None:
         seen.append(out.detach() == 0)
         return out.pow(2).sum(1)
 
-    net.gates_mode = "sample"
+    net.sampler.mode = "sample"
     net.expected_loss(closure)
     assert len(seen) == 2
     assert torch.equal(seen[0], seen[1])
@@ -163,13 +164,13 @@ def test_auto_draws_per_batch_where_samples_interact() -> None:
         net.train()
         x = torch.randn(8, 4)
         net.expected_loss(lambda net=net, x=x: net(x).pow(2).sum(1))
-        assert net._samples_apart is apart
-        assert net._draw.rows == (8 if apart else 1)  # pyright: ignore[reportArgumentType]
+        assert net.sampler.samples_apart is apart
+        assert last_draw(net).rows == (8 if apart else 1)  # pyright: ignore[reportArgumentType]
     norm = PlasticNet(ConvNet(), (images(),))
     norm.k = 3.0
     norm.train()
     norm.expected_loss(lambda: norm(images(8)).pow(2).sum(1))
-    assert len(norm._draw.u) == 1  # pyright: ignore[reportArgumentType]
+    assert len(last_draw(norm).u) == 1  # pyright: ignore[reportArgumentType]
 
 
 def test_per_sample_gates_equal_a_loop_over_samples() -> None:
@@ -180,8 +181,8 @@ def test_per_sample_gates_equal_a_loop_over_samples() -> None:
     net.train()
     x = images(6)
     together = net(x)
-    assert net._draw is not None
-    u = net._draw.u[0]
+    assert last_draw(net) is not None
+    u = last_draw(net).u[0]
     pi = torch.cat([s.probability(2.0) for s in net.sites.values()])
     z = (u < pi).float()
     net.k = math.inf
@@ -245,7 +246,7 @@ def test_signature_and_pickle() -> None:
 
 def test_moves_with_its_readers() -> None:
     net = PlasticNet(ConvNet(), (images(),), inputs=("fc1",)).to("meta")
-    assert {r.units.device.type for r in net._gating.readers} == {"meta"}
+    assert {r.units.device.type for r in net.gating.readers} == {"meta"}
 
 
 class Counting(nn.Module):
@@ -292,7 +293,7 @@ def test_auto_asks_again_after_a_batch_of_one() -> None:
     for n, apart in ((1, None), (4, True)):
         x = torch.randn(n, 4)
         net.expected_loss(lambda x=x: net(x).pow(2).sum(1))
-        assert net._samples_apart is apart
+        assert net.sampler.samples_apart is apart
 
 
 # -- bad input --------------------------------------------------------------------------------

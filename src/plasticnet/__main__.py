@@ -1,5 +1,5 @@
 """``python -m plasticnet`` is the command line."""
 
-from plasticnet.cli import main
+from plasticnet.apps.cli import main
 
 main()

@@ -7,9 +7,27 @@ units of the same shape that are born at the same place.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+
+
+def gate_offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
+    """Where each site's gates begin in the gates of all, and where the constant 1 is."""
+    ends = np.cumsum([0, *(u.size for u in sites.values())]).tolist()
+    return dict(zip(sites, ends, strict=False)), ends[-1]
+
+
+def gate_positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) -> np.ndarray:
+    """For each position of one dimension of a tensor, the index of its gate."""
+    offsets, one = gate_offsets(sites)
+    positions = np.full(length, one)
+    for name, u in sites.items():
+        for s in u.slices:
+            if (s.tensor, s.dim) == key:
+                positions[s.index] = offsets[name] + np.arange(u.size)[:, None]
+    return positions
 
 
 def owner(tensor: str) -> str:

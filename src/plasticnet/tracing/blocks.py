@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.gating import Skip
-from plasticnet.snapshot import duplicate
+from plasticnet.layers.skip import Skip
+from plasticnet.tools.snapshot import duplicate
 from plasticnet.units import BlockUnits
 
 

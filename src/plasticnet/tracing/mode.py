@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,12 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tracing.labels import Axis, Ledger, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
-from plasticnet.trees import tensors_within
+from plasticnet.tools.trees import tensors_within
+from plasticnet.tracing.facts import Facts
+from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import Consumer, Norm
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+
 RULES: dict[str, Rule] = {}
+
+
 _PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"
 
 
@@ -41,24 +45,6 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-@dataclass
-class Facts:
-    """What the runs of a model have in common: the ledger and who produces and consumes what."""
-
-    ledger: Ledger = field(default_factory=Ledger)
-    producers: dict[tuple[str, int], None] = field(default_factory=dict)
-    consumers: dict[tuple[str, int], list[Consumer]] = field(default_factory=dict)
-    inputs: dict[str, Consumer] = field(default_factory=dict)  # virtual axis name -> its consumer
-    uses: dict[str, float] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-    grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped layers: rows of one group
-    steered: bool = False  # whether a value was read while the model ran, as `if x.sum() > 0` does
-    unskippable: set[str] = field(default_factory=set)  # blocks that return something else in training
-    means: set[tuple[str, int]] = field(default_factory=set)  # modules and axes of means over something without units
-    embeddings: set[str] = field(default_factory=set)  # tables whose own units are left alone
-    norms: dict[tuple[str, int], Norm] = field(default_factory=dict)  # statistics over gated units
 
 
 class Tracer(TorchDispatchMode):

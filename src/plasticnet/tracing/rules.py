@@ -12,8 +12,6 @@ from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
 
-# -- pointwise ------------------------------------------------------------------------------
-
 
 @rule("pointwise", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "log_sigmoid_forward", "masked_fill",
       "masked_fill_", "where", "lerp", "addcmul", "addcdiv", "_to_copy", "native_dropout", "clamp", "fill_", "zero_",
@@ -50,9 +48,6 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
                 tracer.ledger.freeze(tracer.ledger.read(t, a), "one channel broadcast over many")
         axes.append(join_axes(tracer, full, size, in_place))
     return Tag(tuple(axes))
-
-
-# -- reductions and everything that leaves the channels alone ---------------------------------
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "max", "min", "any", "all", "prod", "argmax",

@@ -10,11 +10,13 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Ledger
-from plasticnet.tracing.mode import Facts
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
+
+
 _MAX_PIECES = 4  # a producer whose units fall into more pieces than this has no layout to speak of
 
 

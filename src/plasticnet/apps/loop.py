@@ -1,0 +1,274 @@
+"""A short reference loop: one data set, one model, any of dense, prune and grow."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plasticnet.apps.data import Data, Split
+from plasticnet.budgets.budget import Budget
+from plasticnet.cost.names import check_names
+from plasticnet.errors import PlasticError
+from plasticnet.files.checkpoints import load_checkpoint, save_checkpoint
+from plasticnet.gates.site import transition
+from plasticnet.measuring.profiling import profile
+from plasticnet.measuring.timing import one_thread
+from plasticnet.net import PlasticNet
+from plasticnet.training.growth import Growth, narrow
+from plasticnet.training.schedule import Schedule
+from plasticnet.training.stages import Stage
+
+Mode = Literal["dense", "prune", "grow"]
+
+
+_PROFILES = 10  # in a run, while it trains; each takes as long as some twenty steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run but the data and the model; see the command line's help."""
+
+    epochs: int = 60
+    k: float = 7.0
+    k_end: float | None = None
+    budget: Budget | None = None
+    penalty: float = 1e-3
+    cost: Literal["units", "parameters", "macs"] = "units"
+    scale: Literal["linear", "log"] = "linear"
+    estimator: str = "bitflip-cv"
+    gates: Literal["auto", "sample", "batch"] = "auto"
+    inputs: tuple[str, ...] = ()
+    start: int = 3
+    batch: int = 128
+    lr: float = 1e-3
+    gate_lr: float = 1e-2
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.penalty < math.inf
+        if min(self.epochs, self.batch, self.start) < 1 or not rates:
+            raise PlasticError(
+                f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
+                f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
+            )
+        check_names(self.cost, self.scale)
+
+    def stages(self, mode: Mode) -> list[Stage]:
+        """Ordinary training, then plastic, then hardened: 5, 70 and 25 % of the epochs."""
+        if mode == "dense":
+            return [Stage(self.epochs, math.inf)]
+        if self.epochs < 3:
+            raise PlasticError(f"epochs={self.epochs}: the three stages need at least 3")
+        first, last = max(1, round(0.05 * self.epochs)), max(1, round(0.25 * self.epochs))
+        return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k, self.k_end), Stage(last, math.inf)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with; ``net`` is hardened and in evaluation mode."""
+
+    mode: Mode
+    net: PlasticNet
+    compact: nn.Module
+    summary: dict[str, Any]
+
+
+def prepare_run(
+    model: nn.Module, data: Data, config: Config, mode: Mode
+) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
+    """The network, its optimizer and its schedule for a run; ``model`` is the widest it may grow to."""
+    net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
+    budget = None if config.budget is None or mode == "dense" else config.budget.absolute(net)
+    if mode == "grow":
+        for name, site in net.sites.items():
+            net.limit(name, maximum=len(site))
+        narrow(net, config.start)
+    optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
+    # Long enough to tell a standstill from a bad batch: periods of some 100 steps, 400 to give up.
+    period = -(-len(data.train) // config.batch)
+    patience = -(-100 // period)
+    growth = Growth(patience=patience, failures=-(-400 // (patience * period))) if mode == "grow" else None
+    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth, budget=budget)
+
+
+def train_epoch(
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    config: Config,
+    pressure: Callable[[], Tensor] | None = None,
+) -> float:
+    """One epoch over shuffled batches, under the penalty of ``config`` or another ``pressure``; returns the mean
+    training loss."""
+    pressure = pressure or partial(net.penalty, config.penalty, config.cost, config.scale)
+    net.train()
+    total = torch.zeros(())
+    for index in torch.randperm(len(train)).split(config.batch):
+        x, y = train.x[index], train.y[index]
+
+        def losses(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return F.cross_entropy(net(x), y, reduction="none")
+
+        loss = net.expected_loss(losses)
+        total += loss.detach() * len(index)
+        if not math.isinf(net.k):
+            loss = loss + pressure()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(total / len(train))
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, split: Split, batch: int = 1000) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in evaluation mode."""
+    module.eval()
+    loss = correct = 0.0
+    for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
+        logits = module(x)
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        correct += (logits.argmax(1) == y).sum().item()
+    return loss / len(split), correct / len(split)
+
+
+def train_epochs(
+    net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, data: Data, config: Config
+) -> Iterator[dict[str, Any]]:
+    """Train to the end of the schedule; yields what to record after each epoch. Every tenth of the epochs the
+    network is profiled as the epoch trained it, before anything is cut or grown."""
+    while schedule.epoch < schedule.epochs:
+        started = time.process_time()
+        k = net.k
+        pressure = schedule.penalty if config.budget is not None else None
+        loss = train_epoch(net, optimizer, data.train, config, pressure)
+        val_loss, val_accuracy = evaluate(net, data.val)
+        paused = time.process_time()
+        measured = profile_dict(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
+        started += time.process_time() - paused
+        change = schedule.step(val_loss)
+        record = {
+            "epoch": schedule.epoch,
+            "k": "inf" if math.isinf(k) else k,
+            "loss": loss,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            **_size(net),
+            "cut": sum(change.cut.values()),
+            "grown": sum(change.grown.values()),
+            "cpu_seconds": time.process_time() - started,
+        }
+        yield record if measured is None else {**record, "profile": measured}
+
+
+def profile_dict(module: nn.Module, data: Data, config: Config) -> dict[str, Any]:
+    return profile(module, (data.train.x[: config.batch],), repeats=5, training=True).as_dict()
+
+
+def _size(net: PlasticNet) -> dict[str, Any]:
+    summary = net.summary()
+    pi = torch.cat([s.probability(net.k).detach() for s in net.sites.values()])
+    return {
+        "units": {s.name: s.open for s in summary.sites},
+        "parameters": summary.open_parameters,
+        "macs": summary.open_macs,
+        "histogram": torch.histc(pi, 20, 0, 1).int().tolist(),
+        "transition": transition(pi),
+    }
+
+
+_CHECKPOINT = {"net", "optimizer", "schedule", "rng", "history", "config", "model"}
+
+
+def train_run(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    mode: Mode,
+    *,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """Train one network to its end. With ``checkpoint`` every epoch is saved there, and ``resume``
+    goes on from it; the result is that of a run that was never interrupted."""
+    torch.manual_seed(config.seed)
+    net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode)
+    history: list[dict[str, Any]] = []
+    if resume and checkpoint is not None and checkpoint.exists():
+        saved = load_checkpoint(checkpoint)
+        if not isinstance(saved, dict) or saved.keys() != _CHECKPOINT:
+            raise PlasticError(f"{checkpoint} is not a checkpoint of a training run")
+        if saved["config"] != _plain(config) or saved["model"] != str(model):
+            raise PlasticError(f"{checkpoint} belongs to a run with another configuration or model; leave out --resume")
+        net.load_state_dict(saved["net"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        torch.set_rng_state(saved["rng"])
+        history = saved["history"]
+        for record in history:
+            if on_epoch:
+                on_epoch(record)
+    before = profile_dict(model, data, config)
+    for record in train_epochs(net, optimizer, schedule, data, config):
+        history.append(record)
+        if checkpoint is not None:
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state |= {"rng": torch.get_rng_state(), "history": history, "config": _plain(config), "model": str(model)}
+            save_checkpoint(state, checkpoint)
+        if on_epoch:
+            on_epoch(record)
+    small = net.compact()
+    summary = _summary(net, small, data, mode, history)
+    summary["profile"] = {"before": before, "after": profile_dict(small, data, config)}
+    if schedule.growth is not None:
+        summary["growth_stopped"] = schedule.growth.stopped
+    return Result(mode, net, small, summary)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+
+
+def _summary(
+    net: PlasticNet, small: nn.Module, data: Data, mode: Mode, history: list[dict[str, Any]]
+) -> dict[str, Any]:
+    test_loss, test_accuracy = evaluate(small, data.test)
+    size = net.summary()
+    return {
+        "mode": mode,
+        "test_accuracy": test_accuracy,
+        "test_loss": test_loss,
+        "val_accuracy": history[-1]["val_accuracy"] if history else None,
+        "units": {s.name: s.open for s in size.sites},
+        "parameters": sum(p.numel() for p in small.parameters()),
+        "macs": size.open_macs,
+        "ms_per_1000": time_per_thousand(small, data.test.x),
+        "train_cpu_seconds": sum(r["cpu_seconds"] for r in history),
+        "peak_parameters": max((r["parameters"] for r in history), default=0),
+    }
+
+
+@torch.no_grad()
+def time_per_thousand(module: nn.Module, x: Tensor, repeats: int = 9) -> float:
+    """Median milliseconds of CPU time, on one thread, for 1,000 samples."""
+    module.eval()
+    x = x.repeat(-(-1000 // len(x)), *[1] * (x.dim() - 1))[:1000]
+    times = []
+    with one_thread():
+        module(x)
+        for _ in range(repeats):
+            start = time.thread_time()
+            module(x)
+            times.append(1000 * (time.thread_time() - start))
+    return sorted(times)[repeats // 2]

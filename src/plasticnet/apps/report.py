@@ -1,0 +1,213 @@
+"""A self-contained HTML page about a run: tables and four pictures, no network."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from plasticnet.cost.latency import TIME
+from plasticnet.tools.table import readable_bytes
+
+mpl.use("Agg")
+
+
+_COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+td:first-child, th:first-child { text-align: left; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
+figcaption { color: #555; } details { margin: 1rem 0; overflow-x: auto; } summary { cursor: pointer; }
+details table { font-size: .8rem; } details td, details th { padding: .15rem .5rem; }
+th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid #ddd; }
+"""
+
+
+_WHEN = ("before", "during", "after")
+
+
+# A field of a profile, what it is, and how it is written; the first four are those of a module, too.
+_MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("macs", "MACs", "{:,}".format),
+    ("parameters", "parameters", "{:,}".format),
+    ("peak_bytes", "peak activation memory", readable_bytes),
+    ("milliseconds", "ms", "{:.3f}".format),
+    ("kept_bytes", "kept for the backward pass", readable_bytes),
+    ("training_milliseconds", "ms with the backward pass", "{:.3f}".format),
+]
+
+
+COLUMNS = ("network", "test accuracy", "units per site", "parameters", "MACs", "ms per 1,000 inputs")
+
+
+def rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells of the result table, one row per network, as `COLUMNS` says."""
+    return [
+        (
+            name,
+            f"{100 * r['test_accuracy']:.2f} %",
+            "-".join(str(n) for n in r["units"].values()),
+            f"{r['parameters']:,}",
+            f"{r['macs']:,}",
+            f"{r['ms_per_1000']:.2f}",
+        )
+        for name, r in results.items()
+    ]
+
+
+def render(
+    title: str,
+    results: Mapping[str, Mapping[str, Any]],
+    history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+) -> str:
+    """The page. ``history`` are the lines of metrics.jsonl, each with its ``run``."""
+    runs = list(dict.fromkeys(str(r["run"]) for r in history))
+    by_run = {run: [r for r in history if r["run"] == run] for run in runs}
+    plastic = {run: h for run, h in by_run.items() if run != "dense"}
+    pictures = [
+        ("Accuracy against size: validation accuracy after every epoch; stars are the test accuracy at the end.",
+         _svg(lambda f: _size(f.subplots(), by_run, results))),
+        ("Open units per site over the epochs.", _svg(lambda f: _units(f, plastic))),
+        ("Gate probabilities over the epochs: the share of the gates in each bin; they decide by leaving the middle.",
+         _svg(lambda f: _histograms(f, plastic))),
+        ("Plasticity k over the epochs (infinity at the top), and the mean transition probability 2π(1-π).",
+         _svg(lambda f: _plasticity(f.subplots(), plastic))),
+    ]  # fmt: skip
+    head = "".join(f"<th>{c}</th>" for c in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows(results))
+    figures = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in pictures)
+    profiles = "".join(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
+    settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>{figures}"
+        f"<h2>Profile</h2>{profiles}"
+        f"<h2>Settings</h2><table>{settings}</table></body></html>\n"
+    )
+
+
+def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of what the network of a run cost before, during and after: in total and per module."""
+    ends = result.get("profile", {})
+    measured = [r for r in history if "profile" in r]
+    plastic = [r for r in measured if r["k"] != "inf"] or measured
+    middle = plastic[len(plastic) // 2] if plastic else {}
+    profiles = [ends.get("before"), middle.get("profile"), ends.get("after")]
+    head = f"<h3>{html.escape(run)}</h3>"
+    if not any(profiles):
+        return f"{head}<p>not recorded</p>"
+    batch, device = next((p["batch"], p["device"]) for p in profiles if p)
+    during = f"epoch {middle['epoch']}, with gates, those of closed units included" if middle else "not recorded"
+    text = (
+        f"Before: the model that was given. During: {during}. After: the compact network. MACs are those of one "
+        f"sample, the rest is for a batch of {batch}; time is {TIME[device]}."
+    )
+    total = "".join(
+        f"<tr><td>{name}</td>{''.join(f'<td>{_cell(p, key, write)}</td>' for p in profiles)}</tr>"
+        for key, name, write in _MEASURES
+    )
+    return (
+        f"{head}<p>{text}</p><table><tr><th></th>{''.join(f'<th>{w}</th>' for w in _WHEN)}</tr>{total}</table>"
+        f"<details><summary>per module</summary>{_modules(profiles)}</details>"
+    )
+
+
+def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
+    """A row per module; the columns are before, during and after for each measure."""
+    gated = {row["name"] for p in profiles[:2] if p for row in p["rows"]}
+
+    def known(name: str) -> str:  # behind a Take fc1 is fc1.1
+        return stem if name not in gated and (stem := name.removesuffix(".1")) in gated else name
+
+    found = [{known(row["name"]): row for row in p["rows"]} if p else None for p in profiles]
+    names = dict.fromkeys(name for modules in found if modules for name in modules)
+    measures = _MEASURES[:4]
+    head = "".join(f'<th colspan="3">{name}</th>' for _, name, _ in measures)
+    body = "".join(
+        f"<tr><td>{html.escape(name or '(the model)')}</td>"
+        + "".join(
+            f"<td>{_cell(None if m is None else m.get(name, {}), key, write)}</td>"
+            for key, _, write in measures
+            for m in found
+        )
+        + "</tr>"
+        for name in names
+    )
+    when = "".join(f"<th>{w}</th>" for w in _WHEN * len(measures))
+    return f"<table><tr><th></th>{head}</tr><tr><th></th>{when}</tr>{body}</table>"
+
+
+def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], str]) -> str:
+    """A figure; a dash for a module that is not there."""
+    if profile is None:
+        return "not recorded"
+    value = profile.get(key)
+    return "-" if value is None else write(value)
+
+
+def _svg(draw: Any) -> str:
+    figure = plt.figure(figsize=(9, 4), layout="constrained")
+    draw(figure)
+    buffer = io.StringIO()
+    # No date, and fixed ids: equal runs give equal pages.
+    with mpl.rc_context({"svg.hashsalt": "plasticnet"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _size(axes: Axes, by_run: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    for run, h in by_run.items():
+        x, y = [r["parameters"] for r in h], [100 * r["val_accuracy"] for r in h]
+        axes.plot(x, y, ".-", alpha=0.5, lw=0.8, color=_COLOURS.get(run), label=run)
+    for run, r in results.items():
+        axes.plot(r["parameters"], 100 * r["test_accuracy"], "*", ms=14, color=_COLOURS.get(run), mec="white")
+    axes.set(xscale="log", xlabel="parameters of the open units", ylabel="accuracy, %")
+    axes.legend()
+
+
+def _units(figure: Figure, plastic: Mapping[str, Any]) -> None:
+    panels = figure.subplots(1, max(len(plastic), 1), squeeze=False)[0]
+    for axes, (run, h) in zip(panels, plastic.items(), strict=False):
+        for site in h[0]["units"]:
+            axes.plot([r["epoch"] for r in h], [r["units"][site] for r in h], label=site)
+        axes.set(title=run, xlabel="epoch", ylabel="open units", yscale="log")
+        if len(h[0]["units"]) <= 12:
+            axes.legend()
+
+
+def _histograms(figure: Figure, plastic: Mapping[str, Any]) -> None:
+    panels = figure.subplots(1, max(len(plastic), 1), squeeze=False)[0]
+    for axes, (run, h) in zip(panels, plastic.items(), strict=False):
+        shares = [[n / max(sum(r["histogram"]), 1) for n in r["histogram"]] for r in h]
+        columns = [list(c) for c in zip(*shares, strict=True)]
+        mesh = axes.imshow(
+            columns, origin="lower", aspect="auto", extent=(1, len(h), 0, 1), vmin=0, vmax=1, cmap="magma"
+        )
+        axes.set(title=run, xlabel="epoch", ylabel="gate probability π")
+        figure.colorbar(mesh, ax=axes, label="share of gates")
+
+
+def _plasticity(axes: Axes, plastic: Mapping[str, Any]) -> None:
+    finite = [float(r["k"]) for h in plastic.values() for r in h if r["k"] != "inf"]
+    top = 1.3 * max(finite, default=1.0)
+    other = axes.twinx()
+    for run, h in plastic.items():
+        x = [r["epoch"] for r in h]
+        axes.step(x, [top if r["k"] == "inf" else r["k"] for r in h], color=_COLOURS.get(run), label=f"k, {run}")
+        other.plot(x, [r["transition"] for r in h], "--", color=_COLOURS.get(run))
+    axes.set(xlabel="epoch", ylabel="k (solid)")
+    axes.set_yticks([*sorted(set(finite)), top], [*(f"{k:g}" for k in sorted(set(finite))), "∞"])
+    other.set(ylabel="mean 2π(1-π) (dashed)")
+    if plastic:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plastic), frameon=False)  # clear of the lines

@@ -1,0 +1,292 @@
+"""Projection: which units stay, given a score for each, so that the network keeps within its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates.gated import GatedModel
+from plasticnet.surgery.survivors import read
+from plasticnet.units import BlockUnits, InputUnits
+
+UNSPENT = 0.02  # the share of a target that may be left when the network hardens
+
+
+def project(
+    net: GatedModel,
+    scores: Mapping[str, Tensor | np.ndarray],
+    targets: Mapping[str, float],
+    weights: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The units that stay open, a boolean mask of shape (units,) for every site; changes nothing.
+
+    ``scores`` has shape (units,) per site, higher is better, and is compared across sites. ``targets`` maps a
+    cost of `PlasticNet.penalty` to the most that the network *cut to the open units* may cost. As many of
+    the best units as the targets allow stay; of those below them, the best that still fit are opened
+    again, until no unit is left that would fit. A channel counts as no better than the best of
+    its gated features, nor a feature than its channel. Units in their grace period stay, and the best
+    `Site.minimum` of every site (one at least, but for blocks). Where single weights have gates,
+    ``weights`` says which are open, shape (weights,); without it all are.
+
+    Raises `PlasticError` when scores are missing, of another shape or not finite, or when the smallest network
+    costs more than a target.
+    """
+    units = _Units(net, scores, targets, weights)
+    missed = {c: smallest for c, t in targets.items() if (smallest := units.cost(units.kept, c)) > t}
+    if missed:
+        costs = ", ".join(f"{s:,.6g} {c} (the target is {targets[c]:,.6g})" for c, s in missed.items())
+        raise PlasticError(
+            f"the target cannot be met: the smallest network, with the units that each site must keep, costs {costs}"
+        )
+    z = units.best(units.kept, units.order)
+    while len(candidates := units.fitting(z)):
+        more = units.best(z, candidates)
+        if (more == z).all():  # fits by the price, and not by the cost: a matter of rounding
+            break
+        z = more
+    return units.by_site(z)
+
+
+class _Units:
+    """All units in one vector, in the order of their sites, and what depends on what."""
+
+    def __init__(
+        self,
+        net: GatedModel,
+        scores: Mapping[str, Tensor | np.ndarray],
+        targets: Mapping[str, float],
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self.net, self.targets = net, targets
+        self.weights = np.zeros(0, dtype=bool) if weights is None else weights
+        self.sites = dict(net.sites)
+        sizes = [len(site) for site in self.sites.values()]
+        self.starts = dict(zip(self.sites, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self.n = sum(sizes)
+        found = [_checked(name, scores, n) for name, n in zip(self.sites, sizes, strict=True)]
+        score = np.concatenate([np.zeros(0), *found])
+        self._depend()
+        features = np.flatnonzero(self.producer >= 0)
+        best = np.full(self.n, -np.inf)
+        np.maximum.at(best, self.producer[features], score[features])
+        effective = np.where(self.follows, np.minimum(score, best), score)
+        effective[features] = np.minimum(score[features], score[self.producer[features]])
+        # At equal scores sites close in step, and not one after the other.
+        share = np.concatenate([ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
+        self.order = np.lexsort((share, -effective))
+        self.rank = np.argsort(self.order)
+        self.kept = self._must()
+
+    def _depend(self) -> None:
+        """The channel that each feature comes from, or -1; and which channels are read through their features only."""
+        self.producer = np.full(self.n, -1)
+        self.follows = np.zeros(self.n, dtype=bool)
+        units = {name: site.units for name, site in self.sites.items()}
+        for name, u in units.items():
+            start, through = self.starts[name], set[str]()
+            for s in u.slices:
+                if isinstance(inputs := units.get(s.tensor), InputUnits):
+                    channel = np.full(inputs.full, -1)
+                    channel[s.index] = start + np.arange(u.size)[:, None]
+                    first = self.starts[s.tensor]
+                    here = self.producer[first : first + inputs.size]
+                    np.copyto(here, channel[inputs.features], where=channel[inputs.features] >= 0)
+                    through.add(inputs.consumers[0].tensor)
+            self.follows[start : start + u.size] = bool(through) and {c.tensor for c in u.consumers} == through
+        self.reading = np.maximum(np.bincount(self.producer[self.producer >= 0], minlength=self.n), 1)
+
+    def _must(self) -> np.ndarray:
+        """The units that stay whatever they cost, with the channels and features that they need."""
+        graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
+        must = np.concatenate([np.zeros(0, dtype=bool), *graces])
+        inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
+        for name in [n for n in self.sites if n not in inputs]:
+            here = self._of(name)
+            must[here[np.argsort(self.rank[here])][: self.sites[name].least]] = True
+        self._with_channels(must)
+        features = self.order[self.producer[self.order] >= 0]
+        for channel in np.flatnonzero(must & self.follows):
+            mine = features[self.producer[features] == channel]
+            if len(mine) and not must[mine].any():
+                must[mine[0]] = True
+        for name in inputs:  # those of channels that stay anyway come first
+            here = self._of(name)
+            ready = (self.producer[here] < 0) | must[self.producer[here]]
+            best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
+            must[best_first[: self.sites[name].least]] = True
+        self._with_channels(must)
+        return must
+
+    def _of(self, name: str) -> np.ndarray:
+        return np.arange(len(self.sites[name])) + self.starts[name]
+
+    def _with_channels(self, z: np.ndarray) -> None:
+        channels = self.producer[np.flatnonzero(z)]
+        z[channels[channels >= 0]] = True
+
+    def cut(self, z: np.ndarray) -> np.ndarray:
+        """What is left when the units that are closed in ``z`` are cut, as by `compact.survivors`."""
+        left = z | self.kept
+        features = np.flatnonzero(left & (self.producer >= 0))
+        read = self.kept.copy()
+        read[self.producer[features]] = True
+        left &= read | ~self.follows
+        left[features] &= left[self.producer[features]]
+        return left
+
+    def cost(self, z: np.ndarray, cost: str) -> float:
+        return float(self._expected(z, cost))
+
+    def _expected(self, z: np.ndarray, cost: str, gradient: bool = False) -> Tensor:
+        device = self.net.like.device
+        pi = torch.from_numpy(z.astype(np.float64)).to(device).requires_grad_(gradient)
+        weights = torch.from_numpy(self.weights.astype(np.float64)).to(device)
+        with torch.set_grad_enabled(gradient):
+            expected = self.net.cost.expected(torch.cat([pi, weights]), cost)
+            return torch.autograd.grad(expected, pi)[0].cpu() if gradient else expected
+
+    def fits(self, z: np.ndarray) -> bool:
+        return all(self.cost(z, cost) <= target for cost, target in self.targets.items())
+
+    def best(self, z: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """``z`` with as many units opened, from the first in ``order`` on, as fit."""
+
+        def opened(n: int) -> np.ndarray:
+            more = z.copy()
+            more[order[:n]] = True
+            if order is not self.order:
+                self._with_channels(more)
+            return self.cut(more)
+
+        return opened(most(lambda n: self.fits(opened(n)), len(order)))
+
+    def fitting(self, z: np.ndarray) -> np.ndarray:
+        """The closed units that change the cost and fit, each by itself, best first.
+
+        The cost is linear in each gate, so that one gradient has the price of every unit. A feature opens
+        with its channel: all features behind a closed channel being open costs nothing, and makes the price
+        of that channel one with all of them.
+        """
+        closed = np.flatnonzero(~z & ~self.follows)
+        channel = self.producer[closed]
+        both = (channel >= 0) & ~z[channel]
+        ready = z.copy()
+        ready[closed[both]] = True
+        fit, priced = np.ones(len(closed), dtype=bool), np.zeros(len(closed), dtype=bool)
+        for cost, target in self.targets.items():
+            price = self._expected(z, cost, gradient=True).numpy()
+            alone, c = price[closed], channel[both]
+            if both.any():
+                with_all = self._expected(ready, cost, gradient=True).numpy()
+                alone[both] += price[c] + (with_all[c] - price[c]) / self.reading[c]
+            fit &= alone <= target - self.cost(z, cost)
+            priced |= alone > 0
+        found = closed[fit & priced]
+        return found[np.argsort(self.rank[found])]
+
+    def by_site(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: z[self._of(name)] for name in self.sites}
+
+
+def decide(net: GatedModel, targets: Mapping[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The units that stay open by their logits, as `project` says, and which entries of the weights that have gates: a
+    boolean mask of the weight's shape for each.
+
+    The best of all gates, units and weights alike, that the targets allow say what weights cost the units; then
+    as many of the best weights as fit. Units that no open weight reads close.
+    """
+    scores = {name: site.phi for name, site in net.sites.items()}
+    sites = net.weights.values()
+    if not sites:
+        return project(net, scores, targets), {}
+    phi = np.concatenate([w.phi.detach().flatten().cpu().double().numpy() for w in sites])
+    # At equal logits weights close in step, the smallest ones of each tensor first.
+    sizes = [net.model.get_parameter(w.name).detach().abs().flatten().cpu().double().numpy() for w in sites]
+    best = np.lexsort((np.concatenate([ranks(size) / size.size for size in sizes]), -phi))
+    units = _Units(net, scores, targets, np.zeros(phi.size, dtype=bool))
+
+    def opened(n: int, among: np.ndarray = best, others: np.ndarray | None = None) -> np.ndarray:
+        weights = np.zeros(phi.size, dtype=bool) if others is None else others.copy()
+        weights[among[:n]] = True
+        return weights
+
+    def fits(z: np.ndarray, weights: np.ndarray) -> bool:
+        units.weights = weights
+        return units.fits(z)
+
+    def as_good(n: int) -> np.ndarray:
+        z = units.kept.copy()
+        z[units.order[: int((score >= phi[best[n - 1]]).sum())] if n else slice(0)] = True
+        return z
+
+    def masks(weights: np.ndarray) -> dict[str, np.ndarray]:
+        parts = np.split(weights, np.cumsum([w.phi.numel() for w in sites])[:-1])
+        return {w.name: part.reshape(w.phi.shape) for w, part in zip(sites, parts, strict=True)}
+
+    def read_by(z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        device = net.like.device
+        left = {name: torch.from_numpy(mask).to(device) for name, mask in masks(weights).items()}
+        return read(net, torch.from_numpy(z).to(device), left).cpu().numpy() | units.kept
+
+    score = np.concatenate([np.zeros(0), *(s.detach().cpu().numpy() for s in scores.values())])
+    first = opened(most(lambda n: fits(as_good(n), opened(n)), phi.size))
+    stays = project(net, scores, targets, first)
+    z = np.concatenate([np.zeros(0, dtype=bool), *stays.values()])
+    weights = opened(most(lambda n: fits(read_by(z, opened(n)), opened(n)), phi.size))
+    z = read_by(z, weights) if z.size else z
+    reached = net.cost.reached(torch.from_numpy(z).to(net.like.device)).cpu().numpy()
+    spare = best[(reached & ~weights)[best]]
+    weights = opened(most(lambda n: fits(z, opened(n, spare, weights)), spare.size), spare, weights)
+    return units.by_site(z), masks(weights)
+
+
+def missing(
+    net: GatedModel, keep: Mapping[str, np.ndarray], targets: Mapping[str, float], widths: Mapping[str, int]
+) -> dict[str, int]:
+    """How many units more each site could have, up to ``widths``, where those that `project` keeps leave more than
+    `UNSPENT` of every target: as if the others got none, so that together they are too many."""
+    if net.weights:  # closed entries can open instead
+        return {}
+    z = np.concatenate([np.zeros(0, dtype=bool), *keep.values()])
+    units = _Units(net, {name: site.phi for name, site in net.sites.items()}, targets)
+    room = {cost: target - units.cost(z, cost) for cost, target in targets.items()}
+    if any(room[cost] <= UNSPENT * target for cost, target in targets.items()):
+        return {}
+    prices = {cost: units._expected(z, cost, gradient=True).numpy() for cost in targets}
+    found = {}
+    for name, site in net.sites.items():
+        here = units._of(name)
+        selects = isinstance(site.units, InputUnits | BlockUnits) or units.follows[here].any()
+        if site.units.growable and not selects:
+            fit = min(room[cost] / max(float(prices[cost][here].mean()), 1e-9 * room[cost]) for cost in targets)
+            found[name] = int(max(0, min(fit, widths[name] - len(site), site.maximum - len(site))))
+    return {name: n for name, n in found.items() if n}
+
+
+def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -> np.ndarray:
+    if name not in scores:
+        raise PlasticError(f"there are no scores for site {name!r}; one is needed for each of its {units} units")
+    given = scores[name]
+    array = np.asarray(given.detach().cpu() if isinstance(given, Tensor) else given, dtype=np.float64)
+    if array.shape != (units,) or not np.isfinite(array).all():
+        what = "are not all finite" if array.shape == (units,) else f"have shape {array.shape}"
+        raise PlasticError(f"site {name!r}: the scores {what}; needed is a number for each unit, shape ({units},)")
+    return array
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """0 for the highest, and so on."""
+    return np.argsort(np.argsort(-values, kind="stable"))
+
+
+def most(fits: Callable[[int], bool], n: int) -> int:
+    """The largest number up to ``n`` that fits, if all smaller ones do; 0 is taken to fit."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

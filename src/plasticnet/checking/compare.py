@@ -1,0 +1,134 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plasticnet.gates.run import Gating
+from plasticnet.surgery.compact import cut
+from plasticnet.surgery.plan import lengths, plan_resize
+from plasticnet.surgery.rewrite import apply_plan
+from plasticnet.tools.inputs import copy_inputs
+from plasticnet.tools.snapshot import left_as_it_was, sharing
+from plasticnet.tools.trees import tensors_within
+from plasticnet.units import BlockUnits, InputUnits, Units
+
+FINE, ROUGH = 2e-6, 1e-3  # tolerances in double precision (some norms compute in single inside) and in others
+
+
+_DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+
+
+BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
+
+
+class Comparing:
+    """A model with random parameters, and its outputs: what masking and cutting are compared on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tolerance: float,
+        patterns: list[Callable[[int], Tensor]],
+        training: bool = False,
+        vouch: bool = True,
+    ) -> None:
+        """``patterns`` give the gates of a site of so many units; ``training`` compares in training mode
+        too; ``vouch`` asks that closing units moves the output."""
+        self.model, self.args, self.kwargs, self.tolerance = model, args, kwargs, tolerance
+        self.patterns, self.training, self.vouch = patterns, training, vouch
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The outputs with all units open."""
+        return self.outputs(self.model)
+
+    def outputs(self, model: nn.Module, training: bool = False) -> list[Tensor]:
+        """What the model returns, as it is in evaluation or (without dropout) in training."""
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        with torch.no_grad(), _mode(model, training):
+            return _comparable(model(*args, **kwargs))
+
+    def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+        """The outputs with the gates multiplied in, nothing cut."""
+        z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        with left_as_it_was(self.model), _mode(self.model, training):
+            return _comparable(Gating(sites, self.model).run(z, args, kwargs))
+
+    def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
+        """Why masking and cutting differ for these sites, or None if they agree."""
+        device = next(self.model.parameters()).device
+        for pattern in self.patterns:
+            last = pattern is self.patterns[-1]
+            factors = {
+                n: (torch.zeros(u.size) if last and isinstance(u, BlockUnits) else pattern(u.size)).to(device)
+                for n, u in sites.items()
+            }
+            try:
+                small = cut(sharing(self.model), sites, factors)
+                compared = self.outputs(small)
+                trained = self.outputs(small, training=True) if self.training else []
+            except Exception as error:  # a forward that hard-codes a width can fail in any way
+                what = str(error).splitlines()[0][:200] if str(error) else repr(error)
+                return f"the model does not run when units are cut: {what}"
+            masked = self.masked(sites, factors)
+            if not _close(masked, compared, self.tolerance):
+                return _DISAGREE
+            if self.training and not _close(self.masked(sites, factors, training=True), trained, self.tolerance):
+                return _DISAGREE
+            if not masked:
+                return "the model has no floating-point output to compare"
+            closed = any((f == 0).any() for f in factors.values())
+            if last and self.vouch and closed and all(map(torch.equal, self.reference, masked)):
+                return BLIND
+        return None
+
+    def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
+        """Whether function-preserving growth of these sites moves the output, or fails."""
+        sources = {n: [*range(u.size), -1] for n, u in sites.items() if u.growable and not isinstance(u, InputUnits)}
+        try:
+            grown = sharing(self.model)
+            apply_plan(grown, plan_resize(sites, lengths(grown), sources), {})
+            if not _close(self.reference, self.outputs(grown), self.tolerance):
+                return "growing its units changes the output"
+        except Exception as error:  # a forward that hard-codes a width can fail in any way
+            return f"the model does not run when units are added: {error}"
+        return None
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Evaluation, or training in which nothing is random: dropout would differ between widths."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+def _close(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
+    """Whether outputs agree, up to a share of the largest entry of each."""
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+            return False
+        a, b = a[a.isfinite()], b[b.isfinite()]  # a mask may write -inf
+        if a.numel() and not (a - b).abs().max().item() <= tolerance * max(a.abs().max().item(), 1e-300):
+            return False
+    return True
+
+
+def _comparable(tree: Any) -> list[Tensor]:
+    """The outputs of real or complex numbers; objects such as a memory of keys and values are none."""
+    return [t for t in tensors_within(tree) if t.is_floating_point() or t.is_complex()]

@@ -1,0 +1,102 @@
+"""Single weights as gates: a gate on every entry of a weight, shared by the batch.
+
+They close entries within what the units leave open. `WeightSite` holds the logits of one weight, `Entries` which
+units its rows and columns belong to, for what entries cost and for units that nothing reads any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates.run import Gating
+from plasticnet.tools.inputs import copy_inputs
+from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
+from plasticnet.tools.trees import tensors_within
+
+
+def gateable(
+    model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[str], dict[str, str]]:
+    """The weights of the modules whose name matches, and those that cannot be gated, with the reason.
+
+    Raises `PlasticError` for a pattern that matches no module with a weight of two or more dimensions.
+    """
+    modules = {name: m for name, m in model.named_modules() if _has_matrix(m)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise PlasticError(
+                f"weights={pattern!r} matches no module with a weight of two or more dimensions; these have one: "
+                f"{', '.join(modules) or 'none'}"
+            )
+    places: dict[int, list[str]] = {}
+    for name, m in model.named_modules():
+        for leaf, p in m._parameters.items():
+            places.setdefault(id(p), []).append(f"{name}.{leaf}".removeprefix("."))
+    found: list[str] = []
+    frozen: dict[str, str] = {}
+    for name, m in modules.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            tensor = f"{name}.weight".removeprefix(".")
+            reason = _reason(m, places.get(id(m._parameters.get("weight")), []))
+            if reason:
+                frozen[tensor] = reason
+            else:
+                found.append(tensor)
+    for name, m in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            others = [leaf for leaf, p in m._parameters.items() if leaf != "weight" and p is not None and p.dim() > 1]
+            reason = 'only parameters of the name "weight" are gated entry by entry'
+            frozen.update({f"{name}.{leaf}".removeprefix("."): reason for leaf in others})
+    if _masking_differs(model, found, args, kwargs):
+        wrong = [t for t in found if _masking_differs(model, [t], args, kwargs)] or found
+        frozen.update(dict.fromkeys(wrong, "closing its entries is not what zeros in it are: something else reads it"))
+        found = [t for t in found if t not in wrong]
+    return found, frozen
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight.dim() > 1 if weight is not None else _computed(module)
+
+
+def _computed(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module, "weight") or isinstance(module.__dict__.get("weight"), Tensor)
+
+
+def _reason(module: nn.Module, places: list[str]) -> str:
+    """Why the weight of a module cannot be gated, or nothing."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "the weight is computed from other parameters"
+    if not weight.is_floating_point():
+        return f"the weight is {weight.dtype}: neither half, single nor double precision"
+    if len(places) > 1:
+        return f"the weight is shared: {', '.join(places)}"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "the weight is a table to look rows up in: nothing is multiplied by its entries"
+    return ""
+
+
+def _masking_differs(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether gates that are 0 at random give other outputs than zeros in these weights."""
+    parameters = dict(model.named_parameters())
+    if not names or any(t.is_meta for t in (*parameters.values(), *model.buffers())):
+        return False
+    with left_as_it_was(model):
+        masks = {n: torch.rand_like(parameters[n]).round() for n in names}
+        zeros = {id(parameters[n]): nn.Parameter(parameters[n] * m) for n, m in masks.items()}
+        masked, zeroed = sharing(model).eval(), duplicate(model, lambda p: zeros.get(id(p), p)).eval()
+        gating = Gating({}, masked, names)
+        one = torch.ones(1, device=next(iter(masks.values())).device)
+        inputs = [copy_inputs((args, kwargs)) for _ in range(2)]
+        found = tensors_within(gating.run(one, *inputs[0], all_open=True, weights=masks))
+        expected = tensors_within(zeroed(*inputs[1][0], **inputs[1][1]))
+    pairs = zip(found, expected, strict=True)
+    return not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)

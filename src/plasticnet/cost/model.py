@@ -1,0 +1,134 @@
+"""What a network costs: units, parameters, multiply-adds, milliseconds; exactly or as an expectation over gates.
+
+A tensor costs the product of its dimensions; the expected length of a dimension is a sum over the
+sites that own parts of it, so everything follows from one number per site, the expected number of
+open units. Gates are independent; where two dimensions share a site, the variance is added. A measured
+latency is a sum of such products, too. All tensors are computed at once: a step of training asks for
+this, and there may be hundreds of them. Of a weight whose entries have gates of their own each entry costs its
+probability times those of its row's and its column's unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from plasticnet.cost.entries import entries
+from plasticnet.cost.latency import Latency
+from plasticnet.cost.terms import Dim, Lengths, Places, Terms
+from plasticnet.errors import PlasticError
+from plasticnet.units import BlockUnits, Units
+
+
+class CostModel:
+    """Expected cost of a network as a function of the gate probabilities of its sites."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Units],
+        model: nn.Module,
+        uses: Mapping[str, float],
+        latency: Latency | None = None,
+        weights: Sequence[str] = (),
+    ) -> None:
+        """``weights`` are the names of those whose entries have gates."""
+        meta = next(model.parameters()).is_meta  # there is nothing to compute, but to count
+        self.device = torch.device("cpu") if meta else next(model.parameters()).device
+        self._places = Places(sites, self.device)
+        self._blocks = {name for name, u in sites.items() if isinstance(u, BlockUnits)}
+        self._lengths = Lengths(self._places)
+        tensors, timed, ungated = (Terms(self._places) for _ in range(3))
+        self._terms = {"parameters": tensors, "macs": tensors, **({} if latency is None else {"latency": timed})}
+        self._ungated = ungated
+        self._collect(model, uses, latency, weights)
+        self.entries = entries(sites, model, weights)
+        self._entry_sizes = [e.shape.numel() for e in self.entries]
+        self._entry_costs = {"parameters": [1.0] * len(weights), "macs": [uses.get(name, 0.0) for name in weights]}
+        for part in (self._lengths, tensors, timed, *([ungated] if weights else [])):
+            part.freeze(self.device)
+        self._full: dict[str, Tensor] = {}
+        self._strengths: tuple[Sequence[float], Tensor | None] = ([], None)
+
+    def _collect(
+        self, model: nn.Module, uses: Mapping[str, float], latency: Latency | None, weights: Sequence[str]
+    ) -> None:
+        """Add a term for every parameter, and for every term of a measured latency."""
+        owners: dict[tuple[str, int], dict[str, int]] = {}
+        for name, u in self._places.sites.items():
+            for s in u.slices:
+                owners.setdefault((s.tensor, s.dim), {})[name] = s.index.shape[1]
+        place: dict[tuple[str, int], Dim] = {}
+        for tensor, p in model.named_parameters():
+            owned = [d for d in range(p.dim()) if (tensor, d) in owners]
+            for d in owned:
+                place[tensor, d] = self._lengths.add(p.shape[d], owners[tensor, d]), owners[tensor, d]
+            fixed = prod(n for d, n in enumerate(p.shape) if d not in owned)
+            counts = {"parameters": float(fixed), "macs": fixed * uses.get(tensor, 0.0)}
+            tensors = self._terms["parameters"]
+            for terms in (tensors,) if tensor in weights else (tensors, self._ungated):
+                terms.add([place[tensor, d] for d in owned], self._places.block_of(tensor), counts)
+        for t in () if latency is None else latency.terms:
+            dims = [place[t.tensor, d] for d in t.dims]
+            self._terms["latency"].add(dims, self._places.block_of(t.tensor), {"latency": t.rate})
+
+    def full(self, cost: str) -> Tensor:
+        """The cost of the network with all units, a scalar."""
+        if cost not in self._full:
+            self._full[cost] = self.expected(torch.ones(self._places.one, device=self.device), cost)
+        return self._full[cost]
+
+    def expected(self, pi: Tensor, cost: str) -> Tensor:
+        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,). Those of the
+        gated weights may stand behind them, else all their entries are open; "units" and "latency" do not depend on
+        them. Raises `PlasticError` for the latency where it has not been measured.
+        """
+        weights: Sequence[Tensor] = ()
+        if len(pi) > self._places.one:
+            pi, *weights = pi.split([self._places.one, *self._entry_sizes])
+        if cost == "units":
+            return pi.sum()
+        if cost not in self._terms:
+            raise PlasticError(
+                'cost="latency" is not known yet: call net.measure_latency(example_inputs) first, on the device and '
+                "with the batch that count"
+            )
+        sums = pi.new_zeros(len(self._places.sizes)).index_add(0, self._places.site_of, pi)
+        gates = torch.cat([pi, pi.new_ones(1)])
+        lengths = self._lengths(sums, gates)
+        if not weights or cost not in self._entry_costs:
+            total = self._terms[cost].total(cost, pi, lengths, gates)
+            # A latency may be all constants: then its gradient is 0, not missing.
+            return total if total.requires_grad or not pi.requires_grad else total + 0 * pi.sum()
+        total = self._ungated.total(cost, pi, lengths, gates)
+        for e, each, own in zip(self.entries, self._entry_costs[cost], weights, strict=True):
+            total = total + each * e.expected(own, gates)
+        return total
+
+    def unit_costs(self, cost: str) -> list[float]:
+        """What one unit of each site costs beside all others (of blocks, which differ: one on average)."""
+        full = torch.ones(self._places.one, dtype=torch.float64, device=self.device)
+        whole, found = float(self.expected(full, cost)), []
+        for (name, start), size in zip(self._places.starts.items(), self._places.sizes, strict=True):
+            fewer, units = full.clone(), size if name in self._blocks else 1
+            fewer[start : start + units] = 0.0
+            found.append((whole - float(self.expected(fewer, cost))) / units)
+        return found
+
+    def reached(self, z: Tensor) -> Tensor:
+        """The entries of the gated weights whose units are open in z, a mask (units,): shape (weights,)."""
+        z = torch.cat([z, z.new_ones(1)])
+        return torch.cat([e.reached(z).expand(e.shape).flatten() for e in self.entries])
+
+    def weighed(self, pi: Tensor, strengths: Sequence[float]) -> Tensor:
+        """``pi``, shape (units,) and more, whose gradient is scaled by one number for each site; the values stay."""
+        if self._strengths[0] != strengths:
+            each = pi.new_tensor(strengths).index_select(0, self._places.site_of)
+            self._strengths = strengths, None if all(s == 1 for s in strengths) else each
+        each = self._strengths[1]
+        if each is None:
+            return pi
+        each = each if len(each) == len(pi) else nn.functional.pad(each, (0, len(pi) - len(each)), value=1.0)
+        return torch.lerp(pi.detach(), pi, each)

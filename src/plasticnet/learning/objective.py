@@ -1,0 +1,153 @@
+"""The expected loss over the gates: it puts the passes of one training step together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.site import probabilities
+from plasticnet.gates.wrapped import enter
+from plasticnet.learning.alike import Alike
+from plasticnet.learning.draws import draws_per_sample, gates_of_pass
+from plasticnet.learning.estimate import Scaled, estimate, surrogate, training_gates
+from plasticnet.learning.estimators import Draw
+from plasticnet.learning.passes import run_aside, run_closure, run_replaying
+from plasticnet.learning.prefix import Diverged, Prefix
+from plasticnet.learning.probe import resolve_auto
+from plasticnet.learning.sampler import Pass, Sampler, Step
+from plasticnet.tools.snapshot import Snapshot
+from plasticnet.tools.statistics import has_running_statistics, uses_batch_statistics
+
+
+def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> Tensor:
+    """The training loss, a scalar whose backward also gives the gates their gradient; see `PlasticNet.expected_loss`.
+
+    Raises `PlasticError` in evaluation mode and for losses that are none. Whatever is raised, random numbers and
+    buffers are as they were: a bad batch must not ruin BatchNorm's statistics.
+    """
+    if not net.training:
+        raise PlasticError("expected_loss needs training mode; call net.train() first")
+    enter(net)
+    before = Snapshot(net.model)
+    try:
+        return _estimated(net, sampler, closure, before)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot) -> Tensor:
+    if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
+        f = run_closure(net, sampler, closure, Pass("training"))
+        return f.mean() if f.dim() else f
+    resolve_auto(net, sampler, closure)
+    step = Step(gradients=torch.is_grad_enabled())
+    f, gradient = _passes(net, sampler, closure, before, step)
+    step.gradient = net.ranks.average(gradient)
+    loss = (f.mean() if f.dim() else f) + surrogate(net, step.gradient)
+    if sampler.rule.at != "training":
+        sampler.gradient = step.gradient
+        return loss
+    # All gates are part of the loss, used or not: else a rank whose blocks are closed would not come to its slopes.
+    tied = [0 * z.sum() for z in step.gated]
+    step.gated.clear()  # their graph knows the step
+    scaled = Scaled.apply(loss + sum(tied), step)
+    assert isinstance(scaled, Tensor)
+    return scaled
+
+
+def _passes(
+    net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot, step: Step
+) -> tuple[Tensor, Tensor]:
+    """Run all passes of a step: the losses to train on, and the estimate as far as it is known before the
+    backward pass. The training pass comes last, and is handed what the others computed before the first gate."""
+    estimator = sampler.rule
+    # Where samples meet in the statistics of a batch, losses are compared under the running ones instead.
+    batched = uses_batch_statistics(net.model) and has_running_statistics(net.model)
+    running = draws_per_sample(net, sampler) and batched
+    indices = [i for i in estimator.reads if running or i]
+    step.prefix = _prefix(net) if indices else None
+    found: dict[int, Tensor] = {}
+    slopes: list[Tensor] = []
+    try:
+        for i in indices:
+            now = Pass("partner", step, gates_of_pass(sampler, i), running)
+            found[i] = run_replaying(net, before, now, partial(run_aside, net, sampler, closure, after=before))
+        if running:  # what comes before the first gate differs, too
+            step.prefix = None
+        if estimator.at == "mean":
+            slopes = _slopes_at_mean(net, sampler, closure, step, before)
+        training = Pass("training", step, partial(training_gates, net, sampler, step))
+        f = run_replaying(net, before, training, partial(run_closure, net, sampler, closure))
+    except Alike as alike:
+        before.restore()
+        f, found[1] = _nearly_equal(net, sampler, closure, before, step, alike.rows)
+    found.setdefault(0, f.detach())
+    losses = [found.get(i, found[0]) for i in range(estimator.partners + 1)]
+    return f, estimate(net, sampler, step, losses, slopes)
+
+
+def _prefix(net: GatedModel) -> Prefix:
+    """To record what a run of the model computes before its first gate."""
+    return Prefix(net.model, {id(t): t for t in net.gating.known}, keep=net.gating.keep_results)
+
+
+def _slopes_at_mean(
+    net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], step: Step, before: Snapshot
+) -> list[Tensor]:
+    """The gradient of the mean loss with respect to the gates of each row, at z = pi: shape (rows, units), for every
+    draw of the step."""
+    leaves: dict[int, Tensor] = {}
+
+    def gates(draw: Draw) -> Tensor:
+        leaves[id(draw)] = draw.pi.expand(draw.rows, -1).clone().requires_grad_()
+        return leaves[id(draw)]
+
+    f = run_replaying(net, before, Pass("partner", step, gates), partial(run_closure, net, sampler, closure))
+    slopes = torch.autograd.grad(f.mean(), [leaves[id(draw)] for draw in step.draws], materialize_grads=True)
+    before.restore()
+    return list(slopes)
+
+
+def _nearly_equal(
+    net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot, step: Step, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The losses of the training pass and of the partner's, where only some samples have to be computed again:
+    the training pass comes first."""
+    step.prefix = None
+    training = Pass("training", step, outputs=[])
+    f1 = run_closure(net, sampler, closure, training)
+    if not len(rows):
+        return f1, f1.detach()
+    gates = gates_of_pass(sampler, 1)
+    after, f2 = Snapshot(net.model), None
+    if after.random == step.after:  # else each sample's dropout depends on how many there are
+        before.restore()
+        partner = Pass("partner", step, gates, outputs=training.outputs, rows=rows)
+        try:
+            f2 = run_aside(net, sampler, closure, partner, after=after)
+        except (Diverged, Exception):  # it does not run on some of the samples
+            f2 = None
+    if f2 is None:
+        sampler.rows_apart = False
+    if f2 is None or sampler.rows_apart is None:  # at first, check that this is exact
+        before.restore()
+        whole = run_aside(net, sampler, closure, Pass("partner", step, gates), after=after)
+        if f2 is not None and not torch.equal(whole, f1):  # else nothing moves, and nothing was seen
+            sampler.rows_apart = torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
+        f2 = f2 if f2 is not None and sampler.rows_apart else whole
+    return f1, f2
+
+
+def _uncertain(net: GatedModel) -> bool:
+    """Whether any gate can differ between two draws. A GPU is not asked, which would mean waiting for it."""
+    if net.like.is_cuda:
+        return True
+    pi = probabilities(net.all_gates(), net.k)
+    return bool(((pi > 0) & (pi < 1)).any())

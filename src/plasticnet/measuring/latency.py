@@ -1,0 +1,159 @@
+"""Latency as a cost: measured on copies that are cut at random, module by module.
+
+The time of a module is fitted by non-negative multiples of 1, of the lengths of its tensors' gated
+dimensions, and of the products of two dimensions of a tensor (least squares). Like the other costs it
+is then multilinear in the gates, so that its expectation is cheap and differentiable. What that leaves
+out (kernels that like multiples of 8, say) shows in the error, which is that of networks the fit has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import nn
+
+from plasticnet.cost.latency import Latency, Term
+from plasticnet.errors import PlasticError
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.site import INITIAL_LOGIT
+from plasticnet.layers.take import Take
+from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of
+from plasticnet.surgery.compact import cut
+from plasticnet.tools.inputs import batch_size, blaming_inputs, call_arguments, copy_inputs
+from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
+from plasticnet.units import BlockUnits, Units
+
+_HELD_OUT = 4  # one network in so many is predicted, not fitted
+
+
+_NARROWEST = 0.02  # the smallest share of a site's units that is measured
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A network that was measured: how long its tensors' dimensions are, and the milliseconds of its modules."""
+
+    lengths: Mapping[str, tuple[int, ...]]
+    times: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.times.values())
+
+
+def measure_latency(net: GatedModel, example_inputs: Any, networks: int, repeats: int) -> Latency:
+    """See `PlasticNet.measure_latency`."""
+    if type(networks) is not int or networks < 2 * _HELD_OUT:
+        raise PlasticError(f"networks={networks!r}: a whole number of networks to measure, {2 * _HELD_OUT} or more")
+    if type(repeats) is not int or repeats < 1:
+        raise PlasticError(f"repeats={repeats!r}: a whole number, 1 or more")
+    inputs = args, kwargs = call_arguments(example_inputs)
+    device = device_of(net, inputs)
+    sites = {s.name: s.units for s in net.sites.values()}
+    twin: Any = duplicate(net).eval()
+    whole: nn.Module = twin.model
+    with left_as_it_was(twin), one_thread():
+        _open(twin)
+        with blaming_inputs(whole, args, kwargs):
+            watched, row_of = called_rows(twin, whole, copy_inputs(inputs))
+        timed = partial(_measured, whole, sites, list(watched), inputs, repeats, device)
+        samples = [timed({name: np.ones(u.size) for name, u in sites.items()})]
+        generator = np.random.default_rng(0)
+        samples += [timed(_gates(sites, generator)) for _ in range(networks)]
+    held_out = samples[_HELD_OUT::_HELD_OUT]
+    fitted = [s for i, s in enumerate(samples) if i == 0 or i % _HELD_OUT]
+    gated = {(s.tensor, s.dim) for u in sites.values() for s in u.slices}
+    terms: list[Term] = []
+    for row in dict.fromkeys((*watched, "")):
+        tensors = [t for t, r in row_of.items() if r == row]
+        dims = {t: [d for d in range(len(samples[0].lengths[t])) if (t, d) in gated] for t in tensors}
+        terms += _fit(row, dims, fitted)
+    errors = [abs(_predicted(terms, s) / s.total - 1) for s in held_out]
+    moving = {t.module for t in terms if t.dims}
+    dtype = next(p.dtype for p in whole.parameters() if p.is_floating_point() or p.is_complex())
+    return Latency(
+        tuple(terms), tuple(row for row in watched if row not in moving), samples[0].total,
+        float(np.mean(errors)), max(errors), len(fitted), len(held_out),
+        device, str(dtype).removeprefix("torch."), batch_size(args, kwargs),
+    )  # fmt: skip
+
+
+def _open(net: Any) -> None:
+    """Open all gates for good, those of blocks too."""
+    net.k = math.inf
+    for site in net.sites.values():
+        site.phi.fill_(INITIAL_LOGIT)
+
+
+def _gates(sites: Mapping[str, Units], generator: np.random.Generator) -> dict[str, np.ndarray]:
+    """Which units of each site stay: all blocks, and of others a random share, narrow ones as often as wide ones
+    (uniform in its logarithm). One unit alone is left nowhere: a model may squeeze its axis away."""
+    gates: dict[str, np.ndarray] = {}
+    for name, u in sites.items():
+        share = 1.0 if isinstance(u, BlockUnits) else _NARROWEST ** generator.uniform()
+        gates[name] = np.zeros(u.size)
+        gates[name][generator.permutation(u.size)[: max(round(share * u.size), 2)]] = 1.0
+    return gates
+
+
+def _measured(
+    whole: nn.Module,
+    sites: Mapping[str, Units],
+    rows: Sequence[str],
+    inputs: Inputs,
+    repeats: int,
+    device: str,
+    gates: Mapping[str, np.ndarray],
+) -> _Sample:
+    """The model cut to what these gates leave, measured."""
+    small = sharing(whole)
+    modules = {row: small.get_submodule(row) for row in rows}
+    cut(small, sites, {name: torch.from_numpy(g) for name, g in gates.items()})
+    takes = {m[1]: m for m in small.modules() if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], Take)}
+    modules = {row: takes.get(m, m) for row, m in modules.items()}  # its features are taken for the consumer
+    names = [name for name, _ in whole.named_parameters()]  # a Take changes names, and not the order
+    lengths = {name: tuple(p.shape) for name, p in zip(names, small.parameters(), strict=True)}
+    run = partial(call, small)
+    try:
+        run(copy_inputs(inputs))  # the first run prepares kernels
+    except Exception as error:
+        widths = {name: int(g.sum()) for name, g in gates.items()}
+        raise PlasticError(
+            f"{type(whole).__name__} does not run when it is cut to {widths}: {error}. Leave a site that cannot be "
+            "that narrow alone, with PlasticNet(exclude=...)"
+        ) from error
+    times = times_of(run, inputs, modules, repeats, device)
+    total = times_of(run, inputs, {}, repeats, device)[None]
+    share = total / sum(times.values())  # watching takes time, too: without it the whole is as long as it is
+    before = times.pop(None, 0.0)  # until the first module starts
+    times[""] = times.get("", 0.0) + before
+    return _Sample(lengths, {row: times.get(row, 0.0) * share for row in (*rows, "")})
+
+
+def _fit(row: str, dims: Mapping[str, Sequence[int]], samples: Sequence[_Sample]) -> list[Term]:
+    """The terms that make up the time of a module, with these gated dimensions of its tensors."""
+    first = next(iter(dims), "")
+    asked = [(first, ())] + [(t, c) for n in (1, 2) for t, owned in dims.items() for c in combinations(owned, n)]
+    lengths = [[tuple(s.lengths[t][d] for d in c) for t, c in asked] for s in samples]
+    products = np.array([[prod(n) for n in sample] for sample in lengths], dtype=np.float64)
+    products /= products[0]
+    distinct = np.sort(np.unique(products.round(9), axis=1, return_index=True)[1])  # a bias is as long as its weight
+    # Each network weighs the same: what counts is the error relative to its time.
+    weights = 1 / np.array([s.total for s in samples])
+    times = np.array([s.times[row] for s in samples])
+    found, _ = nnls(products[:, distinct] * weights[:, None], times * weights)
+    fitted = [(*asked[i], lengths[0][i], float(ms)) for i, ms in zip(distinct, found, strict=True) if ms > 0]
+    return [Term(row, tensor, which, n, ms) for tensor, which, n, ms in fitted]
+
+
+def _predicted(terms: Sequence[Term], sample: _Sample) -> float:
+    return sum(t.rate * prod(sample.lengths[t.tensor][d] for d in t.dims) for t in terms)

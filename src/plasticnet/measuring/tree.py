@@ -1,0 +1,65 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+Row = tuple[str, str, str, str, str]
+
+
+SHOWN = 3  # names of one kind: of what reads a site, or is frozen for one reason
+
+
+@dataclass
+class Node:
+    """A module in the table: what lies in it, and its cells if it is a site. Equal where both are."""
+
+    children: dict[str, Node] = field(default_factory=dict)
+    cells: tuple[str, str, str, str] | None = None
+
+
+def walk_rows(node: Node, depth: int) -> Iterator[Row]:
+    for name, child in _folded(node.children):
+        while child.cells is None and len(below := _folded(child.children)) == 1:
+            name, child = f"{name}.{below[0][0]}", below[0][1]
+        units, parameters, macs, readers = child.cells or ("", "", "", "")
+        yield ("  " * depth + name, units, parameters, macs, readers)
+        yield from walk_rows(child, depth + 1)
+
+
+def _folded(children: Mapping[str, Node]) -> list[tuple[str, Node]]:
+    """The children, with numbered ones that are equal as one: ``[0-11]``, ``layer[1-3]``."""
+    groups: list[tuple[str, list[str], Node]] = []  # a stem, the numbers behind it, what they have in common
+    for name, child in children.items():
+        stem = name.rstrip("0123456789")
+        twins = next((numbers for s, numbers, first in groups if s == stem != name and first == child), [])
+        if not twins:
+            groups.append((stem, twins, child))
+        twins.append(name[len(stem) :])
+    return [(stem + (n[0] if len(n) == 1 else f"[{_ranges([int(i) for i in n])}]"), child) for stem, n, child in groups]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,5``"""
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][-1] + 1:
+            spans[-1][1:] = [n]
+        else:
+            spans.append([n])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+def relative_name(name: str, site: str) -> str:
+    """A module's name without the modules that a site lies in too."""
+    parts, around = name.split("."), site.split(".")[:-1]
+    while len(parts) > 1 and around and parts[0] == around[0]:
+        parts, around = parts[1:], around[1:]
+    return ".".join(parts)
+
+
+def listed_names(names: Sequence[str], shown: int) -> str:
+    if len(names) <= shown:
+        return ", ".join(names)
+    return f"{', '.join(names[:shown])} and {len(names) - shown:,} more"

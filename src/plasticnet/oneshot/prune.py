@@ -1,0 +1,89 @@
+"""Cutting a trained network in one shot, by a score for each unit; and how much each of its sites can lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from plasticnet.budgets.budget import Budget
+from plasticnet.budgets.projection import most, project, ranks
+from plasticnet.errors import PlasticError
+from plasticnet.gates.site import INITIAL_LOGIT
+from plasticnet.net import PlasticNet
+from plasticnet.oneshot.scores import Scores, resolve
+from plasticnet.surgery.optimizers import Optimizers
+from plasticnet.surgery.survivors import survivors
+from plasticnet.tools.inputs import Loss
+
+
+def prune_once(
+    net: PlasticNet,
+    budget: Budget,
+    optimizer: Optimizers = None,
+    *,
+    scores: Scores = "magnitude",
+    scope: Literal["global", "uniform"] = "global",
+    loss: Loss | None = None,
+) -> dict[str, int]:
+    """Cut a trained network to a budget at once; returns how many units were closed per site.
+
+    ``budget`` has shares of the network as it is, or absolute targets. ``scores`` is a kind of `pn.scores`, for
+    which ``loss`` is there, or a number for each unit, higher for what is to stay: what `pn.scores` returned, say.
+    "global" compares them across sites: the best units stay, as many as the budget allows. "uniform" compares them
+    within a site, and all sites keep the same share of their units, the largest that the budget allows (each its
+    `Site.minimum`). Units are cut by `PlasticNet.resize`, which ``optimizer`` is for; blocks are closed, and
+    `compact` removes them.
+
+    Raises `PlasticError`, and changes nothing, at another k than infinity, for a budget of the loss, when even the
+    smallest network costs more than the budget, and for what `scores` and `resize` refuse.
+    """
+    if not math.isinf(net.k):
+        raise PlasticError(f"prune_once cuts a trained network at once, at k = infinity; k is {net.k:g}")
+    if scope not in ("global", "uniform"):
+        raise PlasticError(f"scope={scope!r}: choose one of global, uniform")
+    targets = budget.targets(net) if isinstance(budget, Budget) else {}
+    if not targets:
+        raise PlasticError(f"prune_once takes a budget of costs, such as pn.Budget(macs=0.3), not {budget!r}")
+    worth = resolve(net, scores, loss)
+    keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)
+    sources = _sources(net, keep, worth)
+    before = {n: int(s.open.sum()) for n, s in net.sites.items()}
+    net.resize(sources, optimizer)
+    with torch.no_grad():
+        for name, site in net.sites.items():
+            closed = ~keep[name][sources.get(name, slice(None))]
+            if closed.any():
+                site.phi[torch.from_numpy(closed).to(site.phi.device)] = -INITIAL_LOGIT
+    return {n: before[n] - now for n, s in net.sites.items() if (now := int(s.open.sum())) < before[n]}
+
+
+def _sources(net: PlasticNet, keep: Mapping[str, np.ndarray], worth: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    """The units to keep, for every site that loses some, as `PlasticNet.resize` wants them."""
+    values = {n: mask + 0.4 * ranks(-worth[n]) / len(mask) for n, mask in keep.items()}  # closed ones: below 0.5
+    return survivors({n: s.units for n, s in net.sites.items()}, values, 0.5)
+
+
+def _uniform(net: PlasticNet, worth: Mapping[str, np.ndarray], targets: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The units that stay when every site keeps the same share of them, the largest that the targets allow."""
+    sites, weights = net.sites, net.open_weights()
+
+    def kept(share: float) -> dict[str, np.ndarray]:
+        masks = {}
+        for name, site in sites.items():
+            masks[name] = ranks(worth[name]) < max(site.least, math.floor(share * len(site) + 1e-9))
+        left = _sources(net, masks, worth)  # with features go channels that nothing else reads
+        return {n: np.isin(np.arange(len(mask)), left[n]) if n in left else mask for n, mask in masks.items()}
+
+    def fits(share: float) -> bool:
+        pi = torch.from_numpy(np.concatenate([*kept(share).values(), weights]).astype(np.float64)).to(net.like.device)
+        return all(float(net.cost.expected(pi, cost)) <= target for cost, target in targets.items())
+
+    shares = sorted({0.0, *(i / len(s) for s in sites.values() for i in range(1, len(s) + 1))})
+    if not fits(shares[0]):
+        named = ", ".join(f"{target:,.6g} {cost}" for cost, target in targets.items())
+        raise PlasticError(f"the budget of {named} cannot be met: the smallest network costs more")
+    return kept(shares[most(lambda n: fits(shares[n]), len(shares) - 1)])

@@ -1,0 +1,180 @@
+"""Integers on modules that repeat a width, and must follow when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from torch import nn
+
+from plasticnet.layers.attention import free_heads, head_size
+from plasticnet.units import Units, Width, owner
+
+_CONV = nn.modules.conv._ConvNd
+
+
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+
+# Attributes of torch's own layers, which follow the shapes of their parameters.
+WIDTHS = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+    "embedding_dim",
+    "normalized_shape",
+    "input_size",
+    "hidden_size",
+    "d_model",
+    "unflattened_size",
+)
+
+
+_NORM_WIDTHS = ("num_features", "num_channels")
+
+
+def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarray], groups: Mapping[str, int]) -> None:
+    """Bring the attributes of every module whose parameters were resized up to date.
+
+    ``groups`` maps the weights of grouped layers to the rows of one group: a convolution of one
+    group looks like an ordinary one.
+    """
+    for tensor, rows in groups.items():
+        module = model.get_submodule(owner(tensor))
+        if isinstance(module, _CONV):
+            module.groups = model.get_parameter(tensor).shape[0] // rows
+        elif isinstance(module, nn.GroupNorm):
+            module.num_groups = model.get_parameter(tensor).shape[0] // rows
+    for name in dict.fromkeys(owner(tensor) for tensor, _ in takes):
+        module = model.get_submodule(name)
+        for attribute, value in _expected(module):
+            if type(getattr(module, attribute, None)) is type(value):
+                setattr(module, attribute, value)
+        for attention in (module, model.get_submodule(name.rpartition(".")[0])):
+            size = head_size(attention)
+            if size is not None:
+                free_heads(attention, size)
+
+
+def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
+    """Let attributes follow a change of so many units."""
+    for width, units in shifts:
+        module = model.get_submodule(width.module)
+        value = getattr(module, width.attribute)
+        if width.place is None:
+            value = value + units * width.per_unit
+        else:
+            changed = [v + units * width.per_unit * (i == width.place) for i, v in enumerate(value)]
+            value = type(value)(changed)
+        setattr(module, width.attribute, value)
+
+
+def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Width]:
+    """Attributes that may follow the size of a site, judging by their value: the number of its units,
+    a multiple of it, or the length of a dimension that it lies along.
+
+    They are sought in the modules that own its slices, in those that hold these modules, up to the one
+    that holds them all, and in what these hold besides that has no parameters; ``outside``, in those
+    that hold that one, too.
+    """
+    paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    common = 0 if outside else shared
+    names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
+    for name in list(names):  # and what stands beside them without parameters, as nn.Unflatten does
+        for leaf, child in model.get_submodule(name).named_children():
+            if next(child.parameters(), None) is None:
+                names.setdefault(f"{name}.{leaf}".lstrip("."))
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    widths = {tensors[s.tensor].shape[s.dim]: s.index.shape[1] for s in units.slices if s.tensor in tensors}
+    found: list[Width] = []
+    for name in names:
+        module = model.get_submodule(name)
+        known = {attribute for attribute, _ in _expected(module)}
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or attribute in known:
+                continue
+            places = [(None, value)] if type(value) is int else []
+            if isinstance(value, list | tuple) and type(value) in (list, tuple):
+                places = [(i, v) for i, v in enumerate(value) if type(v) is int]
+            for place, v in places:
+                per_unit = widths.get(v) or (v // units.size if v and v % units.size == 0 else 0)
+                if per_unit and any(w % per_unit == 0 for w in widths.values()):
+                    found.append(Width(name, attribute, per_unit, place))
+    return sorted(found, key=lambda w: w.per_unit)  # numbers of units first: they are read most often
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a layer's weight comes from a parametrization: reading it could change its state."""
+    return isinstance(module, nn.Linear | _CONV) and module._parameters.get("weight") is None
+
+
+def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    """What the widths of a module should be, judging by its parameters."""
+    shape = next((t.shape for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+    if shape is None or len(shape) == 0 or _is_computed(module):
+        return
+    if isinstance(module, nn.Linear):
+        yield from (("out_features", shape[0]), ("in_features", shape[1]))
+    elif isinstance(module, nn.Bilinear):
+        yield "out_features", shape[0]
+    elif isinstance(module, _CONV):
+        other = shape[1] * module.groups
+        first, second = (
+            ("in_channels", "out_channels") if isinstance(module, _TRANSPOSED) else ("out_channels", "in_channels")
+        )
+        yield from ((first, shape[0]), (second, other))
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        yield "num_features", shape[0]
+    elif isinstance(module, nn.GroupNorm):
+        yield "num_channels", shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        yield "normalized_shape", tuple(shape)
+    elif isinstance(module, nn.RNNBase):
+        hidden = shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        yield from (("input_size", shape[1]), ("hidden_size", hidden))
+    elif isinstance(module, nn.RNNCellBase):
+        yield from (("input_size", shape[1]), ("hidden_size", module.weight_hh.shape[1]))
+    elif isinstance(module, nn.PReLU):
+        yield "num_parameters", shape[0]
+    elif isinstance(module, nn.Embedding):
+        yield "embedding_dim", shape[1]
+
+
+def group_size(module: nn.Module) -> int | None:
+    """Channels of one group, which no resize changes; None where there are no groups."""
+    if isinstance(module, _CONV) and module.groups > 1:
+        return (module.in_channels if isinstance(module, _TRANSPOSED) else module.out_channels) // module.groups
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels // module.num_groups if module.num_groups > 1 else None
+    return None
+
+
+def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
+    """Where a module's attributes contradict the shapes of its parameters, or its ``group_size``."""
+    outputs = next((v for n, v in _expected(module) if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
+    for leaf in ("bias", "running_mean", "running_var"):
+        vector = getattr(module, leaf, None)
+        if outputs is not None and vector is not None and vector.shape != (outputs,):
+            yield f"{leaf} has shape {tuple(vector.shape)}, for {outputs} outputs"
+    if isinstance(module, _CONV) and not _is_computed(module):
+        expected = module.weight.shape[0] // group if group else 1
+        if module.groups != expected:
+            yield f"groups is {module.groups}, but its parameters say {expected}"
+    if isinstance(module, nn.GroupNorm) and group and module.num_groups * group != module.num_channels:
+        yield f"num_groups is {module.num_groups}, but groups have {group} of {module.num_channels} channels"
+    for name, value in _expected(module):
+        if getattr(module, name, value) != value:
+            yield f"{name} is {getattr(module, name)}, but its parameters say {value}"
+    if (
+        isinstance(module, _CONV)
+        and not _is_computed(module)
+        and tuple(module.weight.shape[2:]) != tuple(module.kernel_size)
+    ):
+        yield f"the kernel is {tuple(module.kernel_size)}, but weight has shape {tuple(module.weight.shape)}"

@@ -1,0 +1,230 @@
+"""Growth by the gradient: more units than wanted are added and tried out, and the most promising stay.
+
+A new unit with outgoing weights of zero changes nothing, but these weights have a gradient. The larger
+it is, the more the loss will fall by the unit (GradMax, Evci et al., arXiv 2201.05125).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from plasticnet.cost.names import check_names
+from plasticnet.errors import PlasticError
+from plasticnet.gates.gated import GatedModel, at_k
+from plasticnet.surgery.optimizers import Optimizers
+from plasticnet.surgery.resize import check_counts, grow, resize
+from plasticnet.surgery.survivors import alive
+from plasticnet.tools.inputs import Loss
+from plasticnet.tools.snapshot import left_as_it_was
+from plasticnet.units import InputUnits
+
+ASCENT = 4  # steps by which the incoming weights of a candidate follow its gradient's norm
+
+
+_SHARE = 0.5  # of the weights' own norm, how far the first of them goes
+
+
+_PROBE = 1e-3  # outgoing weights by which the direction of such a step is found
+
+
+def grow_by_gradient(
+    net: GatedModel,
+    counts: Mapping[str, int],
+    loss: Loss,
+    optimizer: Optimizers = None,
+    *,
+    budget: float = math.inf,
+    cost: str = "macs",
+    ascend: bool = True,
+    grace: int = 0,
+) -> None:
+    """Add at most ``counts`` units per site: those of twice as many candidates that promise most for
+    what they cost, until these have spent the ``budget``.
+
+    ``loss`` gives the loss of the network on some training data, shape (batch,) or a scalar. With ``ascend`` the
+    incoming weights of the candidates are changed so that the gradient of the outgoing ones grows, at
+    equal norm. The function of the network stays.
+
+    Raises `PlasticError`, and changes nothing, when the loss does not depend on the network or is not finite,
+    and for an unknown cost, or more features than are closed.
+    """
+    check_names(cost, "linear")
+    check_counts(net, counts)
+    for name, n in counts.items():
+        if n > (left := net.sites[name].features_left):
+            raise PlasticError(f"site {name!r}: {n} features were to be re-opened, but only {left} are closed")
+    before = {name: site.grace.clone() for name, site in net.sites.items()}
+    new: dict[str, Tensor] = {}
+    try:
+        for site in net.sites.values():
+            site.grace.zero_()
+        grow(net, {name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
+        new = {name: site.grace == 1 for name, site in net.sites.items()}
+        with aside(net):
+            for step in range(ASCENT if ascend else 0):
+                _ascend(net, new, loss, _SHARE / (1 + step))
+            benefit = _benefits(net, loss)
+        # Beside all the others: so the budget is kept whichever of them stay.
+        prices = dict(zip(net.sites, net.cost.unit_costs(cost), strict=True))
+        keep = _chosen(net, counts, new, benefit, budget, prices)
+    except BaseException:
+        _settle(net, {name: ~mask.cpu().numpy() for name, mask in new.items()}, new, before, 0, optimizer)
+        raise
+    _settle(net, keep, new, before, grace, optimizer)
+
+
+def _settle(
+    net: GatedModel,
+    keep: Mapping[str, np.ndarray],
+    new: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    grace: int,
+    optimizer: Optimizers,
+) -> None:
+    """Cut the candidates that do not stay, and put the grace of the units that were there back."""
+    for name, site in net.sites.items():
+        mask = new.get(name, torch.zeros_like(site.grace, dtype=torch.bool))
+        site.grace.fill_(grace)
+        site.grace[~mask] = before[name]
+    resize(net, {n: np.flatnonzero(mask).tolist() for n, mask in keep.items() if not mask.all()}, optimizer)
+
+
+def _candidates(net: GatedModel, name: str, n: int) -> int:
+    return int(min(2 * n, net.sites[name].features_left))
+
+
+@contextmanager
+def aside(net: GatedModel) -> Iterator[None]:
+    """Run the open network in training mode, and leave nothing of it behind, on other ranks neither."""
+    outer, net.ranks.aside = net.ranks.aside, True
+    try:
+        with left_as_it_was(net, training=True), at_k(net, math.inf):
+            yield
+    finally:
+        net.ranks.aside = outer
+
+
+def _gradients(net: GatedModel, loss: Loss, names: list[str]) -> dict[str, Tensor]:
+    """The gradients of some parameters, the mean over all ranks; 0 for those that do not train."""
+    parameters = dict(net.model.named_parameters())
+    with torch.enable_grad():
+        value = loss()
+        value = value.mean() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        raise PlasticError("growth by the gradient needs a loss that depends on the network: compute it from net(x)")
+    if not bool(torch.isfinite(value.detach()).all()):
+        raise PlasticError("the loss that growth is to follow is not finite (NaN or infinite); nothing was grown")
+    trained = [n for n in names if parameters[n].requires_grad]
+    found = torch.autograd.grad(value, [parameters[n] for n in trained], allow_unused=True) if trained else ()
+    gradients = {n: torch.zeros_like(parameters[n]) for n in names}
+    gradients.update((n, g.contiguous()) for n, g in zip(trained, found, strict=True) if g is not None)
+    for g in gradients.values():
+        net.ranks.average(g)
+    return gradients
+
+
+def outgoing_gradients(net: GatedModel, loss: Loss) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients of the weights that read units, by name; and the squared norm of each unit's part of them,
+    shape (units of all sites + 1,)."""
+    readers = net.gating.readers
+    gradients = _gradients(net, loss, list(dict.fromkeys(r.tensor for r in readers)))
+    total = readers[0].units.new_zeros(sum(len(s) for s in net.sites.values()) + 1, dtype=torch.float64)
+    for r in readers:
+        squares = gradients[r.tensor].double().square().transpose(0, r.dim).flatten(1).sum(1)
+        for units in (r.units, r.features):
+            if units is not None:
+                total.index_add_(0, units, squares)
+    return gradients, total
+
+
+def _benefits(net: GatedModel, loss: Loss) -> dict[str, np.ndarray]:
+    _, total = outgoing_gradients(net, loss)
+    parts = total[:-1].split([len(s) for s in net.sites.values()])
+    return {name: part.cpu().numpy() for name, part in zip(net.sites, parts, strict=True)}
+
+
+@torch.no_grad()
+def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float) -> None:
+    """One step of the candidates' incoming weights up the norm of the gradient of the outgoing ones.
+
+    With outgoing weights of -e times the direction of their gradient g, the loss is lower by e |g|: so
+    the ordinary gradient of the incoming weights shows how |g| grows.
+    """
+    parameters = dict(net.model.named_parameters())
+    incoming = _incoming(net, new, parameters)
+    if not incoming:  # features of an input
+        return
+    gradients, total = outgoing_gradients(net, loss)
+    norms = total.sqrt().clamp(min=1e-30)
+    added = torch.cat([*new.values(), new[next(iter(new))].new_zeros(1)])
+    kept: dict[str, Tensor] = {}
+    for r in net.gating.readers:
+        weight = parameters[r.tensor]
+        kept.setdefault(r.tensor, weight.detach().clone())
+        shape = [1] * weight.dim()
+        shape[r.dim] = -1
+        scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
+        weight -= scale.reshape(shape) * gradients[r.tensor]
+    uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
+    for name, before in kept.items():
+        parameters[name].copy_(before)
+    for name, dim, index in incoming:
+        rows = parameters[name].detach().transpose(0, dim)
+        own = rows[index]
+        towards = -uphill[name].transpose(0, dim)[index]
+        moved = own + share * _length(own) * towards / _length(towards)
+        rows[index] = moved * _length(own) / _length(moved)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """The norm of every row, in a shape that broadcasts over them; never 0."""
+    length = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), keepdim=True)
+    return length.clamp(min=1e-30)
+
+
+def _incoming(
+    net: GatedModel, new: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> list[tuple[str, int, Tensor]]:
+    """Where the incoming weights of the candidates lie: parameter, dimension, positions."""
+    found = []
+    for name, site in net.sites.items():
+        for s in site.units.slices:
+            if not s.consumed and s.tensor in parameters and parameters[s.tensor].dim() > 1:
+                index = torch.from_numpy(s.index).to(new[name].device)[new[name]].reshape(-1)
+                if len(index) and parameters[s.tensor].requires_grad:
+                    found.append((s.tensor, s.dim, index))
+    return found
+
+
+def _chosen(
+    net: GatedModel,
+    counts: Mapping[str, int],
+    new: Mapping[str, Tensor],
+    benefit: Mapping[str, np.ndarray],
+    budget: float,
+    prices: Mapping[str, float],
+) -> dict[str, np.ndarray]:
+    """Which units stay: those that were there, and of the candidates the best for their price, until these have
+    spent the budget."""
+    had = {name: ~mask.cpu().numpy() for name, mask in new.items()}
+    units = {name: site.units for name, site in net.sites.items()}
+    keep = {  # the features of an added channel come and go with it
+        name: had[name] | ~alive(u, units, had) if isinstance(u, InputUnits) else had[name].copy()
+        for name, u in units.items()
+    }
+    offers = [
+        (benefit[name][i] / max(prices[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
+    ]
+    left, room = budget, dict(counts)
+    for _, name, i in sorted(offers, reverse=True):
+        if left > 0 and room[name] > 0:
+            keep[name][i] = True
+            room[name] -= 1
+            left -= prices[name]
+    return keep

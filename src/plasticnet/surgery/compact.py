@@ -1,0 +1,146 @@
+"""Compaction: fold what the gates multiply, cut what they close, and leave a plain module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.readers import fold, readers
+from plasticnet.layers.attention import unfuse_encoders
+from plasticnet.layers.record import RECORD
+from plasticnet.layers.skip import remove_block
+from plasticnet.layers.take import Take, insert_take
+from plasticnet.surgery.plan import Plan, lengths, plan_resize
+from plasticnet.surgery.rewrite import apply_plan, replace_tensors
+from plasticnet.surgery.survivors import check_multiple, read_units, survivors
+from plasticnet.tools.snapshot import duplicate
+from plasticnet.units import BlockUnits, InputUnits, Units
+
+
+def compacted(net: GatedModel, multiple_of: int) -> nn.Module:
+    """See `PlasticNet.compact`."""
+    check_multiple(multiple_of)
+    small = duplicate(net.model).eval()
+    sites = net.sites.values()
+    best = {s.name: int(s.best) for s in sites}
+    factors = {s.name: s.mean_gate(net.k) for s in sites}
+    weights = net.mean_weights()
+    if weights is not None:
+        parameters = dict(small.named_parameters())
+        with torch.no_grad():
+            for name, z in weights.items():
+                parameters[name].mul_(z.to(parameters[name].dtype))
+        for s, left in zip(sites, read_units(net, {n: f > 0 for n, f in factors.items()}), strict=True):
+            factors[s.name] = torch.where(left, factors[s.name], 0.0)
+    return cut(small, {s.name: s.units for s in sites}, factors, best, multiple_of)
+
+
+def cut(
+    model: nn.Module,
+    sites: Mapping[str, Units],
+    factors: Mapping[str, Tensor],
+    best: Mapping[str, int] | None = None,
+    multiple_of: int = 1,
+) -> nn.Module:
+    """Bring ``model`` (changed in place and returned) to its final form: the units whose factor is
+    0 are cut, other factors are multiplied into the consumers' weights, input sites become `Take`.
+
+    ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
+    weights of zero: the one in ``best``, or its first. ``multiple_of`` is that of `survivors`.
+    """
+    gone = [
+        b
+        for n, u in sites.items()
+        if isinstance(u, BlockUnits)
+        for b, f in zip(u.blocks, factors[n], strict=True)
+        if f == 0
+    ]
+    sites = _without(sites, gone)
+    for block in gone:
+        remove_block(model, block)
+    taken: list[str] = []
+    if sites:
+        unfuse_encoders(model)
+        values = {name: factors[name].cpu().numpy().copy() for name in sites}
+        for name, f in values.items():
+            if not f.any():
+                f[(best or {}).get(name, 0)] = 1.0
+        planned = plan_resize(sites, lengths(model), survivors(sites, values, 0.0, multiple_of))
+        apply_plan(model, planned, {})
+        _fold_kept(model, planned, factors)
+        taken = _insert_takes(model, planned)
+    _remember(model, sites, taken, gone)
+    return model
+
+
+def _fold_kept(model: nn.Module, planned: Plan, factors: Mapping[str, Tensor]) -> None:
+    """Multiply the weights of a model that was cut by the factors of what is left."""
+    kept = [
+        factors[n][torch.from_numpy(planned.sources[n]).to(factors[n].device)] if n in planned.sources else factors[n]
+        for n in planned.units
+    ]
+    z = torch.cat([*kept, kept[0].new_ones(1)])
+    if bool((z != 1).any()):
+        with torch.no_grad():
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            folded = fold(parameters, readers(planned.units, model), z)
+            pairs = [(parameters[n], nn.Parameter(w, parameters[n].requires_grad)) for n, w in folded.items()]
+            replace_tensors(model, pairs)
+
+
+def _insert_takes(model: nn.Module, planned: Plan) -> list[str]:
+    """Put a `Take` before every consumer that lost features; returns these consumers."""
+    taken: list[str] = []
+    for u in planned.units.values():
+        if isinstance(u, InputUnits) and (u.size < u.full):
+            device = next(model.parameters()).device
+            axis = u.consumers[0].axis
+            assert axis is not None
+            insert_take(model, u.consumers[0].module, Take(torch.from_numpy(u.features).to(device), axis))
+            taken.append(u.consumers[0].module)
+    return taken
+
+
+def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], gone: list[str]) -> None:
+    """Add to the module's `RECORD` what a cut did."""
+    record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
+    inputs = {name for name, u in sites.items() if isinstance(u, InputUnits)}
+    owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in inputs}
+    resized = {(_renamed(tensor, taken), dim) for tensor, dim in [*owned, *map(tuple, record["resized"])]}
+    widths = {(w.module, w.attribute) for u in sites.values() for w in u.widths} | set(map(tuple, record["widths"]))
+    removed = {*record["removed"], *gone}
+    setattr(model, RECORD, {"resized": _sorted(resized), "widths": _sorted(widths), "removed": sorted(removed)})
+
+
+def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(pair) for pair in sorted(pairs)]
+
+
+def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:
+    """The sites, less whatever lies in blocks that are gone, and less the sites of blocks."""
+
+    def stays(name: str) -> bool:
+        return not any(f"{name}.".startswith(f"{block}.") for block in gone)
+
+    left: dict[str, Units] = {}
+    for name, u in sites.items():
+        if isinstance(u, BlockUnits):
+            continue
+        slices = [s for s in u.slices if stays(s.tensor)]
+        consumers = [c for c in u.consumers if stays(c.tensor)]
+        if slices and (consumers or not u.consumers):
+            norms = [n for n in u.norms if stays(n.tensor)]
+            widths = tuple(w for w in u.widths if stays(w.module))
+            left[name] = replace(u, slices=slices, consumers=consumers, norms=norms, widths=widths)
+    return left
+
+
+def _renamed(tensor: str, taken: list[str]) -> str:
+    """The name of a tensor after `insert_take`."""
+    owner, _, leaf = tensor.rpartition(".")
+    return f"{owner}.1.{leaf}" if owner in taken else tensor

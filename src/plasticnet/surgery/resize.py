@@ -1,0 +1,87 @@
+"""Resize: the one operation for growth and pruning.
+
+For each site a list of source indices: ``[0, 2, 3, -1, -1]`` keeps three units and adds two. A
+`Plan` says, for every dimension of every tensor, which old positions make up the new ones (-1 for
+new); `apply_plan` rewrites parameters, buffers, module attributes and the optimizers' state by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from plasticnet.errors import PlasticError
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT
+from plasticnet.surgery.optimizers import Optimizers, listed
+from plasticnet.surgery.plan import Plan, Sources, lengths, plan_resize
+from plasticnet.surgery.rewrite import apply_plan, rewrite
+from plasticnet.surgery.survivors import to_keep
+from plasticnet.units import InputUnits
+
+
+def resize(
+    net: GatedModel, sources: Sources, optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
+) -> None:
+    """Rebuild sites from lists of source indices; see `PlasticNet.resize`, also for what is raised."""
+    if not isinstance(sources, Mapping):
+        raise PlasticError(f"resize takes a mapping of site to source indices, not a {type(sources).__name__}")
+    optimizers = listed(optimizer)
+    opened = OPEN_LOGIT / net.k if 0 < net.k < math.inf else INITIAL_LOGIT
+    logits = {s.name: (s.phi, 0.0 if init == "paper" else opened) for s in net.sites.values()}
+    weights = {w.name: (w.phi, opened) for w in net.weights.values()}
+    with net.ranks.alike(net.like.device):
+        planned = plan_resize({s.name: s.units for s in net.sites.values()}, lengths(net.model), sources)
+        moved = apply_plan(net.model, planned, logits, optimizers, init, weights)
+    if moved:
+        net.ranks.outgrow()
+    for g in net.all_gates():
+        g.phi = moved.get(g.phi, g.phi)
+    for site in net.sites.values():
+        if site.name in planned.sources:
+            source = planned.sources[site.name]
+            site.grace = rewrite(site.grace, {0: source})
+            site.grace[torch.from_numpy(source < 0).to(site.grace.device)] = grace
+    adopt(net, planned)
+
+
+def adopt(net: GatedModel, planned: Plan) -> None:
+    """Note the units that a plan has left, and work out anew what depends on them."""
+    for site in net.sites.values():
+        site.units = planned.units[site.name]
+        if isinstance(site.units, InputUnits):
+            site.features = torch.from_numpy(site.units.features).to(site.phi.device)
+    net.refresh()
+
+
+def grow(
+    net: GatedModel, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
+) -> None:
+    """Add units: ``{"conv1": 2}``; see `resize`.
+
+    Raises `PlasticError`, and changes nothing, for an unknown site, a number that is negative or not whole, and for
+    what `resize` refuses.
+    """
+    check_counts(net, counts)
+    sources = {n: [*range(len(net.sites[n])), *[-1] * count] for n, count in counts.items()}
+    resize(net, sources, optimizer, init, grace)
+
+
+def check_counts(net: GatedModel, counts: Mapping[str, int]) -> None:
+    """Raise `PlasticError` unless these are numbers of units to add to sites that there are."""
+    if any(type(n) is not int or n < 0 for n in counts.values()):
+        raise PlasticError(f"{dict(counts)}: the units to add are whole numbers, 0 or more; to remove, use prune")
+    unknown = [n for n in counts if n not in net.sites]
+    if unknown:
+        raise PlasticError(f"there is no site {unknown[0]!r}; the sites are: {', '.join(net.sites)}")
+
+
+def prune(net: GatedModel, below: float = 0.5, optimizer: Optimizers = None, multiple_of: int = 1) -> dict[str, int]:
+    """Cut the units whose gate has a probability below ``below``; see `PlasticNet.prune`."""
+    sources = to_keep(net, below, multiple_of)
+    before = {n: len(s) for n, s in net.sites.items()}
+    if sources:
+        resize(net, sources, optimizer)
+    return {n: before[n] - len(s) for n, s in net.sites.items() if before[n] != len(s)}

@@ -1,0 +1,191 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from plasticnet.errors import PlasticError
+from plasticnet.surgery.attributes import shift_widths, update_attributes
+from plasticnet.surgery.optimizers import check_optimizers, rebind
+from plasticnet.surgery.plan import Plan
+
+INITS = ("preserve", "random", "paper")
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    gates: Mapping[str, tuple[nn.Parameter, float]],
+    optimizers: Sequence[Optimizer] = (),
+    init: str = "preserve",
+    weights: Mapping[str, tuple[nn.Parameter, float]] | None = None,
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Rewrite the model's tensors, the gate logits and the optimizers' state by a plan.
+
+    ``gates`` maps a site to its logits and the value for new ones, ``weights`` a parameter to the logits of its
+    entries, which follow it, and the value. ``init`` is "preserve" (random
+    incoming and zero outgoing weights: the function stays), "random" or "paper" (both random). Returns old
+    parameters with the new ones; both the model and the optimizers hold only the new ones. The gate
+    logits are returned, not rebound in the model.
+
+    Raises `PlasticError`, before anything changes, when the optimizers do not hold every trainable
+    parameter or keep state that cannot be sliced.
+    """
+    if init not in INITS:
+        raise PlasticError(f"init={init!r}: choose one of {', '.join(INITS)}")
+    parameters = dict(model.named_parameters())
+    every = [*gates.items(), *(weights or {}).items()]
+    check_optimizers(optimizers, {**parameters, **{f"the gates of {n}": p for n, (p, _) in every}})
+    by_tensor: dict[str, dict[int, _Take]] = {}
+    for (tensor, dim), take in plan.takes.items():
+        by_tensor.setdefault(tensor, {})[dim] = _Take(take)
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    takes_of: dict[nn.Parameter, dict[int, _Take]] = {}
+    buffers = dict(model.named_buffers())
+    cut_buffers: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for name, takes in by_tensor.items():
+            old = parameters[name] if name in parameters else buffers[name]
+            new = _rewrite(old, takes)
+            _initialise(model, name, new, takes, plan.consumed, init)
+            if isinstance(old, nn.Parameter):
+                moved[old] = nn.Parameter(new, requires_grad=old.requires_grad)
+                takes_of[old] = takes
+            else:
+                cut_buffers.append((old, new))
+        takes_of_gates = {site: {0: _Take(source)} for site, source in plan.sources.items()}
+        followers = [(by_tensor.get(n), *g) for n, g in (weights or {}).items()]
+        for takes, logits, value in [*((takes_of_gates.get(n), *g) for n, g in gates.items()), *followers]:
+            if takes is not None:
+                new = _rewrite(logits, takes)
+                for dim, take in takes.items():
+                    new[_at(dim, take.fresh)] = value
+                moved[logits] = nn.Parameter(new, requires_grad=logits.requires_grad)
+                takes_of[logits] = takes
+        for old, new in moved.items():
+            if old.grad is not None:
+                new.grad = _rewrite(old.grad, takes_of[old])
+        replace_tensors(model, [*cut_buffers, *moved.items()])
+        for optimizer in optimizers:
+            rebind(optimizer, moved, lambda old, value, mean: _rewrite(value, takes_of[old], mean))
+    shift_widths(model, plan.shifts)
+    update_attributes(model, plan.takes, plan.groups)
+    return moved
+
+
+def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray]) -> Tensor:
+    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros."""
+    return _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()})
+
+
+class _Take:
+    """How one dimension is rewritten: by slices where that will do, which are faster than indices.
+
+    ``kept`` and ``fresh`` are the new positions. From the old ones ``source`` comes what fills ``target``:
+    the kept positions where these are a slice, else all of them, for the fresh ones to be filled afterwards.
+    """
+
+    def __init__(self, take: np.ndarray) -> None:
+        places = np.flatnonzero(take >= 0)
+        self.length, self.empty, self.grows = len(take), len(places) == 0, len(places) < len(take)
+        self.kept, self.fresh = _where(places), _where(np.flatnonzero(take < 0))
+        self.target = self.kept if isinstance(self.kept, slice) else slice(None)
+        self.source = _where(take[places] if isinstance(self.kept, slice) else np.maximum(take, 0))
+
+
+def _where(positions: np.ndarray) -> slice | Tensor:
+    if (np.diff(positions) == 1).all():
+        first = int(positions[0]) if len(positions) else 0
+        return slice(first, first + len(positions))
+    return torch.from_numpy(positions)
+
+
+def _part(tensor: Tensor, dim: int, where: slice | Tensor) -> Tensor:
+    """What lies at these positions: a view of a slice, else a copy."""
+    return tensor[_at(dim, where)] if isinstance(where, slice) else tensor.index_select(dim, where.to(tensor.device))
+
+
+def _at(dim: int, where: slice | Tensor) -> tuple[slice | Tensor, ...]:
+    return (*[slice(None)] * dim, where)
+
+
+def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> Tensor:
+    """`rewrite`; with ``mean``, new entries are the mean over the kept ones."""
+    new = tensor.detach()
+    steps = [[item] for item in takes.items()]  # dimension 0 comes first: its rows are contiguous
+    if all(isinstance(t.source, slice) and t.source == slice(0, new.shape[dim]) for dim, t in takes.items()):
+        steps = [list(takes.items())]  # nothing is cut: all dimensions grow at once
+    for step in steps:
+        for dim, take in step:
+            new = _part(new, dim, take.source)
+        if any(take.grows for _, take in step):
+            lengths = {dim: take.length for dim, take in step}
+            kept, new = new, new.new_empty([lengths.get(dim, n) for dim, n in enumerate(new.shape)])
+            _fill(new, kept, step, mean)
+    for memory_format, rank in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if rank == tensor.dim() and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
+            return new.clone(memory_format=memory_format)
+    shared = new.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return new.clone(memory_format=torch.contiguous_format) if shared else new.contiguous()
+
+
+def _fill(new: Tensor, kept: Tensor, takes: Sequence[tuple[int, _Take]], mean: bool) -> None:
+    """Fill ``new``: with what is kept, then with what is new, one dimension after the other."""
+    if not takes:
+        new.copy_(kept)
+        return
+    *others, (dim, take) = takes
+    _fill(_part(new, dim, take.target), kept, others, mean)
+    if take.grows:
+        average = mean and not take.empty
+        new[_at(dim, take.fresh)] = _part(new, dim, take.kept).mean(dim, keepdim=True) if average else 0
+
+
+def _initialise(
+    model: nn.Module, name: str, new: Tensor, takes: Mapping[int, _Take], consumed: set[tuple[str, int]], init: str
+) -> None:
+    """Give the new entries of a rewritten tensor their values (they are zero)."""
+    for dim, take in takes.items():
+        if not take.grows or ((name, dim) in consumed and init == "preserve"):
+            continue
+        if new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
+            outputs = new.shape[0 if (name, dim) in consumed else dim]
+            bound = (outputs / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
+            added = torch.empty_like(_part(new, dim, take.fresh), memory_format=torch.contiguous_format)
+            (torch.view_as_real(added) if new.is_complex() else added).uniform_(-bound, bound)
+            new[_at(dim, take.fresh)] = added
+        else:
+            new[_at(dim, take.fresh)] = _vector_value(model, name, new, take)
+
+
+def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> float:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
+    if leaf in ("bias", "running_mean"):
+        return 0.0
+    if leaf == "running_var" or (norm and leaf == "weight"):
+        return 1.0
+    kept = _part(new, 0, take.kept) if new.dim() == 1 else new
+    return kept.to(torch.complex128 if new.is_complex() else torch.float64).mean().item() if kept.numel() else 0.0
+
+
+def replace_tensors(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put the second tensor of each pair wherever the model holds the first (shared parameters have
+    several places)."""
+    held = [(old, new) for old, new in pairs]  # the ids below are those of living tensors
+    new_of = {id(old): new for old, new in held}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, value in store.items():
+                if id(value) in new_of:
+                    store[key] = new_of[id(value)]  # pyright: ignore[reportArgumentType]
+        if isinstance(module, nn.RNNBase):
+            own: list[Any] = module._flat_weights  # a second list of the same parameters
+            module._flat_weights = [new_of.get(id(w), w) for w in own]

@@ -1,0 +1,340 @@
+"""The command line: what it writes, going on after an interruption, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from plasticnet import PlasticError, Schedule, load, save
+from plasticnet.apps.cli import main
+from plasticnet.apps.models import MLP, LeNet5, factory
+from tests.kit.commands import fail, invoke, succeed
+
+MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100", "--inputs", "1"]
+RUNS = {"prune": ["prune"], "grow": ["grow"], "dense": ["dense"], "both": ["dense", "prune", "grow"]}
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(found: Any) -> Any:
+    """Without what was timed, in the profiles too."""
+    if isinstance(found, list):
+        return [timeless(f) for f in found]
+    return {k: timeless(v) for k, v in found.items() if "seconds" not in k} if isinstance(found, dict) else found
+
+
+# -- train ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("cli") / "new" / "both"
+    assert "test accuracy" in succeed(*MOONS, "--mode", "both", "--out", out)
+    return out
+
+
+def check(out: Path, runs: Sequence[str]) -> None:
+    config = json.loads((out / "config.json").read_text())
+    assert {"data": "moons", "model": "mlp:6-4", "epochs": 3, "seed": 0, "inputs": ["1"]}.items() <= config.items()
+    assert {"torch", "plasticnet", "python"} <= config.keys()
+    records = metrics(out)
+    assert [(r["run"], r["epoch"]) for r in records] == [(run, e) for run in runs for e in (1, 2, 3)]
+    for r in records:
+        assert {"k", "loss", "val_loss", "val_accuracy", "units", "parameters", "macs"} <= r.keys()
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary) == list(runs)
+    for run, s in summary.items():
+        small = load(out / run / "compact.safetensors", factory("mlp:6-4", (100,), 2))
+        assert sum(p.numel() for p in small.parameters()) == s["parameters"]
+        assert small(torch.randn(5, 100)).shape == (5, 2)
+        assert 0 <= s["test_accuracy"] <= 1
+    check_page((out / "report.html").read_text(), runs)
+
+
+def check_page(page: str, runs: Sequence[str]) -> None:
+    assert page.count("<svg") == page.count("</svg>") == 4
+    for run in runs:
+        assert f"<td>{run}</td>" in page
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r'(src|href|action|data|url)\s*[=(]\s*["\']?\s*(https?:)?//', without_namespaces)
+    assert not re.search(r"<(script|link|iframe|img|object)|@import|@font-face", page)
+
+
+def test_train_both(finished: Path) -> None:
+    check(finished, RUNS["both"])
+
+
+@pytest.mark.parametrize("mode", ["prune", "grow", "dense"])
+def test_train_one(mode: str, tmp_path: Path, finished: Path) -> None:
+    succeed(*MOONS, "--mode", mode, "--out", tmp_path)
+    check(tmp_path, RUNS[mode])
+    assert timeless(metrics(tmp_path)) == timeless([r for r in metrics(finished) if r["run"] == mode])
+    name = f"{mode}/compact.safetensors"
+    assert (tmp_path / mode / "compact.safetensors").read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+def test_resume(stop: int, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the middle of an epoch of the first, the second or the third run."""
+    steps: list[int] = []
+    step = Schedule.step
+
+    def interrupted(schedule: Schedule, val_loss: float | None = None) -> Any:
+        steps.append(1)
+        if len(steps) == stop:
+            raise KeyboardInterrupt
+        return step(schedule, val_loss)
+
+    monkeypatch.setattr(Schedule, "step", interrupted)
+    assert invoke(*MOONS, "--mode", "both", "--out", tmp_path).exit_code != 0
+    assert not (tmp_path / "summary.json").exists()
+    if stop > 1:
+        assert len(metrics(tmp_path)) == stop - 1
+    succeed(*MOONS, "--mode", "both", "--out", tmp_path, "--resume")
+    assert len(steps) == 9 + 1  # and no epoch was trained twice
+    check(tmp_path, RUNS["both"])
+    assert timeless(metrics(tmp_path)) == timeless(metrics(finished))
+    for run in RUNS["both"]:
+        assert (tmp_path / run / "compact.safetensors").read_bytes() == (
+            finished / run / "compact.safetensors"
+        ).read_bytes()
+
+
+def test_resume_of_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no run in" in fail(monkeypatch, capsys, *MOONS, "--out", tmp_path, "--resume")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    succeed(*MOONS, "--mode", "prune", "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_resume_with_other_settings_is_refused(
+    started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = [*MOONS, "--mode", "prune", "--out", started, "--resume"]
+    assert "another configuration" in fail(monkeypatch, capsys, *again, "--seed", "7")
+
+
+def test_a_refused_resume_leaves_the_run_alone(
+    started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume", "--seed", "7")
+    assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
+
+
+def test_a_refused_option_leaves_the_run_before_it_alone(
+    started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    for budget in ("params=2", "latency_ms=1", "units=0.001"):
+        fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--budget", budget)
+    assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("change", [["--model", "mlp:9-9"], ["--data", "digits"]])
+def test_resume_with_another_model_or_data_is_refused(
+    change: list[str], started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (started / "config.json").read_bytes()
+    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume", *change)
+    assert "mlp:6-4 on moons" in line
+    assert (started / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]"],
+)
+def test_resume_of_a_damaged_run_is_refused(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", tmp_path, "--resume")
+
+
+# -- report, export --------------------------------------------------------------------------
+
+
+def test_report_is_written_anew(finished: Path) -> None:
+    page = finished / "report.html"
+    before = page.read_text()
+    page.unlink()
+    succeed("report", finished)
+    check_page(page.read_text(), RUNS["both"])
+    assert page.read_text().count("<td>") == before.count("<td>")
+
+
+def test_report_is_the_same_page(tmp_path: Path) -> None:
+    succeed(*MOONS, "--mode", "prune", "--out", tmp_path)
+    before = (tmp_path / "report.html").read_text()
+    succeed("report", tmp_path)
+    assert (tmp_path / "report.html").read_text() == before
+
+
+@pytest.mark.parametrize("file", ["small.pt2", pytest.param("small.onnx", marks=pytest.mark.slow)])
+def test_export(file: str, finished: Path, tmp_path: Path) -> None:
+    saved, out = finished / "prune" / "compact.safetensors", tmp_path / file
+    if out.suffix == ".onnx":
+        ort = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    text = succeed("export", saved, "--model", "mlp:6-4", "--input", "1,100", "--classes", "2", "--out", out)
+    assert "any batch size" in text
+    x = torch.randn(3, 100)
+    y = load(saved, factory("mlp:6-4", (100,), 2))(x)
+    if out.suffix == ".onnx":
+        session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        found = torch.export.load(out).module()(x)
+    torch.testing.assert_close(found, y)
+
+
+def test_export_knows_the_input_of_known_models(tmp_path: Path) -> None:
+    save(LeNet5(), tmp_path / "m")
+    succeed("export", tmp_path / "m", "--model", "lenet5", "--out", tmp_path / "x.pt2")
+    assert (tmp_path / "x.pt2").exists()
+
+
+# -- what is wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("inspect nope", "unknown model 'nope'"),
+        ("inspect mlp:a", "mlp:300-100"),
+        ("inspect torchvision:nope --input 1,3,64,64", "nope"),
+        ("inspect no_such_package:f", "no_such_package"),
+        ("inspect os:getcwd", "not an nn.Module"),
+        ("inspect lenet5 --input 1,x", "1,3,224,224"),
+        ("inspect lenet5 --input 1,1,0,28", "1,3,224,224"),
+        ("inspect lenet5 --input 1,1,-28,28", "1,3,224,224"),
+        ("inspect lenet5 --input 1,1,32,32", r"does not run on the example inputs.*\(1, 1, 32, 32\)"),
+        ("inspect lenet5 --input 1", "does not run on the example inputs"),
+        ("train --mode sideways --out OUT", "--mode sideways"),
+        ("train --data nope --out OUT", "unknown data 'nope'"),
+        ("train --data mnist --out OUT", "--data-dir"),
+        ("train --data mnist --data-dir OUT --out OUT", "no MNIST in"),
+        ("train --model lenet --out OUT", "unknown model 'lenet'"),
+        ("train --data moons --model lenet5 --out OUT", "does not run on the example inputs"),
+        ("train --data moons --epochs 3 --estimator magic --out OUT", "estimator='magic'"),
+        ("train --data moons --epochs 3 --gates row --out OUT", "gates='row'"),
+        ("train --data moons --epochs 3 --cost flops --mode prune --out OUT", "cost='flops'"),
+        ("train --data moons --epochs 3 --k -1 --mode prune --out OUT", "k=-1"),
+        ("train --data moons --epochs 3 --start 0 --mode grow --out OUT", "start=0"),
+        ("train --data moons --epochs 0 --mode dense --out OUT", "epochs=0"),
+        ("report OUT", "not a finished run"),
+        ("export OUT/nope --model mlp:4 --input 1,100 --out OUT/x.pt2", "nope"),
+        ("export OUT/nope --model mlp:4 --input x --out OUT/x.pt2", "1,3,224,224"),
+        ("export OUT/nope --model mlp:4 --out OUT/x.pt2", "nope"),
+        ("inspect :f", "':f'"),
+        ("inspect plasticnet.apps.models:LeNet5", "--input 1,3,224,224"),
+        ("train --data moons --epochs 2 --mode prune --out OUT", "epochs=2"),
+        ("train --data moons --epochs 3 --batch 0 --mode prune --out OUT", "batch=0"),
+        ("train --data moons --epochs 3 --lr -1 --mode prune --out OUT", "lr=-1"),
+        ("train --data moons --epochs 3 --budget macs --mode prune --out OUT", "macs=0.3"),
+        ("train --data moons --epochs 3 --budget flops=0.3 --mode prune --out OUT", "macs=0.3"),
+        ("train --data moons --epochs 3 --budget macs=-1 --mode prune --out OUT", "above 0"),
+        ("train --data moons --epochs 3 --budget params=2 --mode prune --out OUT", "cannot be met"),
+    ],
+)  # fmt: skip
+def test_one_line_for_what_is_wrong(
+    args: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fail(monkeypatch, capsys, *args.replace("OUT", str(tmp_path / "out")).split())
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "{}",
+        "[]",
+    ],
+)
+def test_report_of_a_damaged_run(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("config.json", "summary.json", "metrics.jsonl"):
+        (tmp_path / name).write_text(content)
+    assert str(tmp_path) in fail(monkeypatch, capsys, "report", tmp_path)
+
+
+def test_export_of_another_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(MLP([100, 4, 2]), tmp_path / "m")
+    args = ["export", tmp_path / "m", "--input", "1,100", "--out", tmp_path / "x.pt2", "--model"]
+    assert "another architecture" in fail(monkeypatch, capsys, *args, "mlp:4-4")
+    assert not (tmp_path / "x.pt2").exists()
+
+
+@pytest.mark.parametrize(("shape", "out"), [("1,99", "x.pt2"), ("1,100", "gone/x.pt2"), ("1,100", "x.pth")])
+def test_export_of_something_impossible(
+    shape: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(MLP([100, 4, 2]), tmp_path / "m")
+    fail(monkeypatch, capsys, "export", tmp_path / "m", "--input", shape, "--out", tmp_path / out, "--model", "mlp:4")
+
+
+def test_errors_reach_python_as_they_are() -> None:
+    assert isinstance(invoke("inspect", "nope").exception, PlasticError)
+
+
+def test_bad_options_are_refused_by_name() -> None:
+    for args in (["train", "--epochs", "many"], ["inspect"], ["nope"], ["train", "--nope", "1"]):
+        assert invoke(*args).exit_code == 2
+
+
+def test_python_m_plasticnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["plasticnet", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("plasticnet", run_name="__main__")
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("train", "demo", "inspect", "report", "export"))
+
+
+TINY = "from torch import nn\n\ndef tiny():\n    return nn.Sequential(nn.Linear(100, 5), nn.ReLU(), nn.Linear(5, 2))\n"
+
+
+def test_a_model_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the installed script runs: without the current folder on sys.path."""
+    (tmp_path / "models_here.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.setattr(sys, "argv", ["plasticnet", "inspect", "models_here:tiny", "--input", "1,100", "--json"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    assert json.loads(capsys.readouterr().out)["sites"][0]["units"] == 5
+
+
+def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(TINY)
+    monkeypatch.syspath_prepend(tmp_path)
+    succeed("train", "--data", "moons", "--model", "my_models:tiny", "--epochs", "3", "--mode", "prune",
+            "--out", tmp_path / "out")  # fmt: skip
+    small = load(tmp_path / "out/prune/compact.safetensors", factory("my_models:tiny", (100,), 2))
+    assert isinstance(small, nn.Sequential)

@@ -1,0 +1,127 @@
+"""The self-check: it sees what tracing cannot, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plasticnet import PlasticError, PlasticNet
+from plasticnet.checking.check import _random_gates
+from tests.kit.networks import images
+
+
+class Chain(nn.Module):
+    """Four layers; where asked, one of them reads its own width as a number."""
+
+    def __init__(self, reads_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.reads_width = reads_width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x).tanh()
+            if i == self.reads_width:
+                x = x * x.shape[-1]
+        return x
+
+
+@pytest.mark.parametrize("bad", [0, 2, 3])
+def test_bisection_freezes_the_culprit_alone(bad: int) -> None:
+    net = PlasticNet(Chain(bad), (torch.randn(3, 6),))
+    assert set(net.frozen) == {f"layers.{bad}", "layers.4"}
+    assert set(net.sites) == {f"layers.{i}" for i in range(4) if i != bad}
+
+
+def test_leaves_the_model_and_the_random_numbers_alone() -> None:
+    model, x = Chain(2), torch.randn(3, 6)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    PlasticNet(model, (x,))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_single_unit_that_cannot_grow_is_frozen() -> None:
+    class Spanning(nn.Module):
+        """Normalisation groups of 4 over a concatenation of 6 and 2: one spans the seam."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 2, 1)
+            self.norm, self.out = nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(torch.cat([self.a(x), self.b(x)], 1)))
+
+    net = PlasticNet(Spanning().double(), (images().double(),))
+    assert {n: (len(s), s.units.growable) for n, s in net.sites.items()} == {"a": (1, True)}
+    assert "neither cut nor added to" in net.frozen["a#2"]
+    net.sites["a"].units.growable = False
+    with pytest.raises(PlasticError, match="can lose units but not gain any"):
+        net.grow({"a": 1})
+
+
+def test_random_gates_leave_an_odd_number_open() -> None:
+    for units in (1, 2, 7, 64):
+        for share in (0.3, 0.8):
+            for _ in range(20):
+                assert int(_random_gates(units, share).sum()) % 2 == 1
+
+
+class Masked(nn.Module):
+    """A part that changes nothing in shape, called with more than its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.layer(x if mask is None else x * mask).tanh()
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_single_block_is_checked(keyword: bool) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.head = nn.Linear(4, 6), Masked(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.one(x=x) if keyword else self.one(x, None))
+
+    x = torch.randn(5, 4)
+    net = PlasticNet(One(), x, blocks=("one",))
+    if "depth" in net.sites:  # else it is frozen, which is right too
+        with torch.no_grad():
+            net.sites["depth"].phi.fill_(-1.0)
+    torch.testing.assert_close(net.compact()(x), net.eval()(x))
+
+
+def test_all_blocks_closed_is_checked() -> None:
+    class Stacked(nn.Module):
+        """Joins what its blocks return: without any there is nothing to join."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Masked() for _ in range(3))
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, every = self.stem(x), []
+            for layer in self.layers:
+                x = layer(x)
+                every.append(x)
+            return self.head(torch.stack(every)[-1])
+
+    x = torch.randn(5, 4)
+    net = PlasticNet(Stacked(), x, blocks=("layers.?",))
+    for name, site in net.sites.items():
+        if name.endswith("depth"):
+            with torch.no_grad():
+                site.phi.fill_(-1.0)
+    torch.testing.assert_close(net.compact()(x), net.eval()(x))

@@ -1,0 +1,292 @@
+"""DistributedDataParallel: gates, sizes and decisions are the same on all ranks."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.optim import SGD, Adam, Optimizer
+
+from plasticnet import Budget, Growth, PlasticError, PlasticNet, Schedule, Stage
+from tests.kit.networks import ConvNet, assert_same, images, mlp, small
+from tests.kit.processes import everywhere, start, together
+
+INF = math.inf
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    start(tmp_path, 0, 1)
+    yield
+    dist.destroy_process_group()
+
+
+def loss(net: PlasticNet, ddp: nn.Module, x: Tensor) -> Tensor:
+    y = torch.arange(len(x)) % 3
+    return net.expected_loss(lambda: F.cross_entropy(ddp(x), y, reduction="none")) + net.penalty(1e-2)
+
+
+def step(net: PlasticNet, ddp: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
+    ddp.train()
+    optimizer.zero_grad()
+    loss(net, ddp, x).backward()
+    optimizer.step()
+
+
+# -- one process ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_changed_network_must_be_wrapped_again() -> None:
+    net, optimizer = small()
+    net.k = 7.0
+    x = torch.randn(6, 4)
+    ddp = DDP(net)
+    step(net, ddp, optimizer, x)
+    state = copy.deepcopy(net.state_dict())
+    net.prune(0.0, optimizer)  # nothing to cut
+    net.load_state_dict(state)  # and nothing to resize
+    step(net, ddp, optimizer, x)
+    net.resize({"0": [0, 1, -1]}, optimizer)
+    for training in (lambda: loss(net, ddp, x), lambda: ddp(x), lambda: net(x)):
+        with pytest.raises(PlasticError, match=r"changed its size since it was wrapped.*on_resize"):
+            training()
+    assert ddp.eval()(x).shape == net.compact()(x).shape == (6, 3)
+    ddp = DDP(net.train())
+    step(net, ddp, optimizer, x)
+    net.load_state_dict(state)
+    with pytest.raises(PlasticError, match="wrap it again"):
+        ddp(x)
+
+
+def test_without_a_process_group_nothing_is_asked() -> None:
+    net, optimizer = small()
+    assert net._ddp_params_and_buffers_to_ignore  # whoever may have looked
+    net.resize({"0": [0, 1, -1]}, optimizer)
+    step(net, net, optimizer, torch.randn(6, 4))
+    x = torch.tensor([1.0, 2.0])
+    assert net.ranks.average(x) is x
+    assert x.tolist() == [1, 2]
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_taken_out_of_the_hands_of_ddp() -> None:
+    model = ConvNet()
+    model._ddp_params_and_buffers_to_ignore = ["fc2.bias"]  # pyright: ignore[reportArgumentType]
+    net = PlasticNet(model, (images(),), inputs=("fc1",))
+    ddp = DDP(net)
+    reduced = {id(p) for p in ddp._module_parameters}
+    gates = {id(s.phi) for s in net.sites.values()}
+    assert reduced == {id(p) for p in net.parameters()} - gates - {id(model.fc2.bias)}
+    assert list(ddp.modules_buffers) == []
+
+
+# -- two processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    together(
+        tmp_path,
+        gradients_are_the_mean_of_both,
+        schedule_keeps_both_alike,
+        budget_is_filled_alike,
+        batch_norm,
+        features_wake_alike,
+        gates_begin_as_on_rank_0,
+        accumulation,
+        skipped_blocks,
+    )
+
+
+def assert_alike(net: PlasticNet) -> None:
+    assert_same(*everywhere(net.state_dict()))
+
+
+def gradients_are_the_mean_of_both(rank: int) -> None:
+    net = PlasticNet(mlp(4, 6, 5, 3).double(), (torch.randn(2, 4).double(),), inputs=("0",))
+    net.k = 7.0
+    torch.manual_seed(rank + 1)
+    x = torch.randn(6, 4).double()
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi.copy_(torch.linspace(-0.2, 0.4, len(site)))
+    alone, ddp = copy.deepcopy(net), DDP(net.train())
+    draws = torch.get_rng_state()
+    loss(alone.train(), alone, x).backward()
+    torch.set_rng_state(draws)
+    loss(net, ddp, x).backward()
+    for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert q.grad is not None, name
+        first, second = everywhere(q.grad)
+        assert not torch.equal(first, second), name  # each rank has data and gates of its own
+        torch.testing.assert_close(p.grad, (first + second) / 2, rtol=1e-9, atol=1e-12)
+
+
+def schedule_keeps_both_alike(rank: int) -> None:
+    net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    wrapped = [DDP(net)]
+    growth = Growth(patience=1, gain=0.05, failures=1, grace=0)
+    stages = [Stage(1), Stage(5, 7.0), Stage(1)]
+    schedule = Schedule(
+        net, optimizer, stages, growth=growth, on_resize=lambda net: wrapped.append(DDP(net)), hibernate=0.05
+    )
+    torch.manual_seed(rank + 1)
+    grown = cut = 0
+    for epoch in range(schedule.epochs):
+        for _ in range(3):
+            step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+        if epoch == 4:
+            with torch.no_grad():
+                net.sites["0"].phi[[1, 3]] = -5.0
+        # Alone, rank 0 would stop at once, and rank 1 go on.
+        change = schedule.step(1.0 if rank == 0 else 1.0 - 0.2 * min(epoch, 3))
+        grown, cut = grown + sum(change.grown.values()), cut + sum(change.cut.values())
+        assert_alike(net)
+        assert len(set(everywhere((change.cut.get("0"), change.grown.get("0"), net.k)))) == 1
+    assert grown > 10
+    assert cut >= 2
+    assert growth.stopped
+    assert len(wrapped) > 3
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    net.resize({"0": [0, 1, -1]}, optimizer)
+    with pytest.raises(PlasticError, match="wrap it again"):
+        wrapped[-1].train()(torch.randn(6, 4))
+
+
+def budget_is_filled_alike(rank: int) -> None:
+    """Also with units that are added when the network hardens."""
+    net = PlasticNet(mlp(4, 20, 12, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    wrapped = [DDP(net)]
+    schedule = Schedule(
+        net,
+        optimizer,
+        [Stage(2, 7.0), Stage(1)],
+        budget=Budget(macs=0.5),
+        on_resize=lambda net: wrapped.append(DDP(net)),
+    )
+    torch.manual_seed(rank + 1)
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    schedule.step()
+    net.resize({name: range(4) for name in net.sites}, optimizer)
+    wrapped.append(DDP(net))
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    change = schedule.step()
+    assert sum(change.grown.values()) > 2
+    assert len(set(everywhere(tuple(change.grown.items())))) == 1
+    assert_alike(net)
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    assert_alike(net)
+
+
+def batch_norm(rank: int) -> None:
+    """One draw per batch and rank; statistics are those of rank 0, and the backward pass accepts that."""
+    net = PlasticNet(ConvNet(), (images(),), gates="batch")
+    optimizer = SGD(net.param_groups(1e-2), momentum=0.9)
+    net.k = 7.0
+    ddp = DDP(net)
+    torch.manual_seed(rank + 1)
+    for i in range(4):
+        if i == 2:
+            net.prune(net.sites["conv3"].probability(7.0).sort().values[1].item() + 1e-6, optimizer)
+            net.grow({"conv1": 1}, optimizer, init="random")
+            assert_same(*everywhere(dict(net.named_parameters())))
+            ddp = DDP(net)
+        step(net, ddp, optimizer, images(6))
+        assert_same(*everywhere(dict(net.named_parameters())))
+    with torch.no_grad():
+        net.model.bn1.running_mean.fill_(100.0 * rank)
+    ddp(images(6))
+    assert float(net.model.bn1.running_mean.abs().max()) < 10  # 0, and a tenth of this batch's
+    assert not torch.equal(*everywhere(net.model.bn1.running_mean))
+
+
+def features_wake_alike(rank: int) -> None:
+    net = PlasticNet(mlp(40, 6, 3), (torch.randn(2, 40),), inputs=("*",))
+    optimizer = Adam(net.param_groups(1e-2))
+    net.k = 7.0
+    net.resize({"0.input": list(range(5))}, optimizer)
+    ddp = DDP(net)
+    torch.manual_seed(rank + 1)
+    step(net, ddp, optimizer, torch.randn(6, 40))
+    state = torch.get_rng_state()
+    net.resize({"0.input": [0, 1, 2, *[-1] * 10], "0": [0, 1, -1, -1]}, optimizer, init="random")
+    assert_alike(net)
+    assert not torch.equal(*everywhere(torch.get_rng_state()))  # each goes on with its own numbers
+    assert not torch.equal(state, torch.get_rng_state())
+    step(net, DDP(net), optimizer, torch.randn(6, 40))
+    assert_alike(net)
+    # Built with other seeds, the features differ.
+    net.resize({"0.input": [0, 1, 2, 3]} if rank else {"0.input": [1, 2, 3, 4]}, optimizer)
+    ddp = DDP(net)
+    if rank:
+        with pytest.raises(PlasticError, match=r"'0.input' has other features than on rank 0"):
+            ddp(torch.randn(6, 40))
+    else:
+        ddp(torch.randn(6, 40))
+
+
+def gates_begin_as_on_rank_0(rank: int) -> None:
+    net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    net.k = 7.0
+    with torch.no_grad():
+        net.sites["0"].phi.fill_(0.1 + rank)
+    step(net, DDP(net), optimizer, torch.randn(6, 4))
+    assert_alike(net)
+    assert float(net.sites["0"].phi.detach().max()) < 0.5
+
+
+def accumulation(rank: int) -> None:
+    net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),))
+    optimizer = Adam(net.param_groups(1e-2))
+    net.k = 7.0
+    ddp = DDP(net)
+    torch.manual_seed(rank + 1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with ddp.no_sync():
+            loss(net, ddp, torch.randn(6, 4)).backward()
+        loss(net, ddp, torch.randn(6, 4)).backward()
+        optimizer.step()
+        assert_alike(net)
+
+
+def skipped_blocks(rank: int) -> None:
+    """What one rank skips, another may run."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([mlp(4, 8, 4) for _ in range(3)])
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    net = PlasticNet(Deep(), (torch.randn(2, 4),), blocks=("blocks.?",))
+    optimizer = Adam(net.param_groups(1e-2))
+    net.k = 7.0
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi.zero_()
+    ddp = DDP(net, find_unused_parameters=True)
+    torch.manual_seed(rank + 1)
+    for _ in range(4):
+        step(net, ddp, optimizer, torch.randn(6, 4))
+        assert_alike(net)
