@@ -19,6 +19,7 @@ from zoo_models import MODELS
 
 import plasticnet as pn
 from plasticnet import export
+from plasticnet.tools.difference import relative_difference
 
 CLOSED_SHARES = (0.3, 0.8)
 TOLERANCE = 1e-9  # of compact against evaluation, in double precision
@@ -55,24 +56,6 @@ def randomise(model: nn.Module) -> None:
         for name, b in model.named_buffers():
             if name.rpartition(".")[2] in ("running_mean", "running_var"):
                 b.uniform_(0.5, 1.5)
-
-
-def relative_error(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Largest absolute difference over largest absolute value, the worst of all outputs.
-
-    Infinite where shapes, the number of outputs or the places of what is not finite differ.
-    """
-    if len(expected) != len(found) or any(a.shape != b.shape for a, b in zip(expected, found, strict=True)):
-        return math.inf
-    worst = 0.0
-    for a, b in zip(expected, found, strict=True):
-        finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)):
-            return math.inf
-        a, b = a[finite], b[finite]
-        if a.numel():
-            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-300)).item())
-    return worst
 
 
 def first_line(error: BaseException) -> str:
@@ -179,8 +162,8 @@ def comparisons(net: pn.PlasticNet, inputs: _Inputs, factory: Callable[[], nn.Mo
         small = twin.compact()
         with torch.no_grad():
             masked = run(twin, inputs)
-            row["error"][key] = relative_error(masked, run(small, inputs))
-        row["moved"][key] = relative_error(whole, masked) > TOLERANCE
+            row["error"][key] = relative_difference(masked, run(small, inputs))
+        row["moved"][key] = relative_difference(whole, masked) > TOLERANCE
         row["left"][key] = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in twin.model.parameters())
     row["gradients"] = gradients_flow(twin.model, small, inputs)
     row["save_load"] = saves_equal(small, inputs, factory)
@@ -221,7 +204,7 @@ def saves_equal(small: nn.Module, inputs: _Inputs, factory: Callable[[], nn.Modu
         kept, found = small.state_dict(), loaded.state_dict()
         if kept.keys() != found.keys() or not all(torch.equal(kept[n], found[n]) for n in kept):
             return "the tensors differ"
-        error = relative_error(run(small, inputs), run(loaded, inputs))
+        error = relative_difference(run(small, inputs), run(loaded, inputs))
     return error <= 1e-12 or f"the outputs differ by {error:.1e}"
 
 

@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from zoo_measure import build, double, first_line, randomise, relative_error, run
+from zoo_measure import build, double, first_line, randomise, run
+
+from plasticnet.tools.difference import relative_difference
 
 RATIO = 0.3
 TOLERANCE = 1e-6
@@ -84,7 +86,7 @@ def compare(name: str, seed: int, report: Callable[[dict[str, Any]], None]) -> N
         report({**row, "status": f"crash: {first_line(error)}"})
         return
     row["left"] = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
-    row["error"] = relative_error(expected, found)
+    row["error"] = relative_difference(expected, found)
     if row["left"] == 1:
         row["status"] = "nothing pruned"
     else:

@@ -6,7 +6,9 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ def batches(n: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(8, 3, 4, 4, generator=generator), torch.arange(8) % 3) for _ in range(n)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
 def test_infinite_k_is_bit_identical_to_the_plain_model(estimator: str) -> None:
     model = ConvNet(dropout=0.3)
@@ -378,3 +381,80 @@ def test_other_refusals() -> None:
         net.penalty(1.0, "flops")  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlasticError, match="example_inputs"):
         PlasticNet(mlp(4, 6, 2), 3)
+
+
+# -- as other code sees it --------------------------------------------------------------------
+
+
+class Keyword(nn.Module):
+    """A model as those of transformers: named inputs, some with defaults, and labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None, *, labels: Tensor | None = None) -> Tensor:
+        h = self.a(values).relu()
+        return self.b(h if mask is None else h * mask)
+
+
+def test_the_signature_of_forward_is_the_models() -> None:
+    model = Keyword()
+    signature = inspect.signature(model.forward)
+    net = PlasticNet(model, {"values": torch.randn(2, 4)})
+    assert inspect.signature(net.forward) == signature
+    assert list(signature.parameters) == ["values", "mask", "labels"]
+    assert inspect.signature(copy.deepcopy(net).forward) == signature
+    assert list(inspect.signature(PlasticNet.forward).parameters) == ["self", "args", "kwargs"]
+
+
+def test_a_copy_runs_its_own_model() -> None:
+    net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),)).eval()
+    x = torch.randn(5, 4)
+    twin = copy.deepcopy(net)
+    read = pickle.loads(pickle.dumps(net))
+    expected = net(x)
+    with torch.no_grad():
+        for p in net.model.parameters():
+            p.zero_()
+    assert not net(x).any()
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(read(x), expected)
+
+
+def test_forward_can_be_replaced_and_put_back() -> None:
+    """As Accelerate does for mixed precision: it wraps the function of the method, and binds it again."""
+    net = PlasticNet(mlp(4, 6, 3), (torch.randn(2, 4),)).eval()
+    x = torch.randn(5, 4)
+    expected, own = net(x), net.forward
+    function = own.__func__
+    net.forward = MethodType(lambda self, *args: 2 * function(self, *args), net)
+    assert torch.equal(net(x), 2 * expected)
+    net.forward = own
+    assert torch.equal(net(x), expected)
+    del net.forward
+    assert torch.equal(net(x), expected)
+
+
+def test_attributes_of_the_model_that_the_network_has_are_named_once() -> None:
+    class Shadowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.gates, self.out = 3, nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def limit(self) -> int:
+            return 7
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.gates(x).relu())
+
+    with pytest.warns(UserWarning, match="Shadowed has attributes.*gates, k, limit.*net.model.gates") as caught:
+        net = PlasticNet(Shadowed(), (torch.randn(2, 4),))
+    assert len(caught) == 1
+    assert math.isinf(net.k)
+    assert net.model.k == 3
+    assert net.model.limit() == 7
+    assert net.out is net.model.out  # what is not shadowed falls through
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PlasticNet(Keyword(), {"values": torch.randn(2, 4)})

@@ -28,6 +28,7 @@ from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.torch_private import has_child
 
 
 class PlasticNet(GatedModel):
@@ -101,7 +102,7 @@ class PlasticNet(GatedModel):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+            if name == "model" or not has_child(self, "model"):
                 raise
             return getattr(self.model, name)
 
@@ -321,17 +322,16 @@ def _with_signature(signature: inspect.Signature) -> Callable[..., Any]:
     kinds = {p.kind for p in signature.parameters.values()}
     if inspect.Parameter.POSITIONAL_ONLY in kinds:
         own = own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # pyright: ignore[reportFunctionMemberAccess]
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # pyright: ignore[reportAttributeAccessIssue]
     return forward
 
 
 def _warn_of_shadows(net: PlasticNet) -> None:
     """Say once which attributes of the model the network has, too: ``net.k``, say, is not the model's."""
     plain = set(dir(nn.Module()))
-    own = {n for n in (*dir(type(net)), *vars(net), *net._modules) if not n.startswith("_")} - plain - {"model"}
+    own = {n for n in dir(net) if not n.startswith("_")} - plain - {"model"}
     model = net.model
-    theirs = {*vars(model), *model._modules, *model._parameters, *model._buffers, *dir(type(model))}
-    shadowed = sorted(own & theirs - {"forward"})
+    shadowed = sorted(own & set(dir(model)) - {"forward"})
     if shadowed:
         warnings.warn(
             f"{type(model).__name__} has attributes that PlasticNet has, too: {', '.join(shadowed)}. On the network "

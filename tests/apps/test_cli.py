@@ -76,6 +76,7 @@ def test_train_both(finished: Path) -> None:
     check(finished, RUNS["both"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["prune", "grow", "dense"])
 def test_train_one(mode: str, tmp_path: Path, finished: Path) -> None:
     succeed(*MOONS, "--mode", mode, "--out", tmp_path)
@@ -85,6 +86,7 @@ def test_train_one(mode: str, tmp_path: Path, finished: Path) -> None:
     assert (tmp_path / mode / "compact.safetensors").read_bytes() == (finished / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 5, 9])
 def test_resume(stop: int, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the middle of an epoch of the first, the second or the third run."""
@@ -149,6 +151,7 @@ def test_a_refused_option_leaves_the_run_before_it_alone(
     assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [["--model", "mlp:9-9"], ["--data", "digits"]])
 def test_resume_with_another_model_or_data_is_refused(
     change: list[str], started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

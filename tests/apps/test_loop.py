@@ -64,6 +64,7 @@ def whole(data: Data) -> dict[str, tuple[Result, list[dict[str, Any]]]]:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["prune", "grow"])
 def test_resuming_equals_never_stopping(mode: Mode, data: Data, whole: dict, tmp_path: Path) -> None:
     result, history = whole[mode]
@@ -163,6 +164,7 @@ def test_profiling_does_not_count_as_training(data: Data, monkeypatch: pytest.Mo
     assert result.summary["train_cpu_seconds"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", RUNS)
 def test_a_budget_is_met_in_the_place_of_a_penalty(mode: Mode, data: Data) -> None:
     """Its shares are those of the model that was given, also when growing begins with less."""

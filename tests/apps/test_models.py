@@ -87,6 +87,7 @@ def shapes(name: str, shape: tuple[int, ...] | None = None) -> object:
     return tuple(found[0].shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -88,6 +88,7 @@ def assert_met(net: PlasticNet, schedule: Schedule) -> None:
 # -- met --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.3, 0.1])
 @pytest.mark.parametrize("cost", COSTS)
 def test_met_at_the_first_try(cost: str, share: float) -> None:
@@ -95,6 +96,7 @@ def test_met_at_the_first_try(cost: str, share: float) -> None:
     assert_met(built[0], built[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-5, 1e5])
 @pytest.mark.parametrize("sgd", [False, True])
 def test_the_pressure_brings_the_network_there_whatever_the_loss(scale: float, sgd: bool) -> None:
@@ -371,6 +373,7 @@ def test_sites_without_pressure_take_none() -> None:
 # -- resume, wake -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [Budget(macs=0.3, params=0.4), Budget(loss=0.3), Budget(latency_ms=1.0)])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_resume_equals_the_uninterrupted(budget: Budget, stop: int, tmp_path: Path) -> None:

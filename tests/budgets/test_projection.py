@@ -88,6 +88,7 @@ def lowest(net: PlasticNet, cost: str) -> float:
     return float(str(error.value).split("costs ")[1].split(f" {cost}")[0].replace(",", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["units", "parameters", "macs"])
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.25])
 def test_one_target(cost: str, share: float) -> None:
@@ -197,6 +198,7 @@ def test_nothing_is_missing_where_weights_or_features_can_open() -> None:
     assert missing(net, {"macs": 1e6}, dict.fromkeys(net.sites, 99)) == {"0": 59}
 
 
+@pytest.mark.slow
 def test_many_units_are_quick_to_choose_from() -> None:
     """The cost is asked for some tens of times, not once for each of 30,000 units."""
     net = PlasticNet(mlp(2, 20000, 10000, 2), (torch.randn(2, 2),))

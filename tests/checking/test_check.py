@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet import PlasticError, PlasticNet
-from plasticnet.checking.check import _random_gates
+from plasticnet.checking.check import random_gates
 from tests.kit.networks import images
 
 
@@ -69,7 +69,7 @@ def test_random_gates_leave_an_odd_number_open() -> None:
     for units in (1, 2, 7, 64):
         for share in (0.3, 0.8):
             for _ in range(20):
-                assert int(_random_gates(units, share).sum()) % 2 == 1
+                assert int(random_gates(units, share).sum()) % 2 == 1
 
 
 class Masked(nn.Module):

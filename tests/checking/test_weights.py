@@ -161,6 +161,7 @@ def check_unbiased(name: str, units: bool, steps: int) -> None:
     assert error.median() < exact.abs().max() / 4  # noise does not hide the gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("name", ["bitflip-cv", "disarm"])
 def test_unbiased(name: str, units: bool) -> None:
@@ -473,6 +474,7 @@ def run(net: PlasticNet, schedule: Schedule, optimizer: torch.optim.Adam, steps:
         schedule.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exclude", [(), ("*",)])
 @pytest.mark.parametrize("target", [{"params": 0.1}, {"params": 0.3, "macs": 0.2}, {"macs": 0.05}])
 def test_budget_is_met(target: dict[str, float], exclude: tuple[str, ...]) -> None:

@@ -46,6 +46,7 @@ def run(path: Path, *args: Tensor) -> list[Tensor]:
 # -- files ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FORMATS)
 @pytest.mark.parametrize("inputs", [(), ("fc1",)], ids=["plain", "take"])
 def test_any_batch_size(file: str, inputs: tuple[str, ...], tmp_path: Path) -> None:

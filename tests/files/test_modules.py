@@ -254,6 +254,7 @@ def tensor(name: str, value: Tensor) -> Callable[[dict], Any]:
     return lambda tensors: tensors.update({name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "tensors"),
     [

@@ -42,6 +42,7 @@ def last(output: Any) -> Tensor:
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "exclude", "fields"),
     [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from plasticnet import PlasticNet
-from plasticnet.gates.acting import _Gated
+from plasticnet.gates.acting import Gated
 from plasticnet.gates.readers import fold, readers
 from tests.kit.networks import ConvNet, images, mlp, randomise_gates
 
@@ -229,7 +229,7 @@ def test_sparing_product_is_the_product(shape: tuple[int, ...], axis: int, close
     wide = [1] * x.dim()
     wide[0], wide[axis] = 4, 5
     grad = torch.randn(shape, dtype=torch.float64)
-    found, expected = _Gated.apply(x, z, axis), x * z.reshape(wide)
+    found, expected = Gated.apply(x, z, axis), x * z.reshape(wide)
     assert isinstance(found, Tensor)
     assert torch.equal(found, expected)
     gradients = (torch.autograd.grad(y, (x, z), grad) for y in (found, expected))

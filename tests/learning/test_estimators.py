@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet import ESTIMATORS, Budget, PlasticNet, Schedule, Stage
-from plasticnet.learning.estimators import _correlation, copula
+from plasticnet.learning.estimators import copula, correlation
 from plasticnet.tools.statistics import running_statistics
 from tests.kit.draws import last_draw
 
@@ -62,6 +62,7 @@ def certainties(name: str) -> Tensor:
     return torch.tensor([0.02, 0.3, 0.5, 0.97, 0.05, 0.9], dtype=torch.float64) if name == "ugc" else pi
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_pure_functions_are_unbiased(name: str, shared: bool) -> None:
@@ -165,6 +166,7 @@ def test_disarm_never_more_variance_than_arm() -> None:
     assert (variances["disarm"] <= 1.05 * variances["arm"]).all()
 
 
+@pytest.mark.slow
 def test_slopes_lower_the_variance() -> None:
     """Of a loss that is nearly linear."""
     pi, k, rows = torch.full((6,), 0.6), 2.0, 64
@@ -196,7 +198,7 @@ def test_copula_has_the_right_marginals_and_correlation() -> None:
     torch.testing.assert_close(z.mean((0, 1)), pi, atol=4e-3, rtol=0)
     deviation = (pi * (1 - pi)).sqrt()
     both = ((z[0] - pi) * (z[1] - pi)).mean(0) / deviation**2
-    torch.testing.assert_close(both, _correlation(pi, 4), atol=1.5e-2, rtol=0)
+    torch.testing.assert_close(both, correlation(pi, 4), atol=1.5e-2, rtol=0)
     assert (both < 0).all()
 
 

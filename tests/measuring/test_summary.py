@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,11 @@ def test_prunable_parameters_are_those_of_units() -> None:
 
 def test_frozen_names_are_grouped_by_reason() -> None:
     net, _ = small()
-    net._frozen = {"a": "because", **{f"b{i}": "of that" for i in range(5)}, "c": "because"}
-    assert net.summary().reasons() == ["a, c: because", "b0, b1, b2 and 2 more: of that"]
-    assert net.summary().reasons(every=True)[1] == "b0, b1, b2, b3, b4: of that"
-    assert "frozen   a, c: because" in str(net.summary())
+    frozen = {"a": "because", **{f"b{i}": "of that" for i in range(5)}, "c": "because"}
+    summary = replace(net.summary(), frozen=frozen)
+    assert summary.reasons() == ["a, c: because", "b0, b1, b2 and 2 more: of that"]
+    assert summary.reasons(every=True)[1] == "b0, b1, b2, b3, b4: of that"
+    assert "frozen   a, c: because" in str(summary)
 
 
 class Residual(nn.Module):

@@ -78,6 +78,7 @@ class Run:
         torch.set_rng_state(state["rng"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("mode", ["prune", "grow"])
 @pytest.mark.parametrize("model", ["mlp", "conv"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer, RMSprop
 
 from plasticnet import PlasticError, PlasticNet
-from plasticnet.surgery.plan import _positions
-from plasticnet.surgery.rewrite import _rewrite, _Take
+from plasticnet.surgery.plan import positions
+from plasticnet.surgery.rewrite import rewrite
 from plasticnet.units import Slice
 from tests.kit.networks import ConvNet, images, mlp
 
@@ -232,7 +232,7 @@ def test_positions_one_after_the_other(seed: int) -> None:
         for _ in range(rng.integers(0 if kept else 1, 4)):
             kept.insert(rng.integers(len(kept) + 1), -1)
         sources[name] = np.array(kept)
-    take, index = _positions(owners, sources, length)
+    take, index = positions(owners, sources, length)
     expected_take, expected_index = _positions_by_hand(owners, sources, length)
     assert take.tolist() == expected_take
     assert {name: i.tolist() for name, i in index.items()} == expected_index
@@ -290,7 +290,7 @@ def test_rewrite_one_position_after_the_other(first: str, second: str) -> None:
     dense, image = torch.rand(5, 5, dtype=torch.float64), torch.rand(5, 5, 3, 2, dtype=torch.float64)
     for tensor in (dense, dense.T, image, image.to(memory_format=torch.channels_last)):
         for mean in (False, True):
-            new = _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()}, mean)
+            new = rewrite(tensor, takes, mean)
             expected = tensor
             for dim, take in takes.items():
                 old = expected.unbind(dim)

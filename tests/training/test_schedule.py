@@ -308,7 +308,7 @@ def test_a_round_that_ends_plastic_is_woken_too() -> None:
     schedule.wake()
     assert schedule.rounds == 2
     torch.testing.assert_close(net.sites["0"].probability(7.0).detach(), torch.full((6,), 0.9526), rtol=1e-3, atol=0)
-    assert schedule.plastic_epochs() == (2, 4)
+    assert schedule.timeline.plastic_epochs() == (2, 4)
 
 
 def test_growth_by_a_cost_that_is_not_known_is_refused_at_once() -> None:

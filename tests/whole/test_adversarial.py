@@ -38,6 +38,7 @@ def test_expectation(case: Case) -> None:
     check_expectation(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda c: c.name)
 def test_closing_cutting_and_growing(case: Case, tmp_path: Path) -> None:
     check_life(case.factory, case.inputs(), tmp_path)

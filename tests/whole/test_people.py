@@ -94,6 +94,7 @@ def test_parametrizations_can_be_removed_after_compaction() -> None:
         assert distance(reference, small(x)) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", people.RECURRENT)
 def test_recurrent(name: str, tmp_path: Path) -> None:
     """Exact, or frozen with the reason; the layer behind is exact in any case."""

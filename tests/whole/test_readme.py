@@ -27,6 +27,7 @@ def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 SCRIPTS = ["experiments/tables.py", "experiments/gates_table.py", "benchmarks/zoo_table.py", "benchmarks/cost_table.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_results_are_those_of_the_committed_json(script: str) -> None:
     command = [sys.executable, str(ROOT / script), "--check"]

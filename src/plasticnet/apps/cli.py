@@ -1,52 +1,35 @@
-"""The command line: train, demo, inspect, report, export."""
+"""The command line: its commands, train, demo, inspect, report and export, and what their options mean."""
 
 from __future__ import annotations
 
 import json
-import platform
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
-from plasticnet.apps.data import load_data
-from plasticnet.apps.loop import Config, Mode, evaluate, prepare_run, train_run
-from plasticnet.apps.models import IMAGE, build_model, example_inputs, factory
-from plasticnet.apps.report import COLUMNS, render, rows
+from plasticnet.apps.console import console
+from plasticnet.apps.inspecting import inspect_model, print_inspection
+from plasticnet.apps.loop import Config, Mode
+from plasticnet.apps.models import IMAGE, example_inputs, factory
+from plasticnet.apps.runs import rewrite_report, train_modes
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.files.exporting import export
-from plasticnet.files.modules import load, save
+from plasticnet.files.modules import load
 from plasticnet.learning.estimators import ESTIMATORS
-from plasticnet.measuring.profiling import PROFILE_COLUMNS, profile
-from plasticnet.net import PlasticNet
-from plasticnet.oneshot.sensitivity import sensitivity as measure_sensitivity
-from plasticnet.version import __version__
-
-app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
-
-
-console = Console()
-
 
 NAMES = "mlp:300-100, lenet5, torchvision:resnet18, timm:resnet18, transformers:bert or PACKAGE:FACTORY"
-
-
 MODES: dict[str, tuple[Mode, ...]] = {
     "prune": ("prune",),
     "grow": ("grow",),
     "both": ("dense", "prune", "grow"),
     "dense": ("dense",),
 }
+
+app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
 
 
 @app.command("train")
@@ -83,10 +66,11 @@ def train_command(
     )  # fmt: skip
     if mode not in MODES:
         raise PlasticError(f"--mode {mode}: choose one of {', '.join(MODES)}")
-    _run(data, model, MODES[mode], config, data_dir, out, resume)
+    train_modes(data, model, MODES[mode], config, out, data_dir=data_dir, resume=resume)
 
 
 def _budget(text: str | None) -> Budget | None:
+    """The targets that --budget gives."""
     if text is None:
         return None
     try:
@@ -104,101 +88,7 @@ def demo_command(out: Annotated[Path, typer.Option(help="folder for the results"
     """On embedded handwritten digits: prune a too wide network, grow a too narrow one."""
     config = Config(epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
     torch.set_num_threads(1)  # threads on networks of this size wait for each other, and long on a busy machine
-    _run("digits", "mlp:256-128", MODES["both"], config, None, out, resume=False)
-
-
-def _run(
-    data_name: str,
-    model_name: str,
-    modes: tuple[Mode, ...],
-    config: Config,
-    data_dir: Path | None,
-    out: Path,
-    resume: bool,
-) -> None:
-    data = load_data(data_name, data_dir, config.seed)
-    make = factory(model_name, data.shape, data.classes)
-    for mode in modes:  # what is refused is refused before anything is written
-        prepare_run(make(), data, config, mode)
-    described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
-    text = json.dumps(described, indent=2) + "\n"
-    if resume:
-        _check_same(out / "config.json", data_name, model_name)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(text)
-    metrics: list[dict[str, Any]] = []
-    results: dict[str, dict[str, Any]] = {}
-    for mode in modes:
-        folder = out / mode
-        folder.mkdir(exist_ok=True)
-        if not resume:
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        with Live(console=console, refresh_per_second=8) as live:
-
-            def show(record: dict[str, Any], mode: str = mode, live: Live = live) -> None:
-                metrics.append({"run": mode, **record})
-                _write_metrics(out, metrics)
-                live.update(_progress(mode, record, config.epochs))
-
-            torch.manual_seed(config.seed)
-            result = train_run(
-                make(), data, config, mode, on_epoch=show,
-                checkpoint=folder / "checkpoint.safetensors", resume=resume,
-            )  # fmt: skip
-        if not console.is_terminal:  # there Live ends without a new line
-            console.print()
-        if not result.summary.get("growth_stopped", True):
-            console.print("growth had not stopped by itself when the plastic stage ended; more --epochs would help")
-        save(result.compact, folder / "compact.safetensors")
-        results[mode] = result.summary
-    (out / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
-    title = f"plasticnet: {model_name} on {data_name}"
-    (out / "report.html").write_text(render(title, results, metrics, json.loads(text)))
-    console.print(_table(results))
-    console.print(f"written to {out}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
-
-
-def _check_same(path: Path, data_name: str, model_name: str) -> None:
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PlasticError(f"--resume: there is no run in {path.parent}: {error}") from error
-    held = f"{before.get('model')} on {before.get('data')}" if isinstance(before, dict) else "something else"
-    if held != f"{model_name} on {data_name}":
-        raise PlasticError(f"--resume: {path.parent} holds a run of {held}, not of {model_name} on {data_name}")
-
-
-def _write_metrics(out: Path, metrics: list[dict[str, Any]]) -> None:
-    (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-
-
-def _progress(mode: str, record: dict[str, Any], epochs: int) -> Table:
-    table = Table("run", "epoch", "loss", "validation", "k", "open units", "parameters", "MACs")
-    units = "-".join(str(n) for n in list(record["units"].values())[:8])
-    table.add_row(
-        mode, f"{record['epoch']}/{epochs}", f"{record['loss']:.4f}", f"{100 * record['val_accuracy']:.2f} %",
-        "∞" if record["k"] == "inf" else f"{record['k']:g}", units, f"{record['parameters']:,}", f"{record['macs']:,}",
-    )  # fmt: skip
-    return table
-
-
-def _table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(*COLUMNS)
-    for row in rows(results):
-        table.add_row(*row)
-    return table
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on beside its settings."""
-    return {
-        "plasticnet": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    train_modes("digits", "mlp:256-128", MODES["both"], config, out)
 
 
 @app.command("inspect")
@@ -219,67 +109,20 @@ def inspect_command(
     json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
     """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
-    if meta and (measure or sensitivity or weights):
-        what = "--profile" if measure else "--sensitivity" if sensitivity else "--weights"
-        raise PlasticError(f"{what} runs the network, and with --meta nothing is computed: leave out one of them")
-    if sensitivity and data is None:
-        raise PlasticError("--sensitivity needs the data that the model reads: --data digits, moons or mnist")
-    splits = None if data is None else load_data(data, data_dir)
-    shape = None if splits is None else (2, *splits.shape)
-    shape = shape if input is None else _shape(input)
-    make = factory(model, (shape or IMAGE)[1:], 10 if splits is None else splits.classes, full=full)
-    module = build_model(make, meta) if weights is None else load(weights, make)
-    examples = example_inputs(model, module, shape)
-    net = PlasticNet(
-        module, examples, inputs=tuple(inputs or ()), residual=residual, blocks=tuple(blocks or ())
+    found = inspect_model(
+        model, _shape(input), inputs=inputs or (), residual=residual, blocks=blocks or (), full=full, meta=meta,
+        data=data, data_dir=data_dir, weights=weights, with_profile=measure, with_sensitivity=sensitivity,
     )  # fmt: skip
-    summary = net.summary()
-    measured = profile(net, examples) if measure else None
-    losses = None
-    if sensitivity and splits is not None:
-        losses = measure_sensitivity(net, lambda n: evaluate(n, splits.val)[0])
     if json_output:
-        found = {**summary.as_dict(), "checked": net.checked}
-        if measured is not None:
-            found["profile"] = measured.as_dict()
-        if losses is not None:
-            found["sensitivity"] = {**losses.as_dict(), "weights": str(weights) if weights else "random"}
-        typer.echo(json.dumps(found, indent=2))
-        return
-    table = Table(box=SIMPLE)
-    table.add_column("site", overflow="fold")
-    for column in ("units", "parameters/unit", "MACs/unit"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("read by", overflow="fold")
-    for row in summary.rows():
-        table.add_row(*map(escape, row))
-    console.print(table)
-    lines = [f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample", summary.prunable()]
-    if not net.checked:
-        lines.append("unchecked: on the meta device masking and cutting cannot be compared")
-    for line in [*lines, *(f"frozen {reason}" for reason in summary.reasons(every=show_all))]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if measured is not None:
-        _print_table(PROFILE_COLUMNS, measured.cells(), measured.total())
-    if losses is not None:
-        whose = "random weights (--weights names a file)" if weights is None else str(weights)
-        line = f"validation loss by the share of a site that is closed; {losses.loss:.4g} with all open; {whose}"
-        _print_table(losses.columns(), losses.rows(), line)
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_inspection(found, every_name=show_all)
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], line: str) -> None:
-    """A table of names and numbers, and a line below it."""
-    table = Table(box=SIMPLE)
-    table.add_column(columns[0], overflow="fold")
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape that --input gives."""
+    if text is None:
+        return None
     try:
         shape = tuple(int(n) for n in text.split(","))
     except ValueError:
@@ -292,18 +135,7 @@ def _shape(text: str) -> tuple[int, ...]:
 @app.command("report")
 def report_command(run: Annotated[Path, typer.Argument(help="folder that train wrote")]) -> None:
     """Write report.html of a run anew."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        results = json.loads((run / "summary.json").read_text())
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise PlasticError(f"{run} is not a finished run: {error}") from error
-    try:
-        title = f"plasticnet: {config['model']} on {config['data']}"
-        page = render(title, results, metrics, config)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PlasticError(f"{run} is not a finished run: {error!r}") from error
-    (run / "report.html").write_text(page)
+    rewrite_report(run)
     console.print(f"written {run / 'report.html'}")
 
 
@@ -316,7 +148,7 @@ def export_command(
     classes: Annotated[int, typer.Option(help="outputs of an mlp")] = 10,
 ) -> None:
     """Turn a saved network into an ONNX file or a torch.export program, and check that it computes the same."""
-    shape = _shape(input) if input is not None else None
+    shape = _shape(input)
     small = load(file, factory(model, (shape or IMAGE)[1:], classes))
     written = export(small, out, example_inputs(model, small, shape))
     batch = "any batch size" if written.dynamic_batch else "the batch size of --input only"

@@ -1,4 +1,4 @@
-"""A short reference loop: one data set, one model, any of dense, prune and grow."""
+"""A short reference loop. A run trains one model on one data set in one mode: dense, prune or grow."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from plasticnet.training.schedule import Schedule
 from plasticnet.training.stages import Stage
 
 Mode = Literal["dense", "prune", "grow"]
-
-
 _PROFILES = 10  # in a run, while it trains; each takes as long as some twenty steps
 
 
@@ -172,6 +170,7 @@ def train_epochs(
 
 
 def profile_dict(module: nn.Module, data: Data, config: Config) -> dict[str, Any]:
+    """What the module costs for a batch of training data, also in training, as plain data."""
     return profile(module, (data.train.x[: config.batch],), repeats=5, training=True).as_dict()
 
 

@@ -14,10 +14,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import transformer_inputs
 
 IMAGE = (1, 1, 28, 28)  # what LeNet-5 reads, and an MLP unless told otherwise
-
-
 _KNOWN = "mlp:300-100, lenet5, torchvision:NAME, timm:NAME, transformers:TYPE or PACKAGE:FACTORY"
-
 
 # A transformer small enough to be tried in a second: whichever of these fields its config has.
 _TINY = {

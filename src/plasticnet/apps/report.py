@@ -20,7 +20,6 @@ mpl.use("Agg")
 
 _COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
 
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -30,9 +29,7 @@ details table { font-size: .8rem; } details td, details th { padding: .15rem .5r
 th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid #ddd; }
 """
 
-
 _WHEN = ("before", "during", "after")
-
 
 # A field of a profile, what it is, and how it is written; the first four are those of a module, too.
 _MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
@@ -43,7 +40,6 @@ _MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
     ("kept_bytes", "kept for the backward pass", readable_bytes),
     ("training_milliseconds", "ms with the backward pass", "{:.3f}".format),
 ]
-
 
 COLUMNS = ("network", "test accuracy", "units per site", "parameters", "MACs", "ms per 1,000 inputs")
 

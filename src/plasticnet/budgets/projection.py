@@ -105,7 +105,7 @@ class _Units:
         must = np.concatenate([np.zeros(0, dtype=bool), *graces])
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
         for name in [n for n in self.sites if n not in inputs]:
-            here = self._of(name)
+            here = self.places(name)
             must[here[np.argsort(self.rank[here])][: self.sites[name].least]] = True
         self._with_channels(must)
         features = self.order[self.producer[self.order] >= 0]
@@ -114,14 +114,15 @@ class _Units:
             if len(mine) and not must[mine].any():
                 must[mine[0]] = True
         for name in inputs:  # those of channels that stay anyway come first
-            here = self._of(name)
+            here = self.places(name)
             ready = (self.producer[here] < 0) | must[self.producer[here]]
             best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
             must[best_first[: self.sites[name].least]] = True
         self._with_channels(must)
         return must
 
-    def _of(self, name: str) -> np.ndarray:
+    def places(self, name: str) -> np.ndarray:
+        """Where the units of a site are in the vector."""
         return np.arange(len(self.sites[name])) + self.starts[name]
 
     def _with_channels(self, z: np.ndarray) -> None:
@@ -139,7 +140,12 @@ class _Units:
         return left
 
     def cost(self, z: np.ndarray, cost: str) -> float:
+        """What the network costs when these units are open and the others are cut."""
         return float(self._expected(z, cost))
+
+    def prices(self, z: np.ndarray, cost: str) -> np.ndarray:
+        """What each unit adds to the cost beside the units that are open: the gradient."""
+        return self._expected(z, cost, gradient=True).numpy()
 
     def _expected(self, z: np.ndarray, cost: str, gradient: bool = False) -> Tensor:
         device = self.net.like.device
@@ -178,10 +184,10 @@ class _Units:
         ready[closed[both]] = True
         fit, priced = np.ones(len(closed), dtype=bool), np.zeros(len(closed), dtype=bool)
         for cost, target in self.targets.items():
-            price = self._expected(z, cost, gradient=True).numpy()
+            price = self.prices(z, cost)
             alone, c = price[closed], channel[both]
             if both.any():
-                with_all = self._expected(ready, cost, gradient=True).numpy()
+                with_all = self.prices(ready, cost)
                 alone[both] += price[c] + (with_all[c] - price[c]) / self.reading[c]
             fit &= alone <= target - self.cost(z, cost)
             priced |= alone > 0
@@ -189,7 +195,7 @@ class _Units:
         return found[np.argsort(self.rank[found])]
 
     def by_site(self, z: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: z[self._of(name)] for name in self.sites}
+        return {name: z[self.places(name)] for name in self.sites}
 
 
 def decide(net: GatedModel, targets: Mapping[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -256,10 +262,10 @@ def missing(
     room = {cost: target - units.cost(z, cost) for cost, target in targets.items()}
     if any(room[cost] <= UNSPENT * target for cost, target in targets.items()):
         return {}
-    prices = {cost: units._expected(z, cost, gradient=True).numpy() for cost in targets}
+    prices = {cost: units.prices(z, cost) for cost in targets}
     found = {}
     for name, site in net.sites.items():
-        here = units._of(name)
+        here = units.places(name)
         selects = isinstance(site.units, InputUnits | BlockUnits) or units.follows[here].any()
         if site.units.growable and not selects:
             fit = min(room[cost] / max(float(prices[cost][here].mean()), 1e-9 * room[cost]) for cost in targets)

@@ -18,17 +18,12 @@ from plasticnet.surgery.plan import lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan
 from plasticnet.tools.inputs import is_large
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
+from plasticnet.tools.torch_private import convert
 from plasticnet.units import BlockUnits, Trace, Units
 
 _ATTEMPTS = 3  # with other random parameters, where units had no effect (all behind a dead ReLU, say)
-
-
 _DRAWN = 1_000_003
-
-
 _FEW = 3  # units of a site that a large model keeps
-
-
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
 
 
@@ -62,7 +57,7 @@ def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[
                 b.uniform_(0.5, 1.5)
     sites = dict(traced.sites)
     if is_large(twin):
-        rough = Comparing(twin, args, kwargs, ROUGH, [partial(_random_gates, share=CLOSED_SHARES[-1])], vouch=False)
+        rough = Comparing(twin, args, kwargs, ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
         sites = {n: u for n, u in sites.items() if n not in bad}
         twin, current = _narrowed(twin, sites)
@@ -95,7 +90,7 @@ def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, 
 
 def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: Trace) -> Comparing:
     """The comparison in double precision, where the model runs in it."""
-    patterns = [partial(_random_gates, share=share) for share in CLOSED_SHARES]
+    patterns = [partial(random_gates, share=share) for share in CLOSED_SHARES]
     if traced.positional:  # a shift by one shows whatever takes units by their position
         patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
@@ -105,7 +100,7 @@ def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tra
         return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
     try:
-        precise = duplicate(twin)._apply(double)
+        precise = convert(duplicate(twin), double)
         precise_args, precise_kwargs = tree_map(double, (args, kwargs))
         run = Comparing(precise, precise_args, precise_kwargs, FINE, patterns, traced.trains_more)
         run.reference = run.outputs(precise)
@@ -132,7 +127,7 @@ def _random(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(new, requires_grad=p.requires_grad)
 
 
-def _random_gates(units: int, share: float) -> Tensor:
+def random_gates(units: int, share: float) -> Tensor:
     """0 for about ``share`` of the units, 1 for an odd number of them: an even one can agree with a
     hard-coded width by luck, and a single one broadcasts, so that it serves for the second share only."""
     count = round(units * (1 - share))

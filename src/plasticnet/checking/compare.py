@@ -1,4 +1,4 @@
-"""TODO."""
+"""Compares the outputs of a masked model with those of a cut one, and of a grown model with what they were."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from plasticnet.gates.run import Gating
 from plasticnet.surgery.compact import cut
 from plasticnet.surgery.plan import lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan
+from plasticnet.tools.difference import relative_difference
 from plasticnet.tools.inputs import copy_inputs
 from plasticnet.tools.snapshot import left_as_it_was, sharing
+from plasticnet.tools.torch_private import Dropout
 from plasticnet.tools.trees import tensors_within
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 FINE, ROUGH = 2e-6, 1e-3  # tolerances in double precision (some norms compute in single inside) and in others
-
-
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
-
-
 BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 
 
@@ -81,10 +79,12 @@ class Comparing:
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
                 return f"the model does not run when units are cut: {what}"
             masked = self.masked(sites, factors)
-            if not _close(masked, compared, self.tolerance):
+            if relative_difference(masked, compared) > self.tolerance:
                 return _DISAGREE
-            if self.training and not _close(self.masked(sites, factors, training=True), trained, self.tolerance):
-                return _DISAGREE
+            if self.training:
+                masked_in_training = self.masked(sites, factors, training=True)
+                if relative_difference(masked_in_training, trained) > self.tolerance:
+                    return _DISAGREE
             if not masked:
                 return "the model has no floating-point output to compare"
             closed = any((f == 0).any() for f in factors.values())
@@ -98,7 +98,7 @@ class Comparing:
         try:
             grown = sharing(self.model)
             apply_plan(grown, plan_resize(sites, lengths(grown), sources), {})
-            if not _close(self.reference, self.outputs(grown), self.tolerance):
+            if relative_difference(self.reference, self.outputs(grown)) > self.tolerance:
                 return "growing its units changes the output"
         except Exception as error:  # a forward that hard-codes a width can fail in any way
             return f"the model does not run when units are added: {error}"
@@ -110,23 +110,12 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Evaluation, or training in which nothing is random: dropout would differ between widths."""
     model.train(training)
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, Dropout):
             module.eval()
     try:
         yield
     finally:
         model.eval()
-
-
-def _close(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
-    """Whether outputs agree, up to a share of the largest entry of each."""
-    for a, b in zip(expected, found, strict=True):
-        if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
-            return False
-        a, b = a[a.isfinite()], b[b.isfinite()]  # a mask may write -inf
-        if a.numel() and not (a - b).abs().max().item() <= tolerance * max(a.abs().max().item(), 1e-300):
-            return False
-    return True
 
 
 def _comparable(tree: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finds the sites that make a comparison of masking and cutting fail."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from plasticnet.units import Units, family_of
 
 Comparison = Callable[[Mapping[str, Units]], str | None]  # why masking and cutting of these sites differ, or None
-_LARGE_FAMILY = 5
-
-
-Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]
+Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]  # sites that pass in place of a family
+_LARGE_FAMILY = 5  # members, above which three of them are tried for all
 
 
 def culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None = None) -> dict[str, str]:
@@ -64,6 +62,3 @@ def _bisect(differs: Comparison, sites: Mapping[str, Units], reason: str) -> dic
         if half_reason is not None:
             bad.update(_bisect(differs, half, half_reason))
     return bad or dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
-
-
-Comparison = Callable[[Mapping[str, Units]], str | None]

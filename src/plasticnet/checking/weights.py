@@ -18,6 +18,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.run import Gating
 from plasticnet.tools.inputs import copy_inputs
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
+from plasticnet.tools.torch_private import parameters_of
 from plasticnet.tools.trees import tensors_within
 
 
@@ -37,21 +38,23 @@ def gateable(
             )
     places: dict[int, list[str]] = {}
     for name, m in model.named_modules():
-        for leaf, p in m._parameters.items():
+        for leaf, p in parameters_of(m).items():
             places.setdefault(id(p), []).append(f"{name}.{leaf}".removeprefix("."))
     found: list[str] = []
     frozen: dict[str, str] = {}
     for name, m in modules.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor = f"{name}.weight".removeprefix(".")
-            reason = _reason(m, places.get(id(m._parameters.get("weight")), []))
+            reason = _reason(m, places.get(id(parameters_of(m).get("weight")), []))
             if reason:
                 frozen[tensor] = reason
             else:
                 found.append(tensor)
     for name, m in model.named_modules():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
-            others = [leaf for leaf, p in m._parameters.items() if leaf != "weight" and p is not None and p.dim() > 1]
+            others = [
+                leaf for leaf, p in parameters_of(m).items() if leaf != "weight" and p is not None and p.dim() > 1
+            ]
             reason = 'only parameters of the name "weight" are gated entry by entry'
             frozen.update({f"{name}.{leaf}".removeprefix("."): reason for leaf in others})
     if _masking_differs(model, found, args, kwargs):
@@ -62,7 +65,7 @@ def gateable(
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight = parameters_of(module).get("weight")
     return weight.dim() > 1 if weight is not None else _computed(module)
 
 
@@ -72,7 +75,7 @@ def _computed(module: nn.Module) -> bool:
 
 def _reason(module: nn.Module, places: list[str]) -> str:
     """Why the weight of a module cannot be gated, or nothing."""
-    weight = module._parameters.get("weight")
+    weight = parameters_of(module).get("weight")
     if weight is None:
         return "the weight is computed from other parameters"
     if not weight.is_floating_point():

@@ -16,11 +16,7 @@ from plasticnet.surgery.attributes import candidates
 from plasticnet.units import Units, Width, family_of
 
 Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
-
-
 _DEPTH = 3  # attributes that are changed together at most
-
-
 _TRIALS = 40  # sets of attributes that are tried for one site
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Relates the entries of a weight with gates of its own to the units that they belong to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plasticnet.tools.shapes import along
 from plasticnet.units import BlockUnits, InputUnits, Units, gate_offsets, gate_positions
 
 
@@ -47,9 +48,7 @@ class Entries:
         mask = torch.ones([1] * len(self.shape), dtype=torch.bool, device=z.device)
         for dim in self.gates:
             if dim != but:
-                shape = [1] * len(self.shape)
-                shape[dim] = -1
-                mask = mask & self.lengthwise(dim, z).reshape(shape)
+                mask = mask & along(self.lengthwise(dim, z), dim, len(self.shape))
         return mask if self.block is None else mask & z[self.block]
 
 

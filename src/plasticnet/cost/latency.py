@@ -1,4 +1,4 @@
-"""TODO."""
+"""Predicts the time of a forward pass by a sum of measured terms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from math import prod
 from typing import Any
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.table import format_table
+
+TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}  # what is measured on each kind of device
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,9 @@ class Latency:
         for name, terms in modules.items():
             total, constant = sum(t.milliseconds for t in terms), sum(t.milliseconds for t in terms if not t.dims)
             rows.append((name or "(the model)", f"{total:.4f}", f"{constant / total:.0%}"))
-        widths = [max(len(r[i]) for r in rows) for i in range(3)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         return "\n".join([
-            *lines,
+            *format_table(rows),
             f"{self.milliseconds:.3f} ms for a batch of {self.batch} in {self.dtype} ({TIME[self.device]})",
             f"error of the prediction {self.error:.1%}, at most {self.worst:.1%}: {self.held_out} networks cut at "
             f"random, beside the {self.networks} that were fitted",
         ])  # fmt: skip
-
-
-TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}

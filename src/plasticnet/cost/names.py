@@ -1,12 +1,10 @@
-"""TODO."""
+"""Names the costs and the scales of a penalty."""
 
 from __future__ import annotations
 
 from plasticnet.errors import PlasticError
 
 COSTS = ("units", "parameters", "macs", "latency")
-
-
 SCALES = ("linear", "log")
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Saves and loads checkpoints: nested dicts and lists of tensors, numbers and strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reads and writes the files of this library: safetensors with a recipe, plain data in JSON, beside the tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 
 _KEY = "plasticnet"
-
-
 FORMAT = 1
 
 

@@ -18,14 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
+from plasticnet.tools.difference import relative_difference
 from plasticnet.tools.inputs import call_arguments, copy_inputs
 
 _TOLERANCE, _COARSE = 1e-4, 1e-2  # relative; _COARSE for half precision
-
-
 ONE_FILE = 2**31 - 2**20  # bytes of parameters that a protobuf can hold, with room for the graph
-
-
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -97,7 +94,7 @@ def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[st
             torch.export.save(program, partial)
             run = torch.export.load(partial).module()
         error = max(
-            difference(outputs(module, *trial), outputs(run, *trial), f"cannot export to {path}") for trial in trials
+            check_outputs(outputs(module, *trial), outputs(run, *trial), f"cannot export to {path}") for trial in trials
         )
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
             os.replace(file, path.with_name(file.name))
@@ -134,8 +131,8 @@ def outputs(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return [t.cpu() for t in tree_leaves(run(*args, **kwargs)) if isinstance(t, Tensor)]
 
 
-def difference(expected: list[Tensor], found: list[Tensor], what: str) -> float:
-    """The largest difference, relative to the largest entry of its output.
+def check_outputs(expected: list[Tensor], found: list[Tensor], what: str) -> float:
+    """The largest difference of what was found from what was expected, relative to the largest entry of its output.
 
     Raises `PlasticError`, which begins with ``what``, when it is more than rounding.
     """
@@ -143,11 +140,8 @@ def difference(expected: list[Tensor], found: list[Tensor], what: str) -> float:
         raise PlasticError(f"{what}: it has other outputs than the module")
     largest = 0.0
     for a, b in zip(expected, found, strict=True):
-        x, y = a.double(), b.double()
-        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs())
-        scale = x[x.isfinite()].abs().max().clamp(min=1e-300) if x.isfinite().any() else 1.0
-        error = float((apart / scale).max()) if apart.numel() else 0.0
-        if not error <= (_TOLERANCE if a.dtype in (torch.float32, torch.float64) else _COARSE):
+        error = relative_difference([a], [b])
+        if error > (_TOLERANCE if a.dtype in (torch.float32, torch.float64) else _COARSE):
             raise PlasticError(f"{what}: its outputs differ from the module's by {error:.1e}, relatively")
         largest = max(largest, error)
     return largest

@@ -22,6 +22,7 @@ from plasticnet.layers.take import Take, insert_take
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches
 from plasticnet.surgery.rewrite import replace_tensors
+from plasticnet.tools.torch_private import unsaved_buffers
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -152,9 +153,7 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
             f"only the file has {extra}, only the model {missing}"
         )
     pairs: list[tuple[Tensor, Tensor]] = []
-    derived = {
-        f"{prefix}.{leaf}".lstrip(".") for prefix, m in model.named_modules() for leaf in m._non_persistent_buffers_set
-    }
+    derived = {f"{prefix}.{leaf}".lstrip(".") for prefix, m in model.named_modules() for leaf in unsaved_buffers(m)}
     for name, old in own.items():
         new = tensors[name].to(old.device)
         if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:

@@ -16,21 +16,15 @@ import torch
 from torch import nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.files.exporting import difference, evaluation, outputs
+from plasticnet.files.exporting import check_outputs, evaluation, outputs
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.tools.inputs import call_arguments, transformer_inputs
 from plasticnet.units import InputUnits
 
 _WAY_OUT = "use plasticnet.save, whose recipe holds any widths"
-
-
 _UNSET = {"n_inner": ("n_embd", 4)}  # fields that may be None, and what they then are a multiple of
-
-
 Fields = dict[str, float]  # of a config, and their values: widths, numbers of heads, a ratio of widths
-
-
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -206,4 +200,4 @@ def _compare(module: nn.Module, folder: str, example: Any) -> None:
     with evaluation(module):
         loaded = make.from_pretrained(folder).to(next(module.parameters()).device)
         with evaluation(loaded):
-            difference(outputs(module, args, kwargs), outputs(loaded, args, kwargs), f"{name} from its config")
+            check_outputs(outputs(module, args, kwargs), outputs(loaded, args, kwargs), f"{name} from its config")

@@ -1,23 +1,26 @@
-"""TODO."""
+"""Makes modules act under gates for the time of a run: other weights, gated inputs, blocks that are skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils import checkpoint
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.readers import Reader
 from plasticnet.layers.skip import Skip
-
-
-def is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+from plasticnet.tools.shapes import along
+from plasticnet.tools.torch_private import (
+    checkpointing_by,
+    flat_names,
+    flat_weights,
+    is_transformed,
+    parameters_of,
+    set_flat_weights,
+)
 
 
 def places_of(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -25,7 +28,7 @@ def places_of(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Modu
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for leaf, p in module._parameters.items():
+        for leaf, p in parameters_of(module).items():
             held.setdefault(id(p), []).append((module, leaf))
     return {name: held[id(parameters[name])] for name in names}
 
@@ -36,20 +39,20 @@ def swapped(
 ) -> Iterator[None]:
     """Within this context modules hold ``tensors`` in the place of their parameters of these names.
     (As ``torch.func.functional_call``, at less cost; recurrent layers read a list of their own, too.)"""
-    own = [(module, leaf, module._parameters[leaf]) for name in tensors for module, leaf in places[name]]
-    lists: list[list[Any]] = [module._flat_weights for module in recurrent]
+    own = [(module, leaf, parameters_of(module)[leaf]) for name in tensors for module, leaf in places[name]]
+    lists: list[list[Any]] = [flat_weights(module) for module in recurrent]
     for name, tensor in tensors.items():
         for module, leaf in places[name]:
-            module._parameters[leaf] = tensor  # pyright: ignore[reportArgumentType]
+            parameters_of(module)[leaf] = tensor  # pyright: ignore[reportArgumentType]
     for module in recurrent:
-        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+        set_flat_weights(module, [getattr(module, name) for name in flat_names(module)])
     try:
         yield
     finally:
         for module, leaf, parameter in own:
-            module._parameters[leaf] = parameter
+            parameters_of(module)[leaf] = parameter
         for module, weights in zip(recurrent, lists, strict=True):
-            module._flat_weights = weights
+            set_flat_weights(module, weights)
 
 
 @contextmanager
@@ -63,22 +66,10 @@ def called_before(modules: list[nn.Module], act: Callable[..., None]) -> Iterato
             handle.remove()
 
 
-@contextmanager
-def refusing_checkpoints() -> Iterator[None]:
-    """Gradient checkpointing would run layers again when their gates are gone, and give wrong gradients."""
-    names = [n for n in _CHECKPOINTING if hasattr(checkpoint, n)]
-    kept = [getattr(checkpoint, name) for name in names]
-    for name in names:
-        setattr(checkpoint, name, _Refused())
-    try:
-        yield
-    finally:
-        for name, own in zip(names, kept, strict=True):
-            setattr(checkpoint, name, own)
-
-
-# What torch.utils.checkpoint.checkpoint calls, in one version of torch or another.
-_CHECKPOINTING = ("_checkpoint_impl", "CheckpointFunction", "_checkpoint_without_reentrant_generator")
+def refusing_checkpoints() -> AbstractContextManager[None]:
+    """Within this context gradient checkpointing raises `PlasticError`: it would run layers again when their gates are
+    gone, and give wrong gradients."""
+    return checkpointing_by(_Refused())
 
 
 class _Refused:
@@ -135,18 +126,16 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                     f"{reader.module} reads {x.shape[0]} rows, but gates were drawn for {len(multiplier)} samples; "
                     'construct PlasticNet with gates="batch"'
                 )
-            shape = [1] * x.dim()
-            shape[0], shape[reader.axis] = len(multiplier), multiplier.shape[1]
             z = multiplier.to(x.dtype)
             own = type(module).__module__.startswith("torch.nn.")  # others may change their input in place
-            sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_functorch_wrapped_tensor(x))
-            x = _Gated.apply(x, z, reader.axis) if sparing else x * z.reshape(shape)
+            sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
+            x = Gated.apply(x, z, reader.axis) if sparing else x * along(z, (0, reader.axis), x.dim())
         return (x, *args[1:])
 
     return hook
 
 
-class _Gated(torch.autograd.Function):
+class Gated(torch.autograd.Function):
     """``x`` times gates (rows, units) that lie along ``axis``, whose gradient is wanted, too. It takes little memory:
     the product, which the layer behind keeps anyway, and of x only what is closed. (On a GPU finding that would mean
     waiting for it.)"""
@@ -154,9 +143,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.axis, closed = axis, z == 0
-        shape = [1] * x.dim()
-        shape[0], shape[axis] = z.shape
-        product = x * z.reshape(shape)
+        product = x * along(z, (0, axis), x.dim())
         ctx.save_for_backward(product, z, closed, x.movedim(axis, 1)[closed])
         return product
 
@@ -167,9 +154,4 @@ class _Gated(torch.autograd.Function):
         slopes = (by_unit * product.movedim(ctx.axis, 1)).reshape(*z.shape, -1).sum(2)
         slopes = slopes / torch.where(closed, 1, z)
         slopes[closed] = (by_unit[closed] * left)[..., None].flatten(1).sum(1)
-        return (by_unit * _wide(z, grad)).movedim(1, ctx.axis), slopes, None
-
-
-def _wide(z: Tensor, x: Tensor) -> Tensor:
-    """``z``, shape (rows, units), for the axes of ``x`` with the units in the second place."""
-    return z.reshape(*z.shape, *[1] * (x.dim() - 2))
+        return (by_unit * along(z, (0, 1), grad.dim())).movedim(1, ctx.axis), slopes, None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.run import Gating
 from plasticnet.gates.site import Site, WeightSite, gate_key, mean_gates, weight_key
 from plasticnet.tools.ranks import Ranks
+from plasticnet.tools.torch_private import version
 from plasticnet.units import Units
 
 _Versions = tuple[tuple[Tensor, int], ...]  # tensors, and how often each had been changed
@@ -58,6 +59,8 @@ class GatedModel(nn.Module):
         like = next(p for p in parameters if p.is_floating_point())
         self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in sites.items()})
         self.gates.update({weight_key(n): WeightSite(n, model.get_parameter(n)) for n in weights})
+        self._sites = {g.name: g for g in self.gates.values() if isinstance(g, Site)}
+        self._weights = {g.name: g for g in self.gates.values() if isinstance(g, WeightSite)}
         self.excluded, self.checked, self.uses = tuple(excluded), checked, uses
         self.latency: Latency | None = None
         self.ranks = Ranks()
@@ -75,6 +78,11 @@ class GatedModel(nn.Module):
         self.cost = CostModel(units, self.model, self.uses, self.latency, weights)
         self._means = self._means_of_weights = None
 
+    def use_latency(self, latency: Latency | None) -> None:
+        """Make a measured latency (None: none) the one that counts as a cost."""
+        self.latency = latency
+        self.refresh()
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.refresh()  # the readers' indices live on the parameters' device
@@ -85,12 +93,12 @@ class GatedModel(nn.Module):
     @property
     def sites(self) -> Mapping[str, Site]:
         """Name to `Site`, in execution order."""
-        return MappingProxyType({site.name: site for site in self.gates.values() if isinstance(site, Site)})
+        return MappingProxyType(self._sites)
 
     @property
     def weights(self) -> Mapping[str, WeightSite]:
         """The name of every parameter whose entries have gates, to these."""
-        return MappingProxyType({w.name: w for w in self.gates.values() if isinstance(w, WeightSite)})
+        return MappingProxyType(self._weights)
 
     @property
     def frozen(self) -> Mapping[str, str]:
@@ -99,7 +107,7 @@ class GatedModel(nn.Module):
 
     def all_gates(self) -> list[Site | WeightSite]:
         """The sites, and after them the gated weights."""
-        return cast("list[Site | WeightSite]", list(self.gates.values()))
+        return [*self._sites.values(), *self._weights.values()]
 
     def phi(self) -> Tensor:
         """All logits in one vector: (units,), or (units + weights,)."""
@@ -160,10 +168,7 @@ class GatedModel(nn.Module):
         masks = [w.open.flatten().cpu().numpy() for w in self.weights.values()]
         return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
-    def use_latency(self, latency: Latency | None) -> None:
-        """Make a measured latency (None: none) the one that counts as a cost."""
-        self.latency = latency
-        self.refresh()
+    # -- running ------------------------------------------------------------------------------
 
     def run(self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any) -> Any:
         """Run the model under gates ``z``; see `Gating.run`, also for the options. Where all units of a site with a
@@ -183,7 +188,7 @@ class GatedModel(nn.Module):
 
 
 def _versions(tensors: Sequence[Tensor]) -> _Versions:
-    return tuple((t, t._version) for t in tensors)
+    return tuple((t, version(t)) for t in tensors)
 
 
 def _unchanged(before: _Versions, now: _Versions) -> bool:

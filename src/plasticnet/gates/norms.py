@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from plasticnet.tools.shapes import along
+
 
 @contextmanager
 def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None]:
@@ -57,9 +59,7 @@ class _OpenStatistics(TorchFunctionMode):
 
     def over(self, x: Tensor) -> Tensor:
         """The mask, 1 or 0, in the shape that broadcasts over ``x``."""
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        return self.mask.to(x.dtype).reshape(shape)
+        return along(self.mask.to(x.dtype), self.axis, x.dim())
 
     def count(self) -> Tensor:
         """How many entries are open; 1 where none is, so that nothing is divided by 0."""
@@ -110,9 +110,8 @@ def _group_norm(
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
     y = flat.transpose(1, 2).reshape(input.shape).to(input.dtype)
-    shape = [1, -1, *[1] * (input.dim() - 2)]
-    y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
+    y = y if weight is None else y * along(weight, 1, input.dim())
+    return y if bias is None else y + along(bias, 1, input.dim())
 
 
 def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finds the dimensions of weights that read gated units, and multiplies gates into weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plasticnet.tools.shapes import along
 from plasticnet.units import InputUnits, Units, gate_offsets, gate_positions
 
 
@@ -68,7 +69,5 @@ def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> di
     folded: dict[str, Tensor] = {}
     for r in found:
         weight = folded.get(r.tensor, parameters[r.tensor])
-        shape = [1] * weight.dim()
-        shape[r.dim] = -1
-        folded[r.tensor] = weight * r.multiplier(z).to(weight.dtype).reshape(shape)
+        folded[r.tensor] = weight * along(r.multiplier(z).to(weight.dtype), r.dim, weight.dim())
     return folded

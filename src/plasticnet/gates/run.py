@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from plasticnet.gates.acting import (
     called_before,
     gated_inputs,
-    is_compiled,
     places_of,
     refusing_checkpoints,
     skipping,
@@ -27,6 +26,7 @@ from plasticnet.gates.acting import (
 from plasticnet.gates.norms import open_statistics
 from plasticnet.gates.readers import Reader, fold, readers
 from plasticnet.layers.attention import unfused_layers
+from plasticnet.tools.torch_private import is_compiled, parameters_of
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
 
@@ -165,4 +165,4 @@ class Gating:
 
     def _parameters(self) -> dict[str, Tensor]:
         """The parameters that gates act on, as they are now."""
-        return {name: held[0][0]._parameters[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
+        return {name: parameters_of(held[0][0])[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]

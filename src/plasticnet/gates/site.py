@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 INITIAL_LOGIT = 3.0 / 7  # phi of a new network: open, at the authors' k = 7
-
-
 OPEN_LOGIT = 3.0  # k phi of a gate that starts open: sigmoid(3) = 0.95 (the authors' setting)
 
 

@@ -15,13 +15,14 @@ import torch
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.tools.ranks import Wrapper
+from plasticnet.tools.torch_private import ignored_by_ddp
 from plasticnet.units import InputUnits
 
 
 def ignored_names(net: GatedModel) -> list[str]:
     """The names of the gates and of all buffers, which DDP is to ignore. It asks for them as it wraps the network."""
     net.ranks.wrap()
-    inner = getattr(net.model, "_ddp_params_and_buffers_to_ignore", ())
+    inner = ignored_by_ddp(net.model)
     own = {g.phi for g in net.all_gates()}
     gates = [name for name, p in net.named_parameters() if p in own]
     return [*gates, *(name for name, _ in net.named_buffers()), *(f"model.{name}" for name in inner)]
@@ -44,7 +45,7 @@ def enter(net: GatedModel) -> None:
     if ranks.aside or not torch.is_grad_enabled():  # nothing of the pass stays: the partner's, say
         return
     if ranks.count > 1:
-        ignored = getattr(net.model, "_ddp_params_and_buffers_to_ignore", ())
+        ignored = ignored_by_ddp(net.model)
         ranks.broadcast([b for name, b in net.model.named_buffers() if name not in ignored])
         if ranks.wrapper is Wrapper.NEW:
             ranks.broadcast([g.phi for g in net.all_gates()])

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plasticnet.tools.torch_private import unfuse_attention
+
 
 class FreeMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with ``num_heads`` heads of ``head_dim``, whatever the width is."""
@@ -235,7 +237,7 @@ def free_heads(module: nn.Module, size: int) -> None:
             own = type(module)
             free: Any = FreeMultiheadAttention if own is nn.MultiheadAttention else _mixed(FreeMultiheadAttention, own)
             module.__class__ = free
-            module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from its own fused forward
+            unfuse_attention(module)
         return
     known = _known(module)
     if known is None:

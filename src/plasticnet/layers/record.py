@@ -1,4 +1,4 @@
-"""TODO."""
+"""Names the attribute in which a compact module keeps what `save` needs to know of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Stands in the place of a block that was removed."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ class Skip(nn.Module):
 def remove_block(model: nn.Module, name: str) -> None:
     """Put a `Skip` in the place of a block."""
     owner, _, key = name.rpartition(".")
-    model.get_submodule(owner)._modules[key] = Skip()
+    model.get_submodule(owner).add_module(key, Skip())

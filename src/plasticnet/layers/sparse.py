@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.snapshot import duplicate
+from plasticnet.tools.torch_private import children_of
 
 ENOUGH = {"csr": 0.8, "2:4": 0.5}  # the share of zeros from which on a layer is converted
 
@@ -114,9 +115,9 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     if model is old:
         return new.eval()
     for parent in list(model.modules()):
-        for key, child in parent._modules.items():
+        for key, child in children_of(parent).items():
             if child is old:
-                parent._modules[key] = new.eval()
+                children_of(parent)[key] = new.eval()
     return model
 
 

@@ -1,8 +1,10 @@
-"""TODO."""
+"""Selects the features that are left of a layer's input."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from plasticnet.tools.torch_private import children_of
 
 
 class Take(nn.Module):
@@ -31,6 +33,6 @@ def insert_take(model: nn.Module, consumer: str, take: Take) -> None:
     wrapped = nn.Sequential(take, target)
     wrapped.train(target.training)
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
+        for name, child in list(children_of(module).items()):
             if child is target and module is not wrapped:
-                module._modules[name] = wrapped
+                children_of(module)[name] = wrapped

@@ -100,7 +100,7 @@ def arms(draw: Draw, k: float, f: Tensor) -> Tensor:
     centred = f - f.mean(0)
     total = sum(c[:, None] * copula(draw, i) for i, c in enumerate(centred))
     assert isinstance(total, Tensor)
-    return k * total.mean(0) / (len(f) - 1) / (1 - _correlation(draw.pi, len(f)))
+    return k * total.mean(0) / (len(f) - 1) / (1 - correlation(draw.pi, len(f)))
 
 
 def bitflip(draw: Draw, k: float, f: Tensor) -> Tensor:
@@ -179,7 +179,8 @@ def _mirrored(pi: Tensor, n: int) -> Tensor:
     return _both(1 - pi, n) < _both(pi, n)
 
 
-def _correlation(pi: Tensor, n: int) -> Tensor:
+def correlation(pi: Tensor, n: int) -> Tensor:
+    """The correlation of a gate between two of ``n`` passes of ARMS, shape (units,): never above 0."""
     covariance = torch.minimum(_both(pi, n), _both(1 - pi, n))
     return (covariance / (pi * (1 - pi)).clamp(min=1e-30)).clamp(max=0)
 

@@ -16,10 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from plasticnet.tools.snapshot import Snapshot
+from plasticnet.tools.torch_private import is_transformed, version
 from plasticnet.tools.trees import tensors_within
+
+# References to a result that is not held elsewhere: of its step, of `made`, of a variable, and of the call that counts.
+# Were it not so in some Python, results would be kept, or the pass would diverge.
+_OWN = 4
+_TORCH = torch.dtype | torch.device | torch.layout | torch.memory_format  # constants of torch, which never change
 
 
 class Diverged(BaseException):  # not an Exception: a closure may catch these
@@ -76,11 +81,6 @@ class Prefix:
         self.dropped = bool(ids)
 
 
-# References to a result that is not held elsewhere: of its step, of `made`, of a variable, and of the call that counts.
-# Were it not so in some Python, results would be kept, or the pass would diverge.
-_OWN = 4
-
-
 def read_tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that a function reads."""
     flat = not kwargs and not any(isinstance(a, list | tuple | dict) for a in args)
@@ -91,14 +91,12 @@ def is_fixed(result: Any) -> bool:
     """Whether a result can be handed out twice: nothing that could be changed without notice, and of tensors
     those that stand for themselves: no subclass, and none that lives within a transformation."""
     if isinstance(result, Tensor):
-        return type(result) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(result)
+        return type(result) in (Tensor, nn.Parameter) and not is_transformed(result)
     if isinstance(result, tuple):
         return all(is_fixed(r) for r in result)
     return result is None or isinstance(result, bool | int | float | complex | str | _TORCH)
 
 
-_TORCH = torch.dtype | torch.device | torch.layout | torch.memory_format
-
-
 def version_of(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+    """How often a tensor was changed in place; 0 for those of inference mode, which do not count it."""
+    return 0 if t.is_inference() else version(t)

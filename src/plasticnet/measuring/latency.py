@@ -33,8 +33,6 @@ from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
 from plasticnet.units import BlockUnits, Units
 
 _HELD_OUT = 4  # one network in so many is predicted, not fitted
-
-
 _NARROWEST = 0.02  # the smallest share of a site's units that is measured
 
 

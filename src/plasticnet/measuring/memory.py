@@ -1,4 +1,4 @@
-"""TODO."""
+"""Follows the memory that operations allocate while a model runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from plasticnet.tools.torch_private import sparse_parts, storage_key
 
 
 class MemoryMode(TorchDispatchMode):
@@ -44,7 +46,7 @@ class MemoryMode(TorchDispatchMode):
     def _meet(self, tree: Any, made: bool) -> None:
         """Count what an operation made. What it was given and is not known was there before."""
         for storage in storages_of(tree_leaves(tree)):
-            key = storage._cdata
+            key = storage_key(storage)
             if key not in self._known:
                 size = storage.nbytes() if made else 0
                 self.live += size
@@ -58,5 +60,5 @@ class MemoryMode(TorchDispatchMode):
 def storages_of(leaves: Any) -> list[torch.UntypedStorage]:
     """The memory behind the tensors among ``leaves``; that of a sparse tensor is spread over its parts."""
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    sparse = [part for t in tensors if t.layout == torch.sparse_coo for part in (t._indices(), t._values())]
+    sparse = [part for t in tensors if t.layout == torch.sparse_coo for part in sparse_parts(t)]
     return [t.untyped_storage() for t in (*tensors, *sparse) if t.layout == torch.strided]

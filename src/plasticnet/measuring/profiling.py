@@ -19,10 +19,13 @@ from plasticnet.measuring.memory import MemoryMode, storages_of
 from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of, watching
 from plasticnet.tools.inputs import batch_size, blaming_inputs, call_arguments, copy_inputs
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
-from plasticnet.tools.table import readable_bytes
+from plasticnet.tools.table import format_table, readable_bytes
+from plasticnet.tools.torch_private import storage_key
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.trace import trace
 from plasticnet.units import BlockUnits
+
+PROFILE_COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Profile:
         return {**asdict(self), "rows": [{**asdict(row), "sites": list(row.sites)} for row in self.rows]}
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table of the modules, under `COLUMNS`."""
+        """The table of the modules, under `PROFILE_COLUMNS`."""
         return [
             (
                 row.name or "(the model)",
@@ -93,13 +96,7 @@ class Profile:
         )
 
     def __str__(self) -> str:
-        rows = [PROFILE_COLUMNS, *self.cells()]
-        widths = [max(len(r[i]) for r in rows) for i in range(len(PROFILE_COLUMNS))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        return "\n".join([*lines, self.total()])
-
-
-PROFILE_COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
+        return "\n".join([*format_table([PROFILE_COLUMNS, *self.cells()]), self.total()])
 
 
 def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, training: bool = False) -> Profile:
@@ -198,12 +195,12 @@ def _kept(twin: nn.Module, inputs: Inputs) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept.update((s._cdata, s) for s in storages_of([t]))
+        kept.update((storage_key(s), s) for s in storages_of([t]))
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
         outputs = call(twin, inputs)
-    before = {s._cdata for s in storages_of([*twin.parameters(), *twin.buffers(), *tensors_within(inputs)])}
+    before = {storage_key(s) for s in storages_of([*twin.parameters(), *twin.buffers(), *tensors_within(inputs)])}
     del outputs
     return sum(s.nbytes() for key, s in kept.items() if key not in before)
 

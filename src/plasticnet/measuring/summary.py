@@ -12,6 +12,7 @@ from torch import Tensor
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import Site
 from plasticnet.measuring.tree import SHOWN, Node, Row, listed_names, relative_name, walk_rows
+from plasticnet.tools.table import format_table
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ class Summary:
         return f"{self.prunable_parameters:,} of {self.parameters:,} parameters belong to units ({share:.1%})"
 
     def __str__(self) -> str:
-        rows = [("site", "units", "parameters/unit", "MACs/unit", "read by"), *self.rows()]
-        widths = [max(len(r[i]) for r in rows) for i in range(5)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines = format_table([("site", "units", "parameters/unit", "MACs/unit", "read by"), *self.rows()])
         lines.append(
             f"parameters {self.open_parameters:,} of {self.parameters:,}, "
             f"MACs {self.open_macs:,} of {self.macs:,}, k = {self.k:g}"

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Nests the rows of a table like the modules of a network, and folds equal siblings into one row."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Row = tuple[str, str, str, str, str]
-
-
 SHOWN = 3  # names of one kind: of what reads a site, or is frozen for one reason
 
 

@@ -16,8 +16,6 @@ from plasticnet.tools.inputs import Loss
 from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind, or a number per unit
-
-
 KINDS = ("magnitude", "taylor", "gate")
 
 

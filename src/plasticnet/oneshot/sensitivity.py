@@ -1,4 +1,4 @@
-"""TODO."""
+"""Measures how much each site can lose: the validation loss with a share of its units closed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, resolve
 from plasticnet.tools.inputs import Loss
 from plasticnet.tools.snapshot import left_as_it_was
+from plasticnet.tools.table import format_table
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,7 @@ class Sensitivity:
         return [(s.name, f"{s.units:,}", *(f"{loss:.4g}" for loss in s.losses)) for s in self.sites]
 
     def __str__(self) -> str:
-        table = [self.columns(), *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-            for r in table
-        ]
+        lines = format_table([self.columns(), *self.rows()], right=True)
         return "\n".join([f"validation loss by the share of a site that is closed; all open: {self.loss:.4g}", *lines])
 
 

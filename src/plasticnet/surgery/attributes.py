@@ -8,13 +8,8 @@ import numpy as np
 from torch import nn
 
 from plasticnet.layers.attention import free_heads, head_size
+from plasticnet.tools.torch_private import BatchOrInstanceNorm, Conv, ConvTranspose, buffers_of, parameters_of
 from plasticnet.units import Units, Width, owner
-
-_CONV = nn.modules.conv._ConvNd
-
-
-_TRANSPOSED = nn.modules.conv._ConvTransposeNd
-
 
 # Attributes of torch's own layers, which follow the shapes of their parameters.
 WIDTHS = (
@@ -35,7 +30,6 @@ WIDTHS = (
     "unflattened_size",
 )
 
-
 _NORM_WIDTHS = ("num_features", "num_channels")
 
 
@@ -47,7 +41,7 @@ def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarr
     """
     for tensor, rows in groups.items():
         module = model.get_submodule(owner(tensor))
-        if isinstance(module, _CONV):
+        if isinstance(module, Conv):
             module.groups = model.get_parameter(tensor).shape[0] // rows
         elif isinstance(module, nn.GroupNorm):
             module.num_groups = model.get_parameter(tensor).shape[0] // rows
@@ -112,25 +106,26 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
 
 def _is_computed(module: nn.Module) -> bool:
     """Whether a layer's weight comes from a parametrization: reading it could change its state."""
-    return isinstance(module, nn.Linear | _CONV) and module._parameters.get("weight") is None
+    return isinstance(module, nn.Linear | Conv) and parameters_of(module).get("weight") is None
 
 
 def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     """What the widths of a module should be, judging by its parameters."""
-    shape = next((t.shape for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+    tensors = (*parameters_of(module).values(), *buffers_of(module).values())
+    shape = next((t.shape for t in tensors if t is not None), None)
     if shape is None or len(shape) == 0 or _is_computed(module):
         return
     if isinstance(module, nn.Linear):
         yield from (("out_features", shape[0]), ("in_features", shape[1]))
     elif isinstance(module, nn.Bilinear):
         yield "out_features", shape[0]
-    elif isinstance(module, _CONV):
+    elif isinstance(module, Conv):
         other = shape[1] * module.groups
         first, second = (
-            ("in_channels", "out_channels") if isinstance(module, _TRANSPOSED) else ("out_channels", "in_channels")
+            ("in_channels", "out_channels") if isinstance(module, ConvTranspose) else ("out_channels", "in_channels")
         )
         yield from ((first, shape[0]), (second, other))
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
+    elif isinstance(module, BatchOrInstanceNorm):
         yield "num_features", shape[0]
     elif isinstance(module, nn.GroupNorm):
         yield "num_channels", shape[0]
@@ -149,8 +144,8 @@ def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
 
 def group_size(module: nn.Module) -> int | None:
     """Channels of one group, which no resize changes; None where there are no groups."""
-    if isinstance(module, _CONV) and module.groups > 1:
-        return (module.in_channels if isinstance(module, _TRANSPOSED) else module.out_channels) // module.groups
+    if isinstance(module, Conv) and module.groups > 1:
+        return (module.in_channels if isinstance(module, ConvTranspose) else module.out_channels) // module.groups
     if isinstance(module, nn.GroupNorm):
         return module.num_channels // module.num_groups if module.num_groups > 1 else None
     return None
@@ -163,7 +158,7 @@ def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
         vector = getattr(module, leaf, None)
         if outputs is not None and vector is not None and vector.shape != (outputs,):
             yield f"{leaf} has shape {tuple(vector.shape)}, for {outputs} outputs"
-    if isinstance(module, _CONV) and not _is_computed(module):
+    if isinstance(module, Conv) and not _is_computed(module):
         expected = module.weight.shape[0] // group if group else 1
         if module.groups != expected:
             yield f"groups is {module.groups}, but its parameters say {expected}"
@@ -173,7 +168,7 @@ def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
         if getattr(module, name, value) != value:
             yield f"{name} is {getattr(module, name)}, but its parameters say {value}"
     if (
-        isinstance(module, _CONV)
+        isinstance(module, Conv)
         and not _is_computed(module)
         and tuple(module.weight.shape[2:]) != tuple(module.kernel_size)
     ):

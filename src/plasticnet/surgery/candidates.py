@@ -21,15 +21,12 @@ from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.resize import check_counts, grow, resize
 from plasticnet.surgery.survivors import alive
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.shapes import along
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.units import InputUnits
 
 ASCENT = 4  # steps by which the incoming weights of a candidate follow its gradient's norm
-
-
 _SHARE = 0.5  # of the weights' own norm, how far the first of them goes
-
-
 _PROBE = 1e-3  # outgoing weights by which the direction of such a step is found
 
 
@@ -167,10 +164,8 @@ def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float
     for r in net.gating.readers:
         weight = parameters[r.tensor]
         kept.setdefault(r.tensor, weight.detach().clone())
-        shape = [1] * weight.dim()
-        shape[r.dim] = -1
         scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
-        weight -= scale.reshape(shape) * gradients[r.tensor]
+        weight -= along(scale, r.dim, weight.dim()) * gradients[r.tensor]
     uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
     for name, before in kept.items():
         parameters[name].copy_(before)

@@ -25,7 +25,6 @@ Optimizers = Optimizer | Sequence[Optimizer] | None  # one, all of those that ho
 # first steps up to 6.5 times too long, and a step size is none.
 _MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size"}
 
-
 # Found in the name of a class or of one it derives from, with its module: the reason.
 _REFUSED = {
     r"^(bitsandbytes|torchao)\.|(4bit|8bit|Fp8)$": "its state is quantised in blocks, which cannot be sliced",
@@ -38,7 +37,6 @@ _REFUSED = {
     r"(?i)\.lookahead$": "it keeps a second, slow copy of the weights",
     r"\.ZeroRedundancyOptimizer$": "every rank keeps a part of the state only",
 }
-
 
 _INSTEAD = "Use SGD, Adam, AdamW or another optimizer whose state has its parameter's shape"
 

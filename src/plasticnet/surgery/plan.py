@@ -1,4 +1,4 @@
-"""TODO."""
+"""Works out what a resize does to every dimension of every tensor, before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import nn
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Slice, Units, Width
 
+Sources = Mapping[str, Sequence[int]]  # for a site the old units that stay, in order, and -1 for a new one
+
 
 def lengths(model: nn.Module) -> dict[tuple[str, int], int]:
     """The size of every dimension of every parameter and buffer."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {(name, d): n for name, t in tensors for d, n in enumerate(t.shape)}
-
-
-Sources = Mapping[str, Sequence[int]]
 
 
 @dataclass
@@ -48,7 +47,7 @@ def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], in
         for s in u.slices:
             owners.setdefault((s.tensor, s.dim), []).append((name, s))
     for name, u in inputs.items():
-        full_take, _ = _positions(owners.get((name, 0), []), result.sources, u.full)
+        full_take, _ = positions(owners.get((name, 0), []), result.sources, u.full)
         _plan_features(u, full_take, result)
     touched = {(s.tensor, s.dim) for name in result.sources for s in sites[name].slices}
     indices: dict[tuple[str, int, str], np.ndarray] = {}
@@ -57,7 +56,7 @@ def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], in
         length = inputs[key[0]].full if key[0] in inputs else lengths[key]
         alike = (length, *((name, s.runs, s.index.tobytes()) for name, s in owners[key]))
         if alike not in known:
-            known[alike] = _positions(owners[key], result.sources, length)
+            known[alike] = positions(owners[key], result.sources, length)
         take, index = known[alike]
         indices.update({(*key, site): i for site, i in index.items()})
         if key[0] not in inputs:
@@ -103,7 +102,7 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
     return array
 
 
-def _positions(
+def positions(
     owners: Sequence[tuple[str, Slice]], sources: Mapping[str, np.ndarray], length: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The old positions that make up one dimension, and the new positions in it of its owners' units.

@@ -1,9 +1,8 @@
-"""TODO."""
+"""Rewrites the tensors of a model, its gates and the state of its optimizers by the plan of a resize."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +13,13 @@ from plasticnet.errors import PlasticError
 from plasticnet.surgery.attributes import shift_widths, update_attributes
 from plasticnet.surgery.optimizers import check_optimizers, rebind
 from plasticnet.surgery.plan import Plan
+from plasticnet.tools.torch_private import (
+    BatchOrInstanceNorm,
+    buffers_of,
+    flat_weights,
+    parameters_of,
+    set_flat_weights,
+)
 
 INITS = ("preserve", "random", "paper")
 
@@ -45,33 +51,19 @@ def apply_plan(
     by_tensor: dict[str, dict[int, _Take]] = {}
     for (tensor, dim), take in plan.takes.items():
         by_tensor.setdefault(tensor, {})[dim] = _Take(take)
-    moved: dict[nn.Parameter, nn.Parameter] = {}
-    takes_of: dict[nn.Parameter, dict[int, _Take]] = {}
-    buffers = dict(model.named_buffers())
-    cut_buffers: list[tuple[Tensor, Tensor]] = []
+    by_site = {site: {0: _Take(source)} for site, source in plan.sources.items()}
     with torch.no_grad():
-        for name, takes in by_tensor.items():
-            old = parameters[name] if name in parameters else buffers[name]
-            new = _rewrite(old, takes)
-            _initialise(model, name, new, takes, plan.consumed, init)
-            if isinstance(old, nn.Parameter):
-                moved[old] = nn.Parameter(new, requires_grad=old.requires_grad)
-                takes_of[old] = takes
-            else:
-                cut_buffers.append((old, new))
-        takes_of_gates = {site: {0: _Take(source)} for site, source in plan.sources.items()}
-        followers = [(by_tensor.get(n), *g) for n, g in (weights or {}).items()]
-        for takes, logits, value in [*((takes_of_gates.get(n), *g) for n, g in gates.items()), *followers]:
-            if takes is not None:
-                new = _rewrite(logits, takes)
-                for dim, take in takes.items():
-                    new[_at(dim, take.fresh)] = value
-                moved[logits] = nn.Parameter(new, requires_grad=logits.requires_grad)
-                takes_of[logits] = takes
+        rewritten = [
+            *_rewritten_tensors(model, by_tensor, plan.consumed, init),
+            *_rewritten_logits(gates, by_site),
+            *_rewritten_logits(weights or {}, by_tensor),
+        ]
+        takes_of = {old: takes for old, _, takes in rewritten}
+        moved = {o: n for o, n, _ in rewritten if isinstance(o, nn.Parameter) and isinstance(n, nn.Parameter)}
         for old, new in moved.items():
             if old.grad is not None:
                 new.grad = _rewrite(old.grad, takes_of[old])
-        replace_tensors(model, [*cut_buffers, *moved.items()])
+        replace_tensors(model, [(old, new) for old, new, _ in rewritten])
         for optimizer in optimizers:
             rebind(optimizer, moved, lambda old, value, mean: _rewrite(value, takes_of[old], mean))
     shift_widths(model, plan.shifts)
@@ -79,9 +71,36 @@ def apply_plan(
     return moved
 
 
-def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray]) -> Tensor:
-    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros."""
-    return _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()})
+def _rewritten_tensors(
+    model: nn.Module, by_tensor: Mapping[str, Mapping[int, _Take]], consumed: set[tuple[str, int]], init: str
+) -> Iterator[_Rewritten]:
+    """The parameters and buffers of these names, new ones with the values that new units begin with."""
+    tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    for name, takes in by_tensor.items():
+        old = tensors[name]
+        new = _rewrite(old, takes)
+        _initialise(model, name, new, takes, consumed, init)
+        is_parameter = isinstance(old, nn.Parameter)
+        yield old, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new, takes
+
+
+def _rewritten_logits(
+    gates: Mapping[str, tuple[nn.Parameter, float]], takes_by_name: Mapping[str, Mapping[int, _Take]]
+) -> Iterator[_Rewritten]:
+    """The logits whose units or entries change, new ones with the value beside them."""
+    for name, (logits, value) in gates.items():
+        takes = takes_by_name.get(name)
+        if takes is not None:
+            new = _rewrite(logits, takes)
+            for dim, take in takes.items():
+                new[_at(dim, take.fresh)] = value
+            yield logits, nn.Parameter(new, requires_grad=logits.requires_grad), takes
+
+
+def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray], mean: bool = False) -> Tensor:
+    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros or, with
+    ``mean``, of the mean over the kept ones."""
+    return _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()}, mean)
 
 
 class _Take:
@@ -97,6 +116,9 @@ class _Take:
         self.kept, self.fresh = _where(places), _where(np.flatnonzero(take < 0))
         self.target = self.kept if isinstance(self.kept, slice) else slice(None)
         self.source = _where(take[places] if isinstance(self.kept, slice) else np.maximum(take, 0))
+
+
+_Rewritten = tuple[Tensor, Tensor, Mapping[int, _Take]]  # the old tensor, the new one, and how it came from the old
 
 
 def _where(positions: np.ndarray) -> slice | Tensor:
@@ -116,7 +138,7 @@ def _at(dim: int, where: slice | Tensor) -> tuple[slice | Tensor, ...]:
 
 
 def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> Tensor:
-    """`rewrite`; with ``mean``, new entries are the mean over the kept ones."""
+    """`rewrite`, by what was worked out of the positions."""
     new = tensor.detach()
     steps = [[item] for item in takes.items()]  # dimension 0 comes first: its rows are contiguous
     if all(isinstance(t.source, slice) and t.source == slice(0, new.shape[dim]) for dim, t in takes.items()):
@@ -167,7 +189,7 @@ def _initialise(
 def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> float:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
+    norm = isinstance(module, BatchOrInstanceNorm | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
     if leaf in ("bias", "running_mean"):
         return 0.0
     if leaf == "running_var" or (norm and leaf == "weight"):
@@ -182,10 +204,9 @@ def replace_tensors(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) ->
     held = [(old, new) for old, new in pairs]  # the ids below are those of living tensors
     new_of = {id(old): new for old, new in held}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        for store in (parameters_of(module), buffers_of(module)):
             for key, value in store.items():
                 if id(value) in new_of:
                     store[key] = new_of[id(value)]  # pyright: ignore[reportArgumentType]
         if isinstance(module, nn.RNNBase):
-            own: list[Any] = module._flat_weights  # a second list of the same parameters
-            module._flat_weights = [new_of.get(id(w), w) for w in own]
+            set_flat_weights(module, [new_of.get(id(w), w) for w in flat_weights(module)])

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Decides which units stay when a network is pruned, and finds the units that nothing reads."""
 
 from __future__ import annotations
 

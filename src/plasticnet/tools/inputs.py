@@ -14,14 +14,13 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.trees import tensors_within
 
 Loss = Callable[[], Tensor]  # runs a network on some data; gives its losses, shape (batch,), or their mean, a scalar
+_LARGE = 50_000_000  # parameters
+_TOKENS = (2, 8)  # the shape of a batch of token ids
 
 
 def batch_size(args: Any, kwargs: Any) -> int:
     """The length of the first axis of the first tensor."""
     return next((len(t) for t in tensors_within((args, kwargs)) if t.dim()), 1)
-
-
-_LARGE = 50_000_000  # parameters
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -62,9 +61,6 @@ def is_large(model: nn.Module) -> bool:
     """Whether running a model again and again takes long: then tracing tries to do without computing,
     and the self-check cuts most units first."""
     return sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE
-
-
-_TOKENS = (2, 8)  # a batch of token ids
 
 
 def transformer_inputs(model: nn.Module, shape: Sequence[int] | None = None) -> dict[str, Tensor] | None:

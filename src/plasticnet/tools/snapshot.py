@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plasticnet.tools.torch_private import forget_parametrized
+from plasticnet.tools.torch_private import buffers_of, forget_parametrized
 
 
 def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Module:
@@ -61,8 +61,7 @@ class Snapshot:
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = [
             (module, key, b, None if _expanded(b) else b.detach().clone())
             for module in model.modules()
-            if module._buffers
-            for key, b in module._buffers.items()
+            for key, b in buffers_of(module).items()
             if b is not None
         ]
 
@@ -73,7 +72,7 @@ class Snapshot:
         for module, key, buffer, before in self._buffers:
             if before is not None:
                 buffer.data.copy_(before)
-            module._buffers[key] = buffer
+            buffers_of(module)[key] = buffer
 
 
 def _expanded(t: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Finds the norms over the batch of a model, and says which statistics they use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from plasticnet.tools.torch_private import BatchNorm
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
@@ -18,8 +20,8 @@ def has_running_statistics(model: nn.Module) -> bool:
     return all(m.running_mean is not None for m in _batch_norms(model))
 
 
-def _batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
-    return (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+def _batch_norms(model: nn.Module) -> Iterator[BatchNorm]:
+    return (m for m in model.modules() if isinstance(m, BatchNorm))
 
 
 @contextmanager

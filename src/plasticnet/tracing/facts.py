@@ -1,4 +1,4 @@
-"""TODO."""
+"""Holds what the runs of a traced model have in common."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Mark(Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Grid:
     """Labels of one axis, split over several factors: ``labels`` has one dimension per factor."""
 
     labels: np.ndarray
@@ -33,17 +33,17 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """``size`` indices of an axis; ``part`` is the dimension of ``block`` that they run along."""
+    """``size`` indices of an axis; ``part`` is the dimension of ``grid`` that they run along."""
 
     size: int
     mark: Mark = Mark.NONE
-    block: Block | None = None
+    grid: Grid | None = None
     part: int = 0
 
     @property
     def is_split(self) -> bool:
         """Whether this factor is one of several that share their labels."""
-        return self.block is not None and self.block.labels.ndim > 1
+        return self.grid is not None and self.grid.labels.ndim > 1
 
 
 Axis = tuple[Factor, ...]
@@ -59,7 +59,7 @@ def labelled(labels: np.ndarray) -> Axis:
     labels = np.asarray(labels, dtype=np.int64)
     if (labels < 0).all():
         return plain(len(labels))
-    return (Factor(len(labels), Mark.NONE, Block(labels)),)
+    return (Factor(len(labels), Mark.NONE, Grid(labels)),)
 
 
 def split_labels(labels: np.ndarray) -> list[Factor]:
@@ -67,11 +67,11 @@ def split_labels(labels: np.ndarray) -> list[Factor]:
     kept = [d for d in range(labels.ndim) if (labels != labels.take([0], d)).any()]
     if not kept and (labels >= 0).all():
         kept = [0]
-    block = Block(labels[tuple(slice(None) if d in kept else 0 for d in range(labels.ndim))])
+    grid = Grid(labels[tuple(slice(None) if d in kept else 0 for d in range(labels.ndim))])
     if not kept:
         return [Factor(size) for size in labels.shape]
     return [
-        Factor(size, Mark.NONE, block, kept.index(d)) if d in kept else Factor(size)
+        Factor(size, Mark.NONE, grid, kept.index(d)) if d in kept else Factor(size)
         for d, size in enumerate(labels.shape)
     ]
 
@@ -93,7 +93,7 @@ def is_same(axis: Axis) -> bool:
 
 def has_labels(axis: Axis) -> bool:
     """Whether any index of this axis belongs to a unit."""
-    return any(f.block is not None for f in axis)
+    return any(f.grid is not None for f in axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,23 +183,23 @@ class Ledger:
         unit is a whole slice of the outermost factor (or of the second one, when the first was
         taken apart before).
         """
-        blocks = {id(f.block): f.block for a in tag.axes for f in a if f.is_split and f.block}
+        grids = {id(f.grid): f.grid for a in tag.axes for f in a if f.is_split and f.grid}
         axes = [list(a) for a in tag.axes]
-        for block in blocks.values():
-            where = [(i, j) for i, a in enumerate(axes) for j, f in enumerate(a) if f.block is block]
+        for grid in grids.values():
+            where = [(i, j) for i, a in enumerate(axes) for j, f in enumerate(a) if f.grid is grid]
             first, last = where[0], where[-1]
             parts = [axes[i][j].part for i, j in where]
-            whole = len(parts) == block.labels.ndim
+            whole = len(parts) == grid.labels.ndim
             if whole and first[0] == last[0] and last[1] - first[1] == len(parts) - 1:
                 if parts != sorted(parts):
-                    for column in block.labels.reshape(block.labels.shape[0], -1).T:
+                    for column in grid.labels.reshape(grid.labels.shape[0], -1).T:
                         self.join_all(column)
-                flat = block.labels.transpose(parts).reshape(-1)
+                flat = grid.labels.transpose(parts).reshape(-1)
                 axes[first[0]][first[1] : last[1] + 1] = labelled(flat)
                 continue
-            for row in block.labels:
+            for row in grid.labels:
                 self.join_all(row.reshape(-1))
-            heads = block.labels.reshape(block.labels.shape[0], -1)[:, 0]
+            heads = grid.labels.reshape(grid.labels.shape[0], -1)[:, 0]
             for i, j in where:
                 f = axes[i][j]
                 axes[i][j] = labelled(heads)[0] if f.part == 0 else Factor(f.size)
@@ -212,10 +212,10 @@ class Ledger:
         found = np.full(size, -1, dtype=np.int64)
         seen = False
         for i, f in enumerate(factors):
-            if f.block is None:
+            if f.grid is None:
                 continue
             outer, inner = axis_size(factors[:i]), axis_size(factors[i + 1 :])
-            spread = np.tile(np.repeat(f.block.labels, inner), outer)
+            spread = np.tile(np.repeat(f.grid.labels, inner), outer)
             if seen:
                 self.freeze(found, "two gated axes are flattened into one")
                 self.freeze(spread, "two gated axes are flattened into one")

@@ -13,7 +13,7 @@ from plasticnet.tracing.labels import Axis, Factor, Ledger, Mark, Tag, labelled,
 def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
     """The labels of ``tensor.reshape(shape)``.
 
-    A labelled factor that is taken apart keeps its labels on the pieces together (see `Block`);
+    A labelled factor that is taken apart keeps its labels on the pieces together (see `Grid`);
     `Ledger.settle` decides later what was meant.
     """
     pool: deque[Factor] = deque(f for axis in tag.axes for f in axis)
@@ -78,16 +78,16 @@ def _split_sizes(factors: Sequence[int], shape: Sequence[int]) -> list[list[int]
 def _split(f: Factor, sizes: Sequence[int]) -> list[Factor]:
     if len(sizes) == 1:
         return [f]
-    if f.block is not None:
-        return split_labels(f.block.labels.reshape(sizes))
+    if f.grid is not None:
+        return split_labels(f.grid.labels.reshape(sizes))
     mark = f.mark if f.mark is Mark.SAME else Mark.NONE
     return [Factor(size, mark) for size in sizes]
 
 
 def _merge(ledger: Ledger, a: Factor, b: Factor) -> Factor:
     for f in (a, b):
-        if f.block is not None:
-            ledger.freeze(f.block.labels, "a reshape that does not follow its channels")
+        if f.grid is not None:
+            ledger.freeze(f.grid.labels, "a reshape that does not follow its channels")
     return Factor(a.size * b.size)
 
 
@@ -104,7 +104,7 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
     if all(start == 0 and stop == size for start, stop in bounds):
         return [tag for _ in bounds]
     if len(factors) == 1 and factors[0].is_split:
-        return [_piece_of_block(ledger, tag, axis, stop - start) for start, stop in bounds]
+        return [_piece_of_grid(ledger, tag, axis, stop - start) for start, stop in bounds]
     labels = ledger.read(tag, axis)
     settled = ledger.settle(tag)
     if (labels < 0).all():
@@ -129,23 +129,23 @@ def join_parts(ledger: Ledger, tag: Tag, dims: Sequence[int]) -> Tag:
     a split attention) joins what lies at equal places of the other parts, and then carries none."""
     for d in dims:
         if len(tag.axes[d]) == 1 and tag.axes[d][0].is_split:
-            tag = _piece_of_block(ledger, tag, d, tag.axes[d][0].size)
+            tag = _piece_of_grid(ledger, tag, d, tag.axes[d][0].size)
     return tag
 
 
-def _piece_of_block(ledger: Ledger, tag: Tag, axis: int, length: int) -> Tag:
+def _piece_of_grid(ledger: Ledger, tag: Tag, axis: int, length: int) -> Tag:
     """A piece of one factor of split labels, as q, k and v of a packed projection: that factor is
     constant, and what lies at equal places of the others is joined."""
     (factor,) = tag.axes[axis]
-    assert factor.block is not None
-    block = np.moveaxis(factor.block.labels, factor.part, 0)
-    for row in block[1:]:
-        ledger.join(block[0].reshape(-1), row.reshape(-1))
-    rest = split_labels(block[0])
-    old_parts = [p for p in range(factor.block.labels.ndim) if p != factor.part]
+    assert factor.grid is not None
+    grid = np.moveaxis(factor.grid.labels, factor.part, 0)
+    for row in grid[1:]:
+        ledger.join(grid[0].reshape(-1), row.reshape(-1))
+    rest = split_labels(grid[0])
+    old_parts = [p for p in range(factor.grid.labels.ndim) if p != factor.part]
 
     def follow(f: Factor) -> Factor:
-        if f.block is not factor.block:
+        if f.grid is not factor.grid:
             return f
         return Factor(length) if f is factor else rest[old_parts.index(f.part)]
 

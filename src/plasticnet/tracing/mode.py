@@ -14,27 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from plasticnet.tools.torch_private import Conv, flat_names, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import Consumer, Norm
 
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
-
-
 RULES: dict[str, Rule] = {}
-
-
 _PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"
-
-
-def op_name(op: Any) -> str:
-    """``aten::add`` for ``aten.add.Tensor``, ``torch.ops.aten.add`` or the string itself."""
-    if isinstance(op, str):
-        return op
-    if isinstance(op, torch._ops.OpOverload):
-        return op._schema.name
-    return op._qualified_op_name
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -83,9 +71,9 @@ class Tracer(TorchDispatchMode):
 
     def _tie_layers(self, prefix: str, module: nn.RNNBase) -> None:
         """One hidden size serves all layers and directions: a unit is the same one in all of them."""
-        names = [n for n in module._flat_weights_names if n.startswith("weight_hh")]
+        names = [n for n in flat_names(module) if n.startswith("weight_hh")]
         if module.proj_size:
-            for n in module._flat_weights_names:
+            for n in flat_names(module):
                 for d, size in enumerate(module.get_parameter(n).shape):
                     self.ledger.freeze(self.ledger.fresh(prefix + n, d, size), "a recurrent layer with a projection")
             return
@@ -144,7 +132,7 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
-        found = RULES.get(func._schema.name)
+        found = RULES.get(schema_name(func))
         if found is None and torch.Tag.pointwise in func.tags:
             found = RULES["aten::pointwise"]
         if found is not None:
@@ -156,7 +144,7 @@ class Tracer(TorchDispatchMode):
     def unknown(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Freeze every label that an operation without a rule touches."""
         for t in tensors:
-            self.freeze(t, f"used by {func._schema.name}, for which there is no rule (see register_rule)")
+            self.freeze(t, f"used by {schema_name(func)}, for which there is no rule (see register_rule)")
 
     # -- what rules use ---------------------------------------------------------------------
 
@@ -258,7 +246,7 @@ class Tracer(TorchDispatchMode):
             tag = self.tag(first)
             places = [i for i, a in enumerate(tag.axes) if self._reads(tag, i, a, labels)]
             if (labels < 0).all():  # nothing to tell axes apart by: a convolution reads axis 1, a linear the last
-                convolution = isinstance(self.model.get_submodule(owner), nn.modules.conv._ConvNd)
+                convolution = isinstance(self.model.get_submodule(owner), Conv)
                 places = [p for p in places if p == (1 if convolution else len(tag.axes) - 1)]
             if len(places) == 1:
                 axis = places[0] - len(tag.axes)

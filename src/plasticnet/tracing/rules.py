@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plasticnet.tools.torch_private import schema_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.mode import Tracer, rule
@@ -18,7 +19,7 @@ from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
       "bernoulli_", "uniform_", "normal_", "rand_like", "randn_like", "celu", "clone", "complex", "polar")  # fmt: skip
 def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Aligned axes of equal length are joined index by index."""
-    if func._schema.name == "aten::copy_" and write(tracer, args[0], args[1]):
+    if schema_name(func) == "aten::copy_" and write(tracer, args[0], args[1]):
         return
     operands = tensors_in(args, kwargs)
     results = tensors_in(out)
@@ -26,7 +27,7 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     tags = [tracer.tag(t) for t in operands]
     if len(tags) == 1:
         tag = tags[0]
-        keep = tag.source is not None and func._schema.name in ("aten::_to_copy", "aten::clone")
+        keep = tag.source is not None and schema_name(func) in ("aten::_to_copy", "aten::clone")
         result = tag if keep or in_place else Tag(tag.axes)
     else:
         result = _broadcast(tracer, operands, tags, results[0].dim() if results else 0, in_place)
@@ -57,14 +58,14 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) is pointwise
         return pointwise(tracer, func, args, kwargs, out)
     dims, keepdim = _reduced_dims(func, args, kwargs, x.dim())
-    single = func._schema.name == "aten::mean" and len(dims) == 1
+    single = schema_name(func) == "aten::mean" and len(dims) == 1
     if single and tracer.calls and not has_labels(tracer.tag(x).axes[dims[0]]):
         tracer.facts.means.add((tracer.calls[-1][0], dims[0] - x.dim()))
     if not single or not tracer.normalise(x, dims[0]):
-        hint = " (residual=True may gate it)" if func._schema.name == "aten::mean" and not tracer.residual else ""
+        hint = " (residual=True may gate it)" if schema_name(func) == "aten::mean" and not tracer.residual else ""
         tag = join_parts(tracer.ledger, tracer.tag(x), dims)
         tracer.put(x, tag)  # whatever reads it later must take the parts as this does
-        tracer.freeze_axes(tag, f"reduced over its channels by {func._schema.name}{hint}", dims)
+        tracer.freeze_axes(tag, f"reduced over its channels by {schema_name(func)}{hint}", dims)
     else:
         tag = tracer.tag(x)
     tag = tracer.ledger.settle(tag)
@@ -78,7 +79,7 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
 
 def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[int], bool]:
     bound: dict[str, Any] = {}
-    for i, parameter in enumerate(func._schema.arguments):
+    for i, parameter in enumerate(schema_arguments(func)):
         bound[parameter.name] = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
     dim = bound.get("dim")
     if dim is None or dim == []:
@@ -92,7 +93,7 @@ def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[in
 def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = dim_of(args[1], out.dim())
     tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(args[0]), [dim]))
-    tracer.freeze_axes(tag, f"normalised over its channels by {func._schema.name}", [dim])
+    tracer.freeze_axes(tag, f"normalised over its channels by {schema_name(func)}", [dim])
     tracer.put(out, Tag(tag.axes))
 
 
@@ -100,7 +101,7 @@ def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Along an axis without units the entries change places and stay what they are."""
     dims = [dim_of(d, out.dim()) for d in (args[-1] if isinstance(args[-1], list | tuple) else [args[-1]])]
-    tracer.freeze(args[0], f"reordered over its channels by {func._schema.name}", dims)
+    tracer.freeze(args[0], f"reordered over its channels by {schema_name(func)}", dims)
     tag = tracer.ledger.settle(tracer.tag(args[0]))
     tracer.put(out, Tag(tuple(plain(out.shape[d]) if d in dims else a for d, a in enumerate(tag.axes))))
 
@@ -113,9 +114,9 @@ def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Acts on trailing axes, each channel by itself."""
     tag = tracer.ledger.settle(tracer.tag(args[0]))
-    trailing = 3 if "3d" in func._schema.name else 1 if "1d" in func._schema.name else 2
+    trailing = 3 if "3d" in schema_name(func) else 1 if "1d" in schema_name(func) else 2
     leading = len(tag.axes) - trailing
-    tracer.freeze(args[0], f"mixed over its channels by {func._schema.name}", range(leading, len(tag.axes)))
+    tracer.freeze(args[0], f"mixed over its channels by {schema_name(func)}", range(leading, len(tag.axes)))
     for o in tensors_in(out):
         tracer.put(o, Tag((*tag.axes[:leading], *map(plain, o.shape[leading:]))))
 
@@ -132,7 +133,7 @@ def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """A number read from a tensor can steer anything."""
     tracer.facts.steered = True
     for t in tensors_in(args, kwargs):
-        tracer.freeze(t, f"its value is read by {func._schema.name}")
+        tracer.freeze(t, f"its value is read by {schema_name(func)}")
 
 
 @rule("index", "index_select", "gather")
@@ -140,18 +141,18 @@ def _index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     """Axes that are indexed lose their labels; the others keep them where the layout is plain."""
     x: Tensor = args[0]
     tag = tracer.ledger.settle(tracer.tag(x))
-    if func._schema.name == "aten::index":
+    if schema_name(func) == "aten::index":
         indices = [*args[1], *[None] * (x.dim() - len(args[1]))]
         hit = [d for d, i in enumerate(indices) if i is not None]
         plain_layout = len(hit) == 1 and indices[hit[0]].dim() == 1 and indices[hit[0]].dtype != torch.bool
     else:
-        hit, plain_layout = [dim_of(args[1], x.dim())], func._schema.name == "aten::index_select"
+        hit, plain_layout = [dim_of(args[1], x.dim())], schema_name(func) == "aten::index_select"
     tracer.freeze(x, "indexed by position", hit)
     for t in tensors_in(args[1:]):
         tracer.freeze(t, "used as an index")
     if plain_layout:
         tracer.put(out, tag.with_axis(hit[0], plain(out.shape[hit[0]])))
-    elif hit == [0] and len(out.shape) >= x.dim() - 1 and func._schema.name == "aten::index":
+    elif hit == [0] and len(out.shape) >= x.dim() - 1 and schema_name(func) == "aten::index":
         lead = out.dim() - (x.dim() - 1)
         tracer.put(out, Tag((*map(plain, out.shape[:lead]), *tag.axes[1:])))
     else:

@@ -15,8 +15,6 @@ from plasticnet.tracing.labels import Ledger
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
-
-
 _MAX_PIECES = 4  # a producer whose units fall into more pieces than this has no layout to speak of
 
 

@@ -17,10 +17,11 @@ from plasticnet.errors import PlasticError
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.inputs import blaming_inputs, call_arguments, copy_inputs, is_large
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
+from plasticnet.tools.torch_private import buffers_of, schema_name
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.blocks import block_sites, find_blocks
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.mode import RULES, Rule, Tracer, op_name
+from plasticnet.tracing.mode import RULES, Rule, Tracer
 from plasticnet.tracing.sites import build
 from plasticnet.units import Trace
 
@@ -39,7 +40,7 @@ def register_rule(op: Any, rule: Rule | str) -> None:
         if rule not in RULES:
             raise PlasticError(f"no operation {rule!r} has a rule; known: {', '.join(sorted(RULES))}")
         rule = RULES[rule]
-    RULES[op_name(op)] = rule
+    RULES[op if isinstance(op, str) else schema_name(op)] = rule
 
 
 def trace(
@@ -105,8 +106,8 @@ def _on_meta(
     """The same task with shapes only."""
     twin = duplicate(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
     for module in twin.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to("meta")
+        for name, buffer in buffers_of(module).items():
+            buffers_of(module)[name] = None if buffer is None else buffer.to("meta")
     args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
     return twin, tracer, args, kwargs
 

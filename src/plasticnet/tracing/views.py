@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from plasticnet.tools.torch_private import base_of, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.tracing.layout import pieces, reshape
 from plasticnet.tracing.mode import Tracer, rule
@@ -51,7 +52,8 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
 def write(tracer: Tracer, target: Tensor, x: Tensor) -> bool:
     """Copy ``x`` into a tensor that was made for it (``empty``, ``zeros``), or into a slice of one: the
     whole tensor takes its labels there. False where the target is something else."""
-    base = target if target._base is None else target._base
+    base = base_of(target)
+    base = target if base is None else base
     tag = tracer.tag(base)
     if not tag.blank or base.dim() != target.dim() or base.stride() != target.stride() or x.shape != target.shape:
         return False
@@ -118,7 +120,7 @@ def _permuted(tracer: Tracer, x: Tensor, order: Sequence[int], out: Tensor) -> N
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
 def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Two leading axes, time and batch, become one, or the other way round."""
-    behind = args[0].dim() - 1 if func._schema.name == "aten::_pad_packed_sequence" else args[0].dim() - 2
+    behind = args[0].dim() - 1 if schema_name(func) == "aten::_pad_packed_sequence" else args[0].dim() - 2
     tag = tracer.ledger.settle(tracer.tag(args[0]))
     lead = out[0].shape[: out[0].dim() - behind]
     tracer.put(out[0], Tag((*map(plain, lead), *tag.axes[len(tag.axes) - behind :])))
@@ -128,7 +130,7 @@ def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 def _pairs(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Neighbours on the last axis are the parts of one number."""
     axes = tracer.tag(args[0]).axes
-    tracer.put(out, Tag(axes[:-1] if func._schema.name == "aten::view_as_complex" else (*axes, plain(2))))
+    tracer.put(out, Tag(axes[:-1] if schema_name(func) == "aten::view_as_complex" else (*axes, plain(2))))
 
 
 @rule("t", "numpy_T")
@@ -149,9 +151,9 @@ def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     """Compositions of reshapes and a permutation, done by one operation."""
     *lead, c, h, w = args[0].shape
     n, r = len(lead), args[1]
-    if func._schema.name == "aten::pixel_shuffle":
+    if schema_name(func) == "aten::pixel_shuffle":
         split, order = (c // r**2, r, r, h, w), (0, 3, 1, 4, 2)
-    elif func._schema.name == "aten::pixel_unshuffle":
+    elif schema_name(func) == "aten::pixel_unshuffle":
         split, order = (c, h // r, r, w // r, r), (0, 2, 4, 1, 3)
     else:
         split, order = (r, c // r, h, w), (1, 0, 2, 3)
@@ -243,7 +245,7 @@ def _stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
 @rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def _split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
     x: Tensor = args[0]
-    unbind = func._schema.name == "aten::unbind"
+    unbind = schema_name(func) == "aten::unbind"
     position = 1 if unbind else 2
     dim = dim_of(args[position] if len(args) > position else kwargs.get("dim", 0), x.dim())
     sizes = [1 if unbind else o.shape[dim] for o in out]
@@ -294,7 +296,7 @@ def _pad(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
         before, after = padding[at : at + 2] if at + 1 < len(padding) else (0, 0)
         if before == after == 0:
             axes.append(axis)
-        elif before < 0 or after < 0 or (has_labels(axis) and func._schema.name != "aten::constant_pad_nd"):
+        elif before < 0 or after < 0 or (has_labels(axis) and schema_name(func) != "aten::constant_pad_nd"):
             tracer.freeze(args[0], "padded over its channels", [d])
             axes.append(plain(out.shape[d]))
         else:

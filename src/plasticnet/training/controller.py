@@ -1,4 +1,4 @@
-"""TODO."""
+"""Presses on the gates so that a budget is kept: costs come down to their targets, or as far as the loss allows."""
 
 from __future__ import annotations
 
@@ -15,30 +15,17 @@ from plasticnet.gates.site import held_open, probability
 from plasticnet.net import PlasticNet
 
 FALL = 0.6  # the share of the plastic epochs in which the target comes down
-
-
 OUTGROWN = 2.0  # growth stops at this multiple of a target
-
-
 START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3  # the multiplier, relative to the loss
-
-
 GAIN = 6.0  # how much the logarithm of the multiplier follows that of the excess at once,
-
-
 RATE = 0.02  # and with every step
-
-
 MEMORY = 0.98  # of the running means of gradients
-
-
 RISE = 0.8  # with a budget of loss, the share of the plastic epochs in which the multiplier may rise,
-
-
 REACH = 1e4  # by this factor in all, if the loss stays within the limit,
-
-
 FASTER, SLOWER = 4.0, 0.5  # and at most by the first in one epoch; by the second after one above
+
+_NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")  # what a state dict holds of a controller
+_LISTS = ("level", "sizes", "base")
 
 
 class Controller:
@@ -161,9 +148,3 @@ class Controller:
         self.widths = dict(state["widths"])
         self.good = {name: phi.to(self.like.device) for name, phi in state.get("good", {}).items()}
         self.level, self.sizes = (self.like.new_tensor(state[n]) for n in ("level", "sizes"))
-
-
-_NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")
-
-
-_LISTS = ("level", "sizes", "base")

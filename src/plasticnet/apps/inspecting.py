@@ -1,0 +1,118 @@
+"""What the command inspect finds out about a model, and how it prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plasticnet.apps.console import print_line, print_table
+from plasticnet.apps.data import load_data
+from plasticnet.apps.loop import evaluate
+from plasticnet.apps.models import IMAGE, build_model, example_inputs, factory
+from plasticnet.errors import PlasticError
+from plasticnet.files.modules import load
+from plasticnet.measuring.profiling import PROFILE_COLUMNS, Profile, profile
+from plasticnet.measuring.summary import Summary
+from plasticnet.net import PlasticNet
+from plasticnet.oneshot.sensitivity import Sensitivity, sensitivity
+
+_SITE_COLUMNS = ("site", "units", "parameters/unit", "MACs/unit", "read by")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_model` found. ``profile`` and ``sensitivity`` are None unless they were asked for; ``weights`` is
+    the file that the weights came from, and None where they are random."""
+
+    summary: Summary
+    checked: bool
+    profile: Profile | None
+    sensitivity: Sensitivity | None
+    weights: Path | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        found = {**self.summary.as_dict(), "checked": self.checked}
+        if self.profile is not None:
+            found["profile"] = self.profile.as_dict()
+        if self.sensitivity is not None:
+            found["sensitivity"] = {**self.sensitivity.as_dict(), "weights": str(self.weights or "random")}
+        return found
+
+
+def inspect_model(
+    name: str,
+    shape: Sequence[int] | None = None,
+    *,
+    inputs: Sequence[str] = (),
+    residual: bool = False,
+    blocks: Sequence[str] = (),
+    full: bool = False,
+    meta: bool = False,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    weights: Path | None = None,
+    with_profile: bool = False,
+    with_sensitivity: bool = False,
+) -> Inspection:
+    """Gate the model of this name, and measure what was asked for.
+
+    Args:
+        name: A name of `factory`.
+        shape: The shape of the input, batch first; by default that of the data, or one that suits the model.
+        inputs: An option of `PlasticNet`.
+        residual: An option of `PlasticNet`.
+        blocks: An option of `PlasticNet`.
+        full: Whether a transformers model has its own size, not a tiny one.
+        meta: Whether the model is built on the meta device, where nothing is computed.
+        data: The data set that the model reads.
+        data_dir: Where MNIST lies.
+        weights: The file of a compact module of this model.
+        with_profile: Whether memory and time are measured.
+        with_sensitivity: Whether it is measured how much each site can lose, on the validation data of ``data``.
+
+    Raises:
+        PlasticError: The network would have to run on the meta device, or ``data`` are missing; or what is called here
+            refuses the model, its weights or the shape.
+    """
+    if meta and (with_profile or with_sensitivity or weights):
+        what = "--profile" if with_profile else "--sensitivity" if with_sensitivity else "--weights"
+        raise PlasticError(f"{what} runs the network, and with --meta nothing is computed: leave out one of them")
+    if with_sensitivity and data is None:
+        raise PlasticError("--sensitivity needs the data that the model reads: --data digits, moons or mnist")
+    splits = None if data is None else load_data(data, data_dir)
+    if shape is None and splits is not None:
+        shape = (2, *splits.shape)
+    make = factory(name, (shape or IMAGE)[1:], 10 if splits is None else splits.classes, full=full)
+    module = build_model(make, meta) if weights is None else load(weights, make)
+    examples = example_inputs(name, module, shape)
+    net = PlasticNet(module, examples, inputs=tuple(inputs), residual=residual, blocks=tuple(blocks))
+    return Inspection(
+        net.summary(),
+        net.checked,
+        profile(net, examples) if with_profile else None,
+        sensitivity(net, lambda n: evaluate(n, splits.val)[0]) if with_sensitivity and splits is not None else None,
+        weights,
+    )
+
+
+def print_inspection(found: Inspection, every_name: bool = False) -> None:
+    """Print the sites and what is frozen (the first names for each reason, or every name), and what was measured."""
+    summary = found.summary
+    print_table(_SITE_COLUMNS, summary.rows(), words=(0, len(_SITE_COLUMNS) - 1))
+    print_line(f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample")
+    print_line(summary.prunable())
+    if not found.checked:
+        print_line("unchecked: on the meta device masking and cutting cannot be compared")
+    for reason in summary.reasons(every=every_name):
+        print_line(f"frozen {reason}")
+    if found.profile is not None:
+        print_table(PROFILE_COLUMNS, found.profile.cells())
+        print_line(found.profile.total())
+    losses = found.sensitivity
+    if losses is not None:
+        print_table(losses.columns(), losses.rows())
+        whose = "random weights (--weights names a file)" if found.weights is None else str(found.weights)
+        print_line(f"validation loss by the share of a site that is closed; {losses.loss:.4g} with all open; {whose}")

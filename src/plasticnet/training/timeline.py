@@ -1,0 +1,121 @@
+"""Timeline: which stage of a schedule runs, and where it stands among the others. It knows of no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from typing import Any
+
+from plasticnet.errors import PlasticError
+from plasticnet.training.stages import Stage
+
+
+class Timeline:
+    """The stages of a schedule, one after the other, and how many of their epochs are over.
+
+    ``epoch`` is the epoch that is running, the first one being 0; ``rounds`` are the places in ``stages`` of the first
+    stage of each round: one, and one for each `add_round`.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """Raises `PlasticError` when there are no epochs."""
+        self.stages = [s for s in stages if s.epochs]
+        if not self.stages:
+            raise PlasticError("a schedule needs at least one stage with epochs")
+        self.epoch = 0
+        self.rounds = [0]
+        self._first = len(self.stages)  # the stages of the first round
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of all stages together."""
+        return sum(s.epochs for s in self.stages)
+
+    @property
+    def over(self) -> bool:
+        """Whether all epochs are over."""
+        return self.epoch >= self.epochs
+
+    @property
+    def place(self) -> int:
+        """The place in ``stages`` of the stage that is running (the last one, at the end)."""
+        end = 0
+        for place, stage in enumerate(self.stages):
+            end += stage.epochs
+            if self.epoch < end:
+                return place
+        return len(self.stages) - 1
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is running (the last one, at the end)."""
+        return self.stages[self.place]
+
+    @property
+    def k(self) -> float:
+        """The k of the epoch that is running (of the last one, at the end)."""
+        place = self.place
+        stage = self.stages[place]
+        return stage.k_of(min(self.epoch - self.begin(place), stage.epochs - 1))
+
+    @property
+    def ends_stage(self) -> bool:
+        """Whether the epoch that is running is the last one of its stage."""
+        return self.epoch + 1 == self.begin(self.place + 1)
+
+    def begin(self, place: int) -> int:
+        """The first epoch of the stage at a place."""
+        return sum(s.epochs for s in self.stages[:place])
+
+    def plastic_epochs(self) -> tuple[int, int]:
+        """The first epoch of the plastic stages around the one that is running, and the first after them. Those of
+        another round are not counted in."""
+        first = last = self.place
+        while first not in self.rounds and self.stages[first - 1].plastic:
+            first -= 1
+        while last + 1 < len(self.stages) and last + 1 not in self.rounds and self.stages[last + 1].plastic:
+            last += 1
+        return self.begin(first), self.begin(last + 1)
+
+    def add_round(self, stages: Sequence[Stage] | None = None) -> None:
+        """Append a round of ``stages``, by default those of the first round from its first plastic one on.
+
+        Raises `PlasticError` before the end, or when there are no epochs to add.
+        """
+        if not self.over:
+            raise PlasticError(f"wake: the schedule is at epoch {self.epoch} of {self.epochs}; wake it at its end")
+        if stages is None:
+            first = self.stages[: self._first]
+            start = next((i for i, s in enumerate(first) if s.plastic), len(first))
+            stages = first[start:]
+        if not any(s.epochs for s in stages):
+            raise PlasticError("wake: there is no plastic stage to repeat; give stages with epochs")
+        self.rounds.append(len(self.stages))
+        self.stages += [s for s in stages if s.epochs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and the rounds that were added with their stages; those of the first are given anew."""
+        return {
+            "epoch": self.epoch,
+            "rounds": list(self.rounds),
+            "woken": [list(astuple(s)) for s in self.stages[self._first :]],
+        }
+
+    def restored(self, state: Mapping[str, Any]) -> Timeline:
+        """A timeline with the same first round that stands where ``state``, a `state_dict`, says.
+
+        Raises `PlasticError` when these are no stages or rounds, or there is no such epoch.
+        """
+        try:
+            woken = [Stage(*s) for s in state.get("woken", ())]
+        except TypeError:
+            raise PlasticError(f"the state has stages that are none: {state['woken']!r}") from None
+        found = Timeline(self.stages[: self._first])
+        found.stages += woken
+        epoch, rounds = state.get("epoch"), state.get("rounds", [0])
+        if type(epoch) is not int or not 0 <= epoch <= found.epochs:
+            raise PlasticError(f"the state is at epoch {epoch!r}, but this schedule has {found.epochs}")
+        if not isinstance(rounds, list) or not rounds or any(type(r) is not int for r in rounds):
+            raise PlasticError(f"the state has rounds that are none: {rounds!r}")
+        found.epoch, found.rounds = epoch, list(rounds)
+        return found
