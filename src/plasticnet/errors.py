@@ -1,10 +1,18 @@
-"""The one exception family of the library."""
+"""Defines the exception that the library raises."""
 
 from __future__ import annotations
 
 
 class PlasticError(Exception):
-    """Bad input or a model that cannot be handled; the message names the module, the shapes and the way out.
+    """Says that an input is bad, or that a model cannot be handled.
 
-    Whatever raises it has changed nothing.
+    The message names the module and the shapes, and says what to do. What raises the error has changed nothing.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> try:
+        ...     pn.PlasticNet(torch.nn.Linear(4, 2), (torch.zeros(2, 3),))
+        ... except pn.PlasticError as error:
+        ...     print(str(error).split(":")[0])
+        Linear does not run on the example inputs (shapes [(2, 3)])
     """

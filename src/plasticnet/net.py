@@ -1,4 +1,4 @@
-"""PlasticNet: a model with a gate on every unit. Its methods are one call each, of functions that lie below."""
+"""Defines `PlasticNet`, a model with a gate on every unit; each method calls one function of a folder below."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ from plasticnet.tools.torch_private import has_child
 class PlasticNet(GatedModel):
     """A model whose units open and close while it trains.
 
-    The model is gated in place: its parameters are the ones that are trained, and `resize` replaces
-    them. It starts as the model it is: k is infinity and every gate is open.
-
-    Attributes: ``model``, the module; ``sites``, name to `Site`; ``weights``, parameter to `WeightSite`; ``frozen``,
-    what cannot be gated and why; ``excluded``, sites left alone because of ``exclude``; ``checked``, whether the
-    self-check ran (it cannot on the meta device); ``sampler``, how gates are drawn. Other attributes are the model's.
+    The model is gated in place: its parameters are the ones that are trained, and `resize` replaces them. At first k is
+    infinity and every gate is open. An attribute that the network does not have itself is that of the model.
 
     Args:
         model: The module, which nothing gates yet.
-        example_inputs: A tuple of arguments, or a dict of keyword arguments, that the model runs on; the batch is the
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, that the model runs on. The batch is the
             first axis.
         estimator: One of `ESTIMATORS`.
-        gates: Whether gates are drawn per sample or per batch; "auto" draws per sample where that is unbiased.
+        gates: Whether gates are drawn per sample or per batch. "auto" draws per sample where that is unbiased.
         inputs: Name patterns of consumers whose input features are gated one by one.
-        exclude: Name patterns of sites to leave alone.
-        residual: Whether to gate what LayerNorm, RMSNorm and their like normalise, and embeddings, too. The norms then
-            take their statistics over the open units.
-        blocks: Name patterns of modules that are units as a whole: a closed one hands on its first input.
-        weights: Name patterns of modules whose weight gets a gate on every entry, shared by the batch.
+        exclude: Name patterns of sites that get no gates.
+        residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, are gated, too. The norms
+            then take their statistics over the open units.
+        blocks: Name patterns of modules that are units as a whole. A closed one returns its first input.
+        weights: Name patterns of modules whose weight gets a gate on every entry, which the batch shares.
+
+    Attributes:
+        excluded: The names of the sites that matched ``exclude``.
+        checked: Whether the self-check ran, which it cannot on the meta device.
+        sampler: How gates are drawn.
 
     Raises:
         PlasticError: The model rejects the example inputs, has nothing to gate, or is gated already; a pattern matches
@@ -61,9 +62,21 @@ class PlasticNet(GatedModel):
     Example:
         >>> import torch, plasticnet as pn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> net = pn.PlasticNet(model, (torch.randn(2, 4),))
-        >>> {name: len(site) for name, site in net.sites.items()}
-        {'0': 8}
+        >>> net = pn.PlasticNet(model, (torch.randn(16, 4),))
+        >>> net.limit("0", minimum=2, maximum=16)  # "0" is the site of the first layer
+        >>> optimizer = torch.optim.Adam(net.param_groups(lr=0.01))
+        >>> net.k = 7.0
+        >>> loss = net.expected_loss(lambda: net(torch.randn(16, 4)).square().mean(1)) + net.penalty(0.1, "macs")
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> net.grow({"0": 2}, optimizer)
+        >>> net.resize({"0": [0, 3, 5, 9, -1]}, optimizer)  # keep four of the ten units, and add one
+        >>> net.prune(0.01, optimizer)  # the gates are still open
+        {}
+        >>> net.summary().parameters
+        37
+        >>> [tuple(p.shape) for p in net.compact().parameters()]
+        [(5, 4), (5,), (2, 5), (2,)]
     """
 
     def __init__(
@@ -109,20 +122,22 @@ class PlasticNet(GatedModel):
     # -- running ------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; that of a network has the model's signature. In training at finite k the gates are
-        drawn, in evaluation they are at their mean (pi where pi >= 1/2, else 0)."""
+        """Call the model under gates, with the arguments of its own forward, whose signature this method has.
+
+        In training at finite k the gates are drawn. In evaluation they are at their mean: pi where pi >= 1/2, else 0.
+        """
         return passes.call(self, self.sampler, args, kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """`DistributedDataParallel` looks for this name."""
+        """The names of what `DistributedDataParallel` is to ignore; it looks for an attribute of this name."""
         return ignored_names(self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model in place, as `torch.nn.Module.compile` does, arguments included.
+        """Compile the model in place, as `torch.nn.Module.compile` does, with the same arguments.
 
-        Gates per batch, ordinary training and evaluation then run compiled; gates per sample and masked norms run
-        as they were written. ``torch.compile(net)`` gives the same results, with random numbers of its own.
+        Gates per batch, ordinary training and evaluation then run compiled. Gates per sample and masked norms run as
+        they were written. ``torch.compile(net)`` gives the same results, with random numbers of its own.
         """
         self.model.compile(*args, **kwargs)
 
@@ -131,18 +146,14 @@ class PlasticNet(GatedModel):
     def param_groups(
         self, lr: float, gate_lr: float | None = None, gate_betas: tuple[float, float] = (0.9, 0.99), **options: Any
     ) -> list[dict[str, Any]]:
-        """Two groups for an optimizer: the parameters of the model, and the logits of the gates.
+        """Return two groups for an optimizer: the parameters of the model, and the logits of the gates.
 
         Args:
             lr: The learning rate of the model's parameters.
-            gate_lr: That of the logits; ten times ``lr`` by default.
-            gate_betas: The betas of the logits, for optimizers of Adam's family. The second is lower than usual: the
-                gradients of the first steps are large, and a long memory of them would hold the gates back.
-            options: What else the group of the model's parameters gets, such as ``weight_decay``. The logits get no
-                weight decay.
-
-        Returns:
-            A list of two groups, for the first argument of an optimizer.
+            gate_lr: The learning rate of the logits. By default it is ten times ``lr``.
+            gate_betas: The betas of the logits, for optimizers of Adam's family. The second is lower than usual,
+                because the first gradients are large, and a long memory of them would hold the gates back.
+            options: Other options of the model's parameters, such as ``weight_decay``. The logits get no weight decay.
         """
         rate = 10 * lr if gate_lr is None else gate_lr
         weights = {"params": list(self.model.parameters()), "lr": lr, **options}
@@ -150,12 +161,12 @@ class PlasticNet(GatedModel):
         return [weights, gates]
 
     def expected_loss(self, closure: Callable[[], Tensor]) -> Tensor:
-        """The training loss, a scalar whose backward also gives the gates their gradient.
+        """Return the training loss, a scalar whose backward pass also gives the gates their gradient.
 
         Args:
             closure: A function that runs the network and returns the losses of the samples, shape (batch,), or their
-                mean, a scalar. It is called once, and at finite k by most estimators twice or more, under the same
-                random numbers and with BatchNorm's statistics updated once; it should have no other side effect.
+                mean, a scalar. Most estimators call it twice or more at finite k, with the same random numbers and one
+                update of BatchNorm's statistics. It should have no other side effect.
 
         Raises:
             PlasticError: The network is in evaluation mode, the closure never calls it or returns something else, or a
@@ -166,55 +177,55 @@ class PlasticNet(GatedModel):
     def penalty(
         self, strength: float, cost: str | Mapping[str, float] = "units", scale: Literal["linear", "log"] = "linear"
     ) -> Tensor:
-        """``strength`` times the expected cost (or its logarithm), a scalar differentiable in the gates.
+        """Return ``strength`` times the expected cost, or its logarithm: a scalar, differentiable in the gates.
 
         Args:
             strength: A number, 0 or more.
-            cost: "units", "parameters", "macs" (for one sample), "latency" (milliseconds: `measure_latency`), or
-                a mapping of these to weights: a weighted sum, of the logarithms with scale "log".
-            scale: "linear" (NPN, section 3), or "log", which keeps the pressure relative to what is left.
+            cost: "units", "parameters", "macs" (multiply-adds for one sample) or "latency" (milliseconds, which
+                `measure_latency` makes known). A mapping of these to weights stands for a weighted sum.
+            scale: "linear" (arXiv 1908.08118, section 3), or "log": the pressure is then relative to the present cost.
 
         Raises:
-            PlasticError: A name is unknown, a number is negative, or the latency has not been measured.
+            PlasticError: A name is unknown, a number is negative, or the latency was not measured.
         """
         return pressure.penalty(self, strength, cost, scale)
 
     def limit(
         self, pattern: str, *, minimum: int | None = None, maximum: float = math.inf, strength: float = 1.0
     ) -> None:
-        """Bound the sites whose name matches ``pattern``, anew. `resize` and `grow` do as they are told.
+        """Set the bounds of all sites whose name matches a pattern. They do not bind `resize` and `grow`.
 
         Args:
             pattern: A name pattern of sites.
-            minimum: How many units pruning leaves them; by default 1, and 0 for blocks. With 0 a site may die, as a
-                residual branch may; one unit stays, read with weights of zero.
-            maximum: The number of units at which growth stops.
-            strength: What the pressure on their gates is multiplied by.
+            minimum: How many units pruning leaves. By default it is 1, and 0 for blocks. With 0 all units of a site may
+                close, as in a residual branch; one unit then stays, and is read with weights of zero.
+            maximum: The number of units at which a schedule stops to grow a site.
+            strength: What the pressure on the gates is multiplied by.
 
         Raises:
-            PlasticError: No site matches, or the bounds contradict each other.
+            PlasticError: No site matches, the bounds contradict each other, or the strength is no number from 0 on.
         """
         pressure.limit(self, pattern, minimum, maximum, strength)
 
     # -- measuring ----------------------------------------------------------------------------
 
     def summary(self) -> Summary:
-        """Units, parameters and multiply-adds: per site and in total, all and open. It prints as a table."""
+        """Count units, parameters and multiply-adds, of each site and in total; the result prints as a table."""
         return summarise(self)
 
     def measure_latency(self, example_inputs: Any, *, networks: int = 24, repeats: int = 9) -> Latency:
         """Make "latency" a cost: the milliseconds of a forward pass on the example inputs.
 
-        The milliseconds are fitted to networks that are cut at random and run on the device at hand. The result stays
-        when sizes or the device change; a state dict does not hold it, but that of a `Schedule` does.
+        They are fitted to copies of the network that are cut at random and run on its device. The result stays valid
+        when sizes or the device change. The state dict of a `Schedule` holds it, and that of the network does not.
 
         Args:
-            example_inputs: A tuple of arguments or a dict; the batch that counts.
-            networks: How many networks are cut and measured.
+            example_inputs: A tuple of arguments, or a dict of keyword arguments, with the batch to measure.
+            networks: How many networks are cut and measured, 8 or more.
             repeats: How often each of them runs.
 
         Raises:
-            PlasticError: As `profile` does.
+            PlasticError: The inputs are rejected, time is not measured on their device, or a number is too small.
         """
         self.use_latency(self.ranks.first(measure_latency(self, example_inputs, networks, repeats)))
         assert self.latency is not None
@@ -223,20 +234,19 @@ class PlasticNet(GatedModel):
     # -- changing size ------------------------------------------------------------------------
 
     def resize(self, sources: Sources, optimizer: Optimizers = None, *, init: str = "preserve", grace: int = 0) -> None:
-        """Rebuild sites from lists of source indices: ``{"conv1": [0, 2, -1]}`` keeps units 0 and 2 of
-        ``conv1`` and adds one. Kept units carry their optimizer state.
+        """Rebuild sites from lists of their units: ``{"conv1": [0, 2, -1]}`` keeps units 0 and 2 and adds one.
 
         Args:
-            sources: For each site the old units that stay, in order, and -1 for a new one. In an input site -1 re-opens
-                a closed feature.
-            optimizer: The one, or all of those, that hold the parameters.
-            init: How new units begin: with random incoming weights, and outgoing ones of zero ("preserve") or random
-                ones too ("random", and "paper", whose gates start at pi = 1/2).
+            sources: For each site the old units that stay, in order, and -1 for every new one. In an input site -1 adds
+                a feature that was cut.
+            optimizer: The optimizer, or all optimizers, of the parameters. Units that stay keep their state in it.
+            init: How new units begin. Their incoming weights are random. Their outgoing weights are zero ("preserve")
+                or random ("random" and "paper"). With "paper" their gates start at pi = 1/2.
             grace: For how many epochs of the schedule new units are held open and unpriced.
 
         Raises:
             PlasticError: A site is unknown, an index is out of range, a site would be left empty, or the optimizers do
-                not hold every trainable parameter or cannot be resized. Nothing was changed.
+                not hold every trainable parameter or cannot be resized.
         """
         resize(self, sources, optimizer, init, grace)
 
@@ -248,20 +258,18 @@ class PlasticNet(GatedModel):
         grace: int = 0,
         loss: Loss | None = None,
     ) -> None:
-        """Add units: ``{"conv1": 2}``; see `resize`.
-
-        With a ``loss`` the incoming weights of the new units are those for which the gradient of the outgoing ones,
-        which are zero, is largest (GradMax: Evci et al., arXiv 2201.05125, section 3).
+        """Add units to sites: ``{"conv1": 2}`` adds two units to ``conv1``.
 
         Args:
             counts: How many units each site gets.
-            optimizer: The one, or all of those, that hold the parameters.
-            init: One of `resize`'s, or "gradmax".
+            optimizer: The optimizer, or all optimizers, of the parameters.
+            init: How new units begin, as in `resize`. With "gradmax" their outgoing weights are zero, and the incoming
+                weights those for which the outgoing ones have the largest gradient (arXiv 2201.05125, section 3).
             grace: For how many epochs of the schedule new units are held open and unpriced.
-            loss: For "gradmax" a function without arguments that runs the network on some training data.
+            loss: For "gradmax", a function that runs the network on some training data and returns the losses.
 
         Raises:
-            PlasticError: As `resize` does; and "gradmax" was given without a loss.
+            PlasticError: A number is negative, the loss for "gradmax" is missing, or as `resize` raises it.
         """
         if init != "gradmax":
             grow(self, counts, optimizer, init, grace)
@@ -271,16 +279,15 @@ class PlasticNet(GatedModel):
             grow_by_gradient(self, counts, loss, optimizer, grace=grace)
 
     def prune(self, below: float = 0.5, optimizer: Optimizers = None, multiple_of: int = 1) -> dict[str, int]:
-        """Cut the units whose gate has a probability below ``below``, and those whose features are all cut; every site
-        keeps at least one. Where single weights have gates and k is infinity, units that only closed ones read are cut
-        too.
+        """Cut the units that are unlikely to be open, and the channels whose features are all cut.
+
+        Every site keeps at least one unit. At infinite k, units that only closed single weights read are cut, too.
 
         Args:
-            below: A probability.
-            optimizer: The one, or all of those, that hold the parameters.
-            multiple_of: What widths in the tensors are to be a multiple of: a site then keeps the next likely units,
-                too. Sites that have not that many are cut as without, and so are those that a norm takes statistics
-                over.
+            below: Units with a smaller probability are cut.
+            optimizer: The optimizer, or all optimizers, of the parameters.
+            multiple_of: Widths become multiples of this number, by the most likely of the units that would be cut. This
+                does not apply to sites that have too few units, and to those that a norm takes statistics over.
 
         Returns:
             How many units were cut, for each site that lost some.
@@ -288,31 +295,32 @@ class PlasticNet(GatedModel):
         return prune(self, below, optimizer, multiple_of)
 
     def compact(self, multiple_of: int = 1) -> nn.Module:
-        """A plain module, a copy in evaluation mode, with the outputs of ``net.eval()``: closed units are cut, and the
-        mean gates of the open ones are multiplied into the weights that read them. Single weights that are closed are
-        zeros.
+        """Return a plain module, a copy in evaluation mode, whose outputs are those of ``net.eval()``.
+
+        Closed units are cut, and the mean gates of open units are multiplied into the weights that read them. Closed
+        single weights are zero.
 
         Args:
-            multiple_of: What widths are to be a multiple of, as in `prune`: some closed units stay, read with weights
-                of zero.
+            multiple_of: As in `prune`. Closed units that stay for this are read with weights of zero.
         """
         return compacted(self, multiple_of)
 
     # -- saving -------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Resize to the sizes in ``state_dict``, then load it. The parameters stay the same objects, so
-        optimizers may be built before or after (load their state too if they have any).
+        """Resize the network to the sizes in a state dict, and load it; the parameters stay the same objects.
+
+        So optimizers may be built before or after. An optimizer with a state must load its own state dict as well.
 
         Raises:
-            PlasticError: It belongs to another architecture. Nothing was changed.
+            PlasticError: The state dict belongs to another architecture.
         """
         with loading.resized_to(self, state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
 def _with_signature(signature: inspect.Signature) -> Callable[..., Any]:
-    """`PlasticNet.forward` with the signature of a model's, which tools read to see what the model takes."""
+    """Return `PlasticNet.forward` with a model's signature, which tools read to see what the model takes."""
 
     @functools.wraps(PlasticNet.forward)
     def forward(self: PlasticNet, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +335,7 @@ def _with_signature(signature: inspect.Signature) -> Callable[..., Any]:
 
 
 def _warn_of_shadows(net: PlasticNet) -> None:
-    """Say once which attributes of the model the network has, too: ``net.k``, say, is not the model's."""
+    """Warn of attributes of the model that are hidden by those of the network, such as ``net.k``."""
     plain = set(dir(nn.Module()))
     own = {n for n in dir(net) if not n.startswith("_")} - plain - {"model"}
     model = net.model

@@ -1,7 +1,7 @@
-"""Units and sites: what tracing finds, gates switch and resize rewrites.
+"""Describes units and sites, which tracing finds, gates switch and a resize rewrites.
 
-A *unit* is a set of parameter slices that must live or die together. A *site* is an ordered set of
-units of the same shape that are born at the same place.
+A *unit* is a set of slices of parameters that must live or die together. A *site* is an ordered set of units of the
+same shape that are born in the same place.
 """
 
 from __future__ import annotations
@@ -14,13 +14,22 @@ import numpy as np
 
 
 def gate_offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
-    """Where each site's gates begin in the gates of all, and where the constant 1 is."""
+    """Return where the gates of each site begin in the vector of all gates, and the index of the constant 1."""
     ends = np.cumsum([0, *(u.size for u in sites.values())]).tolist()
     return dict(zip(sites, ends, strict=False)), ends[-1]
 
 
 def gate_positions(sites: Mapping[str, Units], key: tuple[str, int], length: int) -> np.ndarray:
-    """For each position of one dimension of a tensor, the index of its gate."""
+    """Return the index of the gate of every position of one dimension of a tensor.
+
+    Args:
+        sites: The units of each site by name.
+        key: The name of the tensor, and the dimension.
+        length: The length of the dimension.
+
+    Returns:
+        The indices, shape (length,). A position that nothing gates has the index of the constant 1.
+    """
     offsets, one = gate_offsets(sites)
     positions = np.full(length, one)
     for name, u in sites.items():
@@ -31,14 +40,16 @@ def gate_positions(sites: Mapping[str, Units], key: tuple[str, int], length: int
 
 
 def owner(tensor: str) -> str:
-    """The name of the module that a parameter belongs to; for what a parametrization keeps (weight_norm,
-    say), of the module that it is a parameter of."""
+    """Return the name of the module that a parameter belongs to.
+
+    For a tensor that a parametrization keeps, such as weight_norm, this is the module that has the parametrization.
+    """
     module = tensor.rpartition(".")[0]
     return f".{module}".partition(".parametrizations.")[0].removeprefix(".")
 
 
 def family_of(name: str) -> str:
-    """What the layers of a stack share of their names: ``blocks.#.mlp``."""
+    """Return the name with # for every number, which the layers of a stack have in common: ``blocks.#.mlp``."""
     return re.sub(r"\d+", "#", name)
 
 
@@ -46,27 +57,50 @@ def family_of(name: str) -> str:
 class Slice:
     """Where the units of one site lie along one dimension of one tensor.
 
-    ``tensor`` is the name of a parameter or buffer, or of a virtual input axis (``"fc1.input"``).
-    ``index`` has shape (units, width): the positions that each unit owns. ``runs`` are the lengths,
-    summing to width, of the stretches that stay contiguous within a unit; they fix where a new
-    unit is inserted.
+    Attributes:
+        tensor: The name of a parameter or a buffer, or of a virtual input axis, such as ``"fc1.input"``.
+        dim: The dimension.
+        index: The positions that each unit owns, shape (units, width).
+        runs: The lengths of the stretches that stay contiguous within a unit; their sum is the width. They fix where a
+            new unit is inserted.
+        consumed: Whether a contraction sums over this dimension. If not, it produces the units.
+        group: For dimension 0 of the weight of a grouped convolution, the number of rows of one group, else 0.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+        >>> for s in pn.trace(model, (torch.zeros(2, 3, 6, 6),)).sites["0"].slices:
+        ...     print(s.tensor, s.dim, s.index.shape, s.consumed)
+        0.weight 0 (8, 1) False
+        0.bias 0 (8, 1) False
+        2.weight 1 (8, 16) True
     """
 
     tensor: str
     dim: int
     index: np.ndarray
     runs: tuple[int, ...]
-    consumed: bool = False  # the dimension that a contraction sums over (else it produces the units)
-    group: int = 0  # for dimension 0 of a grouped convolution's weight, the rows of one group
+    consumed: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A contraction that reads gated units: dimension ``dim`` of parameter ``tensor``.
+    """A contraction that reads gated units through one dimension of a parameter.
 
-    ``axis`` is the axis of the owning module's first input that carries the units, counted from the
-    end, or None when no module call reads it (then it can only be gated through its weight).
-    ``per_sample`` says that axis 0 of that input is the batch.
+    Attributes:
+        tensor: The name of the parameter.
+        dim: The dimension that is summed over.
+        module: The name of the module that owns the parameter.
+        axis: The axis of the module's first input that carries the units, counted from the end. None where they are not
+            read from this input; then gates can only act through the parameter.
+        per_sample: Whether axis 0 of this input is the batch.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> pn.trace(model, (torch.zeros(2, 4),)).sites["0"].consumers
+        [Consumer(tensor='2.weight', dim=1, module='2', axis=-1, per_sample=True)]
     """
 
     tensor: str
@@ -78,10 +112,19 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Norm:
-    """Statistics over gated units: while ``module`` runs, they are taken over the open ones only.
+    """Statistics over gated units, which a module takes over the open units only.
 
-    The units lie along ``axis`` (counted from the end) of what is normalised, in the order of dimension
-    ``dim`` of the module's parameter ``tensor``.
+    Attributes:
+        module: The name of the module, such as a LayerNorm.
+        axis: The axis of what is normalised along which the units lie, counted from the end.
+        tensor: The name of a parameter of the module.
+        dim: Its dimension along which the units lie in the same order.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2)
+        >>> pn.trace(torch.nn.Sequential(*layers), (torch.zeros(2, 4),), residual=True).sites["0"].norms
+        [Norm(module='1', axis=-1, tensor='1.weight', dim=0)]
     """
 
     module: str
@@ -92,8 +135,19 @@ class Norm:
 
 @dataclass(frozen=True)
 class Width:
-    """An integer attribute of a module that grows by ``per_unit`` with every unit of a site: a number
-    of heads, say, or the width of all of them. ``place`` is its index where the attribute is a tuple."""
+    """An integer attribute of a module that follows the number of units, such as a number of heads.
+
+    Attributes:
+        module: The name of the module.
+        attribute: The name of the attribute.
+        per_unit: By how much it grows with every unit.
+        place: The index of the integer where the attribute is a tuple, else None.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> pn.Width("attention", "all_head_size", per_unit=64)
+        Width(module='attention', attribute='all_head_size', per_unit=64, place=None)
+    """
 
     module: str
     attribute: str
@@ -103,11 +157,25 @@ class Width:
 
 @dataclass
 class Units:
-    """One site as tracing found it: ``size`` units, the slices that they own and who reads them.
+    """One site as tracing found it.
 
-    ``norms`` take statistics over the units, and ``widths`` are attributes that follow their number.
-    ``growable`` is False where units can be cut exactly but new ones would not leave the outputs alone
-    (they would come to lie in the wrong place, or count in a norm's statistics); the self-check finds out.
+    Attributes:
+        name: The name of the site, which is that of the module that produces the units.
+        size: The number of units.
+        slices: Where the units lie in tensors.
+        consumers: Who reads the units.
+        norms: What takes statistics over the units.
+        widths: The attributes of modules that follow the number of units.
+        growable: Whether units can be added. Where it is False, units can be cut exactly, but new units would change
+            the outputs, because they would lie in the wrong place or count in the statistics of a norm. The self-check
+            finds this out.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> units = pn.trace(model, (torch.zeros(2, 4),)).sites["0"]
+        >>> units.size, [s.tensor for s in units.slices], units.growable
+        (8, ['0.weight', '0.bias', '2.weight'], True)
     """
 
     name: str
@@ -121,11 +189,22 @@ class Units:
 
 @dataclass
 class InputUnits(Units):
-    """An input site: each unit is one feature of the consumer's input axis.
+    """An input site: each unit is one feature of the input axis of a consumer.
 
-    ``features`` are the positions, in the full axis of length ``full``, that are present; the
-    consumer's parameter holds only those columns. The full axis is a virtual tensor of this site's
-    name, so that the units that produce it can own stretches of it.
+    The full axis is a virtual tensor that has the name of the site, so that the units that produce it can own stretches
+    of it. The other attributes are those of `Units`.
+
+    Attributes:
+        features: The positions in the full axis that are present. The parameter of the consumer holds only these
+            columns.
+        full: The length of the full axis.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+        >>> units = pn.trace(model, (torch.zeros(2, 3, 6, 6),), inputs=["2"]).sites["2.input"]
+        >>> units.size, units.full
+        (128, 128)
     """
 
     features: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -134,28 +213,51 @@ class InputUnits(Units):
 
 @dataclass
 class BlockUnits(Units):
-    """Whole blocks as units, so that depth is learned: a closed block hands on its first input.
+    """A site whose units are whole blocks, so that depth is learned: a closed block returns its first input.
 
-    ``blocks`` are the modules, whose output has the shape of their first input. They own no slices;
-    what lies inside a block has sites of its own.
+    Blocks own no slices. What lies inside a block has sites of its own. The other attributes are those of `Units`.
+
+    Attributes:
+        blocks: The names of the modules. Their output has the shape of their first input.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()) for _ in range(3)]
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2))
+        >>> pn.trace(model, (torch.zeros(2, 4),), blocks=["[012]"]).sites["depth"].blocks
+        ('0', '1', '2')
     """
 
     blocks: tuple[str, ...] = ()
 
     def inside(self, tensor: str) -> int | None:
-        """The block that a module or tensor of this name belongs to, by its place, or None."""
+        """Return the place of the block that contains a module or a tensor, or None.
+
+        Args:
+            tensor: The name of the module or the tensor.
+        """
         return next((i for i, block in enumerate(self.blocks) if f"{tensor}.".startswith(f"{block}.")), None)
 
 
 @dataclass
 class Trace:
-    """What `plasticnet.trace` returns.
+    """The units of a model, as `plasticnet.trace` returns them.
 
-    ``sites`` maps a name to its units, in execution order; ``frozen`` maps the name of whatever
-    cannot be gated to the reason; ``uses`` maps a parameter to how often each of its entries is
-    multiplied for one sample (the multiply-adds of a layer are ``uses * numel``). ``trains_more``
-    says that parameters are used in training that are not used in evaluation (auxiliary heads), and
-    ``positional`` that the model tells units apart by their position (``x[:, :3]``).
+    Attributes:
+        sites: The units of each site by name, in execution order.
+        frozen: Why something cannot be gated, by its name.
+        uses: How often each entry of a parameter is multiplied for one sample, by the name of the parameter. The
+            multiply-adds of a layer are this number times the number of entries.
+        checked: Whether the self-check has run.
+        trains_more: Whether parameters are used in training that are not used in evaluation, as in auxiliary heads.
+        positional: Whether the model tells units apart by their position, as ``x[:, :3]`` does.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+        >>> found = pn.trace(model, (torch.zeros(2, 3, 6, 6),))
+        >>> list(found.sites), list(found.frozen), found.uses
+        (['0'], ['2'], {'0.weight': 16.0, '2.weight': 1.0})
     """
 
     sites: dict[str, Units]

@@ -1,4 +1,4 @@
-"""The command line: its commands, train, demo, inspect, report and export, and what their options mean."""
+"""Declares the commands train, demo, inspect, report and export, and says what their options mean."""
 
 from __future__ import annotations
 
@@ -34,31 +34,47 @@ app = typer.Typer(help="Neural networks that choose their own size while they tr
 
 @app.command("train")
 def train_command(
-    data: Annotated[str, typer.Option(help="digits, moons or mnist")] = "digits",
-    model: Annotated[str, typer.Option(help=NAMES)] = "mlp:256-128",
-    mode: Annotated[str, typer.Option(help="prune, grow, dense, or both (all three)")] = "both",
-    epochs: Annotated[int, typer.Option(help="epochs of each run")] = 150,
-    k: Annotated[float, typer.Option(help="plasticity of the middle stage")] = 7.0,
-    k_end: Annotated[float | None, typer.Option(help="k at the end of the middle stage, if it is to rise")] = None,
-    budget: Annotated[str | None, typer.Option(help="what it may cost, as macs=0.3,params=5000; for --penalty")] = None,
-    penalty: Annotated[float, typer.Option(help="strength of the pressure on the cost")] = 0.05,
-    cost: Annotated[str, typer.Option(help="units, parameters or macs")] = "parameters",
-    scale: Annotated[str, typer.Option(help="linear, or log: pressure relative to what is left")] = "log",
+    data: Annotated[str, typer.Option(help="The data set: digits, moons or mnist.")] = "digits",
+    model: Annotated[str, typer.Option(help=f"The model: {NAMES}.")] = "mlp:256-128",
+    mode: Annotated[
+        str, typer.Option(help="What to train: prune, grow, dense, or both, which trains all three.")
+    ] = "both",
+    epochs: Annotated[int, typer.Option(help="The number of epochs of each run.")] = 150,
+    k: Annotated[float, typer.Option(help="The plasticity k of the gates in the middle stage.")] = 7.0,
+    k_end: Annotated[float | None, typer.Option(help="The k at the end of the middle stage, if it is to rise.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="The most that the network may cost, as in macs=0.3,params=5000. It takes the place of --penalty."
+        ),
+    ] = None,
+    penalty: Annotated[float, typer.Option(help="The strength of the pressure on the cost.")] = 0.05,
+    cost: Annotated[str, typer.Option(help="The cost that is penalised: units, parameters or macs.")] = "parameters",
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="The scale of the penalty: linear, or log, which keeps the pressure relative to what is left."
+        ),
+    ] = "log",
     estimator: Annotated[
-        str, typer.Option(help="how the gradient of the gates is estimated: " + ", ".join(ESTIMATORS))
+        str, typer.Option(help=f"The estimator of the gradient of the gates: {', '.join(ESTIMATORS)}.")
     ] = "bitflip-cv",
-    gates: Annotated[str, typer.Option(help="draw per sample, per batch, or auto")] = "auto",
-    inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
-    start: Annotated[int, typer.Option(help="units per site that growing starts from")] = 3,
-    batch: Annotated[int, typer.Option(help="batch size")] = 32,
-    lr: Annotated[float, typer.Option(help="learning rate of the weights (Adam)")] = 3e-3,
-    gate_lr: Annotated[float, typer.Option(help="learning rate of the gates (Adam)")] = 5e-2,
-    seed: Annotated[int, typer.Option(help="seed of weights, draws, batches and split")] = 0,
-    data_dir: Annotated[Path | None, typer.Option(help="where MNIST lies")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/train"),
-    resume: Annotated[bool, typer.Option(help="go on with an interrupted run in --out")] = False,
+    gates: Annotated[
+        str, typer.Option(help="How gates are drawn: sample (once per sample), batch (once per batch), or auto.")
+    ] = "auto",
+    inputs: Annotated[
+        list[str] | None, typer.Option(help="A name pattern of layers whose input features get gates.")
+    ] = None,
+    start: Annotated[int, typer.Option(help="The number of units per site from which growth starts.")] = 3,
+    batch: Annotated[int, typer.Option(help="The batch size.")] = 32,
+    lr: Annotated[float, typer.Option(help="The learning rate of the weights (Adam).")] = 3e-3,
+    gate_lr: Annotated[float, typer.Option(help="The learning rate of the gates (Adam).")] = 5e-2,
+    seed: Annotated[int, typer.Option(help="The seed of the weights, the draws, the batches and the data split.")] = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder that holds MNIST/raw.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
 ) -> None:
-    """Train a network that prunes itself, grows, or both beside a dense one."""
+    """Train a network that prunes itself, one that grows, a dense one, or all three for comparison."""
     choices: dict[str, Any] = {"cost": cost, "scale": scale, "gates": gates}
     config = Config(
         epochs=epochs, k=k, k_end=k_end, budget=_budget(budget), penalty=penalty, estimator=estimator,
@@ -70,7 +86,7 @@ def train_command(
 
 
 def _budget(text: str | None) -> Budget | None:
-    """The targets that --budget gives."""
+    """Return the budget that the text of --budget describes."""
     if text is None:
         return None
     try:
@@ -84,31 +100,44 @@ def _budget(text: str | None) -> Budget | None:
 
 
 @app.command("demo")
-def demo_command(out: Annotated[Path, typer.Option(help="folder for the results")] = Path("runs/demo")) -> None:
-    """On embedded handwritten digits: prune a too wide network, grow a too narrow one."""
+def demo_command(out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/demo")) -> None:
+    """Prune a network that is too wide, and grow one that is too narrow, on handwritten digits.
+
+    The digits come with scikit-learn, so that nothing is downloaded.
+    """
     config = Config(epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
-    torch.set_num_threads(1)  # threads on networks of this size wait for each other, and long on a busy machine
+    torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
     train_modes("digits", "mlp:256-128", MODES["both"], config, out)
 
 
 @app.command("inspect")
 def inspect_command(
-    model: Annotated[str, typer.Argument(help=NAMES)],
-    input: Annotated[str | None, typer.Option(help="shape of the input, batch first: 1,3,224,224")] = None,
-    inputs: Annotated[list[str] | None, typer.Option(help="name pattern of layers whose inputs are gated")] = None,
-    residual: Annotated[bool, typer.Option(help="gate what LayerNorm and RMSNorm normalise, too")] = False,
-    blocks: Annotated[list[str] | None, typer.Option(help="name pattern of modules that are units as a whole")] = None,
-    full: Annotated[bool, typer.Option(help="a transformers model in its own size, not a tiny one")] = False,
-    meta: Annotated[bool, typer.Option(help="without memory or arithmetic, for large models: unchecked")] = False,
-    show_all: Annotated[bool, typer.Option("--all", help="name everything that is frozen")] = False,
-    measure: Annotated[bool, typer.Option("--profile", help="run it, and measure memory and time")] = False,
-    sensitivity: Annotated[bool, typer.Option(help="how much each site can lose, on the validation data")] = False,
-    data: Annotated[str | None, typer.Option(help="digits, moons or mnist: what the model reads")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where MNIST lies")] = None,
-    weights: Annotated[Path | None, typer.Option(help="a compact.safetensors of this model; else random")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    model: Annotated[str, typer.Argument(help=f"The model: {NAMES}.")],
+    input: Annotated[str | None, typer.Option(help="The shape of the input, batch first, as in 1,3,224,224.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Option(help="A name pattern of layers whose input features get gates.")
+    ] = None,
+    residual: Annotated[bool, typer.Option(help="Gate also what LayerNorm and RMSNorm normalise.")] = False,
+    blocks: Annotated[
+        list[str] | None, typer.Option(help="A name pattern of modules that are units as a whole.")
+    ] = None,
+    full: Annotated[bool, typer.Option(help="Build a transformers model in its own size, not a tiny one.")] = False,
+    meta: Annotated[
+        bool, typer.Option(help="Use no memory and compute nothing, for large models; sites are then not checked.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Name everything that is frozen.")] = False,
+    measure: Annotated[bool, typer.Option("--profile", help="Run the model, and measure memory and time.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option(help="Measure on the validation data how much each site can lose; this needs --data.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="The data set that the model reads: digits, moons or mnist.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder that holds MNIST/raw.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A compact.safetensors of this model. Without it the weights are random.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """What can be gated, what a unit costs and who reads it; and what is frozen, with the reason."""
+    """List what can be gated, what a unit costs and what reads it; and what is frozen, with the reason."""
     found = inspect_model(
         model, _shape(input), inputs=inputs or (), residual=residual, blocks=blocks or (), full=full, meta=meta,
         data=data, data_dir=data_dir, weights=weights, with_profile=measure, with_sensitivity=sensitivity,
@@ -120,7 +149,7 @@ def inspect_command(
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:
-    """The shape that --input gives."""
+    """Return the shape that the text of --input gives."""
     if text is None:
         return None
     try:
@@ -133,19 +162,19 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
 
 
 @app.command("report")
-def report_command(run: Annotated[Path, typer.Argument(help="folder that train wrote")]) -> None:
-    """Write report.html of a run anew."""
+def report_command(run: Annotated[Path, typer.Argument(help="A folder that train or demo wrote.")]) -> None:
+    """Write the report.html of a finished run again."""
     rewrite_report(run)
     console.print(f"written {run / 'report.html'}")
 
 
 @app.command("export")
 def export_command(
-    file: Annotated[Path, typer.Argument(help="compact.safetensors")],
-    model: Annotated[str, typer.Option(help=f"the original model: {NAMES}")],
-    out: Annotated[Path, typer.Option(help="an .onnx or .pt2 file")],
-    input: Annotated[str | None, typer.Option(help="shape of the input, batch first")] = None,
-    classes: Annotated[int, typer.Option(help="outputs of an mlp")] = 10,
+    file: Annotated[Path, typer.Argument(help="The compact.safetensors of a run.")],
+    model: Annotated[str, typer.Option(help=f"The original model: {NAMES}.")],
+    out: Annotated[Path, typer.Option(help="The file to write, with the suffix .onnx or .pt2.")],
+    input: Annotated[str | None, typer.Option(help="The shape of the input, batch first, as in 1,3,224,224.")] = None,
+    classes: Annotated[int, typer.Option(help="The number of outputs of an mlp.")] = 10,
 ) -> None:
     """Turn a saved network into an ONNX file or a torch.export program, and check that it computes the same."""
     shape = _shape(input)
@@ -158,8 +187,8 @@ def export_command(
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one line, not a traceback."""
-    sys.path.insert(0, str(Path.cwd()))  # for PACKAGE:FACTORY, as with python -m
+    """Run the command line. A `PlasticError` is shown as a line of text, and the exit status is then 2."""
+    sys.path.insert(0, str(Path.cwd()))  # so that PACKAGE:FACTORY is found here, as it is with python -m
     try:
         app()
     except PlasticError as error:

@@ -1,4 +1,4 @@
-"""Where the commands print: one console, and the tables that they have in common."""
+"""Holds the one console on which the commands print, and the tables that they have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ console = Console()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> None:
-    """Print a table of words and numbers: the columns at the places ``words`` may be folded, the others are numbers."""
+    """Print a table of words and numbers.
+
+    Args:
+        columns: The heads.
+        rows: The cells of each row.
+        words: The places of the columns that hold words, which are folded where the console is narrow. The others hold
+            numbers, which are aligned on the right.
+    """
     table = Table(box=SIMPLE)
     for place, column in enumerate(columns):
         if place in words:
@@ -26,5 +33,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Se
 
 
 def print_line(text: str) -> None:
-    """Print a line as it is, without colours, and on one line however long it is."""
+    """Print a text without colours, and without breaking it into lines however long it is."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Data sets of the command line, as tensors: train, validation and test."""
+"""Loads the data sets of the command line as tensors, split for training, validation and test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ DATASETS = ("digits", "moons", "mnist")
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (samples, ...) and integer labels (samples,)."""
+    """A part of a data set.
+
+    Attributes:
+        x: The inputs, shape (samples, ...).
+        y: The integer labels, shape (samples,).
+    """
 
     x: Tensor
     y: Tensor
@@ -27,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The three splits; training never sees ``test``."""
+    """A data set in three parts: for training, for validation, and for the test, which is read only at the end."""
 
     train: Split
     val: Split
@@ -45,10 +50,15 @@ class Data:
 
 
 def load_data(name: str, data_dir: str | Path | None = None, seed: int = 0) -> Data:
-    """``digits`` (scikit-learn's, embedded), ``moons`` (generated) or ``mnist`` (from ``data_dir``, in
-    torchvision's layout). ``seed`` makes the split, and the moons.
+    """Load a data set.
 
-    Raises `PlasticError` for another name, or when MNIST is not there.
+    Args:
+        name: "digits" (those that come with scikit-learn), "moons" (generated) or "mnist".
+        data_dir: The folder that holds MNIST in torchvision's layout.
+        seed: The seed of the split, and of the moons.
+
+    Raises:
+        PlasticError: The name is unknown, or there is no MNIST in the folder.
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "digits":
@@ -61,6 +71,7 @@ def load_data(name: str, data_dir: str | Path | None = None, seed: int = 0) -> D
 
 
 def _digits(generator: torch.Generator) -> Data:
+    """Load the digits of scikit-learn as images of shape (1, 8, 8) with values from -1 to 1."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -72,14 +83,23 @@ def _digits(generator: torch.Generator) -> Data:
 
 
 def moons(generator: torch.Generator, train: int = 500, test: int = 500, noise: float = 0.1) -> Data:
-    """The authors' task: two interlocking arcs of 270 degrees in the plane, with noise on the radius,
-    lifted to 100 dimensions by a random orthonormal 2 x 100 basis. A fifth of ``train`` validates."""
+    """Generate the task of the paper's authors: to tell two interlocking arcs apart.
+
+    The arcs of 270 degrees lie in a plane and have noise on their radius. A random orthonormal basis of shape (2, 100)
+    lifts them to 100 dimensions.
+
+    Args:
+        generator: The source of all random numbers.
+        train: The number of samples for training and validation; a fifth of them is for validation.
+        test: The number of samples for the test.
+        noise: The standard deviation of the radius, which is 1 on average.
+    """
     n = train + test
     labels = torch.arange(n) % 2
     angle = torch.rand(n, generator=generator) * 1.5 * math.pi
     radius = 1 + noise * torch.randn(n, generator=generator)
     arc = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-    # The second arc is the first one turned half around, about a point that makes the two interlock.
+    # The second arc is the first one, turned by 180 degrees about a point for which the two interlock.
     plane = torch.where(labels[:, None] == 0, arc, torch.tensor([1.0, 0.0]) - arc)
     basis = torch.linalg.qr(torch.randn(100, 2, generator=generator)).Q.T
     x = plane @ basis
@@ -90,6 +110,10 @@ def moons(generator: torch.Generator, train: int = 500, test: int = 500, noise: 
 
 
 def _mnist(data_dir: str | Path | None, generator: torch.Generator) -> Data:
+    """Load MNIST as images of shape (1, 28, 28), of mean 0 and variance 1 over the training data.
+
+    The validation data are 5,000 of the training images.
+    """
     from torchvision.datasets import MNIST
 
     if data_dir is None:

@@ -1,4 +1,4 @@
-"""What the command inspect finds out about a model, and how it prints it."""
+"""Finds out what the command inspect says about a model, and prints it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ _SITE_COLUMNS = ("site", "units", "parameters/unit", "MACs/unit", "read by")
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_model` found. ``profile`` and ``sensitivity`` are None unless they were asked for; ``weights`` is
-    the file that the weights came from, and None where they are random."""
+    """What `inspect_model` found.
+
+    Attributes:
+        summary: The sites, their costs, and what is frozen.
+        checked: Whether masking was compared with cutting.
+        profile: The measured memory and time, or None if they were not asked for.
+        sensitivity: How much each site can lose, or None if that was not asked for.
+        weights: The file that the weights came from, or None where they are random.
+    """
 
     summary: Summary
     checked: bool
@@ -33,7 +40,7 @@ class Inspection:
     weights: Path | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return everything as plain data, ready for JSON."""
         found = {**self.summary.as_dict(), "checked": self.checked}
         if self.profile is not None:
             found["profile"] = self.profile.as_dict()
@@ -65,17 +72,17 @@ def inspect_model(
         inputs: An option of `PlasticNet`.
         residual: An option of `PlasticNet`.
         blocks: An option of `PlasticNet`.
-        full: Whether a transformers model has its own size, not a tiny one.
+        full: Whether a transformers model has its own size, and not a tiny one.
         meta: Whether the model is built on the meta device, where nothing is computed.
-        data: The data set that the model reads.
-        data_dir: Where MNIST lies.
-        weights: The file of a compact module of this model.
-        with_profile: Whether memory and time are measured.
-        with_sensitivity: Whether it is measured how much each site can lose, on the validation data of ``data``.
+        data: The name of the data set that the model reads.
+        data_dir: The folder that holds MNIST.
+        weights: The file of a compact module of this model, whose weights it gets.
+        with_profile: Whether to measure memory and time.
+        with_sensitivity: Whether to measure how much each site can lose, on the validation data of ``data``.
 
     Raises:
-        PlasticError: The network would have to run on the meta device, or ``data`` are missing; or what is called here
-            refuses the model, its weights or the shape.
+        PlasticError: The network would have to run on the meta device; the sensitivity is asked for without data; or
+            the model, its weights, the shape or the data set do not fit or do not exist.
     """
     if meta and (with_profile or with_sensitivity or weights):
         what = "--profile" if with_profile else "--sensitivity" if with_sensitivity else "--weights"
@@ -99,7 +106,12 @@ def inspect_model(
 
 
 def print_inspection(found: Inspection, every_name: bool = False) -> None:
-    """Print the sites and what is frozen (the first names for each reason, or every name), and what was measured."""
+    """Print the sites, what is frozen, and what was measured.
+
+    Args:
+        found: What `inspect_model` returned.
+        every_name: Whether to print every name that is frozen, and not just the first ones for each reason.
+    """
     summary = found.summary
     print_table(_SITE_COLUMNS, summary.rows(), words=(0, len(_SITE_COLUMNS) - 1))
     print_line(f"{summary.parameters:,} parameters, {summary.macs:,} multiply-adds for one sample")

@@ -1,4 +1,4 @@
-"""A short reference loop. A run trains one model on one data set in one mode: dense, prune or grow."""
+"""Trains models in a short reference loop. A run trains one model on one data set in one mode: dense, prune or grow."""
 
 from __future__ import annotations
 
@@ -29,12 +29,34 @@ from plasticnet.training.schedule import Schedule
 from plasticnet.training.stages import Stage
 
 Mode = Literal["dense", "prune", "grow"]
-_PROFILES = 10  # in a run, while it trains; each takes as long as some twenty steps
+_PROFILES = 10  # the most profiles of a run while it trains; each of them takes as long as about twenty steps
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run but the data and the model; see the command line's help."""
+    """The settings of a run: everything that decides its result except the data, the model and the mode.
+
+    Args:
+        epochs: The number of epochs of all stages together.
+        k: How plastic the gates are in the middle stage.
+        k_end: The k at the end of the middle stage, or None if it does not change.
+        budget: What the network may cost. If it is given, it takes the place of ``penalty``, ``cost`` and ``scale``.
+        penalty: The strength of the pressure on the cost, 0 or more.
+        cost: The cost that is penalised.
+        scale: The scale of the penalty, as in `PlasticNet.penalty`.
+        estimator: How the gradient of the gates is estimated: one of `ESTIMATORS`.
+        gates: Whether gates are drawn per sample or per batch.
+        inputs: Name patterns of layers whose input features get gates.
+        start: The number of units per site from which growth starts.
+        batch: The batch size.
+        lr: Adam's learning rate for the model's parameters.
+        gate_lr: Adam's learning rate for the logits of the gates.
+        weight_decay: Adam's weight decay for the model's parameters.
+        seed: The seed of everything random.
+
+    Raises:
+        PlasticError: A number is out of range, or the cost or the scale is unknown.
+    """
 
     epochs: int = 60
     k: float = 7.0
@@ -63,7 +85,13 @@ class Config:
         check_names(self.cost, self.scale)
 
     def stages(self, mode: Mode) -> list[Stage]:
-        """Ordinary training, then plastic, then hardened: 5, 70 and 25 % of the epochs."""
+        """Return the stages of a run: ordinary training for 5 % of the epochs, plastic for 70 %, hardened for 25 %.
+
+        In mode "dense" there is ordinary training only.
+
+        Raises:
+            PlasticError: There are fewer epochs than stages.
+        """
         if mode == "dense":
             return [Stage(self.epochs, math.inf)]
         if self.epochs < 3:
@@ -74,7 +102,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with; ``net`` is hardened and in evaluation mode."""
+    """What a run ended with.
+
+    Attributes:
+        mode: What the run did: "dense", "prune" or "grow".
+        net: The network, hardened and in evaluation mode.
+        compact: The compact module.
+        summary: How the run ended, as plain data: accuracies, sizes, times and profiles.
+    """
 
     mode: Mode
     net: PlasticNet
@@ -85,7 +120,17 @@ class Result:
 def prepare_run(
     model: nn.Module, data: Data, config: Config, mode: Mode
 ) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
-    """The network, its optimizer and its schedule for a run; ``model`` is the widest it may grow to."""
+    """Build the network, its optimizer and its schedule for a run.
+
+    Args:
+        model: The model, which is gated in place. A network that grows starts narrow, and grows at most to its widths.
+        data: The data.
+        config: The settings.
+        mode: What the run does.
+
+    Raises:
+        PlasticError: The settings, the model and the data do not fit together.
+    """
     net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
     budget = None if config.budget is None or mode == "dense" else config.budget.absolute(net)
     if mode == "grow":
@@ -93,7 +138,8 @@ def prepare_run(
             net.limit(name, maximum=len(site))
         narrow(net, config.start)
     optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
-    # Long enough to tell a standstill from a bad batch: periods of some 100 steps, 400 to give up.
+    # Growth is judged after every 100 steps or so, and it ends after about 400 steps without an improvement.
+    # These numbers are large enough to tell a standstill from a bad batch.
     period = -(-len(data.train) // config.batch)
     patience = -(-100 // period)
     growth = Growth(patience=patience, failures=-(-400 // (patience * period))) if mode == "grow" else None
@@ -107,8 +153,18 @@ def train_epoch(
     config: Config,
     pressure: Callable[[], Tensor] | None = None,
 ) -> float:
-    """One epoch over shuffled batches, under the penalty of ``config`` or another ``pressure``; returns the mean
-    training loss."""
+    """Train for one epoch over shuffled batches.
+
+    Args:
+        net: The network.
+        optimizer: Its optimizer.
+        train: The training data.
+        config: The settings.
+        pressure: Returns what is added to the loss where k is finite; by default the penalty of the settings.
+
+    Returns:
+        The mean training loss, without the pressure.
+    """
     pressure = pressure or partial(net.penalty, config.penalty, config.cost, config.scale)
     net.train()
     total = torch.zeros(())
@@ -130,7 +186,13 @@ def train_epoch(
 
 @torch.no_grad()
 def evaluate(module: nn.Module, split: Split, batch: int = 1000) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in evaluation mode."""
+    """Return the mean cross-entropy and the accuracy of a module, which is left in evaluation mode.
+
+    Args:
+        module: A network or a plain module that returns logits, shape (batch, classes).
+        split: The data.
+        batch: The batch size.
+    """
     module.eval()
     loss = correct = 0.0
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
@@ -143,8 +205,11 @@ def evaluate(module: nn.Module, split: Split, batch: int = 1000) -> tuple[float,
 def train_epochs(
     net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, data: Data, config: Config
 ) -> Iterator[dict[str, Any]]:
-    """Train to the end of the schedule; yields what to record after each epoch. Every tenth of the epochs the
-    network is profiled as the epoch trained it, before anything is cut or grown."""
+    """Train to the end of the schedule, and yield the record of each epoch as plain data.
+
+    About ten times in the schedule, the record also holds a profile of the network. It is taken before the schedule
+    cuts or grows anything after that epoch.
+    """
     while schedule.epoch < schedule.epochs:
         started = time.process_time()
         k = net.k
@@ -170,11 +235,12 @@ def train_epochs(
 
 
 def profile_dict(module: nn.Module, data: Data, config: Config) -> dict[str, Any]:
-    """What the module costs for a batch of training data, also in training, as plain data."""
+    """Return the profile of a module for a batch of training data, training included, as plain data."""
     return profile(module, (data.train.x[: config.batch],), repeats=5, training=True).as_dict()
 
 
 def _size(net: PlasticNet) -> dict[str, Any]:
+    """Return the part of a record that says how large the network is and how decided its gates are."""
     summary = net.summary()
     pi = torch.cat([s.probability(net.k).detach() for s in net.sites.values()])
     return {
@@ -199,8 +265,23 @@ def train_run(
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> Result:
-    """Train one network to its end. With ``checkpoint`` every epoch is saved there, and ``resume``
-    goes on from it; the result is that of a run that was never interrupted."""
+    """Train one network to the end of its schedule.
+
+    Args:
+        model: The model, of which a copy is trained.
+        data: The data.
+        config: The settings.
+        mode: What the run does.
+        on_epoch: Called with the record of each epoch. When a run is resumed, it is first called with the records of
+            the epochs that are over.
+        checkpoint: The file in which the state is saved after each epoch.
+        resume: Whether to go on from the checkpoint if there is one. The result is that of a run that was never
+            interrupted.
+
+    Raises:
+        PlasticError: The checkpoint is damaged, or belongs to a run with other settings or another model; or the
+            settings, the model and the data do not fit together.
+    """
     torch.manual_seed(config.seed)
     net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode)
     history: list[dict[str, Any]] = []
@@ -236,12 +317,14 @@ def train_run(
 
 
 def _plain(config: Config) -> dict[str, Any]:
+    """Return the settings as they are when they have been read from a checkpoint."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def _summary(
     net: PlasticNet, small: nn.Module, data: Data, mode: Mode, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """Return how a run ended, as plain data; the test data are read here."""
     test_loss, test_accuracy = evaluate(small, data.test)
     size = net.summary()
     return {
@@ -260,7 +343,7 @@ def _summary(
 
 @torch.no_grad()
 def time_per_thousand(module: nn.Module, x: Tensor, repeats: int = 9) -> float:
-    """Median milliseconds of CPU time, on one thread, for 1,000 samples."""
+    """Return the CPU time of a forward pass of 1,000 samples on one thread: milliseconds, the median of the repeats."""
     module.eval()
     x = x.repeat(-(-1000 // len(x)), *[1] * (x.dim() - 1))[:1000]
     times = []

@@ -1,4 +1,4 @@
-"""Reference architectures, and how a model and its example inputs are named on the command line."""
+"""Defines reference architectures, and builds models and example inputs by the names of the command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import transformer_inputs
 
-IMAGE = (1, 1, 28, 28)  # what LeNet-5 reads, and an MLP unless told otherwise
+IMAGE = (1, 1, 28, 28)  # the input of LeNet-5, and of an MLP unless another shape is given
 _KNOWN = "mlp:300-100, lenet5, torchvision:NAME, timm:NAME, transformers:TYPE or PACKAGE:FACTORY"
 
-# A transformer small enough to be tried in a second: whichever of these fields its config has.
+# The sizes of a transformer that is small enough to be tried in a second. A config has some of these fields.
 _TINY = {
     "vocab_size": 96, "max_position_embeddings": 48, "n_positions": 48,
     "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
@@ -31,7 +31,11 @@ _TINY = {
 
 
 class MLP(nn.Sequential):
-    """Fully connected with ReLU: ``MLP([784, 300, 100, 10])`` on (batch, ...) flattened."""
+    """A fully connected network with ReLU between its layers: (batch, ...) is flattened to (batch, features).
+
+    Args:
+        widths: The numbers of features, from the input to the output: ``[784, 300, 100, 10]``.
+    """
 
     def __init__(self, widths: Sequence[int]) -> None:
         layers: list[nn.Module] = [nn.Flatten()]
@@ -41,7 +45,7 @@ class MLP(nn.Sequential):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5-Caffe, 20-50-500: (batch, 1, 28, 28) to (batch, 10); 800 features behind the flatten."""
+    """LeNet-5-Caffe with 20-50-500 units: (batch, 1, 28, 28) to (batch, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,19 +56,26 @@ class LeNet5(nn.Module):
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, 1, 28, 28) to (batch, 10)."""
+        """Map images, shape (batch, 1, 28, 28), to logits, shape (batch, 10)."""
         x = self.pool(self.conv1(x).relu())
         x = self.pool(self.conv2(x).relu()).flatten(1)
         return self.fc2(self.fc1(x).relu())
 
 
 def factory(name: str, shape: Sequence[int], classes: int, *, full: bool = False) -> Callable[[], nn.Module]:
-    """A factory for ``mlp:300-100``, ``lenet5``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:TYPE``
-    (a model type such as ``bert``: tiny, or with ``full`` of its config's default sizes) or
-    ``PACKAGE:FACTORY``. The weights are random.
+    """Return a factory for the model of a name. The weights of what it builds are random.
 
-    ``shape`` is that of one input and ``classes`` the number of outputs (an MLP needs both).
-    Raises `PlasticError` when there is no such model or its package is not installed.
+    Args:
+        name: ``mlp:300-100`` (with the hidden widths), ``lenet5``, ``torchvision:NAME``, ``timm:NAME``,
+            ``transformers:TYPE`` (with a model type such as ``bert``), or ``PACKAGE:FACTORY`` (with a function that
+            takes no arguments).
+        shape: The shape of one input, which an MLP needs.
+        classes: The number of outputs, which an MLP needs.
+        full: Whether a transformers model has the default sizes of its config, and not tiny ones.
+
+    Raises:
+        PlasticError: There is no such model, or its package is not installed. Some of this is noticed only when the
+            factory is called.
     """
     head, _, tail = name.partition(":")
     if name == "lenet5":
@@ -98,24 +109,32 @@ def factory(name: str, shape: Sequence[int], classes: int, *, full: bool = False
 
 
 def build_model(make: Callable[[], nn.Module], meta: bool) -> nn.Module:
-    """The module that a factory makes; with ``meta`` on the meta device, where it takes no memory."""
+    """Return the module that a factory makes, or the same on the meta device, where it takes no memory."""
     if not meta:
         return make()
     try:
         with torch.device("meta"):
             return make().to("meta")
-    except PlasticError:  # some constructors read the values that they compute
+    except PlasticError:  # some constructors read values that they compute, which the meta device does not have
         return make().to("meta")
 
 
 def example_inputs(
     name: str, model: nn.Module, shape: Sequence[int] | None = None
 ) -> tuple[Tensor] | dict[str, Tensor]:
-    """What ``model`` can be run on: an image, or the keyword arguments of a transformers model (token
-    ids or pixels), of the given ``shape`` (batch first) or of one that suits the model.
+    """Make random inputs on which a model can be run.
 
-    Raises `PlasticError` when no shape is given for a model that does not tell, and when a
-    transformers model reads something else.
+    Args:
+        name: The name of the model, as `factory` takes it.
+        model: The model.
+        shape: The shape of the input, batch first; by default one that suits the model.
+
+    Returns:
+        A tuple of one tensor; or for a transformers model its keyword arguments, which are token ids or pixels.
+
+    Raises:
+        PlasticError: No shape is given, and none is known for this model; or a transformers model reads something other
+            than token ids or pixels.
     """
     found = transformer_inputs(model, shape)
     if found is not None:
@@ -125,6 +144,7 @@ def example_inputs(
 
 
 def _shape(name: str, model: nn.Module) -> Sequence[int]:
+    """Return an input shape that suits a model, batch first. Raises `PlasticError` where none is known."""
     head = name.partition(":")[0]
     if name == "lenet5" or head == "mlp":
         return IMAGE
@@ -136,17 +156,27 @@ def _shape(name: str, model: nn.Module) -> Sequence[int]:
 
 
 def _transformer(library: Any, kind: str, full: bool) -> nn.Module:
+    """Build a transformers model, tiny or with the default sizes of its config.
+
+    Args:
+        library: The module ``transformers``.
+        kind: A model type, such as "bert".
+        full: Whether the model has the default sizes.
+
+    Raises:
+        ValueError: There is no such type, or it is made of several models.
+    """
     if kind not in library.CONFIG_MAPPING:
         raise ValueError(f"transformers has no model type {kind!r}")
     config = library.AutoConfig.for_model(kind)
-    if config.sub_configs:  # they would keep their own sizes, and read images beside text
+    if config.sub_configs:  # the parts would keep their own sizes, and some read images beside text
         raise ValueError(f"{kind} is made of several models; name one, or write a PACKAGE:FACTORY")
     defaults: Mapping[str, Any] = config.to_dict()
     sizes: dict[str, Any] = {}
     for field, value in () if full else defaults.items():
         if type(value) is int and field in _TINY:
             sizes[field] = _TINY[field]
-        elif isinstance(value, list | tuple) and field in _TINY:  # one per stage
+        elif isinstance(value, list | tuple) and field in _TINY:  # such a field has a value for each stage
             sizes[field] = [_TINY[field]] * len(value)
         elif type(value) is int and field.endswith("_token_id") and value >= _TINY["vocab_size"]:
             sizes[field] = 0
@@ -154,6 +184,7 @@ def _transformer(library: Any, kind: str, full: bool) -> nn.Module:
 
 
 def _import(package: str, name: str) -> Any:
+    """Import a package for the model of this name. Raises `PlasticError` where that fails."""
     top = package.partition(".")[0]
     try:
         return importlib.import_module(package)
@@ -166,9 +197,10 @@ def _import(package: str, name: str) -> Any:
 
 
 def _call(function: Any, name: str, *args: Any, **kwargs: Any) -> nn.Module:
+    """Call what builds the model of this name. Raises `PlasticError` where that fails or gives no module."""
     try:
         model = function(*args, **kwargs)
-    except Exception as error:  # whatever a constructor of someone else's raises
+    except Exception as error:  # a constructor that is not ours may raise anything
         raise PlasticError(f"model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}") from error
     if not isinstance(model, nn.Module):
         raise PlasticError(f"model {name!r} is a {type(model).__name__}, not an nn.Module")

@@ -1,4 +1,4 @@
-"""A self-contained HTML page about a run: tables and four pictures, no network."""
+"""Draws an HTML page about a run, with tables and four pictures, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { 
 
 _WHEN = ("before", "during", "after")
 
-# A field of a profile, what it is, and how it is written; the first four are those of a module, too.
+# For each measure: the field of a profile, its name in the table, and a function that writes it as text.
+# The first four fields exist for each module, too.
 _MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
     ("macs", "MACs", "{:,}".format),
     ("parameters", "parameters", "{:,}".format),
@@ -45,7 +46,11 @@ COLUMNS = ("network", "test accuracy", "units per site", "parameters", "MACs", "
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells of the result table, one row per network, as `COLUMNS` says."""
+    """Return a row of text for each network, with a cell for each of the `COLUMNS`.
+
+    Args:
+        results: For each run the summary that `train_run` returned.
+    """
     return [
         (
             name,
@@ -65,7 +70,14 @@ def render(
     history: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
 ) -> str:
-    """The page. ``history`` are the lines of metrics.jsonl, each with its ``run``."""
+    """Return the text of the page.
+
+    Args:
+        title: The title.
+        results: For each run the summary that `train_run` returned.
+        history: The lines of metrics.jsonl, each with its ``run``.
+        config: The settings to list.
+    """
     runs = list(dict.fromkeys(str(r["run"]) for r in history))
     by_run = {run: [r for r in history if r["run"] == run] for run in runs}
     plastic = {run: h for run, h in by_run.items() if run != "dense"}
@@ -92,7 +104,13 @@ def render(
 
 
 def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    """Tables of what the network of a run cost before, during and after: in total and per module."""
+    """Return tables of what the network of a run cost before, during and after training, in total and per module.
+
+    Args:
+        run: The name of the run.
+        result: Its summary.
+        history: The records of its epochs.
+    """
     ends = result.get("profile", {})
     measured = [r for r in history if "profile" in r]
     plastic = [r for r in measured if r["k"] != "inf"] or measured
@@ -118,10 +136,10 @@ def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str
 
 
 def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
-    """A row per module; the columns are before, during and after for each measure."""
+    """Return a table with a row for each module, and with columns before, during and after for each measure."""
     gated = {row["name"] for p in profiles[:2] if p for row in p["rows"]}
 
-    def known(name: str) -> str:  # behind a Take fc1 is fc1.1
+    def known(name: str) -> str:  # in a compact network, fc1 is called fc1.1 where a Take stands before it
         return stem if name not in gated and (stem := name.removesuffix(".1")) in gated else name
 
     found = [{known(row["name"]): row for row in p["rows"]} if p else None for p in profiles]
@@ -143,7 +161,7 @@ def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], str]) -> str:
-    """A figure; a dash for a module that is not there."""
+    """Return a figure as text: a dash where the profile does not have it, as for a module that was removed."""
     if profile is None:
         return "not recorded"
     value = profile.get(key)
@@ -151,10 +169,11 @@ def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], st
 
 
 def _svg(draw: Any) -> str:
+    """Return the SVG text of a figure that a function draws."""
     figure = plt.figure(figsize=(9, 4), layout="constrained")
     draw(figure)
     buffer = io.StringIO()
-    # No date, and fixed ids: equal runs give equal pages.
+    # The picture has no date, and its ids are fixed, so that equal runs give equal pages.
     with mpl.rc_context({"svg.hashsalt": "plasticnet"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -163,6 +182,7 @@ def _svg(draw: Any) -> str:
 
 
 def _size(axes: Axes, by_run: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Draw the accuracy against the number of parameters."""
     for run, h in by_run.items():
         x, y = [r["parameters"] for r in h], [100 * r["val_accuracy"] for r in h]
         axes.plot(x, y, ".-", alpha=0.5, lw=0.8, color=_COLOURS.get(run), label=run)
@@ -173,6 +193,7 @@ def _size(axes: Axes, by_run: Mapping[str, Any], results: Mapping[str, Any]) -> 
 
 
 def _units(figure: Figure, plastic: Mapping[str, Any]) -> None:
+    """Draw the open units of each site over the epochs."""
     panels = figure.subplots(1, max(len(plastic), 1), squeeze=False)[0]
     for axes, (run, h) in zip(panels, plastic.items(), strict=False):
         for site in h[0]["units"]:
@@ -183,6 +204,7 @@ def _units(figure: Figure, plastic: Mapping[str, Any]) -> None:
 
 
 def _histograms(figure: Figure, plastic: Mapping[str, Any]) -> None:
+    """Draw the distribution of the gate probabilities over the epochs."""
     panels = figure.subplots(1, max(len(plastic), 1), squeeze=False)[0]
     for axes, (run, h) in zip(panels, plastic.items(), strict=False):
         shares = [[n / max(sum(r["histogram"]), 1) for n in r["histogram"]] for r in h]
@@ -195,6 +217,7 @@ def _histograms(figure: Figure, plastic: Mapping[str, Any]) -> None:
 
 
 def _plasticity(axes: Axes, plastic: Mapping[str, Any]) -> None:
+    """Draw k and the mean transition probability of the gates over the epochs."""
     finite = [float(r["k"]) for h in plastic.values() for r in h if r["k"] != "inf"]
     top = 1.3 * max(finite, default=1.0)
     other = axes.twinx()
@@ -206,4 +229,5 @@ def _plasticity(axes: Axes, plastic: Mapping[str, Any]) -> None:
     axes.set_yticks([*sorted(set(finite)), top], [*(f"{k:g}" for k in sorted(set(finite))), "∞"])
     other.set(ylabel="mean 2π(1-π) (dashed)")
     if plastic:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plastic), frameon=False)  # clear of the lines
+        # The legend is above the picture, where it covers no line.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plastic), frameon=False)

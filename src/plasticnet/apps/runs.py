@@ -1,6 +1,6 @@
-"""The folder that the command train writes: one run for each mode, their records, and a report on all of them.
+"""Writes the folder of the command train: a run for each mode, their records, and a report on all of them.
 
-In the folder are ``config.json`` (the settings), ``metrics.jsonl`` (a line per epoch), ``summary.json`` (how each run
+The folder holds ``config.json`` (the settings), ``metrics.jsonl`` (a line per epoch), ``summary.json`` (how each run
 ended), ``report.html``, and for each mode a folder with ``checkpoint.safetensors`` and ``compact.safetensors``.
 """
 
@@ -38,14 +38,24 @@ def train_modes(
     data_dir: Path | None = None,
     resume: bool = False,
 ) -> None:
-    """Train one network for each mode, show how it goes, and write everything into the folder.
+    """Train one network for each mode, show the progress, and write everything into a folder.
 
-    With ``resume`` go on with what is in the folder. Raises `PlasticError`, and leaves the folder alone, for settings
-    that cannot be trained with, and when the folder to resume holds no run of this model on these data.
+    Args:
+        data_name: The name of the data set, as `load_data` takes it.
+        model_name: The name of the model, as `factory` takes it.
+        modes: What to train, in order.
+        config: The settings.
+        folder: The folder, which is made if it does not exist.
+        data_dir: The folder that holds MNIST.
+        resume: Whether to go on with the runs in the folder.
+
+    Raises:
+        PlasticError: The settings cannot be used for training, or the folder to resume holds no run of this model on
+            these data. Nothing was written then.
     """
     data = load_data(data_name, data_dir, config.seed)
     make = factory(model_name, data.shape, data.classes)
-    for mode in modes:  # what is refused is refused before anything is written
+    for mode in modes:  # so that settings are refused before anything is written
         prepare_run(make(), data, config, mode)
     described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
     settings = json.dumps(described, indent=2) + "\n"
@@ -66,7 +76,7 @@ def train_modes(
 
 
 def rewrite_report(folder: Path) -> None:
-    """Write the report of a finished folder anew. Raises `PlasticError` when it is none."""
+    """Write the report of a folder again. Raises `PlasticError` where the folder does not hold a finished run."""
     try:
         config = json.loads((folder / "config.json").read_text())
         results = json.loads((folder / "summary.json").read_text())
@@ -80,7 +90,7 @@ def rewrite_report(folder: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its settings."""
+    """Return what a result depends on beside its settings: versions, the processor and the number of threads."""
     return {
         "plasticnet": __version__,
         "torch": torch.__version__,
@@ -99,8 +109,17 @@ def _train_mode(
     metrics: list[dict[str, Any]],
     resume: bool,
 ) -> dict[str, Any]:
-    """Train the network of one mode, and save its compact module. Its records come behind those in ``metrics``, which
-    are written after every epoch. Returns the summary of the run."""
+    """Train the network of one mode, save its compact module, and return the summary of the run.
+
+    Args:
+        make: Builds the model.
+        data: The data.
+        config: The settings.
+        mode: What the run does.
+        folder: The folder of all runs.
+        metrics: The records of the runs before. Those of this run are appended, and all are written after every epoch.
+        resume: Whether to go on from the checkpoint of this run.
+    """
     own = folder / mode
     own.mkdir(exist_ok=True)
     checkpoint = own / "checkpoint.safetensors"
@@ -115,7 +134,7 @@ def _train_mode(
 
         torch.manual_seed(config.seed)
         result = train_run(make(), data, config, mode, on_epoch=show, checkpoint=checkpoint, resume=resume)
-    if not console.is_terminal:  # there Live ends without a new line
+    if not console.is_terminal:  # Live ends without a new line where the console is no terminal
         console.print()
     if not result.summary.get("growth_stopped", True):
         console.print("growth had not stopped by itself when the plastic stage ended; more --epochs would help")
@@ -135,7 +154,7 @@ def _check_same(folder: Path, data_name: str, model_name: str) -> None:
 
 
 def _progress(mode: Mode, record: Mapping[str, Any], epochs: int) -> Table:
-    """A row about the last epoch."""
+    """Return a table with one row, about the last epoch."""
     table = Table("run", "epoch", "loss", "validation", "k", "open units", "parameters", "MACs")
     units = "-".join(str(n) for n in list(record["units"].values())[:8])
     table.add_row(
@@ -146,5 +165,6 @@ def _progress(mode: Mode, record: Mapping[str, Any], epochs: int) -> Table:
 
 
 def _write_page(folder: Path, config: Mapping[str, Any], results: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.html into the folder."""
     title = f"plasticnet: {config['model']} on {config['data']}"
     (folder / "report.html").write_text(render(title, results, metrics, config))

@@ -1,10 +1,10 @@
-"""Budget: what the network may cost, or lose, and the pressure that brings it there.
+"""States what a network may cost, or how much it may lose.
 
-A target on cost is a constraint with a multiplier, on the logarithm of the expected cost. Three things make it work
-without tuning. The multiplier is relative to the loss: one at which the pressure on the gates is, on
-average, as large as the gradient of the loss (with its noise) counts as 1. The target comes down
-geometrically, so that the network follows it instead of falling. And the multiplier is the exponential of a
-proportional and an integral part of the error, so that it answers at once, and forgets.
+A target on a cost is a constraint on the logarithm of the expected cost, with a multiplier. Three things make it work
+without tuning. First, the multiplier is relative to the loss: it is 1 where the pressure on the gates is, on average,
+as large as the gradient of the loss with its noise. Second, the target comes down geometrically, so that the network
+can follow it. Third, the multiplier is the exponential of a proportional and an integral part of the error, so that it
+answers at once and forgets what is over. `plasticnet.training.controller` computes it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,31 @@ _COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms"
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that the network may cost when it is hardened, or the loss that it may take to be small.
+    """The most that a network may cost when it is hardened, or how much loss it may accept to become small.
 
-    ``macs`` (for one sample), ``params`` and ``units`` are shares of the network as it was given to
-    the schedule, from 0 to 1, or above 1 absolute; ``latency_ms`` is in milliseconds, for the batch of
-    `PlasticNet.measure_latency`. Of several, all hold. ``loss`` is by how much the validation loss may
-    exceed the best one seen before the pressure begins (or else the first one then): the pressure, on
-    parameters and MACs, rises for as long as it does not; when it does, gates go back to where they last did not.
+    Where several targets on costs are given, all of them hold. A target of 1 or less for ``macs``, ``params`` or
+    ``units`` is a share of the network that the schedule was given, and a target above 1 is a number.
 
-    Raises `PlasticError` when there is no target, one is not positive, or ``loss`` stands beside others.
+    A budget of ``loss`` is the other way round. The pressure on parameters and multiply-adds rises for as long as the
+    validation loss keeps to its limit. When it exceeds the limit, the gates go back to where they last kept to it.
+
+    Args:
+        macs: The multiply-adds for one sample.
+        params: The parameters.
+        units: The units of all sites.
+        latency_ms: The milliseconds of a forward pass, for the batch that `PlasticNet.measure_latency` was given.
+        loss: By how much the validation loss may exceed the best one that was seen before the pressure began, or the
+            first one after that where none was seen. No other target may be given with it.
+
+    Raises:
+        PlasticError: There is no target, a target is not above 0, or ``loss`` is given together with others.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(model, (torch.zeros(2, 4),))
+        >>> pn.Budget(macs=0.5, params=40).targets(net)
+        {'macs': 24.0, 'parameters': 40.0}
     """
 
     macs: float | None = None
@@ -51,9 +67,13 @@ class Budget:
             )
 
     def absolute(self, net: GatedModel) -> Budget:
-        """The same budget with its shares, of ``net`` as it is, as numbers: for a schedule that begins smaller.
+        """Return the same budget with numbers in the place of shares, for a schedule that begins smaller.
 
-        Raises `PlasticError` when that is less than one.
+        Args:
+            net: The network whose present costs the shares refer to.
+
+        Raises:
+            PlasticError: A share comes to 1 or less.
         """
         found = self.targets(net)
         if small := [f"{cost}: {n:.3g}" for cost, n in found.items() if n <= 1 and cost != "latency"]:
@@ -61,7 +81,11 @@ class Budget:
         return replace(self, **{name: found[cost] for name, cost in _COSTS.items() if cost in found})
 
     def targets(self, net: GatedModel) -> dict[str, float]:
-        """The most that the network may cost, by the names of `PlasticNet.penalty`; shares are of ``net`` as it is."""
+        """Return the most that the network may cost, by the names of costs that `PlasticNet.penalty` takes.
+
+        Args:
+            net: The network whose present costs the shares refer to.
+        """
         found: dict[str, float] = {}
         for name, cost in _COSTS.items():
             value = getattr(self, name)
@@ -72,6 +96,11 @@ class Budget:
 
 
 def present(net: GatedModel, cost: str) -> float:
-    """What the network costs with all units that are there, and the single weights that are open."""
+    """Return what the network costs with all its units and those single weights that are open.
+
+    Args:
+        net: The network.
+        cost: "units", "parameters", "macs" or "latency".
+    """
     units = torch.ones(sum(map(len, net.sites.values())), dtype=torch.float64, device=net.like.device)
     return float(net.cost.expected(torch.cat([units, *(w.open.flatten() for w in net.weights.values())]), cost))

@@ -1,4 +1,4 @@
-"""Projection: which units stay, given a score for each, so that the network keeps within its targets."""
+"""Decides which units stay, given a score for each, so that the network keeps within its targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plasticnet.gates.gated import GatedModel
 from plasticnet.surgery.survivors import read
 from plasticnet.units import BlockUnits, InputUnits
 
-UNSPENT = 0.02  # the share of a target that may be left when the network hardens
+UNSPENT = 0.02  # the share of a target that may remain unused when the network hardens
 
 
 def project(
@@ -22,18 +22,26 @@ def project(
     targets: Mapping[str, float],
     weights: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """The units that stay open, a boolean mask of shape (units,) for every site; changes nothing.
+    """Return which units stay open, and change nothing.
 
-    ``scores`` has shape (units,) per site, higher is better, and is compared across sites. ``targets`` maps a
-    cost of `PlasticNet.penalty` to the most that the network *cut to the open units* may cost. As many of
-    the best units as the targets allow stay; of those below them, the best that still fit are opened
-    again, until no unit is left that would fit. A channel counts as no better than the best of
-    its gated features, nor a feature than its channel. Units in their grace period stay, and the best
-    `Site.minimum` of every site (one at least, but for blocks). Where single weights have gates,
-    ``weights`` says which are open, shape (weights,); without it all are.
+    The units are ranked by their scores across all sites, and as many of the best ones stay as the targets allow. Among
+    the other units, the best that still fit are opened again, until no unit is left that would fit. A channel counts as
+    no better than the best of its gated features, and a feature as no better than its channel. In any case the units in
+    their grace period stay, and as many of the best units of every site as `Site.least` says.
 
-    Raises `PlasticError` when scores are missing, of another shape or not finite, or when the smallest network
-    costs more than a target.
+    Args:
+        net: The network.
+        scores: For every site a score for each unit, shape (units,). A higher score is better.
+        targets: The most that the network may cost when it is *cut to the open units*, by the names of costs that
+            `PlasticNet.penalty` takes.
+        weights: Which of the single weights with gates are open, shape (weights,). None stands for all.
+
+    Returns:
+        For every site a boolean mask of shape (units,).
+
+    Raises:
+        PlasticError: Scores are missing, have another shape or are not finite; or the smallest network costs more than
+            a target.
     """
     units = _Units(net, scores, targets, weights)
     missed = {c: smallest for c, t in targets.items() if (smallest := units.cost(units.kept, c)) > t}
@@ -45,14 +53,31 @@ def project(
     z = units.best(units.kept, units.order)
     while len(candidates := units.fitting(z)):
         more = units.best(z, candidates)
-        if (more == z).all():  # fits by the price, and not by the cost: a matter of rounding
+        if (more == z).all():  # by rounding, a unit may fit by its price and not by the cost
             break
         z = more
     return units.by_site(z)
 
 
 class _Units:
-    """All units in one vector, in the order of their sites, and what depends on what."""
+    """All units in one vector, in the order of their sites, with the channels and features that depend on each other.
+
+    Args:
+        net: The network.
+        scores: For every site a score for each unit, shape (units,).
+        targets: The most that the network may cost, by the names of costs.
+        weights: Which single weights are open, shape (weights,). None stands for all.
+
+    Attributes:
+        starts: The place of the first unit of each site.
+        n: The number of all units.
+        producer: For every feature the place of the channel that it comes from, and -1 for other units.
+        follows: Which channels are read through gated features only.
+        reading: How many gated features come from a channel, but at least 1.
+        order: The places of all units, the best first.
+        rank: The position of each unit in this order.
+        kept: Which units stay whatever they cost.
+    """
 
     def __init__(
         self,
@@ -75,14 +100,14 @@ class _Units:
         np.maximum.at(best, self.producer[features], score[features])
         effective = np.where(self.follows, np.minimum(score, best), score)
         effective[features] = np.minimum(score[features], score[self.producer[features]])
-        # At equal scores sites close in step, and not one after the other.
+        # Where scores are equal, all sites lose the same share of their units, instead of one site after the other.
         share = np.concatenate([ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
         self.order = np.lexsort((share, -effective))
         self.rank = np.argsort(self.order)
         self.kept = self._must()
 
     def _depend(self) -> None:
-        """The channel that each feature comes from, or -1; and which channels are read through their features only."""
+        """Find the channel of each feature, and the channels that are read through gated features only."""
         self.producer = np.full(self.n, -1)
         self.follows = np.zeros(self.n, dtype=bool)
         units = {name: site.units for name, site in self.sites.items()}
@@ -100,7 +125,7 @@ class _Units:
         self.reading = np.maximum(np.bincount(self.producer[self.producer >= 0], minlength=self.n), 1)
 
     def _must(self) -> np.ndarray:
-        """The units that stay whatever they cost, with the channels and features that they need."""
+        """Return which units stay whatever they cost, together with the channels and features that they need."""
         graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
         must = np.concatenate([np.zeros(0, dtype=bool), *graces])
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]
@@ -113,7 +138,7 @@ class _Units:
             mine = features[self.producer[features] == channel]
             if len(mine) and not must[mine].any():
                 must[mine[0]] = True
-        for name in inputs:  # those of channels that stay anyway come first
+        for name in inputs:  # the features of channels that stay anyway come first
             here = self.places(name)
             ready = (self.producer[here] < 0) | must[self.producer[here]]
             best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
@@ -122,15 +147,16 @@ class _Units:
         return must
 
     def places(self, name: str) -> np.ndarray:
-        """Where the units of a site are in the vector."""
+        """Return the places of a site's units in the vector."""
         return np.arange(len(self.sites[name])) + self.starts[name]
 
     def _with_channels(self, z: np.ndarray) -> None:
+        """Open the channels of all open features in ``z``, in place."""
         channels = self.producer[np.flatnonzero(z)]
         z[channels[channels >= 0]] = True
 
     def cut(self, z: np.ndarray) -> np.ndarray:
-        """What is left when the units that are closed in ``z`` are cut, as by `compact.survivors`."""
+        """Return which units are left when those that are closed in ``z`` are cut, as `survivors` would do it."""
         left = z | self.kept
         features = np.flatnonzero(left & (self.producer >= 0))
         read = self.kept.copy()
@@ -140,14 +166,15 @@ class _Units:
         return left
 
     def cost(self, z: np.ndarray, cost: str) -> float:
-        """What the network costs when these units are open and the others are cut."""
+        """Return what the network costs when the units in ``z`` are open and all others are cut."""
         return float(self._expected(z, cost))
 
     def prices(self, z: np.ndarray, cost: str) -> np.ndarray:
-        """What each unit adds to the cost beside the units that are open: the gradient."""
+        """Return what each unit adds to the cost of the units that are open in ``z``, which is the gradient."""
         return self._expected(z, cost, gradient=True).numpy()
 
     def _expected(self, z: np.ndarray, cost: str, gradient: bool = False) -> Tensor:
+        """Return the cost of the units in ``z``, a scalar, or its gradient with respect to them, shape (units,)."""
         device = self.net.like.device
         pi = torch.from_numpy(z.astype(np.float64)).to(device).requires_grad_(gradient)
         weights = torch.from_numpy(self.weights.astype(np.float64)).to(device)
@@ -156,10 +183,11 @@ class _Units:
             return torch.autograd.grad(expected, pi)[0].cpu() if gradient else expected
 
     def fits(self, z: np.ndarray) -> bool:
+        """Return whether the units in ``z`` keep within all targets."""
         return all(self.cost(z, cost) <= target for cost, target in self.targets.items())
 
     def best(self, z: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """``z`` with as many units opened, from the first in ``order`` on, as fit."""
+        """Return ``z`` with as many more units open as fit, beginning with the first in ``order``."""
 
         def opened(n: int) -> np.ndarray:
             more = z.copy()
@@ -171,11 +199,11 @@ class _Units:
         return opened(most(lambda n: self.fits(opened(n)), len(order)))
 
     def fitting(self, z: np.ndarray) -> np.ndarray:
-        """The closed units that change the cost and fit, each by itself, best first.
+        """Return the places of the closed units that would fit, each by itself, and change a cost; the best come first.
 
-        The cost is linear in each gate, so that one gradient has the price of every unit. A feature opens
-        with its channel: all features behind a closed channel being open costs nothing, and makes the price
-        of that channel one with all of them.
+        The cost is linear in each gate, so one gradient gives the price of every unit. A feature opens together with
+        its channel. As long as a channel is closed, its open features cost nothing. So all features of closed channels
+        are opened at once, and the price of each channel then includes all its features.
         """
         closed = np.flatnonzero(~z & ~self.follows)
         channel = self.producer[closed]
@@ -195,22 +223,30 @@ class _Units:
         return found[np.argsort(self.rank[found])]
 
     def by_site(self, z: np.ndarray) -> dict[str, np.ndarray]:
+        """Return for every site its part of ``z``."""
         return {name: z[self.places(name)] for name in self.sites}
 
 
 def decide(net: GatedModel, targets: Mapping[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The units that stay open by their logits, as `project` says, and which entries of the weights that have gates: a
-    boolean mask of the weight's shape for each.
+    """Return which units and which single weights stay open, ranked by their logits.
 
-    The best of all gates, units and weights alike, that the targets allow say what weights cost the units; then
-    as many of the best weights as fit. Units that no open weight reads close.
+    Without gates on single weights, this is `project` with the logits as scores. With them, units and weights are first
+    ranked together, and as many of the best gates as the targets allow decide which weights are open while the units
+    are projected. Then as many of the best weights are opened as fit, and units that no open weight reads are closed.
+
+    Args:
+        net: The network.
+        targets: The most that the network may cost, by the names of costs that `PlasticNet.penalty` takes.
+
+    Returns:
+        A boolean mask of shape (units,) for every site; and one in the shape of the weight for every gated weight.
     """
     scores = {name: site.phi for name, site in net.sites.items()}
     sites = net.weights.values()
     if not sites:
         return project(net, scores, targets), {}
     phi = np.concatenate([w.phi.detach().flatten().cpu().double().numpy() for w in sites])
-    # At equal logits weights close in step, the smallest ones of each tensor first.
+    # Where logits are equal, all tensors lose the same share of their weights, and the smallest weights close first.
     sizes = [net.model.get_parameter(w.name).detach().abs().flatten().cpu().double().numpy() for w in sites]
     best = np.lexsort((np.concatenate([ranks(size) / size.size for size in sizes]), -phi))
     units = _Units(net, scores, targets, np.zeros(phi.size, dtype=bool))
@@ -253,9 +289,20 @@ def decide(net: GatedModel, targets: Mapping[str, float]) -> tuple[dict[str, np.
 def missing(
     net: GatedModel, keep: Mapping[str, np.ndarray], targets: Mapping[str, float], widths: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many units more each site could have, up to ``widths``, where those that `project` keeps leave more than
-    `UNSPENT` of every target: as if the others got none, so that together they are too many."""
-    if net.weights:  # closed entries can open instead
+    """Return how many more units each site could have, where more than `UNSPENT` of every target remains unused.
+
+    Each number is what the site could have if no other site got any, so that together they are too many.
+
+    Args:
+        net: The network.
+        keep: Which units stay, as `project` returns it.
+        targets: The most that the network may cost, by the names of costs.
+        widths: The largest number of units of each site.
+
+    Returns:
+        The numbers of units above 0, by the name of the site.
+    """
+    if net.weights:  # here closed entries of weights can open instead
         return {}
     z = np.concatenate([np.zeros(0, dtype=bool), *keep.values()])
     units = _Units(net, {name: site.phi for name, site in net.sites.items()}, targets)
@@ -274,6 +321,7 @@ def missing(
 
 
 def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -> np.ndarray:
+    """Return the scores of a site as an array of shape (units,), or raise `PlasticError`."""
     if name not in scores:
         raise PlasticError(f"there are no scores for site {name!r}; one is needed for each of its {units} units")
     given = scores[name]
@@ -285,12 +333,17 @@ def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """0 for the highest, and so on."""
+    """Return the rank of each value: 0 for the highest, 1 for the next, and so on."""
     return np.argsort(np.argsort(-values, kind="stable"))
 
 
 def most(fits: Callable[[int], bool], n: int) -> int:
-    """The largest number up to ``n`` that fits, if all smaller ones do; 0 is taken to fit."""
+    """Return the largest number up to ``n`` that fits, where every number below one that fits does, too.
+
+    Args:
+        fits: Whether a number fits. It is not asked for 0, which is taken to fit.
+        n: The largest number to try.
+    """
     low, high = 0, n
     while low < high:
         middle = (low + high + 1) // 2

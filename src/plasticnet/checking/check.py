@@ -1,4 +1,8 @@
-"""Self-check: close random units on a randomised copy and compare masked with cut."""
+"""The self-check: finds out for which sites closing units and cutting them give the same outputs.
+
+A copy of the model gets random parameters, random units of it are closed, and the outputs with closed units (masked)
+are compared with those of a copy from which these units were cut.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +25,30 @@ from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
 from plasticnet.tools.torch_private import convert
 from plasticnet.units import BlockUnits, Trace, Units
 
-_ATTEMPTS = 3  # with other random parameters, where units had no effect (all behind a dead ReLU, say)
-_DRAWN = 1_000_003
-_FEW = 3  # units of a site that a large model keeps
-CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone misses errors that show only when most units are gone
+# Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
+# That may happen by chance, for example where a ReLU gives only zeros.
+_ATTEMPTS = 3
+_DRAWN = 1_000_003  # the most random numbers that are drawn for one parameter; it is prime, see `_random`
+_FEW = 3  # the fewest units to which a site of a large model is cut before the precise comparison
+CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
 
 def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """The trace without the sites that masking and cutting disagree on; those are frozen.
+    """Check the sites of a trace, and freeze those for which masking and cutting disagree.
 
-    On the meta device there is nothing to compare: the trace is returned as it is, unchecked.
+    A site that can be cut but not grown stays, with ``growable`` set to False. A site may also come back with
+    attributes that must follow its width, or tied to sites of other layers (see `repaired`). The model is left as it
+    was.
+
+    Args:
+        model: The model that was traced.
+        traced: What tracing found.
+        args: The positional arguments on which the model is run.
+        kwargs: The keyword arguments on which the model is run.
+
+    Returns:
+        The checked trace. On the meta device, where no outputs can be compared, it is the given one, with ``checked``
+        False.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if not traced.sites or any(t.is_meta for t in tensors):
@@ -44,10 +62,14 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
 
 
 def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Trace:
-    """The sites that pass, with the attributes that must follow them, and the reasons against the others.
+    """Run the check once, with the random parameters and gates that follow from a seed.
 
-    A large model is compared once, with most of its units closed; the rest is done with what is left
-    of it then, which has the same layers and is quick to run.
+    A large model is compared once at full size, with most of its units closed. Then most units are cut from it, and
+    everything else is done with this small model, which has the same layers and runs quickly.
+
+    Returns:
+        A trace whose ``sites`` are those that passed. Its ``frozen`` holds those that failed, each with the reason,
+        and nothing else.
     """
     torch.default_generator.manual_seed(seed)
     twin = duplicate(model, _random).eval()
@@ -76,7 +98,7 @@ def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[
 
 
 def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, dict[str, Units]]:
-    """The model with most units of every site cut, and the sites as they are then."""
+    """Return a copy of the model from which most units of every site were cut, and the sites of this copy."""
     kept = {
         n: sorted(torch.randperm(u.size)[: max(_FEW, u.size // 20)].tolist())
         for n, u in sites.items()
@@ -89,9 +111,9 @@ def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, 
 
 
 def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: Trace) -> Comparing:
-    """The comparison in double precision, where the model runs in it."""
+    """Return the comparison in double precision, or in the model's own precision where it does not run in double."""
     patterns = [partial(random_gates, share=share) for share in CLOSED_SHARES]
-    if traced.positional:  # a shift by one shows whatever takes units by their position
+    if traced.positional:  # closing one unit shifts the others by one, which shows what takes units by their position
         patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
     def double(t: Any) -> Any:
@@ -105,15 +127,16 @@ def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tra
         run = Comparing(precise, precise_args, precise_kwargs, FINE, patterns, traced.trains_more)
         run.reference = run.outputs(precise)
         return run
-    except Exception:  # whatever the model dislikes about double precision, it runs in its own
+    except Exception:  # a model may refuse double precision in any way; it is then compared in its own
         return Comparing(twin, args, kwargs, ROUGH, patterns, traced.trains_more)
 
 
 def _random(p: nn.Parameter) -> nn.Parameter:
-    """Random values in the place of a parameter: for a matrix of variance 1 / fan in, for a vector around 1.
+    """Return a parameter like the given one, but with random values.
 
-    Few are drawn, and then repeated: drawing a billion numbers takes long. Their number is prime, so
-    that no two rows come out equal.
+    The values of a matrix have mean 0 and variance 1 / fan-in. Those of a vector lie between 0.5 and 1.5. Integers are
+    kept. At most `_DRAWN` numbers are drawn, and then repeated, because drawing a billion of them takes long. Their
+    number is prime, so that no two rows of a matrix become equal.
     """
     if not (p.is_floating_point() or p.is_complex()):
         return nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
@@ -123,13 +146,24 @@ def _random(p: nn.Parameter) -> nn.Parameter:
     else:
         drawn.uniform_(0.5, 1.5)
     values = drawn.repeat(-(-p.numel() // max(len(drawn), 1)))[: p.numel()].view(p.shape)
-    new = torch.empty_like(p, requires_grad=False).copy_(values)  # in the same memory format
+    new = torch.empty_like(p, requires_grad=False).copy_(values)  # empty_like keeps the memory format
     return nn.Parameter(new, requires_grad=p.requires_grad)
 
 
 def random_gates(units: int, share: float) -> Tensor:
-    """0 for about ``share`` of the units, 1 for an odd number of them: an even one can agree with a
-    hard-coded width by luck, and a single one broadcasts, so that it serves for the second share only."""
+    """Return random gates that close about a share of the units and leave an odd number of them open.
+
+    The number is odd because an even one can agree by luck with a width that is hard-coded. Of three units two stay
+    open at the smaller of the `CLOSED_SHARES`, because an axis with a single unit broadcasts, and that can hide an
+    error. At the larger share a single unit may be left.
+
+    Args:
+        units: The number of units of a site.
+        share: The share of the units to close, between 0 and 1.
+
+    Returns:
+        Gates of 0 and 1, shape (units,), of which at least one is 1.
+    """
     count = round(units * (1 - share))
     if count % 2 == 0 and units != 3:
         count += 1 if count + 1 < units else -1
@@ -139,6 +173,7 @@ def random_gates(units: int, share: float) -> Tensor:
 
 
 def _one_closed(units: int, place: int) -> Tensor:
+    """Return gates of which only the one at ``place`` is 0; the only unit of a site stays open."""
     gates = torch.ones(units)
     if units > 1:
         gates[place] = 0.0

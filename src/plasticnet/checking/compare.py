@@ -1,4 +1,4 @@
-"""Compares the outputs of a masked model with those of a cut one, and of a grown model with what they were."""
+"""Compares the outputs of a masked model with those of a cut one, and the outputs before and after growth."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ from plasticnet.tools.torch_private import Dropout
 from plasticnet.tools.trees import tensors_within
 from plasticnet.units import BlockUnits, InputUnits, Units
 
-FINE, ROUGH = 2e-6, 1e-3  # tolerances in double precision (some norms compute in single inside) and in others
+# The relative tolerances in double precision, in which some norms still compute in single, and in other precisions.
+FINE, ROUGH = 2e-6, 1e-3
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 
 
 class Comparing:
-    """A model with random parameters, and its outputs: what masking and cutting are compared on."""
+    """A model with random parameters and its inputs, on which masking and cutting are compared.
+
+    Args:
+        model: The model, in evaluation mode. It is left as it was.
+        args: The positional arguments on which it is run.
+        kwargs: The keyword arguments on which it is run.
+        tolerance: The largest relative difference of outputs that counts as rounding.
+        patterns: Functions that give the gates of a site, shape (units,), for its number of units. All sites are
+            compared under the first one, then under the next.
+        training: Whether outputs are compared in training mode, too.
+        vouch: Whether sites fail when closing their units under the last pattern does not change the output.
+    """
 
     def __init__(
         self,
@@ -39,31 +51,38 @@ class Comparing:
         training: bool = False,
         vouch: bool = True,
     ) -> None:
-        """``patterns`` give the gates of a site of so many units; ``training`` compares in training mode
-        too; ``vouch`` asks that closing units moves the output."""
         self.model, self.args, self.kwargs, self.tolerance = model, args, kwargs, tolerance
         self.patterns, self.training, self.vouch = patterns, training, vouch
 
     @cached_property
     def reference(self) -> list[Tensor]:
-        """The outputs with all units open."""
+        """The outputs of the model in evaluation mode with all units open."""
         return self.outputs(self.model)
 
     def outputs(self, model: nn.Module, training: bool = False) -> list[Tensor]:
-        """What the model returns, as it is in evaluation or (without dropout) in training."""
+        """Return the outputs of a model, in evaluation mode or in training mode without dropout."""
         args, kwargs = copy_inputs((self.args, self.kwargs))
         with torch.no_grad(), _mode(model, training):
             return _comparable(model(*args, **kwargs))
 
     def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
-        """The outputs with the gates multiplied in, nothing cut."""
+        """Return the outputs of the whole model with the gates multiplied in.
+
+        Args:
+            sites: The sites that have gates.
+            factors: The gates of each of these sites, shape (units,).
+            training: Whether the model runs in training mode, without dropout.
+        """
         z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
         args, kwargs = copy_inputs((self.args, self.kwargs))
         with left_as_it_was(self.model), _mode(self.model, training):
             return _comparable(Gating(sites, self.model).run(z, args, kwargs))
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
-        """Why masking and cutting differ for these sites, or None if they agree."""
+        """Return why masking and cutting differ for these sites, or None if they agree under every pattern.
+
+        Under the last pattern all gated blocks are closed.
+        """
         device = next(self.model.parameters()).device
         for pattern in self.patterns:
             last = pattern is self.patterns[-1]
@@ -75,7 +94,7 @@ class Comparing:
                 small = cut(sharing(self.model), sites, factors)
                 compared = self.outputs(small)
                 trained = self.outputs(small, training=True) if self.training else []
-            except Exception as error:  # a forward that hard-codes a width can fail in any way
+            except Exception as error:  # a forward that hard-codes a width can raise anything
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
                 return f"the model does not run when units are cut: {what}"
             masked = self.masked(sites, factors)
@@ -93,21 +112,27 @@ class Comparing:
         return None
 
     def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
-        """Whether function-preserving growth of these sites moves the output, or fails."""
+        """Return why one more unit for each of these sites changes the output or fails, or None.
+
+        The new units read with random weights and are read with weights of zero, so that the output should stay.
+        """
         sources = {n: [*range(u.size), -1] for n, u in sites.items() if u.growable and not isinstance(u, InputUnits)}
         try:
             grown = sharing(self.model)
             apply_plan(grown, plan_resize(sites, lengths(grown), sources), {})
             if relative_difference(self.reference, self.outputs(grown)) > self.tolerance:
                 return "growing its units changes the output"
-        except Exception as error:  # a forward that hard-codes a width can fail in any way
+        except Exception as error:  # a forward that hard-codes a width can raise anything
             return f"the model does not run when units are added: {error}"
         return None
 
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Evaluation, or training in which nothing is random: dropout would differ between widths."""
+    """Within this context the model is in evaluation mode, or in training mode without dropout.
+
+    Dropout would draw differently for other widths. Afterwards the model is in evaluation mode.
+    """
     model.train(training)
     for module in model.modules():
         if isinstance(module, Dropout):
@@ -119,5 +144,8 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _comparable(tree: Any) -> list[Tensor]:
-    """The outputs of real or complex numbers; objects such as a memory of keys and values are none."""
+    """Return the real and complex tensors in what a model returned.
+
+    Integers are left out, and so are other objects, such as a cache of keys and values.
+    """
     return [t for t in tensors_within(tree) if t.is_floating_point() or t.is_complex()]

@@ -6,17 +6,26 @@ from collections.abc import Callable, Mapping
 
 from plasticnet.units import Units, family_of
 
-Comparison = Callable[[Mapping[str, Units]], str | None]  # why masking and cutting of these sites differ, or None
-Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]  # sites that pass in place of a family
-_LARGE_FAMILY = 5  # members, above which three of them are tried for all
+Comparison = Callable[[Mapping[str, Units]], str | None]  # returns why a comparison of these sites fails, or None
+Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]  # returns sites that pass, or None
+_LARGE_FAMILY = 5  # a family with more members than this is judged by three of them
 
 
 def culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None = None) -> dict[str, str]:
-    """The sites that fail a comparison, with what was seen; the others pass it together. ``repair``
-    may replace the sites of a family by some that pass.
+    """Find the sites that make a comparison fail, so that all others pass it together.
 
-    Layers come in families (``blocks.0.mlp``, ``blocks.1.mlp``, ...). A large one whose first, middle
-    and last member fail is given up as a whole: trying every member of a deep model takes minutes.
+    Layers come in families (``blocks.0.mlp``, ``blocks.1.mlp``, ...). A family that fails is repaired if it can be.
+    Otherwise its members are bisected. A large family whose first, middle and last member fail is given up as a whole,
+    because trying every member of a deep model takes minutes.
+
+    Args:
+        differs: The comparison.
+        sites: The sites by name. Those of a family that was repaired are replaced in this dict.
+        repair: What repairs a family, given the comparison and the family: it returns sites that pass, to be used
+            instead, or None.
+
+    Returns:
+        For each site that fails the reason that was seen. They are all sites, where the others still fail together.
     """
     if not sites or differs(sites) is None:
         return {}
@@ -29,7 +38,7 @@ def culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None
         reason = differs(family)
         better = repair(differs, family) if repair and reason is not None else None
         if better is not None:
-            for n in family:  # a tied family is one site
+            for n in family:  # the repaired family may have fewer sites: tied ones become a single site
                 del sites[n]
             sites.update(better)
             continue
@@ -51,7 +60,7 @@ def culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None
 
 
 def _bisect(differs: Comparison, sites: Mapping[str, Units], reason: str) -> dict[str, str]:
-    """The culprits among sites that fail together for ``reason``."""
+    """Return the culprits, with reasons, among sites that fail together for ``reason``."""
     names = list(sites)
     if len(names) == 1:
         return {names[0]: reason}
@@ -61,4 +70,4 @@ def _bisect(differs: Comparison, sites: Mapping[str, Units], reason: str) -> dic
         half_reason = differs(half)
         if half_reason is not None:
             bad.update(_bisect(differs, half, half_reason))
-    return bad or dict.fromkeys(names, reason)  # they disagree only together: none of them is safe
+    return bad or dict.fromkeys(names, reason)  # where both halves pass and the whole fails, no site is safe

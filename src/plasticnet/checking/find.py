@@ -1,4 +1,7 @@
-"""Finding what can be gated: trace, leave out what is excluded, check, and look at single weights."""
+"""Finds what of a model can get gates.
+
+It traces the model, leaves out what the user excludes, checks the rest, and looks at single weights.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,20 @@ from plasticnet.tools.inputs import call_arguments
 from plasticnet.tracing.trace import trace
 from plasticnet.units import Units
 
-Patterns = str | Sequence[str]  # of names, with the wildcards of fnmatch
+Patterns = str | Sequence[str]  # one pattern of names or several, with the wildcards of fnmatch
 
 
 @dataclass(frozen=True)
 class Found:
-    """What of a model gets gates.
+    """Says what of a model gets gates.
 
-    ``sites`` are the units by site, ``weights`` the names of the parameters whose entries get gates, ``uses`` how
-    often each entry of a parameter is multiplied for one sample, ``frozen`` what cannot be gated and why,
-    ``excluded`` the sites that were left out on request, and ``checked`` whether cutting was compared with masking.
+    Attributes:
+        sites: The units of each site, by its name.
+        weights: The names of the parameters whose entries get gates.
+        uses: How often each entry of a parameter is multiplied for one sample, by the parameter's name.
+        frozen: The name of everything that cannot be gated, with the reason.
+        excluded: The names of the sites that the user left out.
+        checked: Whether masking was compared with cutting, which is impossible on the meta device.
     """
 
     sites: Mapping[str, Units]
@@ -46,10 +53,19 @@ def find(
     blocks: Patterns = (),
     weights: Patterns = (),
 ) -> Found:
-    """Find what of a model can be gated; see `PlasticNet` for the options.
+    """Find what of a model can be gated.
 
-    Raises `PlasticError` when the model rejects the example inputs, when a pattern matches nothing, and when there is
-    nothing to gate.
+    Args:
+        model: The module, which is left as it was.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, on which the model runs.
+        inputs: Name patterns of consumers whose input features are gated one by one.
+        exclude: Name patterns of sites to leave alone.
+        residual: Whether to gate also what LayerNorm, RMSNorm and their like normalise.
+        blocks: Name patterns of modules that are units as a whole.
+        weights: Name patterns of modules whose weight gets a gate on every entry.
+
+    Raises:
+        PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
     args, kwargs = call_arguments(example_inputs)
     traced = trace(model, example_inputs, inputs=_listed(inputs), residual=residual, blocks=_listed(blocks))
@@ -69,4 +85,5 @@ def find(
 
 
 def _listed(patterns: Patterns) -> tuple[str, ...]:
+    """Return the patterns as a tuple, also where a single one was given."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -1,8 +1,4 @@
-"""Single weights as gates: a gate on every entry of a weight, shared by the batch.
-
-They close entries within what the units leave open. `WeightSite` holds the logits of one weight, `Entries` which
-units its rows and columns belong to, for what entries cost and for units that nothing reads any more.
-"""
+"""Finds the weights that can have a gate on every entry, and says why the others cannot."""
 
 from __future__ import annotations
 
@@ -25,9 +21,19 @@ from plasticnet.tools.trees import tensors_within
 def gateable(
     model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """The weights of the modules whose name matches, and those that cannot be gated, with the reason.
+    """Find the weights whose entries can have gates, in the modules whose name matches a pattern.
 
-    Raises `PlasticError` for a pattern that matches no module with a weight of two or more dimensions.
+    Args:
+        model: The model, which is left as it was.
+        patterns: Name patterns of modules.
+        args: The positional arguments on which the model is run.
+        kwargs: The keyword arguments on which the model is run.
+
+    Returns:
+        The names of the parameters that can be gated, and the names of those that cannot, with the reason.
+
+    Raises:
+        PlasticError: A pattern matches no module with a weight of two or more dimensions.
     """
     modules = {name: m for name, m in model.named_modules() if _has_matrix(m)}
     for pattern in patterns:
@@ -65,16 +71,23 @@ def gateable(
 
 
 def _has_matrix(module: nn.Module) -> bool:
+    """Return whether a module has a weight of two or more dimensions, or one that is computed."""
     weight = parameters_of(module).get("weight")
     return weight.dim() > 1 if weight is not None else _computed(module)
 
 
 def _computed(module: nn.Module) -> bool:
+    """Return whether a module's weight is no parameter but is computed from others, as weight_norm does."""
     return parametrize.is_parametrized(module, "weight") or isinstance(module.__dict__.get("weight"), Tensor)
 
 
 def _reason(module: nn.Module, places: list[str]) -> str:
-    """Why the weight of a module cannot be gated, or nothing."""
+    """Return why the weight of a module cannot be gated, or an empty text.
+
+    Args:
+        module: A module with a weight.
+        places: All names under which the model holds this weight.
+    """
     weight = parameters_of(module).get("weight")
     if weight is None:
         return "the weight is computed from other parameters"
@@ -88,7 +101,11 @@ def _reason(module: nn.Module, places: list[str]) -> str:
 
 
 def _masking_differs(model: nn.Module, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether gates that are 0 at random give other outputs than zeros in these weights."""
+    """Return whether closing random entries of these weights differs from setting the entries to zero.
+
+    They differ where something reads a weight in a way that its gates do not reach. On the meta device there is nothing
+    to compare, and the result is False.
+    """
     parameters = dict(model.named_parameters())
     if not names or any(t.is_meta for t in (*parameters.values(), *model.buffers())):
         return False

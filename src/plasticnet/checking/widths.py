@@ -1,7 +1,8 @@
-"""Repair: find the attributes that must follow a site's size, by value, and check them by running.
+"""Repairs sites: finds the attributes of modules that must follow the size of a site.
 
-Attention needs its number of heads, a split its sizes, a view its width. Such integers lie on the
-modules around the site; which of them forward reads is found out by changing them.
+Attention needs its number of heads, a split needs its sizes, and a view its width. Such integers are attributes of the
+modules around the site. They are found by their value. Which of them the forward reads is found out by changing them
+and running the model.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ from plasticnet.checking.culprits import Comparison
 from plasticnet.surgery.attributes import candidates
 from plasticnet.units import Units, Width, family_of
 
-Kind = tuple[str, str, int | None]  # an attribute, wherever in a family of layers it is
-_DEPTH = 3  # attributes that are changed together at most
-_TRIALS = 40  # sets of attributes that are tried for one site
+Kind = tuple[str, str, int | None]  # the same attribute in all layers of a family: family of modules, name, place
+_DEPTH = 3  # the most attributes that are changed together
+_TRIALS = 40  # the most sets of attributes that are tried for one site
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
-    """The sites of a family of layers as they are exact, or None: with attributes that follow their
-    size, or else tied, unit by unit, to one site of all layers.
+    """Repair the sites of a family of layers for which masking and cutting disagree.
 
-    The attributes are sought for one member, the largest that fails, and then taken for all.
+    First, attributes are sought that must follow the size of a site. The search is done for one member, the largest
+    that fails, and its result is used for all members. If that fails, the sites of all layers are tied, unit by unit,
+    to a single site.
+
+    Args:
+        model: The model, which is left as it was.
+        differs: Returns why masking and cutting of some sites differ, or None.
+        family: The sites of the family, by name.
+
+    Returns:
+        Sites that pass the comparison, to be used instead of the family, or None where no repair was found.
     """
     if not all(u.slices for u in family.values()):  # blocks have no width
         return None
@@ -45,8 +55,15 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
 
 
 def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None]) -> Iterator[tuple[Kind, ...]]:
-    """Sets of attributes without which there is trouble, small ones first: one that is changed without
-    need may be wrong elsewhere. A set is only extended if its last attribute made the trouble another."""
+    """Yield sets of attributes that remove the trouble, small ones first.
+
+    Small sets come first because an attribute that is changed without need may be wrong elsewhere. A set is extended
+    only if adding its last attribute has changed the trouble.
+
+    Args:
+        found: The attributes that may have to follow the size.
+        trouble: Returns what is wrong while these attributes follow the size, or None.
+    """
     kinds = list(dict.fromkeys(map(_kind, found)))
     seen: set[frozenset[Kind]] = set()
     level: list[tuple[tuple[Kind, ...], str | None]] = [((), None)]
@@ -66,13 +83,17 @@ def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None
 
 
 def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
-    """Every member with the attributes of these kinds."""
+    """Return every member of the family with those of the attributes in ``found`` that are of these kinds."""
     return {n: replace(u, widths=tuple(w for w in found[n] if _kind(w) in kinds)) for n, u in family.items()}
 
 
 def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
-    """One site for layers that share something of the size of theirs (T5 hands a bias for all heads
-    from the first layer to the others); nothing where they cannot be tied."""
+    """Return a single site whose units are those of all layers in step, or nothing where that is impossible.
+
+    Layers need this when they share a tensor of their common size. In T5 the first layer computes a bias for all heads
+    and hands it to the others. Sites of different sizes, and sites that own the same dimension of a tensor, cannot be
+    tied.
+    """
     first, *others = family.values()
     places = [(s.tensor, s.dim) for u in family.values() for s in u.slices]
     if not others or any(u.size != first.size for u in others) or len(set(places)) < len(places):
@@ -88,4 +109,5 @@ def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
 
 
 def _kind(width: Width) -> Kind:
+    """Return the kind of an attribute, which it shares with the same attribute of the other layers."""
     return family_of(width.module), width.attribute, width.place

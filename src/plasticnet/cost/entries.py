@@ -1,4 +1,4 @@
-"""Relates the entries of a weight with gates of its own to the units that they belong to."""
+"""Relates the entries of a weight, where they have gates of their own, to the units that they belong to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from plasticnet.units import BlockUnits, InputUnits, Units, gate_offsets, gate_p
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The entries of one gated weight. ``gates`` has, for each dimension along which units lie, for every position the
-    index of its unit's gate in those of all sites (the last one, which is always 1, where there is none), and of
-    the gate of its feature. ``diagonal`` are the places of a matrix whose row and column are of the same unit."""
+    """The entries of one gated weight, and where the gates of their units lie.
+
+    Attributes:
+        name: The name of the parameter.
+        shape: Its shape.
+        gates: For each dimension along which units lie, the index of the gate of every position's unit in the vector of
+            all gates. Where a position has no unit, this is the index of the constant 1 at the end. A second tensor has
+            the index of the gate of every position's feature, where the dimension has an input site.
+        diagonal: The rows and the columns of those entries of a matrix whose row and column belong to the same unit.
+            None where there are none.
+        block: The index of the gate of the block that the weight lies in, or None.
+    """
 
     name: str
     shape: torch.Size
@@ -25,26 +34,39 @@ class Entries:
     block: int | None
 
     def lengthwise(self, dim: int, z: Tensor) -> Tensor:
-        """What the units do to each position of a dimension; z has shape (units + 1,)."""
+        """Return what the gates of units multiply each position of a dimension by, shape (positions,).
+
+        Args:
+            dim: A dimension along which units lie.
+            z: The gates of all units, shape (units + 1,), with a constant 1 at the end.
+        """
         first, *more = (z.index_select(0, index) for index in self.gates[dim])
         return first * more[0] if more else first
 
     def expected(self, pi: Tensor, z: Tensor) -> Tensor:
-        """How many entries are expected to be open, a scalar, for their probabilities, shape (entries,), and those of
-        all units and a 1 behind them."""
+        """Return how many entries are expected to be open, a scalar.
+
+        Args:
+            pi: The probabilities of the entries, shape (entries,).
+            z: The probabilities of all units, shape (units + 1,), with a constant 1 at the end.
+        """
         other = [d for d in range(len(self.shape)) if d not in self.gates]
         left = pi.view(self.shape).sum(other) if other else pi.view(self.shape)
         total = left
         for dim in sorted(self.gates, reverse=True):
             total = total @ self.lengthwise(dim, z)
-        if self.diagonal is not None:  # a gate times itself is that gate
+        if self.diagonal is not None:  # a gate times itself is that gate, so its expectation is pi and not pi squared
             one = z.index_select(0, self.gates[min(self.gates)][0].index_select(0, self.diagonal[0]))
             total = total + (left[self.diagonal] * one * (1 - one)).sum()
         return total if self.block is None else total * z[self.block]
 
     def reached(self, z: Tensor, but: int | None = None) -> Tensor:
-        """The entries whose units are open in z, boolean, (units + 1,): a mask of the weight's shape, or one that
-        broadcasts to it; whatever the dimension ``but`` says."""
+        """Return which entries belong to open units, a boolean mask that broadcasts to the shape of the weight.
+
+        Args:
+            z: Which units are open, a boolean tensor of shape (units + 1,) with True at the end.
+            but: A dimension whose units are not asked, or None.
+        """
         mask = torch.ones([1] * len(self.shape), dtype=torch.bool, device=z.device)
         for dim in self.gates:
             if dim != but:
@@ -53,7 +75,13 @@ class Entries:
 
 
 def entries(sites: Mapping[str, Units], model: nn.Module, names: Iterable[str]) -> list[Entries]:
-    """What `Entries` says, for the weights of these names."""
+    """Return the `Entries` of gated weights.
+
+    Args:
+        sites: The units of each site by name.
+        model: The model.
+        names: The names of the parameters whose entries have gates.
+    """
     parameters = dict(model.named_parameters())
     starts, one = gate_offsets(sites)
     found: list[Entries] = []
@@ -78,10 +106,12 @@ def entries(sites: Mapping[str, Units], model: nn.Module, names: Iterable[str]) 
 
 
 def _lies(u: Units, tensor: str, dim: int) -> bool:
+    """Return whether units lie along this dimension of a tensor."""
     return any((s.tensor, s.dim) == (tensor, dim) for s in u.slices)
 
 
 def _diagonal(gates: Mapping[int, list[Tensor]], one: int) -> tuple[Tensor, Tensor] | None:
+    """Return the rows and columns of the entries whose row and column belong to the same unit, or None."""
     plain = [index[0] for _, index in sorted(gates.items()) if len(index) == 1]
     if len(plain) < 2 or len(gates) != 2:
         return None

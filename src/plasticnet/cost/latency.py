@@ -10,13 +10,26 @@ from typing import Any
 from plasticnet.errors import PlasticError
 from plasticnet.tools.table import format_table
 
-TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}  # what is measured on each kind of device
+TIME = {"cpu": "CPU time of one thread", "cuda": "GPU time"}  # which time is measured on each kind of device
 
 
 @dataclass(frozen=True)
 class Term:
-    """``milliseconds`` for these dimensions of a tensor while they have these ``lengths``, and in proportion
-    to each of them; without dimensions, a constant. ``module`` is whose time it is part of."""
+    """One term of a latency: a time that is proportional to the lengths of some dimensions of a tensor.
+
+    Attributes:
+        module: The name of the module whose time this is a part of.
+        tensor: The name of the parameter.
+        dims: The dimensions of the parameter. Without any, the time is a constant.
+        lengths: Their lengths in the network with all units.
+        milliseconds: The time at these lengths.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> term = pn.Term("fc", "fc.weight", dims=(0, 1), lengths=(10, 20), milliseconds=4.0)
+        >>> term.rate
+        0.02
+    """
 
     module: str
     tensor: str
@@ -26,18 +39,35 @@ class Term:
 
     @property
     def rate(self) -> float:
-        """Milliseconds per product of the lengths."""
+        """The milliseconds divided by the product of the lengths."""
         return self.milliseconds / prod(self.lengths)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What `PlasticNet.measure_latency` found: ``terms``, whose sum predicts the time of a forward pass.
+    """A measured latency: a sum of terms that predicts the time of a forward pass.
 
-    ``milliseconds`` is what the network with all units took, for a ``batch`` in this ``dtype``; on ``device``
-    "cpu" it is the CPU time of one thread, on "cuda" that of the GPU. ``error`` is the relative error of the
-    prediction for ``held_out`` cut networks that the fit has not seen, on average, and ``worst`` the largest;
-    ``networks`` were fitted. ``constants`` are the modules whose time does not follow the gates.
+    `PlasticNet.measure_latency` makes it. Printed, it is a table of the modules.
+
+    Attributes:
+        terms: The terms of the sum.
+        constants: The names of the modules whose time does not depend on the gates.
+        milliseconds: The measured time of the network with all units. On "cpu" it is the CPU time of one thread, and on
+            "cuda" the time of the GPU.
+        error: The mean relative error of the prediction for cut networks that the terms were not fitted to.
+        worst: The largest of these errors.
+        networks: How many networks the terms were fitted to.
+        held_out: How many networks they were not fitted to.
+        device: "cpu" or "cuda".
+        dtype: The dtype of the network.
+        batch: The number of samples in the batch that was measured.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> terms = (pn.Term("", "", (), (), 1.0), pn.Term("fc", "fc.weight", (0,), (10,), 4.0))
+        >>> latency = pn.Latency(terms, ("",), 5.0, 0.02, 0.05, 18, 6, "cpu", "float32", 32)
+        >>> pn.Latency.from_dict(latency.as_dict()) == latency
+        True
     """
 
     terms: tuple[Term, ...]
@@ -52,12 +82,19 @@ class Latency:
     batch: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return the latency as plain data, which can be written as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Latency:
-        """What `as_dict` gave. Raises `PlasticError` when it is something else."""
+        """Make a latency from what `as_dict` returned.
+
+        Args:
+            data: The plain data.
+
+        Raises:
+            PlasticError: The data is something else.
+        """
         try:
             terms = [Term(**{**t, "dims": tuple(t["dims"]), "lengths": tuple(t["lengths"])}) for t in data["terms"]]
             return cls(**{**data, "terms": tuple(terms), "constants": tuple(data["constants"])})

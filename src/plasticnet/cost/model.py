@@ -1,11 +1,12 @@
-"""What a network costs: units, parameters, multiply-adds, milliseconds; exactly or as an expectation over gates.
+"""Computes what a network costs: its units, parameters, multiply-adds or milliseconds, as an expectation over gates.
 
-A tensor costs the product of its dimensions; the expected length of a dimension is a sum over the
-sites that own parts of it, so everything follows from one number per site, the expected number of
-open units. Gates are independent; where two dimensions share a site, the variance is added. A measured
-latency is a sum of such products, too. All tensors are computed at once: a step of training asks for
-this, and there may be hundreds of them. Of a weight whose entries have gates of their own each entry costs its
-probability times those of its row's and its column's unit.
+A tensor costs the product of the lengths of its dimensions. The expected length of a dimension is a sum over the sites
+that own parts of it. So everything follows from one number for each site, the expected number of open units. The gates
+are independent, except where two dimensions share a site: there the variance is added. A measured latency is a sum of
+such products, too. In a weight whose entries have gates of their own, every entry costs its probability times those of
+the units of its row and its column.
+
+Every step of training asks for a cost, and a model may have hundreds of tensors. So all of them are computed at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ from plasticnet.units import BlockUnits, Units
 
 
 class CostModel:
-    """Expected cost of a network as a function of the gate probabilities of its sites."""
+    """The expected cost of a network, as a function of the probabilities of its gates.
+
+    Args:
+        sites: The units of each site by name, in execution order.
+        model: The model, of its present size.
+        uses: How often each entry of a parameter is multiplied for one sample, by the name of the parameter.
+        latency: A measured latency, or None where none was measured.
+        weights: The names of the parameters whose entries have gates.
+
+    Attributes:
+        entries: The entries of the gated weights.
+    """
 
     def __init__(
         self,
@@ -34,8 +46,7 @@ class CostModel:
         latency: Latency | None = None,
         weights: Sequence[str] = (),
     ) -> None:
-        """``weights`` are the names of those whose entries have gates."""
-        meta = next(model.parameters()).is_meta  # there is nothing to compute, but to count
+        meta = next(model.parameters()).is_meta  # a model without data can be counted, on the CPU
         self.device = torch.device("cpu") if meta else next(model.parameters()).device
         self._places = Places(sites, self.device)
         self._blocks = {name for name, u in sites.items() if isinstance(u, BlockUnits)}
@@ -75,15 +86,26 @@ class CostModel:
             self._terms["latency"].add(dims, self._places.block_of(t.tensor), {"latency": t.rate})
 
     def full(self, cost: str) -> Tensor:
-        """The cost of the network with all units, a scalar."""
+        """Return the cost of the network with all units open, a scalar.
+
+        Args:
+            cost: "units", "parameters", "macs" or "latency".
+        """
         if cost not in self._full:
             self._full[cost] = self.expected(torch.ones(self._places.one, device=self.device), cost)
         return self._full[cost]
 
     def expected(self, pi: Tensor, cost: str) -> Tensor:
-        """The expected cost, a scalar, for the gate probabilities of all sites in order, shape (units,). Those of the
-        gated weights may stand behind them, else all their entries are open; "units" and "latency" do not depend on
-        them. Raises `PlasticError` for the latency where it has not been measured.
+        """Return the expected cost, a scalar.
+
+        Args:
+            pi: The probabilities of the gates of all sites in order, shape (units,), or of those and the gated weights,
+                shape (units + weights,). Without those of the weights, all their entries are open. "units" and
+                "latency" do not depend on them.
+            cost: "units", "parameters", "macs" or "latency".
+
+        Raises:
+            PlasticError: The latency was not measured.
         """
         weights: Sequence[Tensor] = ()
         if len(pi) > self._places.one:
@@ -100,7 +122,7 @@ class CostModel:
         lengths = self._lengths(sums, gates)
         if not weights or cost not in self._entry_costs:
             total = self._terms[cost].total(cost, pi, lengths, gates)
-            # A latency may be all constants: then its gradient is 0, not missing.
+            # A latency may have constant terms only. Its gradient is then 0, and not missing.
             return total if total.requires_grad or not pi.requires_grad else total + 0 * pi.sum()
         total = self._ungated.total(cost, pi, lengths, gates)
         for e, each, own in zip(self.entries, self._entry_costs[cost], weights, strict=True):
@@ -108,7 +130,13 @@ class CostModel:
         return total
 
     def unit_costs(self, cost: str) -> list[float]:
-        """What one unit of each site costs beside all others (of blocks, which differ: one on average)."""
+        """Return for each site what one unit costs in addition to all others.
+
+        Blocks may differ in cost, so for them this is the mean.
+
+        Args:
+            cost: "units", "parameters", "macs" or "latency".
+        """
         full = torch.ones(self._places.one, dtype=torch.float64, device=self.device)
         whole, found = float(self.expected(full, cost)), []
         for (name, start), size in zip(self._places.starts.items(), self._places.sizes, strict=True):
@@ -118,12 +146,21 @@ class CostModel:
         return found
 
     def reached(self, z: Tensor) -> Tensor:
-        """The entries of the gated weights whose units are open in z, a mask (units,): shape (weights,)."""
+        """Return which entries of the gated weights belong to open units, a mask of shape (weights,).
+
+        Args:
+            z: Which units are open, a boolean tensor of shape (units,).
+        """
         z = torch.cat([z, z.new_ones(1)])
         return torch.cat([e.reached(z).expand(e.shape).flatten() for e in self.entries])
 
     def weighed(self, pi: Tensor, strengths: Sequence[float]) -> Tensor:
-        """``pi``, shape (units,) and more, whose gradient is scaled by one number for each site; the values stay."""
+        """Return the same probabilities with a gradient that is scaled by one number for each site.
+
+        Args:
+            pi: The probabilities, shape (units,) or (units + weights,). The gradient of the weights is not scaled.
+            strengths: The number for each site.
+        """
         if self._strengths[0] != strengths:
             each = pi.new_tensor(strengths).index_select(0, self._places.site_of)
             self._strengths = strengths, None if all(s == 1 for s in strengths) else each

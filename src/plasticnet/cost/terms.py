@@ -1,4 +1,4 @@
-"""The parts of a cost: where gates lie, the expected lengths of dimensions, and sums of products of them."""
+"""Holds the parts of a cost: where gates lie, the expected lengths of dimensions, and sums of products of lengths."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from plasticnet.units import BlockUnits, InputUnits, Units
 
 
 class Places:
-    """Where the gates of each site lie in the vector of all.
+    """Where the gates of each site lie in the vector of all gates.
 
-    Attributes: ``sites``, the units by name; ``sizes``, how many units each has; ``starts``, where its gates begin;
-    ``one``, where the constant 1 stands after the gates of all; ``number``, the place of a site among the sites;
-    ``site_of``, for every gate the number of its site.
+    Args:
+        sites: The units of each site by name.
+        device: Where tensors are made.
+
+    Attributes:
+        sizes: How many units each site has.
+        starts: The index of the first gate of each site, by the name of the site.
+        one: The index of the constant 1 at the end of the vector.
+        number: The place of each site among the sites, by the name of the site.
+        site_of: For every gate, the place of its site, shape (units,).
     """
 
     def __init__(self, sites: Mapping[str, Units], device: torch.device) -> None:
@@ -30,7 +37,7 @@ class Places:
         self.site_of = torch.tensor(site_of, dtype=torch.int64, device=device)
 
     def block_of(self, tensor: str) -> int | None:
-        """The gate of the block that a tensor lies in, or None."""
+        """Return the index of the gate of the block that a tensor lies in, or None."""
         found = None
         for name, u in self.sites.items():
             if isinstance(u, BlockUnits) and (i := u.inside(tensor)) is not None:
@@ -38,22 +45,36 @@ class Places:
         return found
 
 
-Dim = tuple[int, Mapping[str, int]]  # its place among the lengths, and the width of a unit of each site
+# A dimension: its place among the lengths, and for each site that owns parts of it, the width of a unit.
+Dim = tuple[int, Mapping[str, int]]
 
 
 class Terms:
-    """Sums of products of lengths, each times the gate of the block it lies in. Several costs may share the
-    products and have factors of their own."""
+    """Sums of products of lengths, one sum for each cost.
+
+    Every product has the gate of the block that it lies in as a further factor. Several costs may share the products
+    and have coefficients of their own.
+
+    Args:
+        places: Where the gates lie.
+    """
 
     def __init__(self, places: Places) -> None:
         self.places = places
         self.dims: list[list[int]] = []
         self.block: list[int] = []
-        self.shared: list[tuple[int, int, float]] = []  # a term, a site that owns parts of two dims, their widths
+        # A term, a site that owns parts of both its dimensions, and the product of the widths of a unit.
+        self.shared: list[tuple[int, int, float]] = []
         self.factors: dict[str, list[float]] = {}
 
     def add(self, dims: Sequence[Dim], block: int | None, factors: Mapping[str, float]) -> None:
-        """Another product, of these dimensions; ``factors`` are what it counts for each cost."""
+        """Add a product to the sums.
+
+        Args:
+            dims: The dimensions whose lengths are multiplied.
+            block: The index of the gate of the block that the product lies in, or None.
+            factors: The coefficient of the product for each cost.
+        """
         if len(dims) == 2:
             (_, first), (_, second) = dims
             for name in first.keys() & second.keys():
@@ -64,7 +85,7 @@ class Terms:
             self.factors.setdefault(name, []).append(factor)
 
     def freeze(self, device: torch.device) -> None:
-        """To be called when all terms were added."""
+        """Make the tensors of the sums; this must be called when all products were added."""
         tensor = partial(torch.tensor, device=device)
         rank = max(map(len, self.dims), default=0)
         self._dims = [tensor([dims[d] if d < len(dims) else 0 for dims in self.dims]) for d in range(rank)]
@@ -73,7 +94,14 @@ class Terms:
         self._factors = {name: tensor(values, dtype=torch.float64) for name, values in self.factors.items()}
 
     def total(self, cost: str, pi: Tensor, lengths: Tensor, gates: Tensor) -> Tensor:
-        """The expectation of the sum, a scalar."""
+        """Return the expectation of the sum for one cost, a scalar.
+
+        Args:
+            cost: The name of the cost.
+            pi: The probabilities of the gates, shape (units,).
+            lengths: The expected lengths of all dimensions, shape (dimensions,).
+            gates: The probabilities with a constant 1 at the end, shape (units + 1,).
+        """
         factors = self._factors[cost].to(pi.dtype)
         product = torch.ones_like(factors)
         for dims in self._dims:
@@ -88,16 +116,30 @@ class Terms:
 
 
 class Lengths:
-    """The expected lengths of dimensions; the first one is constantly 1."""
+    """The expected lengths of dimensions. The first of them is always 1.
+
+    Args:
+        places: Where the gates lie.
+    """
 
     def __init__(self, places: Places) -> None:
         self.places, self.sites = places, places.sites
         self.fixed = [1.0]
-        self.owned: list[tuple[int, int, int]] = []  # dimension, site, width
-        self.features: list[tuple[int, Tensor, Tensor]] = []  # dimension, gates of its features, of their producers
+        # A dimension, the place of a site that owns parts of it, and the width of a unit.
+        self.owned: list[tuple[int, int, int]] = []
+        # A dimension, the indices of the gates of its features, and those of the gates of their producers.
+        self.features: list[tuple[int, Tensor, Tensor]] = []
 
     def add(self, length: int, widths: Mapping[str, int]) -> int:
-        """Another dimension: how long it is now, and the width of a unit of each site that owns parts of it."""
+        """Add a dimension.
+
+        Args:
+            length: How long it is now.
+            widths: For each site that owns parts of it, the width of a unit, by the name of the site.
+
+        Returns:
+            The place of the dimension among the lengths.
+        """
         self.fixed.append(float(length - sum(w * self.sites[n].size for n, w in widths.items())))
         here = len(self.fixed) - 1
         u = next((u for n in widths if isinstance(u := self.sites[n], InputUnits)), None)
@@ -109,6 +151,7 @@ class Lengths:
         return here
 
     def _gates_of(self, u: InputUnits) -> tuple[Tensor, Tensor]:
+        """Return the indices of the gates of an input site's features, and of the gates of their producers."""
         start = self.places.starts[u.name]
         producer = np.full(u.full, self.places.one)
         for name, other in self.sites.items():
@@ -118,7 +161,7 @@ class Lengths:
         return torch.arange(start, start + u.size), torch.from_numpy(producer[u.features])
 
     def freeze(self, device: torch.device) -> None:
-        """To be called when all dimensions were added."""
+        """Make the tensors of the lengths; this must be called when all dimensions were added."""
         self._fixed = torch.tensor(self.fixed, dtype=torch.float64, device=device)
         weights = np.zeros((len(self.fixed), len(self.places.sizes)))
         for dim, site, width in self.owned:
@@ -127,8 +170,14 @@ class Lengths:
         self._features = [(torch.tensor([d], device=device), f.to(device), p.to(device)) for d, f, p in self.features]
 
     def __call__(self, sums: Tensor, gates: Tensor) -> Tensor:
-        """From the expected number of open units of each site, and the gates of all: shape (dimensions,). Of a
-        layer with an input site, the features whose producer is open too are counted."""
+        """Return the expected lengths of all dimensions, shape (dimensions,).
+
+        A feature of an input site counts if both its own gate and that of its producer are open.
+
+        Args:
+            sums: The expected number of open units of each site, shape (sites,).
+            gates: The probabilities with a constant 1 at the end, shape (units + 1,).
+        """
         lengths = self._fixed.to(sums.dtype) + self._weights.to(sums.dtype) @ sums
         for dim, features, producers in self._features:
             open_both = gates.index_select(0, features) * gates.index_select(0, producers)

@@ -11,20 +11,55 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.files.container import FORMAT, read_file, write_file
 
-_DEPTH = 64  # of nested dicts and lists; state dicts have about five
+_DEPTH = 64  # the most levels of nested dicts and lists; state dicts have about five
 
 
 def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
-    """Write nested dicts and lists of tensors, numbers and strings (state dicts, say).
+    """Write a checkpoint: nested dicts, lists and tuples of tensors, numbers, strings and None.
 
-    Raises `PlasticError` for anything else.
+    State dicts are such nests. A file holds no pickle, and it appears whole or not at all.
+
+    Args:
+        tree: What to write. The tensors may lie on any device.
+        path: The file, which is replaced if it exists.
+
+    Raises:
+        PlasticError: ``tree`` holds something else or is nested too deeply, or the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save_checkpoint({"epoch": 3, "model": model.state_dict()}, f"{folder}/last.safetensors")
+        ...     saved = pn.load_checkpoint(f"{folder}/last.safetensors")
+        >>> saved["epoch"], list(saved["model"])
+        (3, ['weight', 'bias'])
     """
     tensors: dict[str, Tensor] = {}
     write_file(path, tensors, {"format": FORMAT, "kind": "checkpoint", "tree": _encode(tree, tensors)})
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """What `save_checkpoint` wrote. Raises `PlasticError` when the file is not one or is damaged."""
+    """Read a checkpoint that `save_checkpoint` wrote.
+
+    Nothing in the file is run, so that a file from elsewhere can be read safely.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was given to `save_checkpoint`, with all tensors on the CPU.
+
+    Raises:
+        PlasticError: The file cannot be read, is damaged, or is no checkpoint.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save_checkpoint([torch.arange(3), {"best": 0.5}, None], f"{folder}/some.safetensors")
+        ...     pn.load_checkpoint(f"{folder}/some.safetensors")
+        [tensor([0, 1, 2]), {'best': 0.5}, None]
+    """
     tensors, recipe = read_file(path, "checkpoint")
     try:
         return _decode(recipe["tree"], tensors)
@@ -33,6 +68,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    """Return a tree as JSON data, in which every tensor is replaced by its key in ``tensors``, where it is added.
+
+    A container becomes a dict with one key, which says of what type it is.
+    """
     if depth > _DEPTH:
         raise PlasticError(f"a checkpoint cannot be nested more than {_DEPTH} deep")
     if isinstance(tree, Tensor):
@@ -49,6 +88,7 @@ def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
 
 
 def _decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
+    """Return the tree that `_encode` was given. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
     if not isinstance(data, dict):
         return data
     if depth > _DEPTH:

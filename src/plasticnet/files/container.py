@@ -1,4 +1,4 @@
-"""Reads and writes the files of this library: safetensors with a recipe, plain data in JSON, beside the tensors."""
+"""Reads and writes the files of this library: safetensors files that hold a recipe, in JSON, beside the tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 
-_KEY = "plasticnet"
-FORMAT = 1
+_KEY = "plasticnet"  # the metadata key of the recipe
+FORMAT = 1  # the version of the file format
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
-    """One metadata key, so that equal content gives equal bytes; replaced atomically. safetensors has
-    no complex128: such tensors are written as pairs."""
+    """Write tensors and a recipe into a file, which appears whole or not at all.
+
+    There is a single metadata key, so that equal content gives equal bytes. The format has no complex128, so such
+    tensors are written as pairs of real numbers.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        tensors: The tensors by name. They are on the CPU, contiguous, and share no memory.
+        recipe: Plain data. It has the keys "format" and "kind", which `read_file` checks.
+
+    Raises:
+        PlasticError: The file cannot be written.
+    """
     pairs = sorted(n for n, t in tensors.items() if t.dtype == torch.complex128)
     if pairs:
         tensors = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in tensors.items()}
@@ -38,6 +49,15 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe:
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the recipe in a file that `write_file` wrote.
+
+    Args:
+        path: The file.
+        kind: What the recipe must have under "kind".
+
+    Raises:
+        PlasticError: The file cannot be read, is damaged, is not one of ours, or is of another kind or format.
+    """
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
@@ -58,6 +78,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
 
 
 def mapping_in(path: Any, recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the dict under a key of a recipe. Raises `PlasticError` where there is none."""
     value = recipe.get(key)
     if not isinstance(value, dict):
         raise PlasticError(f"{path}: damaged (its recipe has no {key})")

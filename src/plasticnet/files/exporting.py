@@ -1,4 +1,4 @@
-"""Hand-over: a plain module as an ONNX file or a torch.export program, compared with the module."""
+"""Writes a plain module as an ONNX file or a torch.export program, and compares the file with the module."""
 
 from __future__ import annotations
 
@@ -21,15 +21,29 @@ from plasticnet.net import PlasticNet
 from plasticnet.tools.difference import relative_difference
 from plasticnet.tools.inputs import call_arguments, copy_inputs
 
-_TOLERANCE, _COARSE = 1e-4, 1e-2  # relative; _COARSE for half precision
-ONE_FILE = 2**31 - 2**20  # bytes of parameters that a protobuf can hold, with room for the graph
+_TOLERANCE, _COARSE = 1e-4, 1e-2  # the largest relative differences of outputs; _COARSE is for half precision
+ONE_FILE = 2**31 - 2**20  # the bytes of parameters that fit into a protobuf, which has room for the graph beside them
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote: the file, whether it takes any batch size (else that of the example inputs
-    only), and the largest difference from the module's outputs, relative to the largest output."""
+    """What `export` returns about the file that it wrote.
+
+    Attributes:
+        path: The file.
+        dynamic_batch: Whether the file takes any batch size, and not just that of the example inputs.
+        error: The largest difference between an output of the file and that of the module, relative to the largest
+            entry of the module's output.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = pn.export(model, f"{folder}/model.pt2", (torch.randn(3, 4),), dynamic_batch=False)
+        >>> written.path.name, written.dynamic_batch, written.error < 1e-4
+        ('model.pt2', False, True)
+    """
 
     path: Path
     dynamic_batch: bool
@@ -39,16 +53,35 @@ class Exported:
 def export(
     module: nn.Module, path: str | os.PathLike[str], example_inputs: Any, *, dynamic_batch: bool = True
 ) -> Exported:
-    """Write a plain module, in evaluation mode, as ``.onnx`` or as a torch.export program, ``.pt2``.
+    """Write a plain module, in evaluation mode, as an ONNX file or as a torch.export program.
 
-    ``example_inputs`` is a tuple of arguments or a dict of keyword arguments, the batch on the first
-    axis. The file takes any batch size where the exporter can do that and ``dynamic_batch`` is true.
-    It is run (by onnxruntime, or torch) and compared with the module before it appears under its
-    name. The weights of an ONNX model of 2 GB or more lie beside it, in ``path + ".data"``. The module
-    is left as it was. A transformers model is exported without its key-value cache.
+    The file is run, by onnxruntime or by torch, and compared with the module before it appears under its name. The
+    module is left as it was. A transformers model is exported without its key-value cache.
 
-    Raises `PlasticError`, and leaves no file, for another suffix, for a `PlasticNet`, for a missing
-    package, when the module rejects the inputs, when the exporter fails, and when the outputs differ.
+    Args:
+        module: A plain module, such as `PlasticNet.compact` returns.
+        path: The file. Its suffix is ``.onnx``, or ``.pt2`` for torch.export. The weights of an ONNX model of 2 GB or
+            more are written beside it, into a file with ``.data`` after the name.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, on which the module runs; the batch is the
+            first axis.
+        dynamic_batch: Whether the file should take any batch size. Where the exporter cannot do that, the file takes
+            that of the example inputs.
+
+    Returns:
+        What was written: the path, whether it takes any batch size, and how much its outputs differ.
+
+    Raises:
+        PlasticError: The suffix is another one, the module is a `PlasticNet` or rejects the inputs, a package is
+            missing, the exporter fails, or the outputs differ by more than rounding. No file is left.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = pn.export(model, f"{folder}/model.pt2", (torch.randn(3, 4),))
+        ...     again = torch.export.load(written.path).module()
+        >>> again(torch.randn(5, 4)).shape  # another batch size
+        torch.Size([5, 2])
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
@@ -61,23 +94,34 @@ def export(
     args, kwargs = call_arguments(example_inputs)
     with evaluation(module):
         try:
-            outputs(module, args, kwargs)  # its own error says more than the exporter's
+            outputs(module, args, kwargs)  # if this fails, its error says more than the exporter's
             if dynamic_batch:
-                with suppress(Exception):  # whatever is wrong with a free batch: one without may do
+                with suppress(Exception):  # if this fails in any way, a fixed batch size may still work
                     return Exported(path, True, _write(module, path, args, kwargs, dynamic=True))
             return Exported(path, False, _write(module, path, args, kwargs, dynamic=False))
         except PlasticError:
             raise
-        except Exception as error:  # the model's, the exporter's, the runtime's or the file system's
+        except Exception as error:  # from the model, the exporter, the runtime or the file system
             what = (str(error).splitlines() or [repr(error)])[0]
             raise PlasticError(f"cannot export to {path}: {what}") from error
 
 
 def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> float:
-    """Export, compare, and put the files in their place. Returns the largest relative difference."""
+    """Export the module, compare the result with it, and put the files in their place.
+
+    Args:
+        module: The module, in evaluation mode.
+        path: The file.
+        args: The positional arguments of the example.
+        kwargs: The keyword arguments of the example.
+        dynamic: Whether the batch size is free.
+
+    Returns:
+        The largest relative difference of an output.
+    """
     trials: list[Any] = [(args, kwargs)]
     shapes: Any = None
-    if dynamic:  # a batch of one would become a constant; a third size shows that none did
+    if dynamic:  # the exporter would make a batch of one a constant; running a batch of three shows that it made none
         batch = next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()), 1)
         trials = [tree_map(lambda t, n=n: _rows(t, batch, n), (args, kwargs)) for n in (2, 3)]
         axes = {0: torch.export.Dim("batch")}
@@ -96,23 +140,28 @@ def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[st
         error = max(
             check_outputs(outputs(module, *trial), outputs(run, *trial), f"cannot export to {path}") for trial in trials
         )
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights come before the graph, which names them
             os.replace(file, path.with_name(file.name))
     return error
 
 
 def _is_batched(value: Any, batch: int) -> bool:
+    """Return whether an input is a tensor whose first axis is as long as the batch."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
 
 
 def _rows(value: Any, batch: int, n: int) -> Any:
-    """An input with ``n`` samples, repeating those that there are."""
+    """Return an input with ``n`` samples, which are those of the given one, repeated or cut off.
+
+    An input that is not batched is returned as it is.
+    """
     if not _is_batched(value, batch):
         return value
     return value[torch.arange(n, device=value.device) % batch]
 
 
 def _onnx_runner(path: Path) -> Callable[..., list[Tensor]]:
+    """Return a function that runs an ONNX file on the CPU and takes the arguments of the module."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -126,15 +175,21 @@ def _onnx_runner(path: Path) -> Callable[..., list[Tensor]]:
 
 
 def outputs(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a run returns, on the CPU."""
+    """Run a module, or what stands for it, on copies of the arguments; return its output tensors, on the CPU."""
     args, kwargs = copy_inputs((args, kwargs))
     return [t.cpu() for t in tree_leaves(run(*args, **kwargs)) if isinstance(t, Tensor)]
 
 
 def check_outputs(expected: list[Tensor], found: list[Tensor], what: str) -> float:
-    """The largest difference of what was found from what was expected, relative to the largest entry of its output.
+    """Compare outputs, and return the largest difference, relative to the largest entry of the expected output.
 
-    Raises `PlasticError`, which begins with ``what``, when it is more than rounding.
+    Args:
+        expected: The outputs of the module.
+        found: The outputs of the file.
+        what: How the message of an error begins.
+
+    Raises:
+        PlasticError: The difference is more than rounding, or the shapes or the number of outputs differ.
     """
     if [t.shape for t in expected] != [t.shape for t in found] or not expected:
         raise PlasticError(f"{what}: it has other outputs than the module")
@@ -149,8 +204,11 @@ def check_outputs(expected: list[Tensor], found: list[Tensor], what: str) -> flo
 
 @contextmanager
 def evaluation(module: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without gradients, TF32 or the exporters' warnings, and without the key-value cache
-    that a transformers model returns unless told otherwise; all is put back."""
+    """Within this context a module runs as it is exported and compared: in evaluation mode and without gradients.
+
+    TF32 is turned off in cuDNN, warnings (those of the exporters) are not shown, and a transformers model does not
+    return its key-value cache. Afterwards everything is as it was.
+    """
     training = {child: child.training for child in module.modules()}
     configs: list[Any] = [getattr(child, "config", None) for child in training]
     caching = [c for c in configs if getattr(c, "use_cache", False) is True]

@@ -1,6 +1,6 @@
-"""Files: a compact module as safetensors with a shape recipe; a checkpoint as safetensors with a tree.
+"""Saves and loads compact modules: their tensors, and a recipe for the shape of the original architecture.
 
-No pickle: a file can hold tensors, and JSON that is checked before it is used.
+No pickle is involved. A file can hold tensors, and JSON that is checked before it is used.
 """
 
 from __future__ import annotations
@@ -26,9 +26,30 @@ from plasticnet.tools.torch_private import unsaved_buffers
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a compacted (or any plain) module: its tensors, and what a factory of the original
-    architecture needs to take its shape. Equal modules give equal bytes; the file appears whole or
-    not at all."""
+    """Write a compact module, or any other plain module, so that `load` can build it again.
+
+    The file holds the tensors, and what a module of the original architecture needs to take this shape. Equal modules
+    give equal bytes. The file appears whole or not at all.
+
+    Args:
+        module: A plain module, such as `PlasticNet.compact` returns.
+        path: The file, which is replaced if it exists; it is in the safetensors format.
+
+    Raises:
+        PlasticError: The module is a `PlasticNet` or holds one, has layers that `sparsify` made, or cannot be written.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(build(), (torch.randn(3, 4),))
+        >>> net.resize({"0": [0, 1, 5]})  # keeps three of the eight units
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save(net.compact(), f"{folder}/small.safetensors")
+        ...     again = pn.load(f"{folder}/small.safetensors", build)
+        >>> again[0]
+        Linear(in_features=4, out_features=3, bias=True)
+    """
     if any(isinstance(child, PlasticNet) for child in module.modules()):
         raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
     if sparse := sparse_layers(module):
@@ -49,11 +70,34 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
-    """The module in a file that `save` wrote, in evaluation mode. ``factory`` builds the original
-    architecture, in any width.
+    """Build the module that `save` wrote into a file.
 
-    Raises `PlasticError` when the file is not one of ours, is damaged, or belongs to another
-    architecture (naming the tensor and the shapes).
+    Nothing in the file is run. Widths, tensors and removed blocks are set as the file says, and everything else must
+    be as the factory builds it.
+
+    Args:
+        path: The file.
+        factory: A function without arguments that builds the original architecture. Sites that were cut or grown may
+            have any width in it.
+
+    Returns:
+        The module, in evaluation mode. Its tensors lie on the device on which the factory puts them.
+
+    Raises:
+        PlasticError: The file cannot be read, is damaged, or is not one of ours; it belongs to another architecture,
+            and the message names a tensor and the shapes; or ``factory`` does not build a module.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> small = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save(small, f"{folder}/small.safetensors")
+        ...     again = pn.load(f"{folder}/small.safetensors", build)
+        >>> torch.equal(again(x), small(x))
+        True
     """
     tensors, recipe = read_file(path, "module")
     if isinstance(factory, nn.Module) or not callable(factory):
@@ -61,7 +105,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     model = factory()
     if not isinstance(model, nn.Module):
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
-    model.eval()  # first: in training mode spectral_norm changes its state when its weight is read
+    model.eval()  # this comes first, because in training mode spectral_norm changes when its weight is read
     removed = recipe.get("removed", [])
     for name in removed if isinstance(removed, list) else [None]:
         if not isinstance(name, str) or not name:
@@ -106,24 +150,28 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
 
 
 def _is_width(value: Any) -> bool:
-    """Whether an attribute may be set from a file: a whole number, or a tuple or list of them."""
+    """Return whether a value can be a width: a whole number from 1 on, or a tuple or list of them."""
     values = value if type(value) in (tuple, list) else [value]
     return bool(values) and all(type(v) is int and v >= 1 for v in values)
 
 
 def _length(value: Any) -> int:
+    """Return how many numbers a width has."""
     return 1 if isinstance(value, int) else len(value)
 
 
 def _plain(value: Any) -> Any:
+    """Return a width as JSON data."""
     return value if isinstance(value, int) else list(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name, those included that a state dict leaves out."""
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
 def _submodule(path: Any, model: nn.Module, name: str) -> nn.Module:
+    """Return a module of the model by name. Raises `PlasticError` where there is none."""
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -131,11 +179,23 @@ def _submodule(path: Any, model: nn.Module, name: str) -> nn.Module:
 
 
 def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
+    """Set the widths of a module.
+
+    Args:
+        path: The file, for messages.
+        module: The module.
+        name: Its name, for messages.
+        widths: What the file says: a dict of attributes and values, if it is sound.
+
+    Raises:
+        PlasticError: A file may not set such an attribute; or the old and the new value are neither both numbers, nor
+            both lists of the same length.
+    """
     if not isinstance(widths, dict):
         raise PlasticError(f"{path}: damaged (the widths of {name!r})")
     for attribute, value in widths.items():
         old = module.__dict__.get(attribute)
-        # Of torch's own layers only the widths: their strides, say, are no business of a file's.
+        # Of the attributes of torch's own layers a file may set only the widths, and not the strides, for example.
         allowed = attribute in WIDTHS or not (attribute.startswith("_") or type(module).__module__.startswith("torch."))
         fits = allowed and _is_width(old) and _is_width(value)
         if not fits or isinstance(old, int) != isinstance(value, int) or _length(old) != _length(value):
@@ -144,7 +204,18 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
 
 
 def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Any) -> None:
-    """Replace every tensor; only dimensions in ``resized`` (any, if None) may differ from the model's."""
+    """Replace every parameter and buffer of a model by that of the file.
+
+    Args:
+        path: The file, for messages.
+        model: The model, built by the factory and with the blocks and attributes of the file.
+        tensors: The tensors of the file, by name.
+        resized: Pairs of a tensor's name and a dimension, which may have another length in the file than in the model;
+            None if all dimensions may.
+
+    Raises:
+        PlasticError: The names, the types or the shapes do not fit.
+    """
     own = _tensors(model)
     extra, missing = sorted(tensors.keys() - own.keys())[:5], sorted(own.keys() - tensors.keys())[:5]
     if extra or missing:
@@ -158,7 +229,7 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
         new = tensors[name].to(old.device)
         if new.dtype.is_floating_point != old.dtype.is_floating_point or new.dtype.is_complex != old.dtype.is_complex:
             raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
-        # What is no part of the state dict says nothing about the architecture: a model may compute it as it runs.
+        # A buffer that is no part of the state dict may be computed as the model runs, so its shape may be any.
         free = None if name in derived else resized
         fixed = [d for d in range(old.dim()) if free is not None and [name, d] not in free]
         if new.dim() != old.dim() or any(new.shape[d] != old.shape[d] for d in fixed):

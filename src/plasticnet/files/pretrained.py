@@ -1,7 +1,7 @@
-"""Hugging Face: a compacted transformers model that its own config describes.
+"""Writes compact transformers models in the format of Hugging Face, where a config describes the model.
 
-Such a model has one width for all layers. `equalise` brings a network there, and `save_pretrained`
-finds the fields of the config that say so, by trying.
+A config has one width for all layers. `equalise` gives the layers of a network equal widths, and `save_pretrained`
+finds the fields of the config that describe these widths, by trying.
 """
 
 from __future__ import annotations
@@ -23,20 +23,39 @@ from plasticnet.tools.inputs import call_arguments, transformer_inputs
 from plasticnet.units import InputUnits
 
 _WAY_OUT = "use plasticnet.save, whose recipe holds any widths"
-_UNSET = {"n_inner": ("n_embd", 4)}  # fields that may be None, and what they then are a multiple of
-Fields = dict[str, float]  # of a config, and their values: widths, numbers of heads, a ratio of widths
-Shapes = dict[str, tuple[int, ...]]
+_UNSET = {"n_inner": ("n_embd", 4)}  # a field that may be None, and is then a multiple of another one
+Fields = dict[str, float]  # fields of a config and their values: widths, numbers of heads, a ratio of widths
+Shapes = dict[str, tuple[int, ...]]  # the shapes of tensors, by name
 
 
 def equalise(net: PlasticNet, optimizer: Optimizers = None) -> dict[str, int]:
-    """Give the layers of a transformers model equal widths: each site gets as many open units as the
-    widest site of its kind (by the class of the layer, its name in there, and its original width).
+    """Give the layers of a transformers model equal widths, so that `save_pretrained` can write the compact model.
 
-    The most probable of the closed units are opened; where units were cut already, new ones are added
-    that leave the outputs alone (see `PlasticNet.resize`, also for ``optimizer``). Returns the number of
-    open units per site.
+    Each site gets as many open units as the site of its kind that has most. Two sites are of the same kind if they are
+    produced by layers of the same name, in modules of the same class, and with the same original width. Closed units
+    are opened, the most probable ones first. Where too few are left, new units are added, which leave the outputs as
+    they are.
 
-    Raises `PlasticError` when the network's model has no transformers config.
+    Args:
+        net: The network.
+        optimizer: The optimizer that holds the parameters, or all of those that do; needed where units are added.
+
+    Returns:
+        For each site the number of its units that are open now. Input sites are left alone, and left out.
+
+    Raises:
+        PlasticError: The network's model is no transformers model, or units cannot be added (see `PlasticNet.resize`).
+
+    Example:
+        >>> import torch, transformers, plasticnet as pn
+        >>> sizes = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+        >>> bert = transformers.BertModel(transformers.BertConfig(**sizes))
+        >>> net = pn.PlasticNet(bert, {"input_ids": torch.randint(20, (2, 5))}, exclude="*attention*")
+        >>> first, second = net.sites.values()
+        >>> with torch.no_grad():  # closes three units of the first layer, and eight of the second
+        ...     first.phi[:3], second.phi[:8] = -1.0, -1.0
+        >>> pn.equalise(net)
+        {'encoder.layer.0.intermediate.dense': 9, 'encoder.layer.1.intermediate.dense': 9}
     """
     original = _shapes(net.model, _config(net.model))
     kinds: dict[Any, list[str]] = {}
@@ -62,14 +81,37 @@ def equalise(net: PlasticNet, optimizer: Optimizers = None) -> dict[str, int]:
 
 
 def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: Any = None) -> Fields:
-    """Write a compacted transformers model so that ``type(module).from_pretrained(folder)`` gives it back.
+    """Write a compact transformers model so that ``type(module).from_pretrained(folder)`` gives it back.
 
-    The fields of its config that hold widths are set to what was found, in ``module.config`` too, and
-    returned. The loaded model is compared with the module on ``example`` inputs, a tuple or a dict
-    (default: random token ids, or pixels).
+    The fields of the config that hold widths are set to those of the module, also in ``module.config``. Before the
+    files appear in the folder, the model is loaded from them and compared with the module.
 
-    Raises `PlasticError`, and writes nothing, when no config describes the module: layers that differ,
-    or a width that the config does not have (BERT's size of a head, say).
+    Args:
+        module: The compact model.
+        folder: Where the files are written. It is made if it does not exist, but the folder around it must exist.
+        example: The inputs on which the models are compared: a tuple of arguments or a dict of keyword arguments. By
+            default these are random token ids or pixels, as the config says.
+
+    Returns:
+        The fields of the config that were set, and their values.
+
+    Raises:
+        PlasticError: No config describes the module, because its layers differ or because the config has no field for
+            a width (as for the size of a head in BERT); the module is no transformers model; or the loaded model gives
+            other outputs. Nothing was written.
+
+    Example:
+        >>> import tempfile, torch, transformers, plasticnet as pn
+        >>> sizes = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12)
+        >>> bert = transformers.BertModel(transformers.BertConfig(**sizes))
+        >>> net = pn.PlasticNet(bert, {"input_ids": torch.randint(20, (2, 5))}, exclude="*attention*")
+        >>> net.resize({name: range(9) for name in net.sites})  # cuts three of twelve units in both layers
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save_pretrained(net.compact(), folder)
+        ...     again = transformers.BertModel.from_pretrained(folder)
+        {'intermediate_size': 9}
+        >>> again.encoder.layer[1].intermediate.dense
+        Linear(in_features=8, out_features=9, bias=True)
     """
     config = _config(module)
     found = _fit(module, config)
@@ -85,7 +127,7 @@ def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: 
             folder.mkdir(exist_ok=True)
             for file in Path(partial).iterdir():
                 os.replace(file, folder / file.name)
-    except Exception as error:  # what transformers makes of the config, or the file system's
+    except Exception as error:  # from transformers, which may refuse the config in any way, or the file system
         for field, value in before.items():
             setattr(config, field, value)
         if isinstance(error, PlasticError):
@@ -96,6 +138,7 @@ def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: 
 
 
 def _config(module: nn.Module) -> Any:
+    """Return the config of a transformers model. Raises `PlasticError` for other modules."""
     config = getattr(module, "config", None)
     if not hasattr(config, "to_dict") or not hasattr(module, "save_pretrained"):
         raise PlasticError(f"{type(module).__name__} is not a transformers model; {_WAY_OUT}")
@@ -103,7 +146,7 @@ def _config(module: nn.Module) -> Any:
 
 
 def _shapes(module: nn.Module, config: Any) -> Shapes:
-    """What the architecture has with this config."""
+    """Return the shapes that the architecture of a module has with a config."""
     make: Any = type(module)
     with torch.device("meta"):
         fresh: nn.Module = make(copy.deepcopy(config))
@@ -111,7 +154,12 @@ def _shapes(module: nn.Module, config: Any) -> Shapes:
 
 
 def _fit(module: nn.Module, config: Any) -> Fields:
-    """The fields to change, and their values, with which the config builds the module's shapes."""
+    """Find the fields to change, and their values, so that the config describes the shapes of the module.
+
+    Raises:
+        PlasticError: The module has tensors of other names than its config describes, its layers differ, or no config
+            was found.
+    """
     original = _shapes(module, config)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     extra = sorted(original.keys() ^ wanted.keys())[:3]
@@ -128,7 +176,7 @@ def _fit(module: nn.Module, config: Any) -> Fields:
     if isinstance(ratio, float):
         tries |= {("mlp_ratio", ratio * b / a) for a, b in changed}
     heads, hidden = (getattr(config, f, None) for f in ("num_attention_heads", "hidden_size"))
-    # Many models derive the size of a head, but take it from the config where that says it.
+    # Many models compute the size of a head, but take it from the config if the config has a field for it.
     derived = {"head_dim": hidden // heads} if type(heads) is type(hidden) is int and heads else {}
     wrong: list[str] = []
     for start in ({}, derived):
@@ -144,8 +192,18 @@ def _fit(module: nn.Module, config: Any) -> Fields:
 def _search(
     module: nn.Module, config: Any, wanted: Shapes, tries: list[tuple[str, float]], start: Fields
 ) -> tuple[Fields, list[str]]:
-    """Change one field after the other, each time the one that helps most. Returns the fields, and the
-    names of the tensors that are still wrong."""
+    """Change one field of the config after the other, each time the one that helps most.
+
+    Args:
+        module: The module.
+        config: Its config, which is not changed.
+        wanted: The shapes of the module.
+        tries: Fields and values that may be set.
+        start: Fields that are set from the start.
+
+    Returns:
+        The fields that were set, and the names of the tensors whose shapes are still wrong.
+    """
     found, wrong = start, _wrong(module, config, wanted, start)
     while wrong and tries:
         options = [{**found, field: value} for field, value in tries]
@@ -158,19 +216,22 @@ def _search(
 
 
 def _wrong(module: nn.Module, config: Any, wanted: Shapes, fields: Fields) -> list[str]:
-    """The tensors whose shape the config gets wrong with these fields."""
+    """Return the names of the tensors that have another shape when the config has these fields."""
     changed = copy.deepcopy(config)
     try:
         for field, value in fields.items():
             setattr(changed, field, value)
         built = _shapes(module, changed)
-    except Exception:  # a combination that the architecture refuses, in any way
+    except Exception:  # the architecture may refuse a combination of fields in any way
         return list(wanted)
     return [name for name, shape in wanted.items() if built.get(name) != shape]
 
 
 def _check_uniform(original: Shapes, wanted: Shapes) -> None:
-    """Raise unless tensors that were equal up to the numbers in their names still are."""
+    """Raise `PlasticError` unless corresponding tensors of all layers still have equal shapes.
+
+    Tensors correspond if their names differ in numbers only, and if their original shapes are equal.
+    """
     layers: dict[Any, dict[tuple[int, ...], str]] = {}
     for name, shape in wanted.items():
         layers.setdefault((_kind(name), original[name]), {}).setdefault(shape, name)
@@ -183,14 +244,17 @@ def _check_uniform(original: Shapes, wanted: Shapes) -> None:
 
 
 def _kind(name: str) -> str:
+    """Return what the names of corresponding tensors of all layers share: ``layer.#.weight``."""
     return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _some(names: list[str], shapes: Shapes) -> str:
+    """Return the first names with their shapes, for a message."""
     return ", ".join(f"{name} {shapes[name]}" for name in names[:3])
 
 
 def _compare(module: nn.Module, folder: str, example: Any) -> None:
+    """Raise `PlasticError` unless the model in a folder gives the outputs of the module on the example inputs."""
     make: Any = type(module)
     name = make.__name__
     example = transformer_inputs(module) if example is None else example

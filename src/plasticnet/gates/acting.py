@@ -1,4 +1,4 @@
-"""Makes modules act under gates for the time of a run: other weights, gated inputs, blocks that are skipped."""
+"""Makes modules act under gates for the time of a run: with other weights or gated inputs, or as skipped blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from plasticnet.tools.torch_private import (
 
 
 def places_of(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each of these parameters, the modules that hold it, and its name there."""
+    """Return for each of these parameters the modules that hold it, each with the parameter's name in that module.
+
+    Args:
+        model: The model.
+        names: Names of parameters of the model.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -37,8 +42,16 @@ def places_of(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Modu
 def swapped(
     places: Mapping[str, list[tuple[nn.Module, str]]], tensors: Mapping[str, Tensor], recurrent: list[nn.RNNBase]
 ) -> Iterator[None]:
-    """Within this context modules hold ``tensors`` in the place of their parameters of these names.
-    (As ``torch.func.functional_call``, at less cost; recurrent layers read a list of their own, too.)"""
+    """Let modules hold other tensors in the place of their parameters within this context.
+
+    It does what ``torch.func.functional_call`` does, at less cost, and also replaces the list of weights that recurrent
+    layers read.
+
+    Args:
+        places: For each name of a parameter, the modules that hold it and its name there, from `places_of`.
+        tensors: The tensors, by the names of the parameters that they replace.
+        recurrent: The recurrent layers of the model.
+    """
     own = [(module, leaf, parameters_of(module)[leaf]) for name in tensors for module, leaf in places[name]]
     lists: list[list[Any]] = [flat_weights(module) for module in recurrent]
     for name, tensor in tensors.items():
@@ -57,7 +70,7 @@ def swapped(
 
 @contextmanager
 def called_before(modules: list[nn.Module], act: Callable[..., None]) -> Iterator[None]:
-    """Within this context ``act`` is called before each of these modules runs."""
+    """Call ``act`` before each of these modules runs within this context."""
     handles = [module.register_forward_pre_hook(act) for module in dict.fromkeys(modules)]
     try:
         yield
@@ -67,12 +80,16 @@ def called_before(modules: list[nn.Module], act: Callable[..., None]) -> Iterato
 
 
 def refusing_checkpoints() -> AbstractContextManager[None]:
-    """Within this context gradient checkpointing raises `PlasticError`: it would run layers again when their gates are
-    gone, and give wrong gradients."""
+    """Let gradient checkpointing raise `PlasticError` within this context.
+
+    It would run layers again in the backward pass, when their gates are gone, and so give wrong gradients.
+    """
     return checkpointing_by(_Refused())
 
 
 class _Refused:
+    """Stands in the place of the functions of ``torch.utils.checkpoint``, and raises `PlasticError` when called."""
+
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise PlasticError(
             "gradient checkpointing (torch.utils.checkpoint) cannot be used while units are gated: the layers would "
@@ -84,7 +101,7 @@ class _Refused:
 
 @contextmanager
 def skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
-    """Within this context these modules hand on their first input."""
+    """Let these modules return their first input within this context."""
     skipped = list(blocks)
     own = [module.__dict__.get("forward") for module in skipped]
     for module in skipped:
@@ -100,8 +117,15 @@ def skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def gated_inputs(found: list[Reader], z: Tensor | None) -> Iterator[None]:
-    """Within this context the consumers' inputs are selected (input sites) and multiplied by
-    per-sample gates ``z`` of shape (batch, units + 1), if any."""
+    """Change the inputs of consumers within this context.
+
+    The input of a consumer with an input site is reduced to the features that are present. With gates, the input is
+    then multiplied by them.
+
+    Args:
+        found: The readers whose modules are changed.
+        z: Gates for every sample, shape (batch, units + 1), or None where inputs are only reduced.
+    """
     handles = []
     for r in found:
         if r.select is not None or z is not None:
@@ -115,6 +139,8 @@ def gated_inputs(found: list[Reader], z: Tensor | None) -> Iterator[None]:
 
 
 def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
+    """Return a forward pre-hook that selects features and multiplies gates (batch, positions) into the input."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
         assert reader.axis is not None
@@ -127,7 +153,7 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                     'construct PlasticNet with gates="batch"'
                 )
             z = multiplier.to(x.dtype)
-            own = type(module).__module__.startswith("torch.nn.")  # others may change their input in place
+            own = type(module).__module__.startswith("torch.nn.")  # other modules may change their input in place
             sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
             x = Gated.apply(x, z, reader.axis) if sparing else x * along(z, (0, reader.axis), x.dim())
         return (x, *args[1:])
@@ -136,9 +162,12 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
 
 
 class Gated(torch.autograd.Function):
-    """``x`` times gates (rows, units) that lie along ``axis``, whose gradient is wanted, too. It takes little memory:
-    the product, which the layer behind keeps anyway, and of x only what is closed. (On a GPU finding that would mean
-    waiting for it.)"""
+    """Multiplies a tensor by gates whose gradient is wanted, with little memory for the backward pass.
+
+    It keeps the product, which the next layer keeps anyway, and only those entries of the tensor whose gate is closed.
+    (It is not used on a GPU, where finding these entries would mean waiting for the device.) The arguments are the
+    tensor; the gates, shape (rows, units); and the axis of the tensor along which the units lie.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,7 @@
 """`GatedModel`: a model and the gates of its units. All that the library knows of a network lies here.
 
-It has no verbs. Functions of `surgery`, `learning`, `measuring` and `budgets` take it; `PlasticNet`
-derives from it and adds a method for each of them.
+It has no methods that train or change the network. Those are functions of `surgery`, `learning`, `measuring` and
+`budgets`, which take a `GatedModel`. `PlasticNet` derives from it and has a method for each of them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,29 @@ from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import version
 from plasticnet.units import Units
 
-_Versions = tuple[tuple[Tensor, int], ...]  # tensors, and how often each had been changed
+_Versions = tuple[tuple[Tensor, int], ...]  # tensors, each with how often it had been changed in place
 
 
 class GatedModel(nn.Module):
     """A model with gates on its units, and what is known of both.
 
-    The gates lie in ``gates``, one module per site, under the keys of `gate_key` and `weight_key`; gates of
-    single weights come after those of units in every vector of all gates.
+    In every vector of all gates, the gates of single weights come after those of units.
 
-    Attributes: ``model``, the module; ``excluded``, the sites left alone on request; ``checked``, whether the
-    self-check ran; ``uses``, how often each entry of a parameter is multiplied for one sample; ``latency``, what
-    was measured of it; ``ranks``, the processes that train it; ``gating``, how gates enter a run of the model, and
-    ``cost``, what it is expected to cost, both for the sizes that the sites have now.
+    Args:
+        model: The module.
+        sites: The units of each site by name, in execution order.
+        weights: The names of the parameters whose entries get gates.
+        uses: How often each entry of a parameter is multiplied for one sample, by the name of the parameter.
+        frozen: Why something cannot be gated, by its name.
+        excluded: The names of the sites that were left alone on request.
+        checked: Whether the self-check ran.
+
+    Attributes:
+        gates: The gates, one module for each site or weight, under the keys of `gate_key` and `weight_key`.
+        latency: The latency that was measured, or None.
+        ranks: The processes that train the network together.
+        gating: How gates enter a run of the model, for the present sizes of the sites.
+        cost: What the network is expected to cost, for the present sizes of the sites.
     """
 
     def __init__(
@@ -52,7 +62,6 @@ class GatedModel(nn.Module):
         excluded: Sequence[str],
         checked: bool,
     ) -> None:
-        """``weights`` are the names of the parameters whose entries get gates."""
         super().__init__()
         self.model = model
         parameters = [p.real if p.is_complex() else p for p in model.parameters()]
@@ -71,7 +80,7 @@ class GatedModel(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Work out anew what depends on the sites' sizes. To be called after every change of them."""
+        """Compute anew what depends on the sizes of the sites; this must be called after every change of them."""
         units = {s.name: s.units for s in self.sites.values()}
         weights = list(self.weights)
         self.gating = Gating(units, self.model, weights)
@@ -79,51 +88,55 @@ class GatedModel(nn.Module):
         self._means = self._means_of_weights = None
 
     def use_latency(self, latency: Latency | None) -> None:
-        """Make a measured latency (None: none) the one that counts as a cost."""
+        """Let a measured latency be the cost "latency"; None takes this cost away."""
         self.latency = latency
         self.refresh()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.refresh()  # the readers' indices live on the parameters' device
+        self.refresh()  # because the indices of the readers lie on the device of the parameters
         return self
 
     # -- gates --------------------------------------------------------------------------------
 
     @property
     def sites(self) -> Mapping[str, Site]:
-        """Name to `Site`, in execution order."""
+        """The sites by name, in execution order."""
         return MappingProxyType(self._sites)
 
     @property
     def weights(self) -> Mapping[str, WeightSite]:
-        """The name of every parameter whose entries have gates, to these."""
+        """The gates of single weights, by the name of the parameter whose entries they are for."""
         return MappingProxyType(self._weights)
 
     @property
     def frozen(self) -> Mapping[str, str]:
-        """The name of whatever cannot be gated, to the reason."""
+        """Why something cannot be gated, by its name."""
         return MappingProxyType(self._frozen)
 
     def all_gates(self) -> list[Site | WeightSite]:
-        """The sites, and after them the gated weights."""
+        """Return all sites, followed by all gated weights."""
         return [*self._sites.values(), *self._weights.values()]
 
     def phi(self) -> Tensor:
-        """All logits in one vector: (units,), or (units + weights,)."""
+        """Return all logits in one vector, shape (units,), or (units + weights,) where single weights have gates."""
         return torch.cat([g.phi.flatten() for g in self.all_gates()])
 
     @property
     def like(self) -> Tensor:
-        """Some logits, for their dtype and device."""
+        """Some of the logits, to read the dtype and the device of all gates from."""
         return self.all_gates()[0].phi.detach()
 
     @property
     def k(self) -> float:
-        """How plastic the gates are: 0 is dropout, infinity ordinary training of what is open.
+        """How plastic the gates are, a number from 0 to infinity.
 
-        Setting it to 0 or infinity drops the gates' gradients: they get none there.
-        Raises `PlasticError` when it is negative or not a number.
+        The probability of a gate is sigmoid(k phi). At 0 this is dropout with probability 1/2. At infinity it is
+        ordinary training of the open units. At both ends the gates get no gradient, and setting k there removes the
+        gradients that they have.
+
+        Raises:
+            PlasticError: On setting, the value is negative or not a number.
         """
         return self._k
 
@@ -137,8 +150,13 @@ class GatedModel(nn.Module):
                 g.phi.grad = None
 
     def mean_gates(self) -> tuple[Tensor, bool]:
-        """The gates of units at evaluation, shape (units + 1,) with a constant 1 at the end, and whether all are
-        open. On a GPU this is kept until a gate changes: asking would mean waiting."""
+        """Return the gates of units at evaluation.
+
+        On a GPU the result is kept until a gate changes, because asking whether all are open means waiting for it.
+
+        Returns:
+            The gates, shape (units + 1,), with a constant 1 at the end; and whether all of them are 1.
+        """
         sites = list(self.sites.values())
         if not sites:
             return self.like.new_ones(1), True
@@ -150,8 +168,10 @@ class GatedModel(nn.Module):
         return self._means[2]
 
     def mean_weights(self) -> Mapping[str, Tensor] | None:
-        """The gates of single weights at evaluation, by the parameter's name, or None where all are 1. On a GPU
-        this is kept until a gate changes."""
+        """Return the gates of single weights at evaluation, by the name of the parameter, or None where all are 1.
+
+        On a GPU the result is kept until a gate changes.
+        """
         weights = list(self.weights.values())
         if not weights:
             return None
@@ -164,41 +184,60 @@ class GatedModel(nn.Module):
         return kept[2]
 
     def open_weights(self) -> np.ndarray:
-        """Which single weights are open, of all that have gates: a boolean mask, shape (weights,)."""
+        """Return which of the single weights that have gates are open, a boolean mask of shape (weights,)."""
         masks = [w.open.flatten().cpu().numpy() for w in self.weights.values()]
         return np.concatenate([np.zeros(0, dtype=bool), *masks])
 
     # -- running ------------------------------------------------------------------------------
 
     def run(self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any) -> Any:
-        """Run the model under gates ``z``; see `Gating.run`, also for the options. Where all units of a site with a
-        norm are closed, the norm counts the best one."""
+        """Run the model under the given gates and return its output.
+
+        Where all units of a site with a norm are closed, the norm takes its statistics over the best unit.
+
+        Args:
+            z: The gates of the units, shape (units + 1,) or (rows, units + 1), with a constant 1 at the end.
+            args: The positional arguments for the model.
+            kwargs: The keyword arguments for the model.
+            options: The keyword arguments of `Gating.run`.
+
+        Raises:
+            PlasticError: Gradient checkpointing would run layers again in the backward pass.
+        """
         best = {name: s.best for name, s in self.sites.items() if s.units.norms}
         return self.gating.run(z, args, kwargs, best, **options)
 
     # -- saving -------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """k, so that the state dict holds tensors only."""
+        """Return k as a tensor, so that a state dict holds tensors only."""
         return torch.tensor(self._k, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore k."""
+        """Set k to the value in a state dict."""
         self.k = float(state)
 
 
 def _versions(tensors: Sequence[Tensor]) -> _Versions:
+    """Return the tensors, each with how often it was changed in place."""
     return tuple((t, version(t)) for t in tensors)
 
 
 def _unchanged(before: _Versions, now: _Versions) -> bool:
+    """Return whether these are the same tensors, and none was changed in between."""
     return len(before) == len(now) and all(t is u and v == w for (t, v), (u, w) in zip(before, now, strict=True))
 
 
 @contextmanager
 def at_k(net: GatedModel, k: float) -> Iterator[None]:
-    """Within this context the network is at another k; afterwards it is at its own, and its gates have the gradients
-    that they had."""
+    """Put the network at another k within this context.
+
+    Afterwards the network has its own k, and its gates have the gradients that they had before.
+
+    Args:
+        net: The network.
+        k: The k within the context.
+    """
     before, gradients = net.k, [(g.phi, g.phi.grad) for g in net.all_gates()]
     net.k = k
     try:

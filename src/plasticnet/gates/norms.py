@@ -1,8 +1,8 @@
-"""Masked norms: statistics over the open units only, as the cut network will take them.
+"""Masks norms, so that they take their statistics over the open units only, as they will in the cut network.
 
-A closed unit still has a value where a norm reads it (a gate acts behind the norm, at the consumers).
-While the norm's module runs, a ``TorchFunctionMode`` replaces the operations that take statistics
-over the gated axis by versions that count the open entries. Nothing is replaced while all are open.
+A closed unit still has a value where a norm reads it, because its gate acts after the norm, at the consumers. While the
+module of the norm runs, a ``TorchFunctionMode`` replaces the operations that take statistics over the gated axis. The
+replacements count the open entries only. Nothing is replaced while all units are open.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from plasticnet.tools.shapes import along
 
 @contextmanager
 def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None]:
-    """Within this context ``module`` takes its statistics over ``axis`` (counted from the end) where
-    ``mask``, a boolean of shape (length of the axis,), is true."""
+    """Let a module take its statistics over the open entries only within this context.
+
+    Args:
+        module: The module of the norm.
+        axis: The axis along which the units lie, counted from the end.
+        mask: Which entries of this axis are open, a boolean tensor of shape (length of the axis,).
+    """
     modes: list[_OpenStatistics] = []
 
     def enter(*_: Any) -> None:
@@ -42,10 +47,17 @@ def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
-        leave()  # an interrupt passes by the hooks
+        leave()  # because an interrupt skips the hooks
 
 
 class _OpenStatistics(TorchFunctionMode):
+    """Replaces operations that take statistics over an axis by versions that count its open entries only.
+
+    Args:
+        axis: The axis, counted from the end.
+        mask: Which of its entries are open, a boolean tensor of shape (length of the axis,).
+    """
+
     def __init__(self, axis: int, mask: Tensor) -> None:
         super().__init__()
         self.axis = axis
@@ -58,24 +70,33 @@ class _OpenStatistics(TorchFunctionMode):
         return masked(self, func, *args, **(kwargs or {}))
 
     def over(self, x: Tensor) -> Tensor:
-        """The mask, 1 or 0, in the shape that broadcasts over ``x``."""
+        """Return the mask as numbers 1 and 0, in a shape that broadcasts over ``x``."""
         return along(self.mask.to(x.dtype), self.axis, x.dim())
 
     def count(self) -> Tensor:
-        """How many entries are open; 1 where none is, so that nothing is divided by 0."""
+        """Return how many entries are open, or 1 where none is, so that nothing is divided by 0."""
         return self.mask.sum().clamp(min=1)
 
     def reads(self, x: Tensor) -> bool:
-        """Whether the gated axis is one of ``x``."""
+        """Return whether ``x`` has the gated axis."""
         return x.dim() >= -self.axis and x.shape[self.axis] == len(self.mask)
 
 
 def _widened(x: Tensor) -> Tensor:
+    """Return the tensor in single precision, or in its own precision where that is higher."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor, eps: float) -> Tensor:
-    """``x`` less its mean over the ``count`` open entries, over their standard deviation."""
+    """Return a tensor less the mean of its open entries, divided by their standard deviation.
+
+    Args:
+        x: The tensor.
+        mask: 1 where an entry is open and 0 elsewhere, in a shape that broadcasts over ``x``.
+        dims: The dimensions over which the statistics are taken.
+        count: How many entries are open in these dimensions, a scalar.
+        eps: What is added to the variance.
+    """
     x = x - (x * mask).sum(dims, keepdim=True) / count
     return x * torch.rsqrt((x * x * mask).sum(dims, keepdim=True) / count + eps)
 
@@ -84,6 +105,7 @@ def _layer_norm(
     mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
 ) -> Tensor:  # fmt: skip
+    """Do what ``layer_norm`` does over one axis, with the statistics of its open entries."""
     mask = mode.mask.to(torch.promote_types(input.dtype, torch.float32))
     y = _standardised(_widened(input), mask, (-1,), mode.count(), eps).to(input.dtype)
     y = y if weight is None else y * weight
@@ -94,6 +116,7 @@ def _rms_norm(
     mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:  # fmt: skip
+    """Do what ``rms_norm`` does over one axis, with the statistics of its open entries."""
     wide = _widened(input)
     mask = mode.over(wide)
     mean = (wide * wide * mask).sum(-1, keepdim=True) / mode.count()
@@ -105,7 +128,7 @@ def _group_norm(
     mode: _OpenStatistics, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
 ) -> Tensor:  # fmt: skip
-    """One group: all channels and positions together."""
+    """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
     flat = _widened(input).flatten(2).transpose(1, 2)  # (batch, positions, channels)
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
@@ -115,13 +138,14 @@ def _group_norm(
 
 
 def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Take a mean over the open entries, where it is over the gated axis alone; any other mean is left as it is."""
     dim = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
     dims = [dim] if isinstance(dim, int) else list(dim or [])
     if len(dims) != 1 or not mode.reads(input) or dims[0] % input.dim() != mode.axis % input.dim():
         return func(input, *args, **kwargs)
     keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False)))
     dtype = kwargs.get("dtype") or input.dtype
-    wide = _widened(input.to(dtype))  # torch, too, adds half precision up in single
+    wide = _widened(input.to(dtype))  # torch sums half precision in single precision, too
     return ((wide * mode.over(wide)).sum(dims[0], keepdim=keepdim) / mode.count()).to(dtype)
 
 

@@ -14,9 +14,22 @@ from plasticnet.units import InputUnits, Units, gate_offsets, gate_positions
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """One gated dimension of one parameter. ``units`` gives, for each of its positions, the index
-    into the gates of all sites (the last one, which is always 1, where nothing gates it);
-    ``features`` the same for the input site on top. ``select`` are the features present."""
+    """One gated dimension of one parameter, and where its gates lie.
+
+    Attributes:
+        tensor: The name of the parameter.
+        dim: The dimension.
+        module: The name of the module that owns the parameter.
+        owner: This module.
+        axis: The axis of the module's first input that carries the units, counted from the end. None where the gates
+            can only be multiplied into the parameter.
+        per_sample: Whether gates may differ between samples here.
+        units: For each position of the dimension, the index of its gate in the vector of all gates, shape (positions,).
+            Where nothing gates a position, this is the index of the constant 1 at the end.
+        features: For each position, the index of the gate of its feature, where the module has an input site.
+        select: The features that are present, as indices into the full axis of the input. None where all are present.
+        full: The length of the full axis.
+    """
 
     tensor: str
     dim: int
@@ -30,13 +43,17 @@ class Reader:
     full: int
 
     def multiplier(self, z: Tensor) -> Tensor:
-        """What each position is multiplied by: (..., positions) from gates (..., units + 1)."""
+        """Return what each position is multiplied by, shape (..., positions).
+
+        Args:
+            z: The gates, shape (..., units + 1), with a constant 1 at the end.
+        """
         result = z.index_select(-1, self.units)
         return result if self.features is None else result * z.index_select(-1, self.features)
 
 
 def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
-    """Every gated (parameter, dimension), in execution order."""
+    """Return a reader for every gated dimension of a parameter, in execution order."""
     offsets, _ = gate_offsets(sites)
     inputs = {u.consumers[0].tensor: u for u in sites.values() if isinstance(u, InputUnits)}
     shapes = dict(model.named_parameters())
@@ -48,7 +65,7 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
         where = (feature.name, 0) if feature else key
         positions = gate_positions(sites, where, feature.full if feature else weight.shape[consumer.dim])
         per_sample = consumer.per_sample and consumer.axis is not None
-        if key in found:  # several calls of one module: they differ in rank or batch at most
+        if key in found:  # the module is called several times, with inputs that may differ in rank or batch
             per_sample = per_sample and found[key].per_sample and found[key].axis == consumer.axis
         device = weight.device
         features = select = None
@@ -65,7 +82,16 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
 
 
 def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
-    """The consumers' weights times gates that the batch shares, z of shape (units + 1,), by name."""
+    """Return the weights of consumers multiplied by gates that the batch shares.
+
+    Args:
+        parameters: The parameters by name.
+        found: The readers whose gates are folded into weights.
+        z: The gates, shape (units + 1,), with a constant 1 at the end.
+
+    Returns:
+        The multiplied weights, by the name of the parameter.
+    """
     folded: dict[str, Tensor] = {}
     for r in found:
         weight = folded.get(r.tensor, parameters[r.tensor])

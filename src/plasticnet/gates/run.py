@@ -1,9 +1,9 @@
-"""How gates enter a run of the model.
+"""Runs a model under gates.
 
-A gate multiplies what the consumers of its unit read. Gates that differ between samples multiply
-the activation, in a hook that lives for one forward pass; gates that the whole batch shares are
-folded into the consumers' weights, and so are those of single weights. `compact` folds by the same function.
-Norms take their statistics over what is open, and closed blocks are skipped.
+A gate multiplies what the consumers of its unit read. Gates that differ between samples multiply the activation, in a
+hook that lives for one forward pass. Gates that the whole batch shares are folded into the weights of the consumers,
+and so are those of single weights; `PlasticNet.compact` folds by the same function. Norms take their statistics over
+the open units, and closed blocks are skipped.
 """
 
 from __future__ import annotations
@@ -31,34 +31,43 @@ from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
 
 class Watch(Protocol):
-    """What follows the functions of one call until the first gate acts: a context around the call."""
+    """A context around one call of the model that follows its functions until the first gate acts."""
 
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *error: Any) -> Any: ...
 
     def end(self, *_: Any) -> None:
-        """The first gate acts."""
+        """Note that the first gate acts."""
         ...
 
     def output(self, output: Any) -> Any:
-        """To be called with what the network returns, which is returned."""
+        """Take what the model returns, and return it."""
         ...
 
 
-Watching = Callable[[Iterable[Tensor]], Watch]  # from the tensors that gates were multiplied into
+Watching = Callable[[Iterable[Tensor]], Watch]  # makes a watch, from the tensors that gates were multiplied into
 
 
 class Gating:
-    """Where the gates of these sites act on a model of their present size.
+    """Where the gates of all sites act on a model of its present size.
 
-    ``per_sample`` says of each site whether it can draw once per sample: all its readers see samples
-    as rows, and nothing takes statistics over its units. ``blocks`` are the gated blocks, each with the index of
-    its gate, and ``known`` the parameters and buffers of the model.
+    Args:
+        sites: The units of each site by name.
+        model: The model.
+        weights: The names of the parameters whose entries have gates of their own.
+
+    Attributes:
+        readers: The gated dimensions of parameters.
+        blocks: The gated blocks, each with the index of its gate.
+        per_sample: For each site, whether its gates can be drawn once per sample. That is so if all its readers have
+            samples as rows, and nothing takes statistics over its units.
+        known: The parameters and buffers of the model.
+        keep_results: Whether a prefix must keep all its results, because something has read a result that nothing
+            seemed to hold.
     """
 
     def __init__(self, sites: Mapping[str, Units], model: nn.Module, weights: Iterable[str] = ()) -> None:
-        """``weights`` are the names of the parameters whose entries have gates of their own."""
         self.model = model
         self.readers = readers(sites, model)
         offsets, _ = gate_offsets(sites)
@@ -83,7 +92,7 @@ class Gating:
         ]
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = places_of(model, {r.tensor for r in self.readers} | set(weights))
-        self.keep_results = False  # of a prefix, all of them: something has read what nothing seemed to hold
+        self.keep_results = False
         self.known = [*model.parameters(), *model.buffers()]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
@@ -102,18 +111,25 @@ class Gating:
         watching: Watching | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Run the model under gates z of shape (units + 1,) or (rows, units + 1), 1 row for the whole
-        batch or one per sample; the last is the constant 1.
+        """Run the model under the given gates and return its output.
 
-        A norm over a site that is closed altogether counts one unit of it, as the cut network will: the
-        one in ``best``, by the site's name, or the first. ``all_open`` says that all gates are 1: then
-        the model runs as it is. ``watching`` makes what follows the call until the first gate acts. ``weights`` are
-        gates of single weights, by the parameter's name and of its shape; without them all are open.
+        A model that was compiled in place, by ``model.compile()``, runs compiled unless gates act by hooks, norms are
+        masked or blocks may be skipped. What is compiled would not notice those, so the model then runs as it was
+        written.
 
-        What was compiled in place (``model.compile()``) runs compiled unless gates act by hooks or norms are
-        masked, for those are not guarded against: then it runs as it was written.
+        Args:
+            z: The gates of the units, shape (units + 1,) or (rows, units + 1), with a constant 1 at the end. There is
+                one row for each sample, or a single row for the whole batch.
+            args: The positional arguments for the model.
+            kwargs: The keyword arguments for the model.
+            best: For each site with a norm, the unit that the norm counts where all units of the site are closed, as
+                the cut network will. By default it is the first unit.
+            all_open: Whether all gates of units are 1, so that they need not act at all.
+            watching: Makes a `Watch` around the call, from the tensors that gates were multiplied into.
+            weights: The gates of single weights, by the name of the parameter and of its shape. None stands for open.
 
-        Raises `PlasticError` when layers are to be run again in the backward pass.
+        Raises:
+            PlasticError: Gradient checkpointing would run layers again in the backward pass.
         """
         shared = z[0] if z.dim() == 2 else z
         per_sample = z.dim() == 2 and len(z) > 1
@@ -123,7 +139,7 @@ class Gating:
         tensors = {name: parameters[name] * g.to(parameters[name].dtype) for name, g in (weights or {}).items()}
         with ExitStack() as stack:
             if any(is_compiled(m) for m in self.model.modules()):
-                watching = None  # the compiler does not follow it
+                watching = None  # the compiler cannot follow the mode
                 if hooked or (not all_open and (self._norms or self.blocks)):
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
             if tensors or not all_open:
@@ -142,12 +158,12 @@ class Gating:
             stack.enter_context(gated_inputs(hooked, z))
             stack.enter_context(gated_inputs(folded, None))
             if watch is not None:
-                stack.enter_context(watch)  # last: the work above is not the model's
+                stack.enter_context(watch)  # entered last, because the work above is not part of the model
                 return watch.output(self.model(*args, **kwargs))
             return self.model(*args, **kwargs)
 
     def _mask(self, stack: ExitStack, shared: Tensor, best: Mapping[str, Tensor] | None) -> None:
-        """Let norms count open units only, and closed blocks hand on their input, for as long as the stack lives."""
+        """Let norms count open units only, and closed blocks return their input, for as long as the stack is open."""
         opened = shared > 0
         for name, start, size in self._normed:
             part = opened[start : start + size]
@@ -159,10 +175,10 @@ class Gating:
             stack.enter_context(skipping(module for module, i in self.blocks if skipped[i]))
 
     def _gates_within(self, hooked: list[Reader], folded: list[Reader]) -> list[nn.Module]:
-        """The modules before which a gate acts by a hook, a mask or a skip."""
+        """Return the modules before which a gate acts by a hook, a mask or a skip."""
         gates = [m for m, *_ in (*self.blocks, *self._norms)]
         return gates + [r.owner for r in (*hooked, *(r for r in folded if r.select is not None))]
 
     def _parameters(self) -> dict[str, Tensor]:
-        """The parameters that gates act on, as they are now."""
+        """Return the parameters that gates act on, by name, as they are now."""
         return {name: parameters_of(held[0][0])[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""Gates: the logits of every site, and their probabilities."""
+"""The gates of sites and of single weights: their logits and their probabilities."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from torch import Tensor, nn
 
 from plasticnet.units import BlockUnits, InputUnits, Units
 
-INITIAL_LOGIT = 3.0 / 7  # phi of a new network: open, at the authors' k = 7
-OPEN_LOGIT = 3.0  # k phi of a gate that starts open: sigmoid(3) = 0.95 (the authors' setting)
+# The phi of a new network. Its gates are open, with pi = 0.95 at k = 7, which is the setting of the authors.
+INITIAL_LOGIT = 3.0 / 7
+# The k phi of a gate that starts open: sigmoid(3) = 0.95, which is the setting of the authors, too.
+OPEN_LOGIT = 3.0
 
 
 def gate_key(name: str) -> str:
-    """The name of a site's module within the network: no dots, and no clash with attributes."""
+    """Return the name of a site's module within the network, which has no dots and is no attribute's name."""
     return f"site/{name.replace('.', '/')}"
 
 
 def probability(phi: Tensor, k: float) -> Tensor:
-    """``sigmoid(k phi)``, with its limits: 1/2 at k = 0, and 1[phi >= 0] at k = infinity."""
+    """Return the probability ``sigmoid(k phi)`` of gates, which is 1/2 at k = 0 and 1[phi >= 0] at k = infinity.
+
+    Args:
+        phi: The logits, of any shape.
+        k: A number from 0 to infinity.
+    """
     if k == 0:
         return torch.full_like(phi, 0.5)
     if math.isinf(k):
@@ -30,16 +37,42 @@ def probability(phi: Tensor, k: float) -> Tensor:
 
 
 def held_open(pi: Tensor, grace: Tensor) -> Tensor:
-    """The probabilities, with 1 for gates in their grace period. Gates behind those have none."""
+    """Return the probabilities with 1 for every gate in its grace period.
+
+    Args:
+        pi: The probabilities, shape (gates,).
+        grace: How many epochs are left of each grace period. Where it is shorter than ``pi``, the gates at the end have
+            no grace period.
+    """
     grace = grace if len(grace) == len(pi) else nn.functional.pad(grace, (0, len(pi) - len(grace)))
     return torch.where(grace > 0, 1.0, pi)
 
 
 class Site(nn.Module):
-    """One site of a network: its units and their gates.
+    """One site of a network: its units and their gates. Its length is the number of units.
 
-    ``phi`` are the logits, shape (units,); ``grace`` counts the epochs for which a new unit is still
-    held open and unpriced.
+    Args:
+        units: The units, as tracing found them.
+        like: A tensor whose device and dtype the logits get; the dtype is never half precision.
+
+    Attributes:
+        phi: The logits of the gates, shape (units,).
+        grace: For how many epochs each unit is still held open and unpriced, shape (units,).
+        minimum: How many units pruning leaves.
+        maximum: The number of units at which growth stops.
+        strength: What the pressure on these gates is multiplied by.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(model, (torch.zeros(2, 4),))
+        >>> site = net.sites["0"]
+        >>> site.name, len(site), site.phi.shape
+        ('0', 8, torch.Size([8]))
+        >>> with torch.no_grad():
+        ...     site.phi[:3] = -1.0
+        >>> int(site.open.sum())
+        5
     """
 
     phi: nn.Parameter
@@ -48,9 +81,9 @@ class Site(nn.Module):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.minimum = self.usual_minimum  # units that pruning leaves
-        self.maximum = math.inf  # to which growth adds
-        self.strength = 1.0  # what the pressure on these gates is multiplied by
+        self.minimum = self.usual_minimum
+        self.maximum = math.inf
+        self.strength = 1.0
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
         self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))
@@ -59,7 +92,7 @@ class Site(nn.Module):
 
     @property
     def name(self) -> str:
-        """The producer's name, or ``consumer.input``."""
+        """The name of the module that produces the units, or ``<consumer>.input`` for an input site."""
         return self.units.name
 
     @property
@@ -69,67 +102,86 @@ class Site(nn.Module):
 
     @property
     def usual_minimum(self) -> int:
-        """The minimum unless another one was set: blocks may all close."""
+        """The minimum unless another one is set: 1, and 0 for blocks, which may all be closed."""
         return 0 if isinstance(self.units, BlockUnits) else 1
 
     @property
     def least(self) -> int:
-        """How many units stay in any case: the minimum, and one, but of blocks."""
+        """How many units stay in any case: the minimum, but at least one unless the units are blocks."""
         return max(self.minimum, self.usual_minimum)
 
     @property
     def room(self) -> float:
-        """How many units growth may add: up to the maximum, and to the features that there are."""
+        """How many units growth may add, given the maximum and the number of closed features."""
         return max(0, min(self.maximum - len(self), self.features_left))
 
     @property
     def features_left(self) -> float:
-        """How many features of an input site are closed; of other sites there is no limit."""
+        """How many features of an input site have been cut; infinity for other sites."""
         return self.units.full - len(self) if isinstance(self.units, InputUnits) else math.inf
 
     @property
     def best(self) -> Tensor:
-        """The unit most likely to be open, a scalar: the one that stays when all are closed."""
+        """The index of the unit that is most likely to be open, a scalar. It stays when all units are closed."""
         return self.phi.detach().argmax()
 
     def likely(self, n: int) -> np.ndarray:
-        """The ``n`` units (or all, where there are fewer) most likely to be open, as indices."""
+        """Return the indices of the ``n`` units that are most likely to be open, or of all if there are fewer."""
         return self.phi.detach().argsort(descending=True, stable=True)[:n].cpu().numpy()
 
     def __len__(self) -> int:
         return self.units.size
 
     def probability(self, k: float) -> Tensor:
-        """The probability of each gate, with those in their grace period at 1."""
+        """Return the probability of each gate at this k, shape (units,); it is 1 in a grace period."""
         return held_open(probability(self.phi, k), self.grace)
 
     def mean_gate(self, k: float) -> Tensor:
-        """The gates at evaluation: pi where pi >= 1/2, else 0. A block is there or not: 1 or 0."""
+        """Return the gates at evaluation, shape (units,): pi where pi >= 1/2, else 0. For blocks they are 1 or 0."""
         return mean_gates([self], k)[0][:-1]
 
     def extra_repr(self) -> str:
-        """Name and number of units."""
+        """Return the name and the number of units, for ``repr``."""
         return f"{self.name!r}, units={len(self)}"
 
 
 def probabilities(gated: Sequence[Site | WeightSite], k: float) -> Tensor:
-    """The probabilities of sites, and of gated weights behind them, in one vector: (units,) or (units + weights,)."""
+    """Return the probabilities of all gates in one vector.
+
+    Args:
+        gated: The sites, followed by the gated weights, if there are any.
+        k: A number from 0 to infinity.
+
+    Returns:
+        Shape (units,) or (units + weights,).
+    """
     pi = probability(torch.cat([g.phi.flatten() for g in gated]), k)
     graces = [g.grace for g in gated if isinstance(g, Site)]
     return held_open(pi, torch.cat(graces)) if graces else pi
 
 
 def transition(pi: Tensor) -> float:
-    """The mean probability with which a gate differs between two draws, ``2 pi (1 - pi)`` (NPN, section 3)."""
+    """Return the mean probability with which a gate differs between two draws, ``2 pi (1 - pi)``.
+
+    Its limit of 0 means that all gates are decided (Neural Plasticity Networks, arXiv 1908.08118, section 3).
+    """
     return float((2 * pi * (1 - pi)).mean())
 
 
 def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
-    """`Site.mean_gate` of all sites in one vector, which ends with a constant 1: shape (units + 1,); and
-    whether all are 1."""
+    """Return the gates of all sites at evaluation.
+
+    Args:
+        sites: The sites, at least one.
+        k: A number from 0 to infinity.
+
+    Returns:
+        The gates, as `Site.mean_gate` gives them, in one vector that ends with a constant 1, shape (units + 1,); and
+        whether all of them are 1.
+    """
     one = sites[0].phi.new_ones(1)
     phi = torch.cat([*(s.phi.detach() for s in sites), one])
-    if math.isinf(k) and bool(phi.min() >= 0):  # the usual case of ordinary training
+    if math.isinf(k) and bool(phi.min() >= 0):  # the usual case in ordinary training
         return torch.ones_like(phi), True
     grace = torch.cat([*(s.grace for s in sites), sites[0].grace.new_ones(1)])
     pi = held_open(probability(phi, k), grace)
@@ -143,40 +195,57 @@ def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
 
 
 def set_logits(gated: Site | WeightSite, some: Tensor | slice, logit: float) -> None:
-    """Set some of the logits, given by a mask, indices or a slice."""
+    """Set the logits that a mask, indices or a slice select to one value."""
     with torch.no_grad():
         gated.phi[some] = logit
 
 
 class WeightSite(nn.Module):
-    """The gates of one weight: ``phi`` are the logits, of the weight's shape."""
+    """The gates of the entries of one weight.
+
+    Args:
+        name: The name of the parameter.
+        weight: The parameter, whose shape and device the logits get.
+
+    Attributes:
+        name: The name of the parameter.
+        phi: The logits of the gates, in the shape of the weight.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(model, (torch.zeros(2, 4),), weights=["2"])
+        >>> weight = net.weights["2.weight"]
+        >>> weight.phi.shape, bool(weight.open.all())
+        (torch.Size([2, 8]), True)
+    """
 
     phi: nn.Parameter
 
     def __init__(self, name: str, weight: Tensor) -> None:
         super().__init__()
-        self.name = name  # of the parameter
+        self.name = name
         dtype = torch.promote_types(torch.float32, weight.dtype)  # never half
         self.phi = nn.Parameter(torch.full(weight.shape, INITIAL_LOGIT, dtype=dtype, device=weight.device))
 
     @property
     def open(self) -> Tensor:
-        """Which entries are open, a boolean mask of the weight's shape: phi >= 0."""
+        """Which entries are open, a boolean mask in the shape of the weight: phi >= 0."""
         return self.phi.detach() >= 0
 
     def probability(self, k: float) -> Tensor:
-        """The probability of each gate."""
+        """Return the probability of each gate at this k, in the shape of the weight."""
         return probability(self.phi, k)
 
     def mean_gate(self, k: float) -> Tensor:
-        """The gates at evaluation: pi where pi >= 1/2, else 0."""
+        """Return the gates at evaluation, in the shape of the weight: pi where pi >= 1/2, else 0."""
         return torch.where(self.open, probability(self.phi.detach(), k), 0.0)
 
     def extra_repr(self) -> str:
-        """Name and shape."""
+        """Return the name and the shape, for ``repr``."""
         return f"{self.name!r}, {tuple(self.phi.shape)}"
 
 
 def weight_key(tensor: str) -> str:
-    """The name of a weight site's module within the network."""
+    """Return the name of a weight site's module within the network."""
     return f"weight/{tensor.replace('.', '/')}"

@@ -1,11 +1,10 @@
-"""What `DistributedDataParallel` (DDP) must know of a network whose size changes.
+"""Tells `DistributedDataParallel` (DDP) what it must know of a network whose size changes.
 
-DDP averages the gradients that it sees come into being in the backward pass of the model. The gates get
-theirs from the loss alone, so they are taken out of its hands, and their estimates are averaged by
-`Ranks`; each rank draws gates of its own. Buffers become those of rank 0 before each training pass:
-after a pass without gradients, such as the partner's, DDP leaves that out. All else that could make the
-ranks differ in size is equal by construction: what a resize draws at random comes from one seed, and a
-schedule decides by the mean validation loss.
+DDP averages the gradients of parameters that take part in the forward pass of the model. The gates get their gradients
+from the loss alone. So DDP is told to ignore them, and `Ranks` averages their estimates. Each rank draws gates of its
+own. Before each training pass the buffers are overwritten with those of rank 0, because DDP does not do this after a
+pass without gradients, such as that of a partner. Everything else that could make the ranks differ in size is equal by
+construction: what a resize draws at random comes from one seed, and a schedule decides by the mean validation loss.
 """
 
 from __future__ import annotations
@@ -20,7 +19,10 @@ from plasticnet.units import InputUnits
 
 
 def ignored_names(net: GatedModel) -> list[str]:
-    """The names of the gates and of all buffers, which DDP is to ignore. It asks for them as it wraps the network."""
+    """Return the names of what DDP is to ignore: the gates and all buffers, and what it ignores in the model itself.
+
+    DDP asks for these names when it wraps the network, which is noted.
+    """
     net.ranks.wrap()
     inner = ignored_by_ddp(net.model)
     own = {g.phi for g in net.all_gates()}
@@ -29,12 +31,17 @@ def ignored_names(net: GatedModel) -> list[str]:
 
 
 def enter(net: GatedModel) -> None:
-    """Make the buffers those of rank 0, and the gates (and what decides with them, a measured latency) when the
-    network has just been wrapped, as DDP does with what it does not ignore. This is called before every run of the
-    model in training mode.
+    """Make the network equal on all ranks; this is called before every run of the model in training mode.
 
-    Raises `PlasticError` when the network changed its size since it was wrapped, and when it is not the
-    same on all ranks.
+    The buffers become those of rank 0. When the network has just been wrapped, its gates and its measured latency do,
+    too, as DDP does with the parameters that it does not ignore.
+
+    Args:
+        net: The network.
+
+    Raises:
+        PlasticError: The network changed its size after it was wrapped, or an input site has other features than on
+            rank 0.
     """
     ranks = net.ranks
     if ranks.wrapper is Wrapper.STALE and ranks.initialised and not ranks.aside:
@@ -42,7 +49,7 @@ def enter(net: GatedModel) -> None:
             "the network changed its size since it was wrapped in DistributedDataParallel; wrap it again "
             "(Schedule(on_resize=...) is called at the right time)"
         )
-    if ranks.aside or not torch.is_grad_enabled():  # nothing of the pass stays: the partner's, say
+    if ranks.aside or not torch.is_grad_enabled():  # the pass leaves nothing behind, as that of a partner
         return
     if ranks.count > 1:
         ignored = ignored_by_ddp(net.model)
@@ -51,11 +58,12 @@ def enter(net: GatedModel) -> None:
             ranks.broadcast([g.phi for g in net.all_gates()])
             if (latency := ranks.first(net.latency)) != net.latency:
                 net.use_latency(latency)
-            _compare_features(net)  # last: it may raise on one rank only
+            _compare_features(net)  # done last, because it may raise on a single rank
     ranks.settle()
 
 
 def _compare_features(net: GatedModel) -> None:
+    """Raise `PlasticError` if an input site has other features than on rank 0."""
     for site in net.sites.values():
         if isinstance(site.units, InputUnits):
             own = torch.from_numpy(site.units.features).to(site.phi.device)

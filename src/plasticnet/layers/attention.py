@@ -1,9 +1,9 @@
-"""Attention whose number of heads is free.
+"""Attention with any number of heads.
 
-The forward of ``nn.MultiheadAttention`` and of torchvision's Swin and MaxViT takes the size of a head to be
-width / heads, which no longer holds once heads or residual channels are gone. `free_heads` gives
-such a module, when its sizes stop fitting, a forward that takes the size of a head from
-``head_dim``; the parameters, their names and what the module computes stay what they were.
+The forward of ``nn.MultiheadAttention``, and of the attention in torchvision's Swin and MaxViT, computes the size of a
+head as width / heads. This is wrong once heads or residual channels are gone. When the sizes of such a module stop
+fitting, `free_heads` gives it a forward that reads the size of a head from ``head_dim``. The parameters, their names
+and what the module computes stay the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,20 @@ from plasticnet.tools.torch_private import unfuse_attention
 
 
 class FreeMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` with ``num_heads`` heads of ``head_dim``, whatever the width is."""
+    """``nn.MultiheadAttention`` with ``num_heads`` heads of size ``head_dim``, whose product need not be the width.
+
+    A resize or `PlasticNet.compact` turns a module into one of this class when it loses heads or channels. The
+    parameters keep their names. The constructor is that of ``nn.MultiheadAttention``, and users need not call it.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.TransformerEncoderLayer(8, nhead=4, dim_feedforward=16, batch_first=True)
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 5, 8),))
+        >>> net.resize({"self_attn": [0, 3]})
+        >>> attention = net.compact().self_attn
+        >>> type(attention).__name__, attention.num_heads, attention.head_dim, attention.embed_dim
+        ('FreeMultiheadAttention', 2, 2, 8)
+    """
 
     def forward(
         self,
@@ -37,7 +50,23 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,  # noqa: ARG002  (a hint: attn_mask says the same)
     ) -> tuple[Tensor, Tensor | None]:
-        """As in ``nn.MultiheadAttention``: (L, N, E), (N, L, E) with ``batch_first``, or (L, E)."""
+        """Attend as ``nn.MultiheadAttention`` does, with the same arguments.
+
+        Args:
+            query: Shape (L, N, E), (N, L, E) with ``batch_first``, or (L, E) without a batch.
+            key: The same with S in the place of L.
+            value: As ``key``.
+            key_padding_mask: Shape (N, S) or (S,): true, or a number added to the scores, where a key is to be ignored.
+            need_weights: Whether the attention weights are returned, too.
+            attn_mask: Shape (L, S) or (N * heads, L, S): true, or a number added to the scores, where attention is
+                forbidden.
+            average_attn_weights: Whether the returned weights are averaged over the heads.
+            is_causal: A hint that ``attn_mask`` is causal. It changes nothing, because the mask is applied in any case.
+
+        Returns:
+            The output in the layout of ``query``, and the weights or None. The weights have shape (N, L, S), or (N,
+            heads, L, S) if they are not averaged, and no first dimension without a batch.
+        """
         batched = query.dim() == 3
         q, k, v = (self._batch_first(t, batched) for t in (query, key, value))
         if self.in_proj_weight is not None:
@@ -72,12 +101,20 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), weight
 
     def _batch_first(self, t: Tensor, batched: bool) -> Tensor:
+        """Return a tensor of inputs in shape (N, L, E)."""
         if not batched:
             return t.unsqueeze(0)
         return t if self.batch_first else t.transpose(0, 1)
 
     def _bias(self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, extra: int) -> Tensor | None:
-        """Both masks as one that is added to the scores: (N or 1, heads or 1, L or 1, S)."""
+        """Return both masks as one that is added to the scores, shape (N or 1, heads or 1, L or 1, S), or None.
+
+        Args:
+            q: The queries, shape (N, heads, L, head_dim).
+            attn_mask: As in `forward`.
+            padding: The ``key_padding_mask`` of `forward`.
+            extra: By how many positions the keys are longer than the masks.
+        """
         bias = None
         if attn_mask is not None:
             bias = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask
@@ -89,15 +126,28 @@ class FreeMultiheadAttention(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is true where attention is forbidden, as a term of the scores."""
+    """Return a mask that is true where attention is forbidden as a term of the scores; other masks are one already."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
 
 
 class FreeWindowAttention(nn.Module):
-    """The shifted window attention of torchvision's Swin (V1 and V2) with ``num_heads`` heads of
-    ``head_dim``. It never stands alone: `free_heads` mixes it into the module's own class."""
+    """The shifted window attention of torchvision's Swin (V1 and V2) with ``num_heads`` heads of size ``head_dim``.
+
+    The product of both need not be the width. This class is never constructed on its own: a resize or
+    `PlasticNet.compact` mixes it into the class of a torchvision module that loses heads or channels.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> from torchvision.models.swin_transformer import ShiftedWindowAttention
+        >>> model = ShiftedWindowAttention(8, window_size=[2, 2], shift_size=[0, 0], num_heads=4)
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 4, 4, 8),))
+        >>> net.resize({"qkv": [0, 3]})
+        >>> small = net.compact()
+        >>> isinstance(small, pn.FreeWindowAttention), small.num_heads, small.head_dim
+        (True, 2, 2)
+    """
 
     window_size: list[int]
     shift_size: list[int]
@@ -107,10 +157,10 @@ class FreeWindowAttention(nn.Module):
     dropout: float
     qkv: nn.Linear
     proj: nn.Linear
-    get_relative_position_bias: Callable[[], Tensor]  # (1, heads, tokens, tokens): of the module's own class
+    get_relative_position_bias: Callable[[], Tensor]  # shape (1, heads, tokens, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, height, width, channels) to the same."""
+        """Attend within shifted windows; inputs and outputs have shape (batch, height, width, channels)."""
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
         padded = x.shape[1:3]
@@ -124,9 +174,15 @@ class FreeWindowAttention(nn.Module):
         return x[:, :height, :width].contiguous()
 
     def _attend(self, x: Tensor, padded: torch.Size, shift: list[int]) -> Tensor:
-        """Attention within windows, (batch, windows, tokens, channels) to the same."""
+        """Attend within windows; inputs and outputs have shape (batch, windows, tokens, channels).
+
+        Args:
+            x: The inputs.
+            padded: Height and width of the padded image.
+            shift: By how much the image was shifted along both.
+        """
         bias, scale = self.qkv.bias, getattr(self, "logit_scale", None)
-        if scale is not None and bias is not None:  # V2: keys have no bias
+        if scale is not None and bias is not None:  # The keys of Swin V2 have no bias.
             q_bias, k_bias, v_bias = bias.chunk(3)
             bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -143,7 +199,7 @@ class FreeWindowAttention(nn.Module):
         return self.proj((weight @ v).transpose(2, 3).flatten(3))
 
     def _mask(self, scores: Tensor, padded: torch.Size, shift: list[int]) -> Tensor:
-        """-100 between tokens that the roll brought together, (1, windows, 1, tokens, tokens)."""
+        """Return -100 between tokens that only the shift has joined, shape (1, windows, 1, tokens, tokens)."""
         region = scores.new_zeros(padded)
         bounds = [(0, n - w, n - s, n) for n, w, s in zip(padded, self.window_size, shift, strict=True)]
         for i in range(3):
@@ -155,28 +211,43 @@ class FreeWindowAttention(nn.Module):
 
 
 def _windows(x: Tensor, size: list[int]) -> Tensor:
-    """(batch, height, width, channels) to (batch, windows, tokens, channels)."""
+    """Take an image apart: (batch, height, width, channels) becomes (batch, windows, tokens, channels)."""
     x = x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _unwindow(x: Tensor, padded: torch.Size, size: list[int]) -> Tensor:
+    """Put an image together again: (batch, windows, tokens, channels) becomes (batch, height, width, channels)."""
     x = x.unflatten(2, (size[0], size[1])).unflatten(1, (padded[0] // size[0], padded[1] // size[1]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class FreeGridAttention(nn.Module):
-    """The attention of torchvision's MaxViT with ``n_heads`` heads. Mixed in as `FreeWindowAttention` is."""
+    """The attention of torchvision's MaxViT with ``n_heads`` heads of size ``head_dim``.
+
+    The product of both need not be the width. This class is never constructed on its own: a resize or
+    `PlasticNet.compact` mixes it into the class of a torchvision module that loses heads or channels.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
+        >>> model = RelativePositionalMultiHeadAttention(8, head_dim=2, max_seq_len=4)
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 3, 4, 8),))
+        >>> net.resize({"to_qkv": [0, 3]})
+        >>> small = net.compact()
+        >>> isinstance(small, pn.FreeGridAttention), small.n_heads, small.head_dim
+        (True, 2, 2)
+    """
 
     n_heads: int
     head_dim: int
     scale_factor: float
     to_qkv: nn.Linear
     merge: nn.Linear
-    get_relative_positional_bias: Callable[[], Tensor]  # (1, heads, tokens, tokens)
+    get_relative_positional_bias: Callable[[], Tensor]  # shape (1, heads, tokens, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, windows, tokens, channels) to the same."""
+        """Attend within windows; inputs and outputs have shape (batch, windows, tokens, channels)."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind()
         scores = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
@@ -185,14 +256,14 @@ class FreeGridAttention(nn.Module):
 
 @dataclass(frozen=True)
 class _Known:
-    """An attention of another library: the forward that takes its place, and what it calls its parts."""
+    """An attention module of another library: the forward that can replace its own, and the names of its parts."""
 
     free: type[nn.Module]
     qkv: str
     heads: str
 
 
-# By name, so that torchvision need not be there.
+# Classes are known by their names, so that torchvision need not be installed.
 _KNOWN = {
     ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): _Known(FreeWindowAttention, "qkv", "num_heads"),
     ("torchvision.models.maxvit", "RelativePositionalMultiHeadAttention"): _Known(
@@ -202,12 +273,13 @@ _KNOWN = {
 
 
 def _known(module: nn.Module) -> _Known | None:
+    """Return what is known of the attention module's class, or None."""
     names = ((c.__module__, c.__name__) for c in type(module).__mro__)
     return next((_KNOWN[name] for name in names if name in _KNOWN), None)
 
 
 def head_size(module: nn.Module) -> int | None:
-    """The size of one head of an attention module that `free_heads` knows, else None."""
+    """Return the size of one head of an attention module that `free_heads` knows, and None for other modules."""
     if isinstance(module, nn.MultiheadAttention):
         return module.head_dim
     known = _known(module)
@@ -219,12 +291,22 @@ def head_size(module: nn.Module) -> int | None:
 
 
 def _projected(module: nn.MultiheadAttention) -> tuple[int, int]:
+    """Return the width of the inputs and the width of all heads together, judging by the parameters."""
     weight: Tensor = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
     return weight.shape[1], weight.shape[0] // (1 if module.in_proj_weight is None else 3)
 
 
 def free_heads(module: nn.Module, size: int) -> None:
-    """Bring an attention module whose heads have ``size`` up to date with its parameters."""
+    """Bring the sizes of an attention module up to date with its parameters, in place.
+
+    Where the width of all heads is no longer the width of the inputs, the module also gets another class, whose forward
+    needs no such relation. A subclass of ``nn.MultiheadAttention`` that has a forward of its own keeps it, and must
+    cope with any size. Modules that are no known attention stay unchanged.
+
+    Args:
+        module: The module.
+        size: The size of one head.
+    """
     if isinstance(module, nn.MultiheadAttention):
         width, heads_width = _projected(module)
         module.num_heads, module.head_dim, module.embed_dim = heads_width // size, size, width
@@ -233,7 +315,7 @@ def free_heads(module: nn.Module, size: int) -> None:
         module.vdim = module.v_proj_weight.shape[1] if separate else width
         if width != heads_width and not isinstance(module, FreeMultiheadAttention):
             if type(module).forward is not nn.MultiheadAttention.forward:
-                return  # a forward of its own, which must cope by itself
+                return  # The module has a forward of its own, which must cope by itself.
             own = type(module)
             free: Any = FreeMultiheadAttention if own is nn.MultiheadAttention else _mixed(FreeMultiheadAttention, own)
             module.__class__ = free
@@ -251,8 +333,10 @@ def free_heads(module: nn.Module, size: int) -> None:
 
 @contextmanager
 def unfused_layers() -> Iterator[None]:
-    """Within this context torch's encoder layers do without their fused forward, which knows neither of
-    hooks nor of missing heads."""
+    """Keep torch's encoder layers from their fused forward in this context.
+
+    The fused forward knows neither hooks nor missing heads.
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -262,7 +346,7 @@ def unfused_layers() -> Iterator[None]:
 
 
 def unfuse_encoders(model: nn.Module) -> None:
-    """Keep torch's encoders from nested tensors, which only their fused forward can read."""
+    """Keep torch's encoders from making nested tensors, which only their fused forward can read."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
@@ -270,11 +354,12 @@ def unfuse_encoders(model: nn.Module) -> None:
 
 @cache
 def _mixed(free: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of a module's own class whose forward is the free one."""
     return type(f"Free{own.__name__}", (free, own), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """The classes that `free_heads` makes, for pickle."""
+    """Return one of the classes that `free_heads` makes, which pickle looks up here by name."""
     for (module, own), known in _KNOWN.items():
         if name == f"Free{own}V2" or name == f"Free{own}":
             return _mixed(known.free, getattr(importlib.import_module(module), name.removeprefix("Free")))

@@ -1,4 +1,4 @@
-"""Sparse layers: linear layers with many zeros, in a form that torch multiplies without them."""
+"""Sparse layers: linear layers with many zeros, in a form in which torch multiplies without the zeros."""
 
 from __future__ import annotations
 
@@ -15,11 +15,25 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.tools.torch_private import children_of
 
-ENOUGH = {"csr": 0.8, "2:4": 0.5}  # the share of zeros from which on a layer is converted
+ENOUGH = {"csr": 0.8, "2:4": 0.5}  # the share of zeros that a layer must have to be converted, by layout
 
 
 class SparseLinear(nn.Module):
-    """A linear layer whose weight is kept in rows of nonzero entries (CSR), for inference."""
+    """A linear layer that stores only the nonzero entries of its weight, by rows (CSR); for inference.
+
+    It computes in the precision of its weight, and has no parameters that could be trained.
+
+    Args:
+        layer: The layer whose weight and bias are copied.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> with torch.no_grad():
+        ...     layer.weight[:, 1:] = 0.0
+        >>> pn.SparseLinear(layer)
+        SparseLinear(4, 2, nonzero=2, bias=True)
+    """
 
     rows: Tensor
     columns: Tensor
@@ -29,7 +43,7 @@ class SparseLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        with warnings.catch_warnings():  # torch says once that the layout is in beta state
+        with warnings.catch_warnings():  # Torch warns once that this layout is in beta state.
             warnings.filterwarnings("ignore", "Sparse CSR tensor support", UserWarning)
             weight = layer.weight.detach().to_sparse_csr()
         self.register_buffer("rows", weight.crow_indices())
@@ -45,35 +59,54 @@ class SparseLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        with torch.autocast(x.device.type, enabled=False):  # there is no such product in half precision
+        """Apply the layer: inputs of shape (..., in_features) become outputs of shape (..., out_features)."""
+        with torch.autocast(x.device.type, enabled=False):  # Half precision has no such product.
             return F.linear(x.to(self.values.dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """The sizes, and how many entries are not zero."""
+        """Return the sizes, the number of nonzero entries, and whether there is a bias."""
         return f"{self.in_features}, {self.out_features}, nonzero={len(self.values)}, bias={self.bias is not None}"
 
 
 def sparsify(
     module: nn.Module, layout: Literal["csr", "2:4"] = "csr", *, layers: Sequence[str] = ("*",)
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy, in evaluation mode, whose linear layers with many zeros are sparse, and the names of these layers: of
-    those that match the patterns in ``layers`` the ones with at least 80 % zeros ("csr") or 50 % ("2:4"). For
-    `PlasticNet.compact` of a network with gates on single weights.
+    """Return a copy of a module in which linear layers with many zeros are sparse.
 
-    "csr" keeps the nonzero entries of every row, in single or double precision. "2:4" is torch's semi-structured
-    layout, for the sparse tensor cores of NVIDIA's GPUs: of every four entries of a row two at most are not zero, in
-    half precision.
+    It is meant for what `PlasticNet.compact` returns for a network with gates on single weights. The layers within an
+    ``nn.TransformerEncoderLayer`` stay unchanged, because its fused forward reads dense weights.
 
-    The layers of torch's `nn.TransformerEncoderLayer` stay as they are: its fused forward reads dense weights.
+    Args:
+        module: The module, which is not changed.
+        layout: "csr" stores the nonzero entries of every row, in single or double precision, and is for layers with at
+            least 80 % zeros. "2:4" is torch's semi-structured layout for the sparse tensor cores of NVIDIA's GPUs, in
+            half precision, and is for layers with at least 50 % zeros: of every four neighbours in a row at most two
+            may be nonzero.
+        layers: Name patterns of the layers to convert.
 
-    Raises `PlasticError` when no layer has enough zeros, and, naming the layer, when one cannot be "2:4".
+    Returns:
+        The copy, in evaluation mode, and the names of the layers that were converted.
+
+    Raises:
+        PlasticError: The layout is unknown, no layer has enough zeros, or a layer with enough zeros cannot have the
+            layout; the message names the layer and the reason.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> with torch.no_grad():
+        ...     model[0].weight[:, 1:] = 0.0
+        >>> small, names = pn.sparsify(model)
+        >>> names
+        ('0',)
+        >>> small[0]
+        SparseLinear(8, 4, nonzero=4, bias=True)
     """
     if layout not in ENOUGH:
         raise PlasticError(f"layout={layout!r}: choose one of {', '.join(ENOUGH)}")
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     small = duplicate(module).eval()
-    # These have a fused forward that reads dense weights.
+    # The fused forward of these layers reads dense weights.
     fused = {m for layer in small.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()}
     linear = {
         name: m
@@ -101,7 +134,7 @@ def sparsify(
 
 
 def sparse_layers(module: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that `sparsify` has converted."""
+    """Return the names of the layers that `sparsify` has converted."""
     return tuple(
         name
         for name, m in module.named_modules()
@@ -111,7 +144,7 @@ def sparse_layers(module: nn.Module) -> tuple[str, ...]:
 
 
 def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put a module wherever the model holds another; returns the model."""
+    """Put one module wherever the model holds another, and return the model."""
     if model is old:
         return new.eval()
     for parent in list(model.modules()):
@@ -122,6 +155,11 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _semi_structure(name: str, layer: nn.Linear) -> None:
+    """Give a linear layer a weight in the layout "2:4".
+
+    Raises:
+        PlasticError: The layer cannot have this layout; the message says why. Nothing was changed.
+    """
     weight = layer.weight.detach()
     rows, columns = weight.shape
     reason = ""
@@ -134,7 +172,7 @@ def _semi_structure(name: str, layer: nn.Linear) -> None:
     if not reason:
         try:
             sparse = torch.sparse.to_sparse_semi_structured(weight)
-        except (RuntimeError, NotImplementedError) as error:  # a size or a GPU that it does not support
+        except (RuntimeError, NotImplementedError) as error:  # The size or the GPU is not supported.
             reason = str(error).splitlines()[0]
         else:
             layer.weight = nn.Parameter(sparse, requires_grad=False)

@@ -8,8 +8,19 @@ from plasticnet.tools.torch_private import children_of
 
 
 class Take(nn.Module):
-    """Selects features: ``x.index_select(axis, indices)``. Compaction puts it before a consumer whose
-    input features were gated one by one."""
+    """A module that selects features of its input along one axis.
+
+    `PlasticNet.compact` puts it before a layer that has lost some of its input features.
+
+    Args:
+        indices: The places of the features to select, shape (features,).
+        axis: The axis along which the features lie.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> pn.Take(torch.tensor([0, 2]))(torch.tensor([[1, 2, 3]]))
+        tensor([[1, 3]])
+    """
 
     indices: Tensor
 
@@ -19,16 +30,16 @@ class Take(nn.Module):
         self.register_buffer("indices", indices)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., features, ...) to (..., len(indices), ...)."""
+        """Select the features: the axis becomes as long as there are indices."""
         return x.index_select(self.axis, self.indices)
 
     def extra_repr(self) -> str:
-        """How many features are taken, and along which axis."""
+        """Return how many features are taken, and along which axis."""
         return f"{len(self.indices)}, axis={self.axis}"
 
 
 def insert_take(model: nn.Module, consumer: str, take: Take) -> None:
-    """Replace a module by ``Sequential(take, module)`` wherever the model holds it."""
+    """Replace the module of this name by ``Sequential(take, module)``, wherever the model holds it."""
     target = model.get_submodule(consumer)
     wrapped = nn.Sequential(take, target)
     wrapped.train(target.training)

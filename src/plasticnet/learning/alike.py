@@ -1,4 +1,4 @@
-"""Draws that agree: where the gates of two passes differ for few samples, only those are computed again."""
+"""Finds draws that agree: where the gates of two passes differ for few samples, only those samples are run again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from plasticnet.learning.sampler import Pass, Sampler
 from plasticnet.tools.trees import tensors_within
 
 
-class Alike(BaseException):  # not an Exception: a closure may catch these
-    """The gates of the two passes differ for few samples or none: ``rows`` are their indices."""
+class Alike(BaseException):  # not an Exception, because a closure may catch those
+    """Says that the gates of two passes differ for few samples, or for none.
+
+    Args:
+        rows: The indices of the samples whose gates differ, shape (samples,).
+    """
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -22,8 +26,20 @@ class Alike(BaseException):  # not an Exception: a closure may catch these
 
 
 def check_alike(net: GatedModel, sampler: Sampler, now: Pass) -> None:
-    """Raise `Alike` if it pays and is exact to compute only the samples whose gates differ: when samples do
-    not interact, and nothing is left in buffers. A GPU is not asked, which would mean waiting for it."""
+    """Raise `Alike` where it is exact, and saves time, to run only the samples whose gates differ.
+
+    It is exact where samples do not interact and the model has no buffers, in which a run could leave something. It
+    saves time where the gates of at most half of the samples differ. The question is not put to a GPU, whose answer
+    the program would have to wait for.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        now: The partner pass, which is about to run the network for the first time.
+
+    Raises:
+        Alike: The gates of the two passes are equal, or they differ for few samples.
+    """
     draw, estimator = now.step.draw, sampler.rule
     assert draw is not None
     if list(net.weights) or draw.u.is_cuda or estimator.partners != 1 or estimator.slopes is not None or now.running:
@@ -41,8 +57,19 @@ def check_alike(net: GatedModel, sampler: Sampler, now: Pass) -> None:
 
 
 def some_rows(net: GatedModel, now: Pass, z: Tensor, args: Any, kwargs: Any, before: Any) -> Any:
-    """The output of the training pass, computed anew for some of the samples. Raises `Diverged` where the
-    samples cannot be told."""
+    """Return the output of the training pass, computed anew for the samples in ``now.rows``.
+
+    Args:
+        net: The network.
+        now: The partner pass that is running; it has ``rows``.
+        z: The gates of this pass for all samples, shape (batch, units + 1).
+        args: The positional arguments of this call of the network.
+        kwargs: The keyword arguments of this call.
+        before: What the training pass returned for the same call.
+
+    Raises:
+        Diverged: The network has several input tensors, or the first axis of a tensor is not the batch.
+    """
     inputs, outputs = tensors_within((args, kwargs)), tree_leaves(before)
     rows = now.rows
     assert rows is not None

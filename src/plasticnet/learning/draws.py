@@ -1,4 +1,4 @@
-"""Which gates a call of the network gets: one draw for each step, per sample or per batch."""
+"""Gives every call of the network its gates: they are drawn once for each step, per sample or per batch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,30 @@ from plasticnet.tools.statistics import uses_batch_statistics
 
 
 def gates_of_call(net: GatedModel, sampler: Sampler, now: Pass, args: Any, kwargs: Any) -> Tensor:
-    """The gates of this call, shape (rows, units + 1); those of single weights are noted in the pass.
+    """Return the gates of the units for this call of the network.
 
-    Raises `PlasticError` when a step calls the network on batches of different sizes and gates are drawn per sample.
+    The first call of a step makes the draw, and all later calls of its passes use it. The gates of single weights are
+    stored in ``now.weights``.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        now: The pass that is running.
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+
+    Returns:
+        The gates, shape (rows, units + 1), with a constant 1 at the end of each row. There is one row for each sample,
+        or a single row that the batch shares.
+
+    Raises:
+        PlasticError: Gates are drawn per sample, and the step calls the network on batches of different sizes.
     """
     if now.role == "probe":
         assert now.probe is not None
         return now.probe(batch_size(args, kwargs))
-    step, weights = now.step, list(net.weights.values())  # a list: torch.compile takes any mapping proxy for a full one
+    # The weights are listed, because torch.compile takes every mapping proxy to be full.
+    step, weights = now.step, list(net.weights.values())
     rows = batch_size(args, kwargs) if draws_per_sample(net, sampler) else 1
     if step.draw is None:
         step.draw = _draw_units(net, sampler, rows)
@@ -53,12 +69,13 @@ def gates_of_call(net: GatedModel, sampler: Sampler, now: Pass, args: Any, kwarg
 
 
 def gates_of_pass(sampler: Sampler, i: int) -> Callable[[Draw], Tensor]:
-    """The gates that the estimator's pass ``i`` has under a draw."""
+    """Return a function that gives the gates of the estimator's pass ``i``, shape (rows, units), for a draw."""
     gates = sampler.rule.gates
     return lambda draw: gates(draw, i)
 
 
 def _draw_units(net: GatedModel, sampler: Sampler, rows: int) -> Draw:
+    """Return a draw for the gates of all units; it has no gates where only single weights have them."""
     sites = list(net.sites.values())
     if not sites:
         nothing = net.like.new_zeros(0)
@@ -69,8 +86,10 @@ def _draw_units(net: GatedModel, sampler: Sampler, rows: int) -> Draw:
 
 
 def _with_weights(net: GatedModel, sampler: Sampler, units: Draw) -> tuple[Draw, Draw]:
-    """The draw for the units, and one for single weights, which the batch shares. Of the units or the weights one kind
-    is flipped in a step: a coin says which."""
+    """Return the draw for the units, and one for single weights, whose gates the whole batch shares.
+
+    An estimator that flips gates flips either units or weights in a step. A coin decides which of the two.
+    """
     pi = torch.cat([w.probability(net.k).detach().flatten() for w in net.weights.values()])
     sizes = torch.cat([w.phi.new_full((w.phi.numel(),), w.phi.numel()) for w in net.weights.values()]).detach()
     weights = sampler.draw(pi, sizes, 1)
@@ -81,19 +100,19 @@ def _with_weights(net: GatedModel, sampler: Sampler, units: Draw) -> tuple[Draw,
 
 
 def shared(net: GatedModel) -> Tensor:
-    """Which gates the whole batch shares in any case, a boolean mask of shape (units,)."""
+    """Return which gates the whole batch must share, as a boolean mask of shape (units,)."""
     per_sample = net.gating.per_sample
     masks = [torch.full((len(s),), not per_sample[name], device=s.phi.device) for name, s in net.sites.items()]
     return torch.cat(masks)
 
 
 def mixed(net: GatedModel, rows: int) -> Tensor | None:
-    """`shared`, where others draw once for each of some rows; else None."""
+    """Return the mask `shared` if some gates are shared while others are drawn for each of the rows, else None."""
     return shared(net) if rows > 1 and not all(net.gating.per_sample.values()) else None
 
 
 def draws_per_sample(net: GatedModel, sampler: Sampler) -> bool:
-    """Whether every sample gets gates of its own."""
+    """Return whether every sample gets gates of its own."""
     if sampler.mode == "batch" or not any(net.gating.per_sample.values()):
         return False
     if sampler.mode == "sample":

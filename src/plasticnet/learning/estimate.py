@@ -1,4 +1,8 @@
-"""From losses and slopes to the gradient of the logits: the surrogate, and what acts in the backward pass."""
+"""Turns losses and slopes into the gradient of the logits.
+
+The part of the estimate that follows from the losses enters the loss as a `surrogate`. The part that follows from the
+slopes is known in the backward pass only, where an autograd function hands it to the logits.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,12 @@ from plasticnet.learning.sampler import Sampler, Step
 
 
 def surrogate(net: GatedModel, gradient: Tensor) -> Tensor:
-    """A scalar of value 0 whose gradient with respect to all logits is ``gradient``, shape (units,), or (units +
-    weights,) where single weights have gates."""
+    """Return a scalar of value 0 whose gradient with respect to the logits is ``gradient``.
+
+    Args:
+        net: The network.
+        gradient: One number for each logit, shape (units,), or (units + weights,) where single weights have gates.
+    """
     total = net.phi() @ gradient
     return total - total.detach()
 
@@ -25,10 +33,21 @@ def surrogate(net: GatedModel, gradient: Tensor) -> Tensor:
 def estimate(
     net: GatedModel, sampler: Sampler, step: Step, losses: Sequence[Tensor], slopes: Sequence[Tensor] = ()
 ) -> Tensor:
-    """The estimate for all logits, shape (units,) or (units + weights,), from the losses under the gates of every pass
-    and from the slopes of every draw, as far as they are known; 0 for gates that are held open.
+    """Return the estimate for all logits, as far as it is known before the backward pass.
 
-    Raises `PlasticError` when gates were drawn per sample and the losses are not one per sample.
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        step: The training step, whose draws were made.
+        losses: The losses under the gates of every pass of the estimator, each of shape (batch,) or a scalar.
+        slopes: The slopes at the mean gates for every draw of the step, each of shape (rows, units). They are left out
+            where the estimator takes none, or takes them in the backward pass.
+
+    Returns:
+        Shape (units,), or (units + weights,) where single weights have gates. It is 0 for gates that are held open.
+
+    Raises:
+        PlasticError: Gates were drawn per sample, and the losses are not one per sample.
     """
     draw = step.draw
     assert draw is not None
@@ -50,9 +69,21 @@ def estimate(
 
 
 def training_gates(net: GatedModel, sampler: Sampler, step: Step, draw: Draw) -> Tensor:
-    """The gates of the training pass, shape (rows, units). In the backward pass the logits get the part of the
-    estimate that depends on the slopes there."""
-    estimator, k = sampler.rule, net.k  # as they are now, also if the backward pass comes late
+    """Return the gates of the training pass, through which the logits get their gradient from the slopes.
+
+    In the backward pass the gradient with respect to these gates arrives, and the logits get the part of the estimate
+    that follows from it.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        step: The training step.
+        draw: One of the draws of the step: that of the units, or that of the single weights.
+
+    Returns:
+        The gates under this draw, shape (rows, units) or (1, weights).
+    """
+    estimator, k = sampler.rule, net.k  # kept as they are now, because the backward pass may come late
     z = estimator.gates(draw, 0)
     of_weights = draw is step.weights
     gates = list(net.weights.values() if of_weights else net.sites.values())
@@ -71,7 +102,7 @@ def training_gates(net: GatedModel, sampler: Sampler, step: Step, draw: Draw) ->
             sampler.gradient = total
         return gradient
 
-    with torch.enable_grad():  # a first call of the network may be without
+    with torch.enable_grad():  # the first call of the network in a closure may run without gradients
         gated = _Slopes.apply(torch.cat([g.phi.flatten() for g in gates]), z, part)
     assert isinstance(gated, Tensor)
     step.gated.append(gated)
@@ -79,7 +110,7 @@ def training_gates(net: GatedModel, sampler: Sampler, step: Step, draw: Draw) ->
 
 
 class _Slopes(torch.autograd.Function):
-    """Gates (rows, units) as they are; backward, the logits get a function of the gradient with respect to them."""
+    """Hands gates on unchanged; in the backward pass the logits get a function ``part`` of the gates' gradient."""
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, z: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,7 +123,10 @@ class _Slopes(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """The loss as it is; backward, notes by what it is scaled (for half precision, or accumulation)."""
+    """Hands the loss on unchanged; in the backward pass it notes in the step by what the loss was scaled.
+
+    A loss is scaled for half precision, or where gradients are accumulated over several steps.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, step: Step) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -106,13 +140,21 @@ class Scaled(torch.autograd.Function):
 
 
 def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, together: Tensor | None) -> Tensor:
-    """The part of the estimate that depends on the slopes, shape (units,). Of gates that are shared, a mask (units,),
-    the first row holds what all rows have in common."""
+    """Return the part of the estimate that follows from the slopes, shape (units,).
+
+    Args:
+        estimator: The estimator, which takes slopes.
+        k: The k of the step.
+        draw: The draw of the step.
+        slopes: The gradient with respect to the gates, shape (rows, units).
+        together: Which gates all rows share, a mask of shape (units,), where others differ between rows. The slope of a
+            shared gate arrives in the first row, and is spread evenly over all rows.
+    """
     assert estimator.slopes is not None
     return estimator.slopes(draw, k, slopes if together is None else torch.where(together, slopes.mean(0), slopes))
 
 
 def _held(net: GatedModel) -> Tensor | None:
-    """The units that are held open, if there are units."""
+    """Return which units are held open, a mask of shape (units,), or None where there are no units."""
     graces = [s.grace for s in net.sites.values()]
     return torch.cat(graces) > 0 if graces else None

@@ -1,4 +1,4 @@
-"""The expected loss over the gates: it puts the passes of one training step together."""
+"""Computes the expected loss over the gates from the passes of one training step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,18 @@ from plasticnet.tools.statistics import has_running_statistics, uses_batch_stati
 
 
 def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> Tensor:
-    """The training loss, a scalar whose backward also gives the gates their gradient; see `PlasticNet.expected_loss`.
+    """Return the training loss, a scalar whose backward pass also gives the gates their gradient.
 
-    Raises `PlasticError` in evaluation mode and for losses that are none. Whatever is raised, random numbers and
-    buffers are as they were: a bad batch must not ruin BatchNorm's statistics.
+    This is `PlasticNet.expected_loss`. Whatever is raised, random numbers and buffers are afterwards what they were
+    before, so that a bad batch does not ruin the statistics of BatchNorm.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        closure: A function that runs the network and returns the losses of the samples, shape (batch,), or their mean.
+
+    Raises:
+        PlasticError: The network is in evaluation mode, or the closure does not return usable losses.
     """
     if not net.training:
         raise PlasticError("expected_loss needs training mode; call net.train() first")
@@ -43,6 +51,7 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
 
 
 def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot) -> Tensor:
+    """Return the training loss: the plain mean loss where no gate is uncertain, else with the gradient of the gates."""
     if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
         f = run_closure(net, sampler, closure, Pass("training"))
         return f.mean() if f.dim() else f
@@ -54,9 +63,10 @@ def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor],
     if sampler.rule.at != "training":
         sampler.gradient = step.gradient
         return loss
-    # All gates are part of the loss, used or not: else a rank whose blocks are closed would not come to its slopes.
+    # All gates are made part of the loss, used or not. On a rank whose blocks are closed, the backward pass would
+    # otherwise not reach the gates, and the other ranks would wait for its slopes.
     tied = [0 * z.sum() for z in step.gated]
-    step.gated.clear()  # their graph knows the step
+    step.gated.clear()  # the graph of these gates refers to the step: this breaks the cycle
     scaled = Scaled.apply(loss + sum(tied), step)
     assert isinstance(scaled, Tensor)
     return scaled
@@ -65,10 +75,16 @@ def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor],
 def _passes(
     net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot, step: Step
 ) -> tuple[Tensor, Tensor]:
-    """Run all passes of a step: the losses to train on, and the estimate as far as it is known before the
-    backward pass. The training pass comes last, and is handed what the others computed before the first gate."""
+    """Run all passes of a step.
+
+    The training pass comes last. It is handed what the others have computed before the first gate.
+
+    Returns:
+        The losses to train on, shape (batch,) or a scalar; and the estimate for all logits, as far as it is known
+        before the backward pass.
+    """
     estimator = sampler.rule
-    # Where samples meet in the statistics of a batch, losses are compared under the running ones instead.
+    # Where the statistics of a batch make samples interact, losses are compared under the running statistics instead.
     batched = uses_batch_statistics(net.model) and has_running_statistics(net.model)
     running = draws_per_sample(net, sampler) and batched
     indices = [i for i in estimator.reads if running or i]
@@ -79,7 +95,7 @@ def _passes(
         for i in indices:
             now = Pass("partner", step, gates_of_pass(sampler, i), running)
             found[i] = run_replaying(net, before, now, partial(run_aside, net, sampler, closure, after=before))
-        if running:  # what comes before the first gate differs, too
+        if running:  # the training pass uses the statistics of the batch, so its prefix is another one
             step.prefix = None
         if estimator.at == "mean":
             slopes = _slopes_at_mean(net, sampler, closure, step, before)
@@ -94,15 +110,14 @@ def _passes(
 
 
 def _prefix(net: GatedModel) -> Prefix:
-    """To record what a run of the model computes before its first gate."""
+    """Return an empty record for what a run of the model computes before its first gate."""
     return Prefix(net.model, {id(t): t for t in net.gating.known}, keep=net.gating.keep_results)
 
 
 def _slopes_at_mean(
     net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], step: Step, before: Snapshot
 ) -> list[Tensor]:
-    """The gradient of the mean loss with respect to the gates of each row, at z = pi: shape (rows, units), for every
-    draw of the step."""
+    """Return the slopes at the mean gates, z = pi, of shape (rows, units), for every draw of the step."""
     leaves: dict[int, Tensor] = {}
 
     def gates(draw: Draw) -> Tensor:
@@ -118,8 +133,22 @@ def _slopes_at_mean(
 def _nearly_equal(
     net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot, step: Step, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The losses of the training pass and of the partner's, where only some samples have to be computed again:
-    the training pass comes first."""
+    """Run the training pass first, and the partner only for the samples whose gates differ.
+
+    The first time the partner is also run on all samples, and both results are compared. The network is run on some of
+    the samples again only where they agree.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn; it remembers in ``rows_apart`` what the comparison has shown.
+        closure: The closure of the step.
+        before: Random numbers and buffers at the start of the step.
+        step: The step, whose draw was made.
+        rows: The indices of the samples whose gates differ.
+
+    Returns:
+        The losses of the training pass, and those of the partner.
+    """
     step.prefix = None
     training = Pass("training", step, outputs=[])
     f1 = run_closure(net, sampler, closure, training)
@@ -127,26 +156,26 @@ def _nearly_equal(
         return f1, f1.detach()
     gates = gates_of_pass(sampler, 1)
     after, f2 = Snapshot(net.model), None
-    if after.random == step.after:  # else each sample's dropout depends on how many there are
+    if after.random == step.after:  # else there is dropout, whose mask depends on the number of samples
         before.restore()
         partner = Pass("partner", step, gates, outputs=training.outputs, rows=rows)
         try:
             f2 = run_aside(net, sampler, closure, partner, after=after)
-        except (Diverged, Exception):  # it does not run on some of the samples
+        except (Diverged, Exception):  # the network cannot be run on some of the samples
             f2 = None
     if f2 is None:
         sampler.rows_apart = False
-    if f2 is None or sampler.rows_apart is None:  # at first, check that this is exact
+    if f2 is None or sampler.rows_apart is None:  # the first time, check that this is exact
         before.restore()
         whole = run_aside(net, sampler, closure, Pass("partner", step, gates), after=after)
-        if f2 is not None and not torch.equal(whole, f1):  # else nothing moves, and nothing was seen
+        if f2 is not None and not torch.equal(whole, f1):  # equal losses would show nothing
             sampler.rows_apart = torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
         f2 = f2 if f2 is not None and sampler.rows_apart else whole
     return f1, f2
 
 
 def _uncertain(net: GatedModel) -> bool:
-    """Whether any gate can differ between two draws. A GPU is not asked, which would mean waiting for it."""
+    """Return whether any gate can differ between two draws; on a GPU always True, to save waiting for its answer."""
     if net.like.is_cuda:
         return True
     pi = probabilities(net.all_gates(), net.k)

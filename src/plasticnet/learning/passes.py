@@ -1,4 +1,4 @@
-"""One run of the closure: the calls of the network in it, and the losses that it gives."""
+"""Runs the closure once: it makes the network use the gates of the pass, and checks the losses that come out."""
 
 from __future__ import annotations
 
@@ -26,10 +26,18 @@ from plasticnet.tools.trees import tensors_within
 
 
 def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the network returns: under gates that are drawn in training at finite k, and under those that a probe
-    gives; else with the gates at their mean."""
+    """Call the network, as `PlasticNet.forward` does, and return its output.
+
+    In training at finite k the gates are drawn, and a probe gives gates of its own. Else the gates are at their mean.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn, and which pass is running.
+        args: The positional arguments for the model.
+        kwargs: The keyword arguments for the model.
+    """
     now = sampler.running
-    if net.training and now.role == "free":  # `expected_loss` has done so for its passes
+    if net.training and now.role == "free":  # for its own passes `expected_loss` has done this already
         enter(net)
     if now.role == "probe" or (net.training and not math.isinf(net.k)):
         return _drawn(net, sampler, args, kwargs)
@@ -39,7 +47,7 @@ def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[
 
 
 def _drawn(net: GatedModel, sampler: Sampler, args: Any, kwargs: Any) -> Any:
-    """Run the network under gates that are drawn, as one call of the pass that is running."""
+    """Run the network under gates that are drawn, as a call within the pass that is running, and return its output."""
     now = sampler.running
     if now.role == "free":
         now = Pass()
@@ -49,7 +57,7 @@ def _drawn(net: GatedModel, sampler: Sampler, args: Any, kwargs: Any) -> Any:
     if now.rows is not None:
         return some_rows(net, now, z, args, kwargs, (now.outputs or [])[number])
     watching, recorded = None, now.step.prefix
-    if recorded is not None and number == 0:  # before later calls gates have acted
+    if recorded is not None and number == 0:  # before any later call, gates have already acted
         if not recorded.inputs:
             if now.role == "partner":
                 check_alike(net, sampler, now)
@@ -64,7 +72,20 @@ def _drawn(net: GatedModel, sampler: Sampler, args: Any, kwargs: Any) -> Any:
 
 
 def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], now: Pass) -> Tensor:
-    """The losses that the closure gives in this pass. Raises `PlasticError` where it gives none."""
+    """Run the closure as the given pass.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        closure: The function that runs the network and returns its losses.
+        now: What this run is for.
+
+    Returns:
+        The losses that the closure returned, shape (batch,) or a scalar.
+
+    Raises:
+        PlasticError: The closure never calls the network or returns something else, or a loss is not finite.
+    """
     sampler.running = now
     try:
         with running_statistics(net.model) if now.running else nullcontext():
@@ -77,12 +98,19 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
 
 
 def run_replaying(net: GatedModel, before: Snapshot, now: Pass, run: Callable[[Pass], Tensor]) -> Tensor:
-    """Run a pass; if what it was handed does not fit, run it once more and hand it nothing."""
+    """Run a pass; if the results that it was handed do not fit, run it once more and hand it nothing.
+
+    Args:
+        net: The network.
+        before: Random numbers and buffers at the start of the step, which are put back before the second run.
+        now: The pass.
+        run: What runs the closure as a given pass and returns the losses.
+    """
     prefix = now.step.prefix
     try:
         return run(now)
     except (Diverged, RuntimeError) as error:
-        # A tensor without content that was read outside of the call, or in TorchScript, which makes its own error.
+        # The closure may read a tensor without content outside of the call, and TorchScript makes an error of its own.
         empty = prefix is not None and prefix.dropped and ("meta" in str(error) or "Diverged" in str(error))
         if not (isinstance(error, Diverged) or empty):
             raise
@@ -95,12 +123,21 @@ def run_replaying(net: GatedModel, before: Snapshot, now: Pass, run: Callable[[P
 def run_aside(
     net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], now: Pass, after: Snapshot | None = None
 ) -> Tensor:
-    """The losses of a pass without gradients. Afterwards everything is in the state ``after``, or as it was."""
+    """Return the losses of a pass that runs without gradients and leaves nothing behind.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        closure: The function that runs the network and returns its losses.
+        now: What this run is for.
+        after: The state of random numbers and buffers in which the run leaves them. None leaves them as they were.
+    """
     with left_as_it_was(net.model, after=after):
         return run_closure(net, sampler, closure, now).detach()
 
 
 def _check_losses(f: Any, now: Pass) -> None:
+    """Raise `PlasticError` unless the closure called the network and returned losses per sample, or their mean."""
     if now.calls == 0:
         raise PlasticError("the closure never called the network; compute the loss from net(x), not from net.model(x)")
     if not isinstance(f, Tensor) or f.dim() > 1 or not f.is_floating_point():
@@ -117,8 +154,10 @@ def _check_losses(f: Any, now: Pass) -> None:
 
 
 def _check_finite(sampler: Sampler, f: Tensor) -> None:
-    """Raise `PlasticError` when a loss is not finite. The answer of a GPU is not waited for: it is read one of the
-    next times."""
+    """Raise `PlasticError` when a loss is not finite.
+
+    A GPU is not waited for: its answer is read when it has arrived, at one of the next calls.
+    """
     finite = torch.isfinite(f).all()
     answers = [finite]
     if f.is_cuda:

@@ -1,10 +1,12 @@
-"""What a network computes before its first gate is the same in all passes of a step: computed once.
+"""Keeps what a network computes before its first gate: this prefix is the same in all passes of a step.
 
-The partner pass runs first and without gradients, but for what comes before the first gate: there it
-records what every torch function returned, with the graph for the backward pass. The training pass is
-handed these results. Where something cannot be followed (a tensor that no recorded function made, a
-result that can be changed), nothing is taken over. This order keeps no graph but the prefix's while
-the partner runs; of the results only those are kept that something behind the first gate can read.
+The partner pass runs first. Up to the first gate it runs with gradients, and records what every torch function
+returned, together with the graph for the backward pass. The rest of it runs without gradients. The training pass is
+handed the recorded results. Where something cannot be followed (a tensor that no recorded function has made, or a
+result that can be changed without notice), nothing is handed over.
+
+In this order the graph of the prefix is the only one that is kept while the partner runs. Of the recorded results only
+those are kept that something after the first gate can read.
 """
 
 from __future__ import annotations
@@ -21,38 +23,52 @@ from plasticnet.tools.snapshot import Snapshot
 from plasticnet.tools.torch_private import is_transformed, version
 from plasticnet.tools.trees import tensors_within
 
-# References to a result that is not held elsewhere: of its step, of `made`, of a variable, and of the call that counts.
-# Were it not so in some Python, results would be kept, or the pass would diverge.
+# The number of references to a result that only the record holds: from its step, from `made`, from a variable, and from
+# the call that counts them. In a Python where this number is wrong, results are kept, or the pass diverges.
 _OWN = 4
 _TORCH = torch.dtype | torch.device | torch.layout | torch.memory_format  # constants of torch, which never change
 
 
-class Diverged(BaseException):  # not an Exception: a closure may catch these
-    """The pass does not call the functions that were recorded."""
+class Diverged(BaseException):  # not an Exception, because a closure may catch those
+    """Says that a pass does not call the functions that were recorded."""
 
 
 @dataclass
 class Prefix:
     """The functions that a call of the network ran before the first gate, and what they returned.
 
-    ``known`` are the model's parameters and buffers by identity, which a recorded function may read
-    beside ``inputs``.
+    Attributes:
+        model: The model.
+        known: Its parameters and buffers by ``id``, which a recorded function may read.
+        inputs: The tensors that the network was called with, which a recorded function may read, too.
+        keep: Whether all results are kept, also those that nothing seems to hold.
+        steps: For each function that ran: the function, the ``id`` of every tensor that it read, and its result.
+        made: The inputs and the results by ``id``.
+        versions: How often each tensor in ``made`` had been changed in place when the first gate acted.
+        state: Random numbers and buffers when the first gate acted.
+        dropped: Whether some results were replaced by tensors without content.
     """
 
     model: nn.Module
     known: Mapping[int, Tensor]
     inputs: list[Tensor] = field(default_factory=list)
-    keep: bool = False  # all results, also those that nothing seems to hold
-    steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)  # function, the tensors it read, its result
-    made: dict[int, Tensor] = field(default_factory=dict)  # inputs, and results
-    versions: dict[int, int] = field(default_factory=dict)  # of `made`, at the end
-    state: Snapshot | None = None  # random numbers and buffers at the end
-    dropped: bool = False  # whether some results have no content
+    keep: bool = False
+    steps: list[tuple[Any, list[int], Any]] = field(default_factory=list)
+    made: dict[int, Tensor] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
+    state: Snapshot | None = None
+    dropped: bool = False
 
     def replays(self, inputs: Any, last: bool = True) -> bool:
-        """Whether a pass with these inputs can be handed the recorded results: something was recorded, the
-        inputs are the same tensors, nothing was changed in place since, and gradients are wanted if it is the
-        last pass. If not, the results are forgotten."""
+        """Return whether a pass with these inputs can be handed the recorded results; if not, forget them.
+
+        It can if something was recorded, the inputs are the same tensors, none of the tensors was changed in place
+        since, and the last pass of the step runs with gradients.
+
+        Args:
+            inputs: What the network is called with, in any containers.
+            last: Whether this is the last pass of the step.
+        """
         same = [id(t) for t in tensors_within(inputs)] == [id(t) for t in self.inputs]
         unchanged = all(version_of(t) == self.versions.get(i) for i, t in self.made.items())
         if bool(self.steps) and same and unchanged and (torch.is_grad_enabled() or not last):
@@ -61,13 +77,16 @@ class Prefix:
         return False
 
     def forget(self) -> None:
-        """Let go of the results."""
+        """Release all results."""
         self.steps.clear()
         self.made.clear()
 
     def drop(self) -> None:
-        """Put tensors without content in the place of results that only this record holds: functions that were
-        recorded are not run on them again. If something else does run on one, the pass diverges."""
+        """Replace results that only this record holds by tensors without content, on the meta device.
+
+        The recorded functions are not run again, so they do not need these results. If anything else reads one, the
+        pass diverges.
+        """
         ids: dict[int, int] = {}
         for at, (func, read, result) in enumerate(self.steps):
             read = [ids.get(i, i) for i in read]
@@ -82,14 +101,17 @@ class Prefix:
 
 
 def read_tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that a function reads."""
+    """Return the tensors among the arguments of a function."""
     flat = not kwargs and not any(isinstance(a, list | tuple | dict) for a in args)
     return [a for a in args if isinstance(a, Tensor)] if flat else tensors_within((args, kwargs))
 
 
 def is_fixed(result: Any) -> bool:
-    """Whether a result can be handed out twice: nothing that could be changed without notice, and of tensors
-    those that stand for themselves: no subclass, and none that lives within a transformation."""
+    """Return whether a result can be handed out a second time.
+
+    It must not contain anything that could be changed without notice, such as a list. A tensor must be a plain one,
+    and neither of a subclass nor within a transformation of ``torch.func``.
+    """
     if isinstance(result, Tensor):
         return type(result) in (Tensor, nn.Parameter) and not is_transformed(result)
     if isinstance(result, tuple):
@@ -98,5 +120,5 @@ def is_fixed(result: Any) -> bool:
 
 
 def version_of(t: Tensor) -> int:
-    """How often a tensor was changed in place; 0 for those of inference mode, which do not count it."""
+    """Return how often a tensor was changed in place; 0 for tensors of inference mode, which do not count it."""
     return 0 if t.is_inference() else version(t)

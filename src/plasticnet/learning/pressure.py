@@ -1,4 +1,4 @@
-"""Pressure: the penalty on what the gates are expected to cost, and what bounds it site by site."""
+"""Presses on the gates: the penalty on what the network is expected to cost, and the limits of single sites."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from plasticnet.gates.site import probabilities
 
 
 def penalty(net: GatedModel, strength: float, cost: str | Mapping[str, float], scale: str) -> Tensor:
-    """See `PlasticNet.penalty`."""
+    """Return ``strength`` times the expected cost of the network, a scalar that is differentiable in the gates.
+
+    Args:
+        net: The network.
+        strength: A number, 0 or more.
+        cost: The name of a cost, or a mapping of names to weights, for a weighted sum.
+        scale: "linear", or "log" for the logarithm of each cost.
+
+    Raises:
+        PlasticError: A name is unknown, a number is negative, or the latency has not been measured.
+    """
     weights = _weights(cost, scale)
     if not _strong(strength):
         raise PlasticError(f"strength={strength!r}: a penalty's strength is a number, 0 or more")
@@ -33,7 +43,7 @@ def penalty(net: GatedModel, strength: float, cost: str | Mapping[str, float], s
 
 
 def _weights(cost: str | Mapping[str, float], scale: str) -> dict[str, float]:
-    """What each cost counts in a mixture, where it counts anything."""
+    """Return the costs of a mixture whose weight is above 0, with their weights, after checking names and numbers."""
     mixture = list(cost.items()) if isinstance(cost, Mapping) else [(cost, 1.0)]
     for name, weight in mixture:
         check_names(name, scale)
@@ -46,11 +56,23 @@ def _weights(cost: str | Mapping[str, float], scale: str) -> dict[str, float]:
 
 
 def _strong(value: Any) -> bool:
+    """Return whether a value is a finite number, 0 or more."""
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
 
 
 def limit(net: GatedModel, pattern: str, minimum: int | None, maximum: float, strength: float) -> None:
-    """See `PlasticNet.limit`."""
+    """Set the bounds of all sites whose name matches a pattern, in the place of their earlier bounds.
+
+    Args:
+        net: The network.
+        pattern: A name pattern of sites, as for ``fnmatch``.
+        minimum: How many units pruning leaves; None for the usual number, which is 1, and 0 for blocks.
+        maximum: The number of units at which growth stops.
+        strength: What the pressure on the gates is multiplied by.
+
+    Raises:
+        PlasticError: No site matches, the bounds contradict each other, or the strength is not a number from 0 on.
+    """
     matching = [s for n, s in net.sites.items() if fnmatchcase(n, pattern)]
     if not matching:
         raise PlasticError(f"limit: {pattern!r} matches none of the sites: {', '.join(net.sites)}")

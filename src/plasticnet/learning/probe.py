@@ -1,4 +1,4 @@
-"""The probe of ``gates="auto"``: whether gates can be drawn per sample without bias."""
+"""Probes, for ``gates="auto"``, whether gates can be drawn per sample without bias."""
 
 from __future__ import annotations
 
@@ -17,40 +17,49 @@ from plasticnet.tools.statistics import uses_batch_statistics
 
 
 def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> None:
-    """Find out once whether gates can be drawn per sample: the closure returns (batch,), and the
-    loss of a sample does not move when the gates of others do."""
+    """Find out whether gates can be drawn per sample, and store the answer in ``sampler.samples_apart``.
+
+    They can be if the closure returns one loss per sample, and the loss of a sample does not change when the gates of
+    other samples do. Where a batch shows nothing, the next batch is asked. With statistics of the batch nothing is run.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        closure: The closure of the training step, which is run twice without leaving anything behind.
+    """
     if sampler.mode != "auto" or sampler.samples_apart is not None or uses_batch_statistics(net.model):
         return
     try:
         reference = run_aside(net, sampler, closure, Pass("probe", probe=lambda rows: _all_open(net, rows)))
-    except PlasticError:  # a layer's rows are not the samples; whatever else is wrong will be said again
+    except PlasticError:  # a layer's rows are not the samples; any other error will be raised again by the step itself
         sampler.samples_apart = False
         return
     if reference.dim() and len(reference) < 2:
-        return  # one sample says nothing about two: ask the next batch
+        return  # a single sample shows nothing about two: ask the next batch
     if not reference.dim() or not any(net.gating.per_sample.values()):
         sampler.samples_apart = False
         return
     try:
         moved = run_aside(net, sampler, closure, Pass("probe", probe=lambda rows: _half_random(net, rows)))
-    except PlasticError:  # rows that are not samples, or a loss that overflows: one draw per batch is safe
+    except PlasticError:  # rows are not samples, or a loss overflows: one draw per batch is always safe
         sampler.samples_apart = False
         return
     half = len(reference) // 2
     if torch.equal(reference[:half], moved[:half]):
-        return  # nothing moves (a head that starts at zero): ask the next batch
+        return  # nothing changes, as with a head that starts at zero: ask the next batch
     sampler.samples_apart = torch.allclose(reference[half:], moved[half:], rtol=1e-4, atol=1e-6)
 
 
 def _all_open(net: GatedModel, rows: int) -> Tensor:
+    """Return gates that are all 1, shape (rows, units + 1)."""
     units = sum(len(s) for s in net.sites.values())
     return torch.ones(rows, units + 1, device=net.like.device)
 
 
 def _half_random(net: GatedModel, rows: int) -> Tensor:
-    """Random gates for the first half of the rows; those of the other half are open."""
+    """Return gates that are random in the first half of the rows and open in the other, shape (rows, units + 1)."""
     z, before = _all_open(net, rows), RandomState(net.model)
     half, units = rows // 2, z.shape[1] - 1
     z[:half, :-1] = torch.where(shared(net), 1.0, torch.rand(half, units, device=z.device).round())
-    before.restore()  # the network's own dropout is the same in both probes
+    before.restore()  # so that the network's own dropout is the same in both probes
     return z

@@ -1,6 +1,6 @@
-"""Recording what a call computes before its first gate, and handing it out again.
+"""Records what a call computes before its first gate, and hands it out again in later passes.
 
-Both are modes that see every torch function of one call of the network; see `Prefix` for what they share.
+`Recorder` and `Player` are modes that see every torch function of one call of the network. They share a `Prefix`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from plasticnet.tools.trees import tensors_within
 
 
 class _Following(TorchFunctionMode):
-    """Follows the functions of one call until the first gate acts."""
+    """Follows the functions of one call until the first gate acts.
+
+    Args:
+        prefix: The record.
+        gated: The tensors that gates were multiplied into.
+    """
 
     def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
         super().__init__()
@@ -32,17 +37,23 @@ class _Following(TorchFunctionMode):
             self.end()
 
     def end(self, *_: Any) -> None:
-        """The first gate acts."""
+        """Note that the first gate acts."""
         raise NotImplementedError
 
     def output(self, output: Any) -> Any:
-        """To be called with what the network returns, which is returned."""
+        """Take what the network returns, and return it."""
         return output
 
 
 class Recorder(_Following):
-    """Records what runs in it until its `end`, or a function that reads one of the ``gated`` tensors; until then with
-    gradients."""
+    """Records what runs within it until the first gate acts; up to there it runs with gradients.
+
+    The first gate acts when `end` is called, or when a function reads one of the ``gated`` tensors.
+
+    Args:
+        prefix: The record to fill.
+        gated: The tensors that gates were multiplied into.
+    """
 
     def __init__(self, prefix: Prefix, gated: Iterable[Tensor]) -> None:
         super().__init__(prefix, gated)
@@ -59,7 +70,7 @@ class Recorder(_Following):
         torch.set_grad_enabled(self.gradients)
 
     def end(self, *_: Any) -> None:
-        """The first gate acts."""
+        """Note that the first gate acts."""
         if self.running:
             self.running = False
             torch.set_grad_enabled(self.gradients)
@@ -88,36 +99,48 @@ class Recorder(_Following):
         return result
 
     def _follows(self, t: Tensor) -> bool:
-        """Whether the tensor is one that was recorded, and its graph can be handed on: not so within an autograd
-        Function, which runs without gradients."""
+        """Return whether a tensor was recorded and its graph can be handed on.
+
+        Within an autograd function the graph cannot be handed on, because the function runs without gradients.
+        """
         own = id(t) in self.prefix.made or id(t) in self.prefix.known
         return own and (torch.is_grad_enabled() or not t.requires_grad)
 
     def _give_up(self) -> None:
+        """Stop recording, and forget what was recorded."""
         self.running = False
         torch.set_grad_enabled(self.gradients)
         self.prefix.forget()
 
 
 class Player(_Following):
-    """Hands the recorded results to what runs in it, and in the ``last`` pass lets go of them. Raises `Diverged` when
-    something else is called."""
+    """Hands the recorded results to what runs within it.
+
+    Args:
+        prefix: The record.
+        gated: The tensors that gates were multiplied into.
+        last: Whether this is the last pass, after which the results are released.
+
+    Raises:
+        Diverged: Something other than the recorded functions is called, or a result without content is read.
+    """
 
     def __init__(self, prefix: Prefix, gated: Iterable[Tensor], last: bool) -> None:
         super().__init__(prefix, gated)
         self.at, self.last = 0, last
 
     def _check(self, read: Iterable[Tensor]) -> None:
+        """Raise `Diverged` if one of these tensors has no content because it was dropped."""
         if self.prefix.dropped and any(t.is_meta for t in read):
             raise Diverged
 
     def output(self, output: Any) -> Any:
-        """To be called with what the network returns, which is returned."""
+        """Take what the network returns, check that it has content, and return it."""
         self._check(tensors_within(output))
         return output
 
     def end(self, *_: Any) -> None:
-        """The first gate acts: everything must have been handed out."""
+        """Note that the first gate acts; raise `Diverged` unless all results were handed out."""
         if self.running:
             self.running = False
             if self.at < len(self.prefix.steps):
@@ -138,5 +161,6 @@ class Player(_Following):
         if func != recorded or [id(t) for t in read_tensors(args, kwargs)] != ids:
             raise Diverged
         self.at += 1
-        # Such as the switch of ``torch.no_grad``, which may end behind the first gate.
+        # A function without tensors runs again: it may be the switch of ``torch.no_grad``, whose context may end after
+        # the first gate.
         return func(*args, **kwargs) if not ids and not tensors_within(result) else result

@@ -1,7 +1,7 @@
-"""What one training step needs: its draw, its passes, and the sampler that outlives them.
+"""Holds what a training step needs: its draw, its passes, and the sampler that outlives them.
 
-A `Step` is shared by the passes of one call of `expected_loss`, a `Pass` is one run of the closure, and the
-`Sampler` of a network knows how gates are drawn and which pass is running.
+A `Step` is shared by the passes of one call of `expected_loss`, and a `Pass` is one run of the closure. The `Sampler`
+of a network knows how gates are drawn and which pass is running.
 """
 
 from __future__ import annotations
@@ -22,70 +22,98 @@ from plasticnet.tools.trees import tensors_within
 
 @dataclass
 class Step:
-    """What the passes of one training step share: the draw of the first (for units, and for single weights where
-    they have gates), the random numbers after it, and what it recorded before the first gate. Then the estimate: the
-    part that follows from the losses, in the backward pass also that of the slopes; and by what the loss was scaled."""
+    """What the passes of one training step share.
+
+    Attributes:
+        draw: The draw for the gates of units, which the first call of the network makes.
+        weights: The draw for the gates of single weights, where they have gates.
+        after: The random number generators after the draw.
+        prefix: What the first pass has computed before its first gate.
+        gradients: Whether gradients are wanted.
+        gated: The gates of the training pass that have slopes.
+        gradient: The part of the estimate that follows from the losses, for all logits.
+        of_slopes: The parts that follow from the slopes, known in the backward pass. The key is the index of the first
+            gate that a part belongs to.
+        scale: By what the loss was scaled in the backward pass.
+    """
 
     draw: Draw | None = None
     weights: Draw | None = None
     after: RandomState | None = None
     prefix: Prefix | None = None
-    gradients: bool = True  # whether they are wanted
-    gated: list[Tensor] = field(default_factory=list)  # gates of the training pass that have slopes
+    gradients: bool = True
+    gated: list[Tensor] = field(default_factory=list)
     gradient: Tensor | None = None
-    of_slopes: dict[int, Tensor] = field(default_factory=dict)  # by the first of the gates
+    of_slopes: dict[int, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
 
     @property
     def draws(self) -> list[Draw]:
-        """Those that there are."""
+        """The draws that were made: for units, and for single weights where they have gates."""
         return [draw for draw in (self.draw, self.weights) if draw is not None]
 
 
 @dataclass
 class Pass:
-    """One run of the closure: what for, the gates it uses, and what the network was called with.
+    """One run of the closure: its purpose, the gates that it uses, and what the network was called with.
 
-    ``gates(draw)`` gives the gates, shape (rows, units), and from the other draw those of single weights, shape
-    (1, weights); else they are those of the estimator's pass 0. The first "partner" fills the step's prefix, in its
-    first call, and the passes behind it are handed what it holds. "training", which comes last, fills ``outputs``, if
-    there are any, and a "partner" with ``rows`` computes them anew for these samples only. With ``running``, norms
-    use their running statistics.
+    The first "partner" pass fills the prefix of the step in its first call of the network, and the passes after it are
+    handed the results in it. The "training" pass usually comes last. Where it comes first, it fills ``outputs``, and a
+    "partner" with ``rows`` computes them anew for these samples only.
+
+    Attributes:
+        role: What the run is for. "free" is a call of the network outside of `expected_loss`.
+        step: The step that the pass belongs to.
+        gates: ``gates(draw)`` gives the gates: shape (rows, units) for the draw of the units, and (1, weights) for that
+            of single weights. None stands for the gates of the estimator's pass 0.
+        running: Whether norms over the batch use their running statistics.
+        z: The gates of the units, shape (rows, units + 1), once they are known.
+        weights: The gates of single weights, by the name of the parameter, where not all are open.
+        probe: ``probe(rows)`` gives the gates of a "probe", shape (rows, units + 1).
+        outputs: What the network returned at each call.
+        rows: The indices of the samples that are computed. None stands for all.
+        calls: How often the network was called.
+        sizes: The lengths of the first two axes of its inputs. One of them is the batch.
     """
 
-    role: Literal["free", "probe", "partner", "training"] = "free"  # "free": outside of expected_loss
+    role: Literal["free", "probe", "partner", "training"] = "free"
     step: Step = field(default_factory=Step)
     gates: Callable[[Draw], Tensor] | None = None
     running: bool = False
     z: Tensor | None = None
-    weights: Mapping[str, Tensor] | None = None  # gates of the entries of weights, where not all are open
+    weights: Mapping[str, Tensor] | None = None
     probe: Callable[[int], Tensor] | None = None
     outputs: list[Any] | None = None
     rows: Tensor | None = None
     calls: int = 0
-    sizes: set[int] = field(default_factory=set)  # of the first two axes of the inputs; one of them is the batch
+    sizes: set[int] = field(default_factory=set)
 
     def note(self, args: Any, kwargs: Any) -> None:
-        """A call of the network."""
+        """Note that the network is called with these arguments."""
         self.calls += 1
         self.sizes.update(n for t in tensors_within((args, kwargs)) for n in t.shape[:2])
 
 
+# What makes a draw, with the arguments of `Estimator.draw`.
 Source = Callable[[Estimator, Tensor, Tensor, int, Tensor | None], Draw]
 
 
 @dataclass(eq=False)
 class Sampler:
-    """How the gates of a network are drawn, and what the training step that runs now has found.
+    """How the gates of a network are drawn, and what its training steps have found.
 
-    Attributes: ``estimator``, the name of one of `ESTIMATORS`; ``mode``, whether gates are drawn per sample, per
-    batch, or as a probe finds ("auto"); ``source``, which makes a draw as `Estimator.draw` does, with the same
-    arguments; ``running``, the pass that is running; ``samples_apart``, for "auto", whether per-sample draws are
-    possible (None: not known yet); ``rows_apart``, whether the network can be run on some of the samples;
-    ``gradient``, the estimate of the last step for all logits, by whose size a budget measures its pressure;
-    ``owed``, answers of a GPU to whether a loss was finite that have not come yet.
+    Attributes:
+        estimator: The name of one of `ESTIMATORS`.
+        mode: Whether gates are drawn per "sample" or per "batch". With "auto" a probe decides.
+        source: What makes a draw, with the arguments of `Estimator.draw`.
+        running: The pass that is running.
+        samples_apart: For "auto", whether gates can be drawn per sample. None as long as this is not known.
+        rows_apart: Whether the network can be run on some of the samples. None as long as this is not known.
+        gradient: The estimate of the last step for all logits. A budget measures its pressure by the size of it.
+        owed: The answers of a GPU to whether a loss was finite that have not arrived yet.
 
-    Raises `PlasticError` for an unknown estimator or mode.
+    Raises:
+        PlasticError: The estimator or the mode is unknown.
     """
 
     estimator: str = "bitflip-cv"
@@ -104,13 +132,20 @@ class Sampler:
             raise PlasticError(f"gates={self.mode!r}: choose one of auto, sample, batch")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owed": []}  # events of a GPU cannot be copied
+        return {**self.__dict__, "owed": []}  # because the events of a GPU cannot be copied
 
     @property
     def rule(self) -> Estimator:
-        """The estimator itself."""
+        """The estimator that ``estimator`` names."""
         return ESTIMATORS[self.estimator]
 
     def draw(self, pi: Tensor, sizes: Tensor, rows: int, shared: Tensor | None = None) -> Draw:
-        """A draw of the source for the estimator; see `Estimator.draw`."""
+        """Return a draw for the estimator, made by the source.
+
+        Args:
+            pi: The probabilities of the gates, shape (units,).
+            sizes: For each gate the number of units in its site, shape (units,).
+            rows: How many rows have gates of their own.
+            shared: Which gates have one draw for all rows, a mask of shape (units,). None where there are none.
+        """
         return self.source(self.rule, pi, sizes, rows, shared)

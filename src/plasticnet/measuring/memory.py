@@ -16,10 +16,14 @@ from plasticnet.tools.torch_private import sparse_parts, storage_key
 
 
 class MemoryMode(TorchDispatchMode):
-    """Follows the storages that operations make for as long as they live.
+    """Within this context, every storage that an operation makes is followed until it is freed.
 
-    ``peaks`` are the most bytes that were alive at a time, from the start of each module until the next one
-    starts (None: until the first one)."""
+    Attributes:
+        live: The bytes of all such storages that are alive now.
+        current: The name of the module that started last, or None before the first one.
+        peaks: For each module the most bytes that were alive at a time, from its start until the next one starts. The
+            value at None is that before the first module.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +33,7 @@ class MemoryMode(TorchDispatchMode):
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def start(self, name: str) -> None:
-        """The module of this name starts."""
+        """Note that the module of this name starts."""
         self.current = name
         self._note()
 
@@ -41,10 +45,14 @@ class MemoryMode(TorchDispatchMode):
         return out
 
     def _note(self) -> None:
+        """Raise the peak of the current module to what is alive now."""
         self.peaks[self.current] = max(self.peaks[self.current], self.live)
 
     def _meet(self, tree: Any, made: bool) -> None:
-        """Count what an operation made. What it was given and is not known was there before."""
+        """Follow the storages in ``tree``, and count their bytes if an operation has just made them.
+
+        A storage that an operation was given, and that is not known yet, existed before this context and counts 0.
+        """
         for storage in storages_of(tree_leaves(tree)):
             key = storage_key(storage)
             if key not in self._known:
@@ -53,12 +61,13 @@ class MemoryMode(TorchDispatchMode):
                 self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
 
     def _forget(self, key: int, size: int, _: Any) -> None:
+        """Stop counting a storage that was freed."""
         self.live -= size
         del self._known[key]
 
 
 def storages_of(leaves: Any) -> list[torch.UntypedStorage]:
-    """The memory behind the tensors among ``leaves``; that of a sparse tensor is spread over its parts."""
+    """Return the storages of the tensors among ``leaves``; a sparse tensor (COO) has one for each of its parts."""
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     sparse = [part for t in tensors if t.layout == torch.sparse_coo for part in sparse_parts(t)]
     return [t.untyped_storage() for t in (*tensors, *sparse) if t.layout == torch.strided]

@@ -1,4 +1,4 @@
-"""What a network costs when it runs: parameters, multiply-adds, memory and time, per module and in total."""
+"""Measures what a network costs when it runs: parameters, multiply-adds, memory and time, per module and in total."""
 
 from __future__ import annotations
 
@@ -30,11 +30,26 @@ PROFILE_COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
 
 @dataclass(frozen=True)
 class ModuleProfile:
-    """One module with parameters, and those of the modules in it that are never called by themselves (as
-    ``out_proj`` in attention). Memory and time are taken from its start until the next such module starts,
-    so that an activation or a pooling counts for the layer before it.
+    """What one module of a network costs: a row of `Profile`.
 
-    ``sites`` are those whose units the module produces; a plain module has none."""
+    Every module with parameters that is called has a row. The parameters of modules in it that are never called
+    themselves (such as ``out_proj`` in attention) count to it. Memory and time are measured from the start of the
+    module until the next module with a row starts, so that an activation or a pooling counts to the layer before it.
+
+    Attributes:
+        name: The name of the module, which is empty for the model itself.
+        sites: The names of the sites whose units the module produces; empty for a model without gates.
+        parameters: How many parameters the module has.
+        macs: The multiply-adds of these parameters, for one sample.
+        peak_bytes: The most memory that the activations took at a time, those of earlier modules included.
+        milliseconds: The time, for the whole batch.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [(row.name, row.parameters, row.macs) for row in pn.profile(model, (torch.randn(3, 4),)).rows]
+        [('0', 40, 32), ('2', 18, 16)]
+    """
 
     name: str
     sites: tuple[str, ...]
@@ -46,13 +61,28 @@ class ModuleProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` measured: in total, and in ``rows``, one per module in the order of execution.
+    """What `profile` returns: the cost of a network in total, and for each of its modules. It prints as a table.
 
-    ``macs`` are multiply-adds with parameters for one sample; everything else is for a ``batch``.
-    ``peak_bytes`` is the most memory that tensors made by a forward pass in evaluation took at a time, and
-    ``milliseconds`` the time of such a pass. For training ``kept_bytes`` is what a forward pass keeps for the
-    backward pass, and ``training_milliseconds`` the time of both; None if that was not asked for.
-    ``device`` is "cpu", where time is the CPU time of one thread, or "cuda", where it is that of the GPU."""
+    Attributes:
+        parameters: How many parameters the network has.
+        macs: The multiply-adds of the parameters, for one sample. Memory and time are those of the whole batch.
+        peak_bytes: The most memory that the tensors of a forward pass in evaluation mode took at a time.
+        milliseconds: The time of such a pass.
+        kept_bytes: What a forward pass in training mode keeps for the backward pass, or None if it was not measured.
+        training_milliseconds: The time of a forward and a backward pass, or None if it was not measured.
+        batch: The batch size.
+        device: "cpu", where time is the CPU time of one thread, or "cuda", where it is the time of the GPU.
+        rows: The modules, in the order of execution.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> found = pn.profile(model, (torch.randn(3, 4),), repeats=1)
+        >>> found.parameters, found.macs, found.batch, found.device
+        (58, 48, 3, 'cpu')
+        >>> found.training_milliseconds is None
+        True
+    """
 
     parameters: int
     macs: int
@@ -65,11 +95,11 @@ class Profile:
     rows: tuple[ModuleProfile, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return the profile as plain data, ready for JSON."""
         return {**asdict(self), "rows": [{**asdict(row), "sites": list(row.sites)} for row in self.rows]}
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table of the modules, under `PROFILE_COLUMNS`."""
+        """Return a row of text for each module, with a cell for each of the `PROFILE_COLUMNS`."""
         return [
             (
                 row.name or "(the model)",
@@ -82,7 +112,7 @@ class Profile:
         ]
 
     def total(self) -> str:
-        """Two sentences about the whole."""
+        """Return a text about the whole network, which includes training if that was measured."""
         text = (
             f"{self.parameters:,} parameters, {self.macs:,} MACs for one sample; a forward pass of {self.batch} takes "
             f"{readable_bytes(self.peak_bytes)} for activations at its peak, and {self.milliseconds:.3f} ms "
@@ -100,22 +130,39 @@ class Profile:
 
 
 def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, training: bool = False) -> Profile:
-    """Measure a network, or any module (a compact one, say), on example inputs: a tuple of arguments or a dict.
+    """Measure what a network costs when it runs: parameters, multiply-adds, memory and time.
 
-    A copy is run, ``repeats`` times for each median of times; the module, its gradients and the random number
-    generators are left alone. ``training`` measures a backward pass, too.
+    The module may be a `PlasticNet`, a compact module, or any other. A copy of it is run. The module itself, its
+    gradients and the random number generators are left as they were.
 
-    Of a `PlasticNet` the network as it now lies in memory is measured: units that were cut are gone, units that
-    are closed are still computed, and closed blocks are skipped. In evaluation the gates are at their mean; the
-    weights that they are multiplied into are memory that a compact module does without. In training the gates
-    are drawn. One forward and one backward pass are measured: most estimators add another forward pass.
+    A `PlasticNet` is measured as it is in memory now. Units that were cut are gone, units that are closed are still
+    computed, and closed blocks are skipped. In evaluation mode the gates are at their mean, and memory includes the
+    weights that they were multiplied into, which a compact module does not need. In training mode the gates are drawn.
+    A single forward pass is measured there, while most estimators of the gates' gradient add another one.
 
-    Memory is that of the tensors that operations return, followed until they are freed. Parameters, buffers and
-    inputs do not count, and neither does what an operation allocates inside of itself. The time of the modules
-    includes that of taking it, so that it sums up to slightly more than the total.
+    Memory is that of the tensors that operations return, until they are freed. It does not include parameters, buffers
+    and inputs, nor what an operation allocates for itself. The times of the modules include the time that measuring
+    takes, so that their sum is slightly larger than the total.
 
-    Raises `PlasticError` when the module does not run on the inputs (in training mode, if asked for), has nothing
-    to train, or lies on a device other than the CPU and CUDA (the meta device computes nothing).
+    Args:
+        module: The module.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, on which the module runs; the batch is the
+            first axis.
+        repeats: How many runs each time is the median of.
+        training: Whether to measure also a forward and a backward pass in training mode.
+
+    Raises:
+        PlasticError: The module does not run on the inputs, or not in training mode although that is to be measured;
+            it has nothing to train; it lies on a device other than the CPU and CUDA; or ``repeats`` is out of range.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> found = pn.profile(model, (torch.randn(3, 4),), training=True)
+        >>> found.parameters, found.macs, [row.name for row in found.rows]
+        (58, 48, ['0', '2'])
+        >>> found.peak_bytes  # the outputs of the first layer and of ReLU, three rows of eight floats each
+        192
     """
     if type(repeats) is not int or repeats < 1:
         raise PlasticError(f"repeats={repeats!r}: a whole number, 1 or more")
@@ -129,7 +176,7 @@ def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, trainin
         with blaming_inputs(model, args, kwargs):
             watched, row_of = called_rows(twin, model, copy_inputs(inputs))
         given = copy_inputs(inputs)
-        # With hooks a TransformerEncoder takes its plain path, as it does under gates and when it is compact.
+        # With hooks a TransformerEncoder does not take its fused path, just as under gates and when it is compact.
         with watching(watched, (memory := MemoryMode()).start), memory:
             call(twin, given)
         total = times_of(partial(call, twin), inputs, {}, repeats, device)[None]
@@ -150,7 +197,7 @@ def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, trainin
 def _sizes(
     twin: nn.Module, model: nn.Module, uses: Mapping[str, float], row_of: Mapping[str, str]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """Parameters and multiply-adds of each row."""
+    """Return the parameters and the multiply-adds of each row; those of closed blocks do not count as multiply-adds."""
     skipped = tuple(f"{block}." for block in _closed_blocks(twin))
     parameters: dict[str, int] = defaultdict(int)
     macs: dict[str, float] = defaultdict(float)
@@ -161,13 +208,14 @@ def _sizes(
 
 
 def _closed_blocks(twin: nn.Module) -> list[str]:
+    """Return the names of the gated blocks that are closed, and so are skipped when the network runs."""
     sites = twin.sites.values() if isinstance(twin, GatedModel) else []
     blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in sites if isinstance(s.units, BlockUnits)]
     return [name for names, kept in blocks for name, stays in zip(names, kept, strict=True) if not stays]
 
 
 def _sites(twin: nn.Module, row_of: Mapping[str, str]) -> dict[str, dict[str, None]]:
-    """The sites whose units the parameters of each row produce."""
+    """Return, for each row, the names of the sites whose units its parameters produce, in order."""
     tags: dict[str, dict[str, None]] = defaultdict(dict)
     for site in twin.sites.values() if isinstance(twin, GatedModel) else []:
         for s in site.units.slices:
@@ -177,7 +225,7 @@ def _sites(twin: nn.Module, row_of: Mapping[str, str]) -> dict[str, dict[str, No
 
 
 def _training(twin: nn.Module, inputs: Inputs, repeats: int, device: str) -> tuple[int, float]:
-    """What a forward pass keeps, in bytes, and the median milliseconds of forward and backward."""
+    """Return the bytes that a forward pass keeps, and the median milliseconds of a forward and a backward pass."""
     try:
         with torch.enable_grad():
             kept = _kept(twin, copy_inputs(inputs))
@@ -192,6 +240,7 @@ def _training(twin: nn.Module, inputs: Inputs, repeats: int, device: str) -> tup
 
 
 def _kept(twin: nn.Module, inputs: Inputs) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, without parameters, buffers and inputs."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -206,6 +255,7 @@ def _kept(twin: nn.Module, inputs: Inputs) -> int:
 
 
 def _step(twin: nn.Module, inputs: Inputs) -> None:
+    """Run a forward and a backward pass, in which every entry of the outputs gets the gradient 1."""
     twin.zero_grad()
     outputs = [t for t in tensors_within(call(twin, inputs)) if t.requires_grad]
     if not outputs:

@@ -1,4 +1,4 @@
-"""What a network's sites and units cost, as a table nested like its modules."""
+"""Lists what the sites and units of a network cost, in a table that is nested like its modules."""
 
 from __future__ import annotations
 
@@ -17,8 +17,27 @@ from plasticnet.tools.table import format_table
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """One site: units present and open, and what one of its units (of blocks: one on average) costs while
-    all are present."""
+    """What one site of a network has and costs: a part of `Summary`.
+
+    Attributes:
+        name: The name of the site.
+        units: How many units the site has.
+        open: How many of them are open.
+        unit_parameters: How many parameters the network loses with one unit while all other units are present. For a
+            site of blocks, which differ, this is the mean over its blocks.
+        unit_macs: How many multiply-adds per sample it loses with one unit, in the same sense.
+        consumers: The names of the modules that read the units, or of parameters that the model itself holds.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(model, (torch.randn(3, 4),))
+        >>> site = net.summary().sites[0]
+        >>> site.name, site.units, site.consumers
+        ('0', 8, ('2',))
+        >>> site.unit_parameters  # four weights and a bias in front of the unit, and two weights that read it
+        7.0
+    """
 
     name: str
     units: int
@@ -30,8 +49,31 @@ class SiteSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A network: its sites, its parameters and multiply-adds per sample (all, and of the open units),
-    how many of the parameters belong to units, and what is frozen, with the reason."""
+    """What `PlasticNet.summary` returns: the size of a network, site by site and in total. It prints as a table.
+
+    Attributes:
+        sites: The sites, in the order of execution.
+        parameters: How many parameters the model has.
+        prunable_parameters: How many of them belong to units.
+        macs: The multiply-adds of all units for one sample.
+        open_parameters: How many parameters are left when closed units and closed single weights are left out.
+        open_macs: The multiply-adds for one sample that are left then.
+        k: How plastic the gates are.
+        frozen: The name of everything that cannot be gated, with the reason.
+        excluded: The names of the sites that were left alone because of ``exclude``.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = pn.PlasticNet(model, (torch.randn(3, 4),))
+        >>> with torch.no_grad():
+        ...     net.sites["0"].phi[:3] = -1.0  # closes three of the eight units
+        >>> summary = net.summary()
+        >>> summary.parameters, summary.open_parameters
+        (58, 37)
+        >>> print(summary.rows()[0])
+        ('0', '5/8', '7', '6', '2')
+    """
 
     sites: tuple[SiteSummary, ...]
     parameters: int
@@ -44,14 +86,20 @@ class Summary:
     excluded: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON (k as a string when it is infinite)."""
+        """Return the summary as plain data, ready for JSON; an infinite k becomes the string "inf"."""
         data = asdict(Summary(**{**self.__dict__, "frozen": dict(self.frozen)}))
         return {**data, "k": "inf" if self.k == float("inf") else self.k}
 
     def rows(self) -> list[Row]:
-        """The table: site, units (open/present where some are closed), parameters and multiply-adds of
-        one unit, and who reads it (the first few), relative to the modules that both lie in. Sites are
-        indented as the modules are nested; equal siblings (layers.0, layers.1, ...) share their rows."""
+        """Return the rows of the table, without its head.
+
+        Sites are indented as the modules are nested, and equal siblings (layers.0, layers.1, ...) share their rows.
+
+        Returns:
+            Tuples of five cells: the site; its units (open/all where some are closed); the parameters and the
+            multiply-adds of one unit; and the first few modules that read it. The names of the latter are relative to
+            the module around the site.
+        """
         root = Node()
         for site in self.sites:
             node = root
@@ -63,14 +111,18 @@ class Summary:
         return list(walk_rows(root, 0))
 
     def reasons(self, every: bool = False) -> list[str]:
-        """One line for each reason for which something is frozen, with the first names or with every one."""
+        """Return a line for each reason for which something is frozen, beginning with the names.
+
+        Args:
+            every: Whether a line has all names, and not just the first ones.
+        """
         grouped: dict[str, list[str]] = {}
         for name, reason in self.frozen.items():
             grouped.setdefault(reason, []).append(name)
         return [f"{listed_names(names, len(names) if every else SHOWN)}: {reason}" for reason, names in grouped.items()]
 
     def prunable(self) -> str:
-        """A line on how many of the parameters belong to units."""
+        """Return a line that says how many of the parameters belong to units."""
         share = self.prunable_parameters / max(self.parameters, 1)
         return f"{self.prunable_parameters:,} of {self.parameters:,} parameters belong to units ({share:.1%})"
 
@@ -87,7 +139,10 @@ class Summary:
 
 
 def summarise(net: GatedModel) -> Summary:
-    """What the sites and units of a network cost, and what of it is frozen."""
+    """Summarise what the sites and units of a network cost, and what is frozen in it.
+
+    On the meta device, where gates have no values, all units count as open.
+    """
     sites, cost, k = net.sites, net.cost, net.k
     ones = {name: torch.ones(len(s), dtype=torch.float64) for name, s in sites.items()}
     opened = {n: ones[n] if s.phi.is_meta else (s.mean_gate(k) > 0).double().cpu() for n, s in sites.items()}
@@ -117,4 +172,5 @@ def summarise(net: GatedModel) -> Summary:
 
 
 def _readers(site: Site) -> tuple[str, ...]:
+    """Return the names of the modules that read a site's units, or of parameters that the model itself holds."""
     return tuple(dict.fromkeys(c.module or c.tensor for c in site.units.consumers))

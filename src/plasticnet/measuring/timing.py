@@ -1,4 +1,4 @@
-"""Time: which modules of a network to watch, and how long each of them takes."""
+"""Decides which modules of a network are watched, and measures how long each of them takes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ from plasticnet.tools.inputs import copy_inputs
 from plasticnet.tools.trees import tensors_within
 from plasticnet.units import owner
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
 
 def device_of(module: nn.Module, inputs: Any) -> str:
-    """The kind of device, "cpu" or "cuda". Raises `PlasticError` for others, where time is not measured."""
+    """Return the kind of device that a module and its inputs lie on.
+
+    Returns:
+        "cuda" if any tensor lies there, else "cpu".
+
+    Raises:
+        PlasticError: A tensor lies on another kind of device, on which time is not measured, or on the meta device.
+    """
     tensors = [*module.parameters(), *module.buffers(), *tensors_within(inputs)]
     devices = {t.device.type for t in tensors}
     if "meta" in devices:
@@ -46,7 +53,12 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], on_start: Callable[[str], Any]) -> Iterator[None]:
-    """Within this context ``on_start`` is called with the name of each of these modules that starts."""
+    """Within this context, ``on_start`` is called with the name of a module whenever that module starts.
+
+    Args:
+        modules: The modules to watch, by name.
+        on_start: Called with a name; what it returns is ignored.
+    """
 
     def hook(name: str, *_: Any) -> None:
         on_start(name)
@@ -60,8 +72,20 @@ def watching(modules: Mapping[str, nn.Module], on_start: Callable[[str], Any]) -
 
 
 def called_rows(twin: nn.Module, model: nn.Module, inputs: Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The modules that get a row, in the order in which they are first called, and the row of each parameter:
-    that of the innermost module around it that is called."""
+    """Find the modules that get a row in a table of costs, and the row to which each parameter counts.
+
+    A parameter counts to the innermost module around it that is called when the network runs. (Some modules are never
+    called themselves, such as ``out_proj`` in attention.) A module gets a row if parameters count to it.
+
+    Args:
+        twin: What is run once: the model, or a network with gates around it.
+        model: The model.
+        inputs: What the twin is run on.
+
+    Returns:
+        The modules by name, in the order of their first call, and the name of the row of each parameter. The name of
+        the model itself is empty.
+    """
     modules = dict(model.named_modules())
     called: dict[str, None] = {"": None}
     with watching(modules, called.setdefault):
@@ -77,8 +101,10 @@ def called_rows(twin: nn.Module, model: nn.Module, inputs: Inputs) -> tuple[dict
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within this context PyTorch computes on one thread: several wait for each other by spinning, and CPU time
-    would count that."""
+    """Within this context PyTorch computes on one thread.
+
+    Threads that wait for each other keep their processors busy, and CPU time would count this.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -88,6 +114,7 @@ def one_thread() -> Iterator[None]:
 
 
 def stamp(device: str) -> Any:
+    """Return the present time: CPU nanoseconds of this thread, or on "cuda" an event that the GPU will record."""
     if device == "cpu":
         return time.thread_time_ns()
     event = torch.cuda.Event(enable_timing=True)
@@ -96,14 +123,27 @@ def stamp(device: str) -> Any:
 
 
 def _between(start: Any, end: Any) -> float:
-    """Milliseconds."""
+    """Return the milliseconds between two results of `stamp`."""
     return (end - start) / 1e6 if isinstance(start, int) else start.elapsed_time(end)
 
 
 def times_of(
     run: Callable[[Inputs], Any], inputs: Inputs, watched: Mapping[str, nn.Module], repeats: int, device: str
 ) -> dict[str | None, float]:
-    """Median milliseconds from the start of each module until the next one starts (None: until the first one)."""
+    """Measure how long each of some modules takes when the network runs.
+
+    Args:
+        run: Runs the network on a copy of the inputs.
+        inputs: The inputs.
+        watched: The modules to measure, by name.
+        repeats: How often the network is run.
+        device: "cpu" or "cuda".
+
+    Returns:
+        For each module that starts, the median of the milliseconds from its start until another watched module starts,
+        or the run ends; several calls in one run are added up. The value at None is the time before the first module
+        starts, which is the time of the whole run where nothing is watched.
+    """
     marks: list[tuple[str | None, Any]] = []
     laps: dict[str | None, list[float]] = defaultdict(list)
     with watching(watched, lambda name: marks.append((name, stamp(device)))):

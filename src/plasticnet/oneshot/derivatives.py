@@ -1,4 +1,4 @@
-"""How much the loss changes when a unit goes, to first order: by its parameters, or by its gate."""
+"""Estimates to first order how much the loss changes without a unit: by its parameters, or by its gate."""
 
 from __future__ import annotations
 
@@ -19,8 +19,22 @@ from plasticnet.tools.statistics import uses_batch_statistics
 
 
 def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
+    """Return the squared sums of gradient times weight over the parameters of each unit.
+
+    This is the estimate of Molchanov et al., arXiv 1906.10771, of how much the loss changes without the unit.
+
+    Args:
+        net: The network.
+        loss: A function without arguments that returns losses, shape (batch,), or their mean. It is called once.
+
+    Returns:
+        The squares for the units of all sites, shape (units,), in double precision.
+
+    Raises:
+        PlasticError: The loss does not depend on the network.
+    """
     parameters = [p for p in net.model.parameters() if p.is_floating_point() or p.is_complex()]
-    fixed = [p for p in parameters if not p.requires_grad]  # what does not train can be cut, too
+    fixed = [p for p in parameters if not p.requires_grad]  # Units that do not train can be cut, too.
     try:
         for p in fixed:
             p.requires_grad_(True)
@@ -40,16 +54,32 @@ def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
 
 
 def gate_squares(net: PlasticNet, loss: Loss) -> Tensor:
+    """Return the squares of each gate times the derivative of the loss with respect to it.
+
+    This is the estimate of Theis et al., arXiv 1801.05787, of how much the loss changes without the unit. Where samples
+    do not interact, the squares are those of each sample, averaged over the samples. Otherwise they are those of the
+    batch.
+
+    Args:
+        net: The network.
+        loss: A function without arguments that returns losses, shape (batch,), or their mean.
+
+    Returns:
+        The squares for the units of all sites, shape (units,), in double precision.
+
+    Raises:
+        PlasticError: The loss does not depend on the network.
+    """
     if all(net.gating.per_sample.values()) and net.sampler.mode != "batch" and not uses_batch_statistics(net.model):
         try:
             return _gate_squares(net, loss, apart=True)
-        except PlasticError:  # rows that are not samples; whatever else is wrong will be said again
+        except PlasticError:  # The rows may not be samples. Any other error will be raised again below.
             pass
     return _gate_squares(net, loss, apart=False)
 
 
 def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
-    """The squared derivatives with respect to the gates, of each sample's own, or of the batch's."""
+    """Return the squared derivatives with respect to the gates, for each sample apart or for the batch as a whole."""
     now, weights, calls = net.mean_gates()[0], net.mean_weights(), list[Tensor]()
 
     def gates(rows: int) -> Tensor:
@@ -61,7 +91,7 @@ def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
         found = torch.autograd.grad(f.sum(), calls, materialize_grads=True)
     found = [(g * z.detach())[:, :-1].double() for g, z in zip(found, calls, strict=True)]
     if apart and f.dim():
-        if all(len(g) == len(f) for g in found):  # all calls were on the same samples
+        if all(len(g) == len(f) for g in found):  # All calls of the network were on the same samples.
             return torch.stack(found).sum(0).square().mean(0)
         if sum(len(g) for g in found) == len(f):
             return torch.cat(found).square().mean(0)
@@ -70,7 +100,10 @@ def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
 
 @contextmanager
 def _gated_blocks(net: PlasticNet, gates: Callable[[], Tensor]) -> Iterator[None]:
-    """Within this context the gates of blocks have a derivative: between what a block gives, and its first input."""
+    """Give the gates of blocks a derivative in this context.
+
+    With respect to its gate, a block's output has the derivative output minus first input.
+    """
 
     def mixing(i: int) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
@@ -88,6 +121,7 @@ def _gated_blocks(net: PlasticNet, gates: Callable[[], Tensor]) -> Iterator[None
 
 
 def _dependent(f: Tensor) -> Tensor:
+    """Return the losses, or raise `PlasticError` where they do not depend on the network."""
     if not f.requires_grad:
         raise PlasticError("scores that follow a gradient need a loss that depends on the network: from net(x)")
     return f
@@ -95,7 +129,7 @@ def _dependent(f: Tensor) -> Tensor:
 
 @contextmanager
 def without_cudnn(net: PlasticNet) -> Iterator[None]:
-    """Within this context cuDNN, which has no gradients of recurrent layers in evaluation mode, leaves those alone."""
+    """Run recurrent layers without cuDNN in this context, which has no gradients for them in evaluation mode."""
     enabled = torch.backends.cudnn.enabled
     if any(isinstance(module, nn.RNNBase) for module in net.modules()):
         torch.backends.cudnn.enabled = False

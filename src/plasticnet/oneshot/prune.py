@@ -1,4 +1,4 @@
-"""Cutting a trained network in one shot, by a score for each unit; and how much each of its sites can lose."""
+"""Cuts a trained network in one shot, by a score for each unit."""
 
 from __future__ import annotations
 
@@ -29,17 +29,36 @@ def prune_once(
     scope: Literal["global", "uniform"] = "global",
     loss: Loss | None = None,
 ) -> dict[str, int]:
-    """Cut a trained network to a budget at once; returns how many units were closed per site.
+    """Cut a trained network to a budget at once.
 
-    ``budget`` has shares of the network as it is, or absolute targets. ``scores`` is a kind of `pn.scores`, for
-    which ``loss`` is there, or a number for each unit, higher for what is to stay: what `pn.scores` returned, say.
-    "global" compares them across sites: the best units stay, as many as the budget allows. "uniform" compares them
-    within a site, and all sites keep the same share of their units, the largest that the budget allows (each its
-    `Site.minimum`). Units are cut by `PlasticNet.resize`, which ``optimizer`` is for; blocks are closed, and
-    `compact` removes them.
+    Units are cut by `PlasticNet.resize`. Blocks are only closed, and `PlasticNet.compact` removes them.
 
-    Raises `PlasticError`, and changes nothing, at another k than infinity, for a budget of the loss, when even the
-    smallest network costs more than the budget, and for what `scores` and `resize` refuse.
+    Args:
+        net: The network, at k = infinity.
+        budget: The targets on costs, as shares of the network's present costs or as absolute numbers.
+        optimizer: The optimizer, or all of those, that hold the parameters, if training goes on.
+        scores: A kind of score as in `pn.scores`, or for each site the scores of its units, shape (units,), such as
+            `pn.scores` returned. The units with the highest scores stay.
+        scope: "global" compares scores across sites, so that the best units of the network stay, as many as the budget
+            allows. "uniform" compares them within each site: all sites keep the same share of their units, the largest
+            that the budget allows, and at least `Site.minimum` of them.
+        loss: The loss for kinds of score that follow a gradient, as in `pn.scores`.
+
+    Returns:
+        How many units were closed, for each site that lost some.
+
+    Raises:
+        PlasticError: k is not infinity, the budget has no targets on costs, the smallest network costs more than the
+            budget, the scores are not possible or do not fit, or the optimizers cannot be resized. Nothing was changed.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 4),))
+        >>> pn.prune_once(net, pn.Budget(units=0.25))
+        {'0': 6}
+        >>> net.compact()[0]
+        Linear(in_features=4, out_features=2, bias=True)
     """
     if not math.isinf(net.k):
         raise PlasticError(f"prune_once cuts a trained network at once, at k = infinity; k is {net.k:g}")
@@ -62,20 +81,22 @@ def prune_once(
 
 
 def _sources(net: PlasticNet, keep: Mapping[str, np.ndarray], worth: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
-    """The units to keep, for every site that loses some, as `PlasticNet.resize` wants them."""
-    values = {n: mask + 0.4 * ranks(-worth[n]) / len(mask) for n, mask in keep.items()}  # closed ones: below 0.5
+    """Return the units to keep, for every site that loses some, in the form that `PlasticNet.resize` takes."""
+    # The values of closed units stay below 0.5, and say which of them is the best.
+    values = {n: mask + 0.4 * ranks(-worth[n]) / len(mask) for n, mask in keep.items()}
     return survivors({n: s.units for n, s in net.sites.items()}, values, 0.5)
 
 
 def _uniform(net: PlasticNet, worth: Mapping[str, np.ndarray], targets: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The units that stay when every site keeps the same share of them, the largest that the targets allow."""
+    """Return the units that stay when all sites keep the same share of them, the largest that the targets allow."""
     sites, weights = net.sites, net.open_weights()
 
     def kept(share: float) -> dict[str, np.ndarray]:
         masks = {}
         for name, site in sites.items():
             masks[name] = ranks(worth[name]) < max(site.least, math.floor(share * len(site) + 1e-9))
-        left = _sources(net, masks, worth)  # with features go channels that nothing else reads
+        # Channels that only closed features read go with them.
+        left = _sources(net, masks, worth)
         return {n: np.isin(np.arange(len(mask)), left[n]) if n in left else mask for n, mask in masks.items()}
 
     def fits(share: float) -> bool:

@@ -1,4 +1,4 @@
-"""What each unit of a network is worth: by the size of its weights, or by what the loss says."""
+"""Scores what each unit of a network is worth: by the size of its weights, or by what the loss says."""
 
 from __future__ import annotations
 
@@ -15,30 +15,53 @@ from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.inputs import Loss
 from plasticnet.tools.snapshot import left_as_it_was
 
-Scores = str | Mapping[str, Tensor]  # a kind, or a number per unit
+Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
 KINDS = ("magnitude", "taylor", "gate")
 
 
 def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int = 1) -> dict[str, Tensor]:
-    """What each unit is worth: for every site the scores of its units, shape (units,), 0 for closed ones.
+    """Return what each unit of a network is worth.
 
-    "magnitude" is the L2 norm of the parameters that produce a unit (rows of weights, bias, scale and shift of its
-    norms); of a feature of an input site, that of its column; of a block, that of all its parameters. The other
-    two estimate how much the loss changes when the unit goes: "taylor" is the sum of gradient times weight over
-    the same parameters (Molchanov et al., arXiv 1906.10771), "gate" the derivative with respect to the gate, which
-    acts at what consumers read (the statistics of norms stay as they are). Of both the squares are averaged over
-    mini-batches, and those of "gate" over samples (Theis et al., arXiv 1801.05787) where ``loss`` gives losses per
-    sample and all gates can be drawn per sample.
+    The kinds of score are:
 
-    All are divided by their root mean square over the site, so that they compare across sites. As they come their
-    scale differs from layer to layer, and all of a layer but one unit may close.
+    - "magnitude": the L2 norm of the parameters that produce a unit. These are rows of weights, the bias, and the scale
+      and shift of its norms. For a feature of an input site it is the norm of its column, and for a block that of all
+      its parameters.
+    - "taylor": an estimate of how much the loss changes without the unit, the sum of gradient times weight over the
+      same parameters (Molchanov et al., arXiv 1906.10771).
+    - "gate": another such estimate, the derivative of the loss with respect to the gate (Theis et al., arXiv
+      1801.05787). The gate acts where units are read, and the statistics of norms stay as they are.
 
-    ``loss`` is a function without arguments that runs ``net`` on some data and returns its losses, shape (batch,), or a
-    scalar. It is called ``batches`` times, in evaluation mode. Nothing of it is left behind, gradients and random
-    numbers included.
+    The squares of the latter two are averaged over the mini-batches. Those of "gate" are averaged over samples too,
+    where ``loss`` returns losses of samples and all gates can be drawn per sample.
 
-    Raises `PlasticError` for an unknown kind, where a loss is missing, does not depend on the network or is not
-    finite, and where scores are not finite or all 0.
+    The scores of a site are divided by their root mean square, so that they compare across sites. Without this, their
+    scale would differ from layer to layer, and all but one unit of a layer might close.
+
+    Args:
+        net: The network. It is run in evaluation mode and left exactly as it was, gradients and random numbers
+            included.
+        kind: "magnitude", "taylor" or "gate".
+        loss: A function without arguments that runs the network on some data and returns its losses, shape (batch,), or
+            their mean. "magnitude" does not need it.
+        batches: How often the loss is called, each time with another mini-batch.
+
+    Returns:
+        For each site the scores of its units, shape (units,). Those of closed units are 0.
+
+    Raises:
+        PlasticError: The kind is unknown; the network has no units with gates; the loss is missing, does not depend on
+            the network or is not finite; or the scores are not finite, or all 0.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.tensor([[1.0], [3.0], [2.0]]).expand(3, 4))
+        ...     _ = model[0].bias.zero_()
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 4),))
+        >>> pn.scores(net, "magnitude")["0"].argsort().tolist()
+        [0, 2, 1]
     """
     if kind not in KINDS:
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
@@ -66,7 +89,16 @@ def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int
 
 
 def resolve(net: PlasticNet, given: Scores, loss: Loss | None) -> dict[str, np.ndarray]:
-    """The scores of this kind, or those that were given, as arrays of shape (units,)."""
+    """Return the scores of all units as arrays of shape (units,), by site.
+
+    Args:
+        net: The network.
+        given: A kind of score, which is computed by `scores`, or the scores themselves.
+        loss: The loss for `scores`.
+
+    Raises:
+        PlasticError: The given scores do not have shape (units,) or are not finite; or `scores` raises it.
+    """
     found = given if isinstance(given, Mapping) else scores(net, given, loss)
     worth: dict[str, np.ndarray] = {}
     for name, site in net.sites.items():

@@ -24,7 +24,20 @@ from plasticnet.tools.table import format_table
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """One site: for each share how many of its ``units`` were closed, and the validation loss then."""
+    """The validation losses with several shares of one site closed.
+
+    Args:
+        name: The name of the site.
+        units: The number of its units.
+        closed: How many units were closed, for each share.
+        losses: The validation loss with these units closed, for each share.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> site = pn.SiteSensitivity("0", units=8, closed=(2, 4), losses=(0.5, 0.75))
+        >>> dict(zip(site.closed, site.losses))
+        {2: 0.5, 4: 0.75}
+    """
 
     name: str
     units: int
@@ -34,23 +47,36 @@ class SiteSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `sensitivity` found: the validation ``loss`` with all units open, and for each site that with a share of its
-    units closed. Prints as a table."""
+    """The validation losses that `sensitivity` has measured; it prints as a table.
+
+    Args:
+        loss: The validation loss with all units open.
+        shares: The shares of a site that were closed.
+        sites: The losses of each site, in the order of the network's sites.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> site = pn.SiteSensitivity("0", units=8, closed=(2, 4), losses=(0.5, 0.75))
+        >>> print(pn.Sensitivity(0.25, (0.25, 0.5), (site,)))
+        validation loss by the share of a site that is closed; all open: 0.25
+        site  units  25 %  50 %
+        0         8   0.5  0.75
+    """
 
     loss: float
     shares: tuple[float, ...]
     sites: tuple[SiteSensitivity, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Return plain data, ready for JSON."""
         return asdict(self)
 
     def columns(self) -> tuple[str, ...]:
-        """The heads of the table: site, units, and the shares that are closed."""
+        """Return the heads of the table: site, units, and the shares that are closed."""
         return ("site", "units", *(f"{100 * share:.3g} %" for share in self.shares))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The cells of the table."""
+        """Return the cells of the table, with one row for each site."""
         return [(s.name, f"{s.units:,}", *(f"{loss:.4g}" for loss in s.losses)) for s in self.sites]
 
     def __str__(self) -> str:
@@ -65,15 +91,32 @@ def sensitivity(
     scores: Scores = "magnitude",
     loss: Loss | None = None,
 ) -> Sensitivity:
-    """How much each site can lose: the validation loss when a share of its units is closed, those of the lowest score,
-    and all other units are open.
+    """Measure how much each site can lose: the validation loss with a share of its units closed.
 
-    ``evaluate`` gives the validation loss of the network, a number; it is called in evaluation mode, without
-    gradients, once for every site and share. The number of units is rounded, and one stays (of blocks all may go).
-    ``scores`` and ``loss`` are those of `prune_once`. The network is left exactly as it was.
+    One site at a time is measured. The units with the lowest scores are closed, and all other units of the network are
+    open.
 
-    Raises `PlasticError` for a share that is not between 0 and 1, for what `scores` refuses, and when ``evaluate``
-    gives no number.
+    Args:
+        net: The network, which is left exactly as it was.
+        evaluate: A function that returns the validation loss of the network, a number. It is called in evaluation mode
+            and without gradients, once with all units open and once for every site and number of closed units.
+        shares: The shares to close, between 0 and 1. The number of units is rounded, and at least one stays; of blocks
+            all may go.
+        scores: A kind of score or the scores themselves, as in `prune_once`.
+        loss: The loss for kinds of score that follow a gradient, as in `pn.scores`.
+
+    Raises:
+        PlasticError: A share is not between 0 and 1, the scores are not possible or do not fit, or ``evaluate`` does
+            not return a number. Nothing was changed.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+        >>> net = pn.PlasticNet(model, (x,))
+        >>> found = pn.sensitivity(net, lambda net: torch.nn.functional.cross_entropy(net(x), y), shares=(0.25, 0.5))
+        >>> [(site.name, site.closed) for site in found.sites]
+        [('0', (2, 4))]
     """
     shares = tuple(float(share) for share in shares)
     if not shares or not all(0 < share < 1 for share in shares):
@@ -81,6 +124,7 @@ def sensitivity(
     worth = resolve(net, scores, loss)
 
     def measured() -> float:
+        """Return the validation loss with the units closed that are closed now."""
         net.eval()
         value = evaluate(net)
         if not isinstance(value, Real | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
@@ -105,7 +149,7 @@ def sensitivity(
 
 @contextmanager
 def _own_gates(net: PlasticNet) -> Iterator[None]:
-    """Within this context the network has other gates, all open, to close and open."""
+    """Give the network other gates in this context, all of them open, which may be closed and opened at will."""
     before = [(site, site.phi, site.grace) for site in net.sites.values()]
     try:
         for site, phi, grace in before:

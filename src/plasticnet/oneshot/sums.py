@@ -1,4 +1,4 @@
-"""Sums over the parameters of each unit: the magnitude of its weights, or what a gradient says of them."""
+"""Sums over the parameters of each unit: of the squares of its weights, or of what a gradient says about them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ from plasticnet.units import BlockUnits, Slice, Units
 
 
 def in_double(t: Tensor) -> Tensor:
-    """In double precision; a complex number as two real ones."""
+    """Return a detached tensor in double precision, with complex numbers as pairs of real ones."""
     t = t.detach()
     return (torch.view_as_real(t) if t.is_complex() else t).double()
 
 
 def sums_by_unit(net: GatedModel, value: Callable[[nn.Parameter], Tensor]) -> Tensor:
-    """The sum of ``value`` over the parameters of each unit, shape (units,) for the units of all sites."""
+    """Return the sum of a value over the parameters of each unit.
+
+    The parameters of a unit are those that produce it; for a unit that has none, such as an input feature, they are
+    those that read it. The parameters of a block are all of its parameters.
+
+    Args:
+        net: The network.
+        value: Gives for a parameter a tensor of its shape; for a complex one, two numbers for every entry.
+
+    Returns:
+        The sums for the units of all sites, shape (units,), in double precision.
+    """
     parameters = dict(net.model.named_parameters())
     sums: list[Tensor] = []
     for site in net.sites.values():
@@ -35,6 +46,6 @@ def sums_by_unit(net: GatedModel, value: Callable[[nn.Parameter], Tensor]) -> Te
 
 
 def _producing(u: Units, parameters: Mapping[str, nn.Parameter]) -> list[Slice]:
-    """Where the parameters lie that produce the units; where none do, as of a layer's inputs, those that read them."""
+    """Return the slices that produce the units, or those that read them where none do, as for input features."""
     slices = [s for s in u.slices if s.tensor in parameters]
     return [s for s in slices if not s.consumed] or slices

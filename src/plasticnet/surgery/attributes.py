@@ -11,7 +11,7 @@ from plasticnet.layers.attention import free_heads, head_size
 from plasticnet.tools.torch_private import BatchOrInstanceNorm, Conv, ConvTranspose, buffers_of, parameters_of
 from plasticnet.units import Units, Width, owner
 
-# Attributes of torch's own layers, which follow the shapes of their parameters.
+# These attributes of torch's own layers follow the shapes of their parameters.
 WIDTHS = (
     "in_features",
     "out_features",
@@ -34,10 +34,13 @@ _NORM_WIDTHS = ("num_features", "num_channels")
 
 
 def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarray], groups: Mapping[str, int]) -> None:
-    """Bring the attributes of every module whose parameters were resized up to date.
+    """Bring the attributes of modules up to date with parameters that were resized.
 
-    ``groups`` maps the weights of grouped layers to the rows of one group: a convolution of one
-    group looks like an ordinary one.
+    Args:
+        model: The model.
+        takes: The dimensions that were resized, as the keys (tensor, dim) of `Plan.takes`.
+        groups: For the weights of grouped layers, the number of rows in one group. The weight alone does not show it,
+            since a grouped convolution with a single group looks like an ordinary one.
     """
     for tensor, rows in groups.items():
         module = model.get_submodule(owner(tensor))
@@ -57,7 +60,12 @@ def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarr
 
 
 def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
-    """Let attributes follow a change of so many units."""
+    """Let attributes follow changes in the number of units.
+
+    Args:
+        model: The model.
+        shifts: Pairs of an attribute and the number of units that its site has gained, negative where it has lost some.
+    """
     for width, units in shifts:
         module = model.get_submodule(width.module)
         value = getattr(module, width.attribute)
@@ -70,18 +78,25 @@ def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
 
 
 def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Width]:
-    """Attributes that may follow the size of a site, judging by their value: the number of its units,
-    a multiple of it, or the length of a dimension that it lies along.
+    """Return the attributes that may follow the size of a site, judging by their values.
 
-    They are sought in the modules that own its slices, in those that hold these modules, up to the one
-    that holds them all, and in what these hold besides that has no parameters; ``outside``, in those
-    that hold that one, too.
+    A value qualifies if it is the number of units, a multiple of it, or the length of a dimension along which the site
+    lies. The attributes are sought in the modules that own slices of the site, in the modules that contain these, up to
+    the one that contains all of them, and in direct submodules of any of these that have no parameters.
+
+    Args:
+        model: The model.
+        units: The site.
+        outside: Whether to search also the modules that contain the one that contains all.
+
+    Returns:
+        The attributes, with the smallest number per unit first.
     """
     paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
     common = 0 if outside else shared
     names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
-    for name in list(names):  # and what stands beside them without parameters, as nn.Unflatten does
+    for name in list(names):  # A layer without parameters beside them may have a width too, as nn.Unflatten has.
         for leaf, child in model.get_submodule(name).named_children():
             if next(child.parameters(), None) is None:
                 names.setdefault(f"{name}.{leaf}".lstrip("."))
@@ -101,16 +116,16 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
                 per_unit = widths.get(v) or (v // units.size if v and v % units.size == 0 else 0)
                 if per_unit and any(w % per_unit == 0 for w in widths.values()):
                     found.append(Width(name, attribute, per_unit, place))
-    return sorted(found, key=lambda w: w.per_unit)  # numbers of units first: they are read most often
+    return sorted(found, key=lambda w: w.per_unit)  # A number of units is the likeliest.
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether a layer's weight comes from a parametrization: reading it could change its state."""
+    """Return whether a layer's weight comes from a parametrization, in which case reading it could change its state."""
     return isinstance(module, nn.Linear | Conv) and parameters_of(module).get("weight") is None
 
 
 def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """What the widths of a module should be, judging by its parameters."""
+    """Yield what the widths of a module should be, judging by its parameters, as pairs of name and value."""
     tensors = (*parameters_of(module).values(), *buffers_of(module).values())
     shape = next((t.shape for t in tensors if t is not None), None)
     if shape is None or len(shape) == 0 or _is_computed(module):
@@ -143,7 +158,7 @@ def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
 
 
 def group_size(module: nn.Module) -> int | None:
-    """Channels of one group, which no resize changes; None where there are no groups."""
+    """Return the number of channels in one group, which no resize changes, or None where there are no groups."""
     if isinstance(module, Conv) and module.groups > 1:
         return (module.in_channels if isinstance(module, ConvTranspose) else module.out_channels) // module.groups
     if isinstance(module, nn.GroupNorm):
@@ -152,7 +167,12 @@ def group_size(module: nn.Module) -> int | None:
 
 
 def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
-    """Where a module's attributes contradict the shapes of its parameters, or its ``group_size``."""
+    """Yield descriptions of where a module's attributes contradict the shapes of its parameters.
+
+    Args:
+        module: The module.
+        group: The `group_size` that it must have, or None.
+    """
     outputs = next((v for n, v in _expected(module) if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
     for leaf in ("bias", "running_mean", "running_var"):
         vector = getattr(module, leaf, None)

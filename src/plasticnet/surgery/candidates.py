@@ -1,7 +1,7 @@
-"""Growth by the gradient: more units than wanted are added and tried out, and the most promising stay.
+"""Growth by the gradient: more units than wanted are added and tried out, and the most promising ones stay.
 
-A new unit with outgoing weights of zero changes nothing, but these weights have a gradient. The larger
-it is, the more the loss will fall by the unit (GradMax, Evci et al., arXiv 2201.05125).
+A new unit with outgoing weights of zero changes nothing, but these weights have a gradient. The larger the gradient is,
+the more the loss will fall because of the unit (GradMax, Evci et al., arXiv 2201.05125).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from plasticnet.tools.shapes import along
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.units import InputUnits
 
-ASCENT = 4  # steps by which the incoming weights of a candidate follow its gradient's norm
-_SHARE = 0.5  # of the weights' own norm, how far the first of them goes
-_PROBE = 1e-3  # outgoing weights by which the direction of such a step is found
+ASCENT = 4  # the number of steps by which the incoming weights of a candidate enlarge the gradient
+_SHARE = 0.5  # the length of the first step, as a share of the weights' own norm
+_PROBE = 1e-3  # the norm of the outgoing weights with which the direction of a step is found
 
 
 def grow_by_gradient(
@@ -41,15 +41,28 @@ def grow_by_gradient(
     ascend: bool = True,
     grace: int = 0,
 ) -> None:
-    """Add at most ``counts`` units per site: those of twice as many candidates that promise most for
-    what they cost, until these have spent the ``budget``.
+    """Add the units that promise most for their cost, chosen from twice as many candidates.
 
-    ``loss`` gives the loss of the network on some training data, shape (batch,) or a scalar. With ``ascend`` the
-    incoming weights of the candidates are changed so that the gradient of the outgoing ones grows, at
-    equal norm. The function of the network stays.
+    New units have outgoing weights of zero, so that the network computes what it did before.
 
-    Raises `PlasticError`, and changes nothing, when the loss does not depend on the network or is not finite,
-    and for an unknown cost, or more features than are closed.
+    Args:
+        net: The network.
+        counts: The largest number of units that each site may get.
+        loss: A function without arguments that runs the network on some training data and returns its losses, shape
+            (batch,), or their mean.
+        optimizer: The optimizer, or all of those, that hold the parameters.
+        budget: The cost that the new units may spend. Each unit is counted at what it costs beside all candidates,
+            which is the most that it can cost. Units are added until the budget is spent, so the last one may exceed
+            it.
+        cost: What the units are priced by.
+        ascend: Whether the incoming weights of the candidates are first changed, at equal norm, so that the gradient of
+            the outgoing weights grows.
+        grace: For how many epochs of the schedule new units are held open and unpriced.
+
+    Raises:
+        PlasticError: The loss does not depend on the network or is not finite, the cost is unknown, the counts do not
+            fit the sites, more features were asked for than are closed, or the optimizers cannot be resized. Candidates
+            that were added before the error are removed again.
     """
     check_names(cost, "linear")
     check_counts(net, counts)
@@ -67,7 +80,7 @@ def grow_by_gradient(
             for step in range(ASCENT if ascend else 0):
                 _ascend(net, new, loss, _SHARE / (1 + step))
             benefit = _benefits(net, loss)
-        # Beside all the others: so the budget is kept whichever of them stay.
+        # A unit is priced beside all other candidates, so that the budget is kept whichever of them stay.
         prices = dict(zip(net.sites, net.cost.unit_costs(cost), strict=True))
         keep = _chosen(net, counts, new, benefit, budget, prices)
     except BaseException:
@@ -84,7 +97,16 @@ def _settle(
     grace: int,
     optimizer: Optimizers,
 ) -> None:
-    """Cut the candidates that do not stay, and put the grace of the units that were there back."""
+    """Cut the candidates that do not stay, and restore the grace of the old units.
+
+    Args:
+        net: The network.
+        keep: Masks of the units that stay, shape (units,), by site.
+        new: Masks of the units that are candidates, shape (units,), by site.
+        before: The grace of the old units, by site.
+        grace: The grace of the new units.
+        optimizer: The optimizer, or all of those, that hold the parameters.
+    """
     for name, site in net.sites.items():
         mask = new.get(name, torch.zeros_like(site.grace, dtype=torch.bool))
         site.grace.fill_(grace)
@@ -93,12 +115,13 @@ def _settle(
 
 
 def _candidates(net: GatedModel, name: str, n: int) -> int:
+    """Return how many candidates a site gets when ``n`` units are wanted."""
     return int(min(2 * n, net.sites[name].features_left))
 
 
 @contextmanager
 def aside(net: GatedModel) -> Iterator[None]:
-    """Run the open network in training mode, and leave nothing of it behind, on other ranks neither."""
+    """Run the network open and in training mode in this context, and leave nothing behind here or on other ranks."""
     outer, net.ranks.aside = net.ranks.aside, True
     try:
         with left_as_it_was(net, training=True), at_k(net, math.inf):
@@ -108,7 +131,13 @@ def aside(net: GatedModel) -> Iterator[None]:
 
 
 def _gradients(net: GatedModel, loss: Loss, names: list[str]) -> dict[str, Tensor]:
-    """The gradients of some parameters, the mean over all ranks; 0 for those that do not train."""
+    """Return the gradients of some parameters by name, averaged over all ranks.
+
+    Parameters that do not train have gradients of 0.
+
+    Raises:
+        PlasticError: The loss does not depend on the network or is not finite.
+    """
     parameters = dict(net.model.named_parameters())
     with torch.enable_grad():
         value = loss()
@@ -127,8 +156,12 @@ def _gradients(net: GatedModel, loss: Loss, names: list[str]) -> dict[str, Tenso
 
 
 def outgoing_gradients(net: GatedModel, loss: Loss) -> tuple[dict[str, Tensor], Tensor]:
-    """The gradients of the weights that read units, by name; and the squared norm of each unit's part of them,
-    shape (units of all sites + 1,)."""
+    """Return the gradients of the weights that read units, and how large each unit's part of them is.
+
+    Returns:
+        The gradients by the names of the parameters; and the squared norms of the units' parts, shape (units + 1,) for
+        the units of all sites and the constant 1.
+    """
     readers = net.gating.readers
     gradients = _gradients(net, loss, list(dict.fromkeys(r.tensor for r in readers)))
     total = readers[0].units.new_zeros(sum(len(s) for s in net.sites.values()) + 1, dtype=torch.float64)
@@ -141,6 +174,7 @@ def outgoing_gradients(net: GatedModel, loss: Loss) -> tuple[dict[str, Tensor], 
 
 
 def _benefits(net: GatedModel, loss: Loss) -> dict[str, np.ndarray]:
+    """Return the squared norms of the gradients of each unit's outgoing weights, shape (units,) by site."""
     _, total = outgoing_gradients(net, loss)
     parts = total[:-1].split([len(s) for s in net.sites.values()])
     return {name: part.cpu().numpy() for name, part in zip(net.sites, parts, strict=True)}
@@ -148,14 +182,20 @@ def _benefits(net: GatedModel, loss: Loss) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float) -> None:
-    """One step of the candidates' incoming weights up the norm of the gradient of the outgoing ones.
+    """Move the incoming weights of the candidates by one step that enlarges the gradient g of the outgoing ones.
 
-    With outgoing weights of -e times the direction of their gradient g, the loss is lower by e |g|: so
-    the ordinary gradient of the incoming weights shows how |g| grows.
+    With outgoing weights of -e g / |g|, the loss is lower by e |g|. So the ordinary gradient of the incoming weights
+    shows how |g| grows, and no second derivative is needed.
+
+    Args:
+        net: The network.
+        new: Masks of the units that are candidates, shape (units,), by site.
+        loss: The loss.
+        share: The length of the step, as a share of the norm of a candidate's own weights.
     """
     parameters = dict(net.model.named_parameters())
     incoming = _incoming(net, new, parameters)
-    if not incoming:  # features of an input
+    if not incoming:  # Features of an input have no incoming weights.
         return
     gradients, total = outgoing_gradients(net, loss)
     norms = total.sqrt().clamp(min=1e-30)
@@ -178,7 +218,7 @@ def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float
 
 
 def _length(rows: Tensor) -> Tensor:
-    """The norm of every row, in a shape that broadcasts over them; never 0."""
+    """Return the norm of every row in a shape that broadcasts over the rows, and never 0."""
     length = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), keepdim=True)
     return length.clamp(min=1e-30)
 
@@ -186,7 +226,7 @@ def _length(rows: Tensor) -> Tensor:
 def _incoming(
     net: GatedModel, new: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> list[tuple[str, int, Tensor]]:
-    """Where the incoming weights of the candidates lie: parameter, dimension, positions."""
+    """Return where the incoming weights of the candidates lie, as triples of parameter, dimension and positions."""
     found = []
     for name, site in net.sites.items():
         for s in site.units.slices:
@@ -205,11 +245,13 @@ def _chosen(
     budget: float,
     prices: Mapping[str, float],
 ) -> dict[str, np.ndarray]:
-    """Which units stay: those that were there, and of the candidates the best for their price, until these have
-    spent the budget."""
+    """Return masks of the units that stay, by site.
+
+    All old units stay. Of the candidates the best for their price stay, until they have spent the budget.
+    """
     had = {name: ~mask.cpu().numpy() for name, mask in new.items()}
     units = {name: site.units for name, site in net.sites.items()}
-    keep = {  # the features of an added channel come and go with it
+    keep = {  # The features of an added channel come and go with it.
         name: had[name] | ~alive(u, units, had) if isinstance(u, InputUnits) else had[name].copy()
         for name, u in units.items()
     }

@@ -1,4 +1,4 @@
-"""Compaction: fold what the gates multiply, cut what they close, and leave a plain module."""
+"""Compaction: folds what the gates multiply, cuts what they close, and leaves a plain module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ from plasticnet.units import BlockUnits, InputUnits, Units
 
 
 def compacted(net: GatedModel, multiple_of: int) -> nn.Module:
-    """See `PlasticNet.compact`."""
+    """Return a compact copy of a network's model, plain and in evaluation mode.
+
+    Closed units are cut, the mean gates of the others are multiplied into the weights that read them, and single
+    weights that are closed are zeros.
+
+    Args:
+        net: The network.
+        multiple_of: What widths are to be a multiple of, as in `survivors`.
+
+    Raises:
+        PlasticError: ``multiple_of`` is not a whole number from 1 on.
+    """
     check_multiple(multiple_of)
     small = duplicate(net.model).eval()
     sites = net.sites.values()
@@ -47,11 +58,21 @@ def cut(
     best: Mapping[str, int] | None = None,
     multiple_of: int = 1,
 ) -> nn.Module:
-    """Bring ``model`` (changed in place and returned) to its final form: the units whose factor is
-    0 are cut, other factors are multiplied into the consumers' weights, input sites become `Take`.
+    """Bring a model to its final form.
 
-    ``factors`` has shape (units,) per site. A site whose factors are all 0 keeps one unit, with
-    weights of zero: the one in ``best``, or its first. ``multiple_of`` is that of `survivors`.
+    Units whose factor is 0 are cut, and the other factors are multiplied into the weights that read the units. Closed
+    blocks become a `Skip`, and the features that are left of a layer's input are selected by a `Take`. A site whose
+    factors are all 0 keeps one unit, which is read with weights of zero.
+
+    Args:
+        model: The model, which is changed in place.
+        sites: Its sites.
+        factors: What is multiplied into the weights that read a unit, shape (units,) for each site.
+        best: The unit that stays in a site whose factors are all 0; by default the first one.
+        multiple_of: What widths are to be a multiple of, as in `survivors`.
+
+    Returns:
+        The model.
     """
     gone = [
         b
@@ -79,7 +100,7 @@ def cut(
 
 
 def _fold_kept(model: nn.Module, planned: Plan, factors: Mapping[str, Tensor]) -> None:
-    """Multiply the weights of a model that was cut by the factors of what is left."""
+    """Multiply the factors of the units that are left into the weights of a model that was cut."""
     kept = [
         factors[n][torch.from_numpy(planned.sources[n]).to(factors[n].device)] if n in planned.sources else factors[n]
         for n in planned.units
@@ -94,7 +115,7 @@ def _fold_kept(model: nn.Module, planned: Plan, factors: Mapping[str, Tensor]) -
 
 
 def _insert_takes(model: nn.Module, planned: Plan) -> list[str]:
-    """Put a `Take` before every consumer that lost features; returns these consumers."""
+    """Put a `Take` before every consumer that lost features, and return the names of these consumers."""
     taken: list[str] = []
     for u in planned.units.values():
         if isinstance(u, InputUnits) and (u.size < u.full):
@@ -107,7 +128,7 @@ def _insert_takes(model: nn.Module, planned: Plan) -> list[str]:
 
 
 def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], gone: list[str]) -> None:
-    """Add to the module's `RECORD` what a cut did."""
+    """Add what a cut did to the `RECORD` of the module."""
     record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
     inputs = {name for name, u in sites.items() if isinstance(u, InputUnits)}
     owned = {(s.tensor, s.dim) for u in sites.values() for s in u.slices if s.tensor not in inputs}
@@ -118,11 +139,12 @@ def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], go
 
 
 def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    """Return the pairs as lists, in order, as JSON holds them."""
     return [list(pair) for pair in sorted(pairs)]
 
 
 def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:
-    """The sites, less whatever lies in blocks that are gone, and less the sites of blocks."""
+    """Return the sites without everything in blocks that are gone, and without the sites of blocks themselves."""
 
     def stays(name: str) -> bool:
         return not any(f"{name}.".startswith(f"{block}.") for block in gone)
@@ -141,6 +163,6 @@ def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:
 
 
 def _renamed(tensor: str, taken: list[str]) -> str:
-    """The name of a tensor after `insert_take`."""
+    """Return the name of a tensor after `insert_take`."""
     owner, _, leaf = tensor.rpartition(".")
     return f"{owner}.1.{leaf}" if owner in taken else tensor

@@ -1,4 +1,4 @@
-"""Loading a state dict into a network of another size: resize first, then copy."""
+"""Loads a state dict into a network of another size: resizes the network first, and then copies."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from plasticnet.units import InputUnits, Units
 
 @contextmanager
 def resized_to(net: GatedModel, state: Mapping[str, Any]) -> Iterator[None]:
-    """Resize the network to the sizes in ``state``, which is loaded within this context.
+    """Resize a network to the sizes in a state dict, which is loaded within this context.
 
-    Raises `PlasticError`, and changes nothing, when it belongs to another architecture.
+    The parameters stay the same objects.
+
+    Raises:
+        PlasticError: The state belongs to another architecture. Nothing was changed.
     """
     _compare_keys(net.state_dict().keys(), state.keys())
     _check_k(state["_extra_state"])
@@ -52,9 +55,10 @@ def _check_k(k: Any) -> None:
 
 
 def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
-    """The resize that brings ``net`` to the sizes in ``state``, a `PlasticNet` state dict.
+    """Return the plan of a resize that brings a network to the sizes in a state dict.
 
-    Raises `PlasticError` naming the tensor and the shapes when no resize does.
+    Raises:
+        PlasticError: No resize leads to these sizes; the message names the tensor and the shapes.
     """
     model = net.model
     units: dict[str, Units] = {s.name: s.units for s in net.sites.values()}
@@ -63,7 +67,7 @@ def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
         found = [state[f"gates.{gate_key(name)}.{leaf}"] for leaf in leaves]
         if any(not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0 or len(t) != len(found[0]) for t in found):
             raise PlasticError(f"site {name!r}: its gates in the state are not of one shape (units,)")
-    # The values come from the state, so that units may come back where new ones could not.
+    # Units may come back here even in sites that cannot grow, because the state has their values.
     growable = {name: u.growable for name, u in units.items()}
     units = {name: replace(u, growable=True) for name, u in units.items()}
     sources: dict[str, list[int]] = {}
@@ -72,7 +76,7 @@ def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
         if size != u.size and not isinstance(u, InputUnits):
             sources[name] = [*range(min(size, u.size)), *[-1] * max(0, size - u.size)]
     sizes = lengths(model)
-    for u in units.values():  # whichever features are open now: the state says which will be
+    for u in units.values():  # It does not matter which features are open now, since the state says which will be.
         if isinstance(u, InputUnits):
             columns = u.slices[0]
             sizes[columns.tensor, columns.dim] = u.full
@@ -90,19 +94,30 @@ def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
 
 
 def _plan_features(planned: Plan, u: InputUnits, array: np.ndarray) -> None:
+    """Add to a plan that an input site will have the features in the state.
+
+    Args:
+        planned: The plan, which is changed in place.
+        u: The input site, with all of its features.
+        array: The features in the state.
+
+    Raises:
+        PlasticError: These are not features of the site in increasing order.
+    """
     integers = np.issubdtype(array.dtype, np.integer)
     if not integers or array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
         raise PlasticError(
             f"site {u.name!r}: its features in the state are not an increasing list within 0 to {u.full - 1}"
         )
     columns = u.slices[0]
-    take = np.zeros(len(array), dtype=np.int64)  # whatever: the values are loaded afterwards
+    take = np.zeros(len(array), dtype=np.int64)  # Any values will do, since they are loaded afterwards.
     planned.sources[u.name] = planned.takes[columns.tensor, columns.dim] = take
     columns.index = np.arange(len(array))[:, None]
     planned.units[u.name] = replace(u, size=len(array), features=array)
 
 
 def _compare(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
+    """Raise `PlasticError` unless the tensors in the state have the shapes that the plan leads to."""
     tensors = {n: (f"model.{n}", t) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
     gates = [(n, (f"gates.{weight_key(n)}.phi", tensors[n][1])) for n in net.weights]
     for name, (key, tensor) in [*tensors.items(), *gates]:
@@ -116,8 +131,10 @@ def _compare(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
 
 
 def _resize_in_place(net: GatedModel, planned: Plan) -> None:
-    """Apply a plan, keeping every Parameter the same object: nothing has been run since it was built
-    or the run is over, so that no autograd graph remembers the old shapes."""
+    """Apply a plan, and keep every Parameter the same object.
+
+    This is possible because no autograd graph remembers the old shapes: either nothing was run yet, or the run is over.
+    """
     sites = net.sites.values()
     logits = {s.name: (s.phi, 0.0) for s in sites}
     moved = apply_plan(net.model, planned, logits, weights={w.name: (w.phi, 0.0) for w in net.weights.values()})

@@ -1,8 +1,8 @@
-"""Optimizers: which of them can follow a change of size, and how their state does.
+"""Optimizers: which of them can follow a change of size, and how their state follows.
 
-A resize slices the state of an optimizer as it slices the parameters. That is right where the state
-has one number per entry of the parameter, as in torch's Adam and its relatives. All else is refused
-by name, before anything has changed.
+A resize slices the state of an optimizer as it slices the parameters. This is right where the state has one number for
+each entry of the parameter, as in torch's Adam and its relatives. Other optimizers are refused by name before anything
+has changed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from plasticnet.errors import PlasticError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None  # one, all of those that hold the parameters, or none
 
-# State whose new entries start at the mean of the kept ones: at 0, a running mean of squares makes the
-# first steps up to 6.5 times too long, and a step size is none.
+# The new entries of such state start at the mean of the kept ones. At 0, a running mean of squares would make the first
+# steps up to 6.5 times too long, and a step size of 0 would make none.
 _MEANS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf", "step_size"}
 
-# Found in the name of a class or of one it derives from, with its module: the reason.
+# These patterns are sought in the full name of a class and of its base classes. Each has the reason for a refusal.
 _REFUSED = {
     r"^(bitsandbytes|torchao)\.|(4bit|8bit|Fp8)$": "its state is quantised in blocks, which cannot be sliced",
     r"^schedulefree\.|ScheduleFree": "the weights it trains are interpolations with others that it keeps",
@@ -42,7 +42,11 @@ _INSTEAD = "Use SGD, Adam, AdamW or another optimizer whose state has its parame
 
 
 def listed(optimizer: Any) -> list[Optimizer]:
-    """One optimizer, several or none (None) as a list. Raises `PlasticError` for anything else."""
+    """Return one optimizer, several or none as a list.
+
+    Raises:
+        PlasticError: Something else was given.
+    """
     found = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     found = [] if found is None else list(found) if isinstance(found, Sequence) else [found]
     for o in found:
@@ -52,8 +56,16 @@ def listed(optimizer: Any) -> list[Optimizer]:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise `PlasticError` unless the optimizers hold every trainable one of the named parameters and
-    their state can be sliced. No optimizers at all are fine."""
+    """Check that optimizers can follow a change of size; an empty list always can.
+
+    Args:
+        optimizers: The optimizers.
+        parameters: All parameters of the network, by name.
+
+    Raises:
+        PlasticError: The optimizers do not hold every trainable parameter, are of a kind that cannot be resized, or
+            have state that cannot be sliced.
+    """
     for optimizer in optimizers:
         _check_kind(optimizer)
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -80,10 +92,13 @@ def rebind(
     moved: Mapping[nn.Parameter, nn.Parameter],
     rewrite: Callable[[nn.Parameter, Tensor, bool], Tensor],
 ) -> None:
-    """Put new parameters in the place of old ones, with their state.
+    """Put new parameters in the place of old ones, and carry over their state.
 
-    ``rewrite(old, value, mean)`` brings state of an old parameter to the new shape, new entries being
-    0 or, with ``mean``, the mean of the kept ones.
+    Args:
+        optimizer: The optimizer.
+        moved: The new parameter for each old one.
+        rewrite: A function ``rewrite(old, value, mean)`` that brings state of an old parameter to the new shape. New
+            entries are 0, or with ``mean`` the mean of the kept entries.
     """
     for group in optimizer.param_groups:
         group["params"] = [moved.get(p, p) for p in group["params"]]
@@ -96,7 +111,15 @@ def rebind(
 
 
 def forget(optimizers: Sequence[Optimizer], parameter: nn.Parameter, entries: Tensor) -> None:
-    """Set to 0 what the optimizers remember of the direction of some entries; of their size they keep it."""
+    """Let optimizers forget the direction of some entries.
+
+    State such as a running mean of gradients is set to 0. What optimizers remember about the size of gradients stays.
+
+    Args:
+        optimizers: The optimizers.
+        parameter: The parameter.
+        entries: The entries, as a mask or as indices.
+    """
     for optimizer in optimizers:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and key not in _MEANS:
@@ -104,11 +127,16 @@ def forget(optimizers: Sequence[Optimizer], parameter: nn.Parameter, entries: Te
 
 
 def _name(thing: object) -> str:
+    """Return the name of an object's class."""
     return type(thing).__qualname__
 
 
 def _check_kind(optimizer: Optimizer) -> None:
-    """Refuse what is known not to work, and wrappers, whatever state they hold as yet."""
+    """Refuse optimizers that are known not to work, and wrappers of optimizers, whatever state they have so far.
+
+    Raises:
+        PlasticError: The optimizer is refused; the message says why, and what to use instead.
+    """
     for kind in type(optimizer).__mro__:
         for pattern, reason in _REFUSED.items():
             if re.search(pattern, f"{kind.__module__}.{kind.__name__}"):
@@ -124,17 +152,19 @@ def _check_kind(optimizer: Optimizer) -> None:
 
 
 def _state(optimizer: Optimizer) -> Iterator[tuple[Any, str, Any]]:
-    """Parameter, key and value of all that an optimizer keeps."""
+    """Yield parameter, key and value for everything in the state of an optimizer."""
     for p, state in optimizer.state.items():
         if isinstance(p, Tensor) and isinstance(state, Mapping):
             yield from ((p, key, value) for key, value in state.items())
-        else:  # of the optimizer as a whole
+        else:  # This is state of the optimizer as a whole.
             yield None, str(p), state
 
 
 def _unsliceable(p: Any, value: Any) -> str:
-    """What is wrong with an entry of state, or nothing: one number per entry of the parameter, or one
-    for all of them, is fine."""
+    """Return what is wrong with an entry of state, or an empty string.
+
+    State is fine if it has one number for each entry of the parameter, or one number for all of them.
+    """
     if type(value) in (Tensor, nn.Parameter):
         if value.numel() == 1:
             return ""

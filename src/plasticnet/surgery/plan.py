@@ -12,33 +12,47 @@ from torch import nn
 from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Slice, Units, Width
 
-Sources = Mapping[str, Sequence[int]]  # for a site the old units that stay, in order, and -1 for a new one
+Sources = Mapping[str, Sequence[int]]  # for each site the old units that stay, in order, and -1 for a new one
 
 
 def lengths(model: nn.Module) -> dict[tuple[str, int], int]:
-    """The size of every dimension of every parameter and buffer."""
+    """Return the size of every dimension of every parameter and buffer, by the name of the tensor and the dimension."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {(name, d): n for name, t in tensors for d, n in enumerate(t.shape)}
 
 
 @dataclass
 class Plan:
-    """What a resize does: ``takes[tensor, dim]`` are old positions, -1 for new; ``sources[site]``
-    old units; ``units`` the sites as they will be."""
+    """What a resize does.
+
+    Args:
+        takes: For each dimension (tensor, dim) that changes, the old positions that make it up; -1 is a new one.
+        sources: For each site that changes, the old units that make it up; -1 is a new one.
+        units: The sites as they will be.
+        consumed: The dimensions over which a contraction sums.
+        groups: For weights of grouped layers, the number of rows in one group.
+        shifts: Attributes of modules, each with the number of units that its site gains.
+    """
 
     takes: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     sources: dict[str, np.ndarray] = field(default_factory=dict)
     units: dict[str, Units] = field(default_factory=dict)
     consumed: set[tuple[str, int]] = field(default_factory=set)
-    groups: dict[str, int] = field(default_factory=dict)  # grouped layers: rows of one group
-    shifts: list[tuple[Width, int]] = field(default_factory=list)  # attributes, by how many units they grow
+    groups: dict[str, int] = field(default_factory=dict)
+    shifts: list[tuple[Width, int]] = field(default_factory=list)
 
 
 def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], int], sources: Sources) -> Plan:
-    """Check the sources and work out the new positions; ``lengths`` are the dimensions' sizes.
+    """Check the sources of a resize, and work out the new positions.
 
-    Raises `PlasticError` for an unknown site, an index out of range or out of order, a site that
-    would be left without units, or more features than an input site has.
+    Args:
+        sites: All sites of the model.
+        lengths: The size of every dimension, as `lengths` returns it.
+        sources: For each site that changes, the old units that stay, in order, and -1 for a new one.
+
+    Raises:
+        PlasticError: A site is unknown or consists of blocks; an index is out of range or out of order; a site would be
+            left without units; a site cannot grow; or an input site does not have so many features.
     """
     result = Plan(sources={name: _checked(sites, name, s) for name, s in sources.items()})
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
@@ -51,7 +65,8 @@ def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], in
         _plan_features(u, full_take, result)
     touched = {(s.tensor, s.dim) for name in result.sources for s in sites[name].slices}
     indices: dict[tuple[str, int, str], np.ndarray] = {}
-    known: dict[object, tuple[np.ndarray, dict[str, np.ndarray]]] = {}  # most tensors of a site are alike
+    # Most tensors of a site are alike, so that results can be used again.
+    known: dict[object, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
     for key in sorted(touched):
         length = inputs[key[0]].full if key[0] in inputs else lengths[key]
         alike = (length, *((name, s.runs, s.index.tobytes()) for name, s in owners[key]))
@@ -76,6 +91,7 @@ def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], in
 
 
 def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarray:
+    """Return the sources of one site as an array, or raise `PlasticError` as `plan_resize` does."""
     if name not in sites:
         raise PlasticError(f"there is no site {name!r}; the sites are: {', '.join(sites)}")
     u = sites[name]
@@ -105,10 +121,19 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
 def positions(
     owners: Sequence[tuple[str, Slice]], sources: Mapping[str, np.ndarray], length: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The old positions that make up one dimension, and the new positions in it of its owners' units.
+    """Return the old positions that make up one dimension, and the new positions of the units in it.
 
-    Kept positions stay in order; a new unit's stretch follows that of the unit before it in the
-    list (or comes before the first one).
+    Kept positions stay in order. The positions of a new unit follow those of the unit before it in the list, or precede
+    those of the first unit.
+
+    Args:
+        owners: The names of the sites that lie along the dimension, with their slices.
+        sources: For each site that changes, the old units that make it up, as in `Plan`.
+        length: The old length of the dimension.
+
+    Returns:
+        The old positions, shape (new length,), with -1 for new ones; and the new positions of every owner's units, by
+        site, shape (units, width).
     """
     alive = np.ones(length, dtype=bool)
     added: list[np.ndarray] = []
@@ -116,10 +141,10 @@ def positions(
         alive[np.delete(s.index, source[source >= 0], axis=0)] = False
         added.append(_anchors(s, source).reshape(-1))
     old = np.flatnonzero(alive)
-    # Stable: at equal anchors the kept position comes first, then the added ones in order.
+    # The sort is stable: at equal anchors the kept position comes first, and then the added ones in their order.
     order = np.argsort(np.concatenate([old, *added]), kind="stable")
     take = np.append(old, np.full(len(order) - len(old), -1))[order]
-    where = np.argsort(order)  # its inverse
+    where = np.argsort(order)  # the inverse of the order
     new_of_old = np.full(length, -1)
     new_of_old[old], new = np.split(where, [len(old)])
     index: dict[str, np.ndarray] = {}
@@ -133,8 +158,8 @@ def positions(
 
 
 def _anchors(s: Slice, source: np.ndarray) -> np.ndarray:
-    """For every position of every new unit the old one that it follows: shape (new units, width)."""
-    before = np.maximum.accumulate(source)[source < 0]  # the kept units increase; -1: there is none
+    """Return, for every position of every new unit, the old position that it follows: shape (new units, width)."""
+    before = np.maximum.accumulate(source)[source < 0]  # the kept unit before each new one, or -1
     ends = np.cumsum(s.runs, dtype=np.int64)
     first = s.index[0, np.append(0, ends[:-1])] - 0.5
     anchors = np.where(before[:, None] < 0, first, s.index[before][:, ends - 1])
@@ -142,8 +167,19 @@ def _anchors(s: Slice, source: np.ndarray) -> np.ndarray:
 
 
 def _plan_features(u: InputUnits, full_take: np.ndarray, result: Plan) -> None:
-    """An input site follows its producers: features of a cut channel go, those of a new one come
-    open, and a -1 re-opens a closed feature (at random)."""
+    """Add to a plan how an input site follows its producers.
+
+    Features of a channel that is cut go, and features of a new channel come open. A source of -1 re-opens a closed
+    feature at random.
+
+    Args:
+        u: The input site.
+        full_take: The old positions that make up its full axis; -1 is a new one.
+        result: The plan, which is changed in place.
+
+    Raises:
+        PlasticError: More features would be re-opened than are closed, or none would be left.
+    """
     asked = result.sources.get(u.name)
     changed = len(full_take) != u.full or (full_take != np.arange(u.full)).any()
     if asked is None and not changed:

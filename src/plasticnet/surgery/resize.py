@@ -1,8 +1,8 @@
 """Resize: the one operation for growth and pruning.
 
-For each site a list of source indices: ``[0, 2, 3, -1, -1]`` keeps three units and adds two. A
-`Plan` says, for every dimension of every tensor, which old positions make up the new ones (-1 for
-new); `apply_plan` rewrites parameters, buffers, module attributes and the optimizers' state by it.
+A resize takes a list of source indices for each site: ``[0, 2, 3, -1, -1]`` keeps three units and adds two. A `Plan`
+says, for every dimension of every tensor, which old positions make up the new ones, with -1 for a new position.
+`apply_plan` rewrites parameters, buffers, attributes of modules and the state of the optimizers by the plan.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ from plasticnet.units import InputUnits
 def resize(
     net: GatedModel, sources: Sources, optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
 ) -> None:
-    """Rebuild sites from lists of source indices; see `PlasticNet.resize`, also for what is raised."""
+    """Rebuild sites from lists of source indices.
+
+    Args:
+        net: The network.
+        sources: For each site the old units that stay, in order, and -1 for a new one, as in `PlasticNet.resize`.
+        optimizer: The optimizer, or all of those, that hold the parameters.
+        init: How new units begin, one of `INITS`.
+        grace: For how many epochs of the schedule new units are held open and unpriced.
+
+    Raises:
+        PlasticError: The sources do not fit, ``init`` is unknown, or the optimizers cannot be resized. Nothing was
+            changed.
+    """
     if not isinstance(sources, Mapping):
         raise PlasticError(f"resize takes a mapping of site to source indices, not a {type(sources).__name__}")
     optimizers = listed(optimizer)
@@ -48,7 +60,7 @@ def resize(
 
 
 def adopt(net: GatedModel, planned: Plan) -> None:
-    """Note the units that a plan has left, and work out anew what depends on them."""
+    """Give the sites the units that a plan has left, and work out anew everything that depends on their sizes."""
     for site in net.sites.values():
         site.units = planned.units[site.name]
         if isinstance(site.units, InputUnits):
@@ -59,10 +71,17 @@ def adopt(net: GatedModel, planned: Plan) -> None:
 def grow(
     net: GatedModel, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
 ) -> None:
-    """Add units: ``{"conv1": 2}``; see `resize`.
+    """Add units: ``{"conv1": 2}`` adds two to a site.
 
-    Raises `PlasticError`, and changes nothing, for an unknown site, a number that is negative or not whole, and for
-    what `resize` refuses.
+    Args:
+        net: The network.
+        counts: How many units each site gets.
+        optimizer: The optimizer, or all of those, that hold the parameters.
+        init: How new units begin, one of `INITS`.
+        grace: For how many epochs of the schedule new units are held open and unpriced.
+
+    Raises:
+        PlasticError: A site is unknown, a number is negative or not whole, or `resize` raises it. Nothing was changed.
     """
     check_counts(net, counts)
     sources = {n: [*range(len(net.sites[n])), *[-1] * count] for n, count in counts.items()}
@@ -70,7 +89,7 @@ def grow(
 
 
 def check_counts(net: GatedModel, counts: Mapping[str, int]) -> None:
-    """Raise `PlasticError` unless these are numbers of units to add to sites that there are."""
+    """Raise `PlasticError` unless these are whole numbers of units, 0 or more, for sites of the network."""
     if any(type(n) is not int or n < 0 for n in counts.values()):
         raise PlasticError(f"{dict(counts)}: the units to add are whole numbers, 0 or more; to remove, use prune")
     unknown = [n for n in counts if n not in net.sites]
@@ -79,7 +98,21 @@ def check_counts(net: GatedModel, counts: Mapping[str, int]) -> None:
 
 
 def prune(net: GatedModel, below: float = 0.5, optimizer: Optimizers = None, multiple_of: int = 1) -> dict[str, int]:
-    """Cut the units whose gate has a probability below ``below``; see `PlasticNet.prune`."""
+    """Cut the units whose gate has a probability below a threshold, as `PlasticNet.prune` does.
+
+    Args:
+        net: The network.
+        below: The threshold, from 0 to 1.
+        optimizer: The optimizer, or all of those, that hold the parameters.
+        multiple_of: What widths are to be a multiple of.
+
+    Returns:
+        How many units were cut, for each site that lost some.
+
+    Raises:
+        PlasticError: An option is out of range, gates are not finite, or the optimizers cannot be resized. Nothing was
+            changed.
+    """
     sources = to_keep(net, below, multiple_of)
     before = {n: len(s) for n, s in net.sites.items()}
     if sources:

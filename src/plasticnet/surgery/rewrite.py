@@ -32,16 +32,26 @@ def apply_plan(
     init: str = "preserve",
     weights: Mapping[str, tuple[nn.Parameter, float]] | None = None,
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """Rewrite the model's tensors, the gate logits and the optimizers' state by a plan.
+    """Rewrite a model's tensors, the logits of its gates and the state of its optimizers by a plan.
 
-    ``gates`` maps a site to its logits and the value for new ones, ``weights`` a parameter to the logits of its
-    entries, which follow it, and the value. ``init`` is "preserve" (random
-    incoming and zero outgoing weights: the function stays), "random" or "paper" (both random). Returns old
-    parameters with the new ones; both the model and the optimizers hold only the new ones. The gate
-    logits are returned, not rebound in the model.
+    The model and the optimizers then hold only new parameters. New logits are returned, and are not put into the
+    network.
 
-    Raises `PlasticError`, before anything changes, when the optimizers do not hold every trainable
-    parameter or keep state that cannot be sliced.
+    Args:
+        model: The model.
+        plan: The plan.
+        gates: For each site its logits, and the value that new ones get.
+        optimizers: The optimizers that hold all trainable parameters; none are needed.
+        init: How new units begin: with random incoming weights, and outgoing ones of zero ("preserve", so that the
+            model computes what it did before) or random ones too ("random" and "paper").
+        weights: For each parameter whose entries have gates, their logits, and the value that new ones get.
+
+    Returns:
+        The new parameter for each old one, logits included.
+
+    Raises:
+        PlasticError: ``init`` is unknown, or the optimizers do not hold every trainable parameter or cannot be resized.
+            Nothing was changed.
     """
     if init not in INITS:
         raise PlasticError(f"init={init!r}: choose one of {', '.join(INITS)}")
@@ -74,7 +84,7 @@ def apply_plan(
 def _rewritten_tensors(
     model: nn.Module, by_tensor: Mapping[str, Mapping[int, _Take]], consumed: set[tuple[str, int]], init: str
 ) -> Iterator[_Rewritten]:
-    """The parameters and buffers of these names, new ones with the values that new units begin with."""
+    """Yield the parameters and buffers of these names, each rewritten, with the values that new units begin with."""
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     for name, takes in by_tensor.items():
         old = tensors[name]
@@ -87,7 +97,7 @@ def _rewritten_tensors(
 def _rewritten_logits(
     gates: Mapping[str, tuple[nn.Parameter, float]], takes_by_name: Mapping[str, Mapping[int, _Take]]
 ) -> Iterator[_Rewritten]:
-    """The logits whose units or entries change, new ones with the value beside them."""
+    """Yield the logits whose units or entries change, each rewritten, with new ones at the value given for them."""
     for name, (logits, value) in gates.items():
         takes = takes_by_name.get(name)
         if takes is not None:
@@ -98,16 +108,28 @@ def _rewritten_logits(
 
 
 def rewrite(tensor: Tensor, takes: Mapping[int, np.ndarray], mean: bool = False) -> Tensor:
-    """A copy with each dimension made of the old positions in ``takes``; where they are -1, of zeros or, with
-    ``mean``, of the mean over the kept ones."""
+    """Return a copy of a tensor in which each dimension is made up of old positions.
+
+    Args:
+        tensor: The tensor.
+        takes: For each dimension that changes, the old positions; -1 is a new one.
+        mean: Whether new entries are the mean over the kept ones. Otherwise they are 0.
+    """
     return _rewrite(tensor, {dim: _Take(take) for dim, take in takes.items()}, mean)
 
 
 class _Take:
-    """How one dimension is rewritten: by slices where that will do, which are faster than indices.
+    """How one dimension is rewritten; slices are used where they will do, because they are faster than indices.
 
-    ``kept`` and ``fresh`` are the new positions. From the old ones ``source`` comes what fills ``target``:
-    the kept positions where these are a slice, else all of them, for the fresh ones to be filled afterwards.
+    Args:
+        take: The old positions, with -1 for new ones.
+
+    Attributes:
+        kept: The new positions of what is kept.
+        fresh: The new positions of what is new.
+        source: The old positions from which ``target`` is filled.
+        target: The new positions that are filled first. They are the kept ones where these are a slice. Otherwise they
+            are all positions, and those in ``fresh`` are filled once more afterwards.
     """
 
     def __init__(self, take: np.ndarray) -> None:
@@ -118,10 +140,11 @@ class _Take:
         self.source = _where(take[places] if isinstance(self.kept, slice) else np.maximum(take, 0))
 
 
-_Rewritten = tuple[Tensor, Tensor, Mapping[int, _Take]]  # the old tensor, the new one, and how it came from the old
+_Rewritten = tuple[Tensor, Tensor, Mapping[int, _Take]]  # the old tensor, the new one, and how its dimensions changed
 
 
 def _where(positions: np.ndarray) -> slice | Tensor:
+    """Return positions as a slice where they follow each other, and otherwise as indices."""
     if (np.diff(positions) == 1).all():
         first = int(positions[0]) if len(positions) else 0
         return slice(first, first + len(positions))
@@ -129,20 +152,21 @@ def _where(positions: np.ndarray) -> slice | Tensor:
 
 
 def _part(tensor: Tensor, dim: int, where: slice | Tensor) -> Tensor:
-    """What lies at these positions: a view of a slice, else a copy."""
+    """Return what lies at these positions of a dimension: a view for a slice, and otherwise a copy."""
     return tensor[_at(dim, where)] if isinstance(where, slice) else tensor.index_select(dim, where.to(tensor.device))
 
 
 def _at(dim: int, where: slice | Tensor) -> tuple[slice | Tensor, ...]:
+    """Return what a tensor is indexed with for these positions of a dimension."""
     return (*[slice(None)] * dim, where)
 
 
 def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> Tensor:
-    """`rewrite`, by what was worked out of the positions."""
+    """Return what `rewrite` does, from dimensions that were worked out."""
     new = tensor.detach()
-    steps = [[item] for item in takes.items()]  # dimension 0 comes first: its rows are contiguous
+    steps = [[item] for item in takes.items()]  # Dimension 0 comes first, because its rows are contiguous.
     if all(isinstance(t.source, slice) and t.source == slice(0, new.shape[dim]) for dim, t in takes.items()):
-        steps = [list(takes.items())]  # nothing is cut: all dimensions grow at once
+        steps = [list(takes.items())]  # Nothing is cut, so that all dimensions grow at once.
     for step in steps:
         for dim, take in step:
             new = _part(new, dim, take.source)
@@ -158,7 +182,14 @@ def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> 
 
 
 def _fill(new: Tensor, kept: Tensor, takes: Sequence[tuple[int, _Take]], mean: bool) -> None:
-    """Fill ``new``: with what is kept, then with what is new, one dimension after the other."""
+    """Fill a new tensor with what is kept, and then with what is new, one dimension after the other.
+
+    Args:
+        new: The tensor to fill.
+        kept: What is kept of the old one.
+        takes: The dimensions that change, and how.
+        mean: Whether new entries are the mean over the kept ones. Otherwise they are 0.
+    """
     if not takes:
         new.copy_(kept)
         return
@@ -172,13 +203,25 @@ def _fill(new: Tensor, kept: Tensor, takes: Sequence[tuple[int, _Take]], mean: b
 def _initialise(
     model: nn.Module, name: str, new: Tensor, takes: Mapping[int, _Take], consumed: set[tuple[str, int]], init: str
 ) -> None:
-    """Give the new entries of a rewritten tensor their values (they are zero)."""
+    """Give the new entries of a rewritten tensor, which are zero, their initial values.
+
+    New rows of weights are uniform within 1 / sqrt(fan in), as in torch's layers. With ``init`` "preserve", entries
+    that read new units stay zero.
+
+    Args:
+        model: The model.
+        name: The name of the tensor.
+        new: The rewritten tensor, which is changed in place.
+        takes: The dimensions that changed, and how.
+        consumed: The dimensions over which a contraction sums.
+        init: One of `INITS`.
+    """
     for dim, take in takes.items():
         if not take.grows or ((name, dim) in consumed and init == "preserve"):
             continue
         if new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
             outputs = new.shape[0 if (name, dim) in consumed else dim]
-            bound = (outputs / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as torch's layers
+            bound = (outputs / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as in torch's layers
             added = torch.empty_like(_part(new, dim, take.fresh), memory_format=torch.contiguous_format)
             (torch.view_as_real(added) if new.is_complex() else added).uniform_(-bound, bound)
             new[_at(dim, take.fresh)] = added
@@ -187,6 +230,11 @@ def _initialise(
 
 
 def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> float:
+    """Return the value of new entries of a vector.
+
+    It is 0 for a bias and a running mean, and 1 for a running variance and the scale of a norm. In other vectors it is
+    the mean of the kept entries.
+    """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     norm = isinstance(module, BatchOrInstanceNorm | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm)
@@ -199,9 +247,8 @@ def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> floa
 
 
 def replace_tensors(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Put the second tensor of each pair wherever the model holds the first (shared parameters have
-    several places)."""
-    held = [(old, new) for old, new in pairs]  # the ids below are those of living tensors
+    """Put the second tensor of each pair wherever the model holds the first, which may be in several places."""
+    held = [(old, new) for old, new in pairs]  # This keeps the tensors alive, so that their ids stay unique.
     new_of = {id(old): new for old, new in held}
     for module in model.modules():
         for store in (parameters_of(module), buffers_of(module)):

@@ -16,7 +16,16 @@ from plasticnet.units import BlockUnits, InputUnits, Units
 
 
 def to_keep(net: GatedModel, below: float, multiple_of: int) -> dict[str, list[int]]:
-    """The units that `PlasticNet.prune` keeps, for every site that loses some."""
+    """Return the units that `PlasticNet.prune` keeps, for every site that loses some.
+
+    Args:
+        net: The network.
+        below: The probability below which a unit is cut.
+        multiple_of: What widths are to be a multiple of.
+
+    Raises:
+        PlasticError: An option is out of range, or gates are not finite.
+    """
     if not isinstance(below, Real) or not 0 <= float(below) <= 1:
         raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
     check_multiple(multiple_of)
@@ -41,7 +50,12 @@ def check_finite(net: GatedModel) -> None:
 
 
 def read_units(net: GatedModel, opened: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """Of the open units of every site, those that open weights read."""
+    """Return which of the open units are read by an open weight, as a mask of shape (units,) for each site.
+
+    Args:
+        net: The network.
+        opened: For each site a mask of its open units, shape (units,).
+    """
     if not opened:
         return []
     left = read(net, torch.cat(list(opened.values())), {w.name: w.open for w in net.weights.values()})
@@ -59,10 +73,19 @@ def check_multiple(multiple_of: int) -> None:
 def survivors(
     sites: Mapping[str, Units], values: Mapping[str, np.ndarray], above: float, multiple_of: int = 1
 ) -> dict[str, list[int]]:
-    """For every site the units whose value exceeds ``above`` (the best one, if none does); without
-    the units whose features are all gone. Then, for widths that are multiples of ``multiple_of``, the
-    next best ones, where a site has as many."""
-    sites = {name: u for name, u in sites.items() if not isinstance(u, BlockUnits)}  # `cut` removes those
+    """Return the units that stay, for every site that loses some.
+
+    The units whose value exceeds ``above`` stay, without channels whose features are all gone and features whose
+    channel is gone. A site in which no unit does so keeps its best one. Sites of blocks are left out.
+
+    Args:
+        sites: All sites of the model.
+        values: The values of the units, shape (units,) for each site.
+        above: The threshold.
+        multiple_of: What widths are to be a multiple of. The next best units then stay too, in sites that have enough.
+    """
+    # Blocks are removed by `cut`.
+    sites = {name: u for name, u in sites.items() if not isinstance(u, BlockUnits)}
     keep = {name: _best(values[name], values[name] > above) for name in sites}
     for name, u in sites.items():
         virtual = [s for s in u.slices if isinstance(sites.get(s.tensor), InputUnits)]
@@ -75,7 +98,7 @@ def survivors(
                 read |= present[s.index].any(1)
             keep[name] = _best(np.where(read, values[name], values[name] - 2.0), keep[name] & read)
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
-    for name, u in inputs.items():  # one feature at least needs its producer
+    for name, u in inputs.items():  # At least one feature must stay, and so must its producer.
         if not alive(u, sites, keep).any():
             position = u.features[np.argmax(values[name])]
             for other, producer in sites.items():
@@ -92,7 +115,13 @@ def survivors(
 
 
 def alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which features of an input site have a producer that stays."""
+    """Return which features of an input site have a producer that stays, or have none, as a mask of shape (units,).
+
+    Args:
+        u: The input site.
+        sites: All sites of the model.
+        keep: Masks of the units that stay, shape (units,), by site.
+    """
     there = np.ones(u.full, dtype=bool)
     for name, producer in sites.items():
         for s in producer.slices:
@@ -102,12 +131,23 @@ def alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarr
 
 
 def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, multiple_of: int) -> np.ndarray:
-    """``keep`` with the best others of those that are ``there``, up to the next multiple, if they suffice."""
-    # A head, say, is many entries wide: fewer heads make a multiple.
+    """Return which units stay so that a width is a multiple of a number.
+
+    Args:
+        u: The site.
+        values: The values of its units, shape (units,).
+        keep: The mask of the units that stay in any case.
+        there: The mask of the units that could stay.
+        multiple_of: The number.
+
+    Returns:
+        ``keep`` and the best of the other units up to the next multiple; ``keep`` alone where they do not suffice.
+    """
+    # Where a unit is several entries wide, as a head is, fewer units make a multiple.
     step = multiple_of // math.gcd(multiple_of, *(s.index.shape[1] for s in u.slices))
     missing = -int(keep.sum()) % step
     spare = np.flatnonzero(there & ~keep)
-    if missing > len(spare) or u.norms:  # closed units would count in the statistics of a norm
+    if missing > len(spare) or u.norms:  # Closed units would count in a norm.
         return keep
     keep = keep.copy()
     keep[spare[np.argsort(-values[spare], kind="stable")[:missing]]] = True
@@ -115,19 +155,30 @@ def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, m
 
 
 def _best(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return a mask of units, or of the best unit alone where the mask is empty."""
     if not mask.any():
         mask = np.arange(len(values)) == int(np.argmax(values))
     return mask
 
 
 def read(net: GatedModel, z: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-    """Of the open units, a mask (units,), those that something reads where only these entries of weights are open. The
-    others contribute nothing. A unit that only such units read is not read either."""
+    """Return which of the open units are read when only some entries of weights are open.
+
+    The other units contribute nothing. A unit that only such units read counts as not read.
+
+    Args:
+        net: The network.
+        z: The mask of the open units of all sites, shape (units,).
+        masks: For each parameter whose entries have gates, the mask of its open entries.
+
+    Returns:
+        A mask of shape (units,).
+    """
     if not len(z):
         return z
     now, entries = torch.cat([z, z.new_ones(1)]), {e.name: e for e in net.cost.entries}
     otherwise = [not s.units.consumers or bool(s.units.norms) for s in net.sites.values() for _ in range(len(s))]
-    kept = torch.tensor([*otherwise, True], device=z.device)  # what is read otherwise than by weights
+    kept = torch.tensor([*otherwise, True], device=z.device)  # the units that are not read by weights only
     while True:
         alive = kept.clone()
         for r in net.gating.readers:

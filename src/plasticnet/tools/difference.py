@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart."""
+"""Measures how far the outputs of two models are apart."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-300  # what a difference is divided by where all that was expected is 0
+_SMALLEST = 1e-300  # the divisor of a difference where all expected entries are 0
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of tensors, relative to the largest finite entry of each expected one.
+    """Return the largest relative difference between two lists of tensors.
 
-    NaN at the same place in both and equal infinities count as equal. Differences of single and double precision are
-    taken in their own precision, all others (of half precision, integers, complex numbers) in double.
+    The difference between two tensors is relative to the largest finite entry of the expected one. NaN in the same
+    place of both counts as equal, and so do equal infinities. Differences are computed in single or double precision if
+    the tensors have it, and else in double precision.
+
+    Args:
+        expected: The tensors to compare with.
+        found: The tensors to compare.
 
     Returns:
         A number from 0 on, never NaN. It is infinite where the lists or the shapes differ, and where one tensor has a
@@ -32,15 +37,16 @@ def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> 
 
 
 def _exact(t: Tensor) -> Tensor:
-    """The tensor itself if it is of single or double precision, so that nothing is copied; else in double."""
+    """Return a tensor in double precision, or the tensor itself where it has single precision, to save a copy."""
     if t.dtype in (torch.float32, torch.float64):
         return t
     return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def _apart(expected: Tensor, found: Tensor) -> float:
+    """Return the relative difference of two tensors, as in `relative_difference`."""
     difference = _largest(expected - found)
-    if not math.isfinite(difference):  # something is not finite, or the subtraction has overflowed
+    if not math.isfinite(difference):  # An entry is not finite, or the subtraction has overflowed.
         common = torch.promote_types(torch.promote_types(expected.dtype, found.dtype), torch.float64)
         a, b = _parts(expected.to(common)), _parts(found.to(common))
         finite = a.isfinite()
@@ -53,9 +59,10 @@ def _apart(expected: Tensor, found: Tensor) -> float:
 
 
 def _parts(t: Tensor) -> Tensor:
-    """The real and imaginary parts of complex numbers: each may be infinite or NaN by itself."""
+    """Return the real and imaginary parts of complex numbers, since each may be infinite or NaN on its own."""
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _largest(t: Tensor) -> float:
+    """Return the largest absolute value."""
     return t.abs().max().item()

@@ -1,4 +1,4 @@
-"""Example inputs: how they are given, copied and made, and what is said when a model rejects them."""
+"""Example inputs: reads, copies and makes them, and explains what is wrong when a model rejects them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ from torch.utils._pytree import tree_map
 from plasticnet.errors import PlasticError
 from plasticnet.tools.trees import tensors_within
 
-Loss = Callable[[], Tensor]  # runs a network on some data; gives its losses, shape (batch,), or their mean, a scalar
-_LARGE = 50_000_000  # parameters
+# Such a function runs a network on some data and returns its losses, shape (batch,), or their mean, a scalar.
+Loss = Callable[[], Tensor]
+_LARGE = 50_000_000  # the number of parameters above which a model is large
 _TOKENS = (2, 8)  # the shape of a batch of token ids
 
 
 def batch_size(args: Any, kwargs: Any) -> int:
-    """The length of the first axis of the first tensor."""
+    """Return the length of the first axis of the first tensor, or 1 where there is no such axis."""
     return next((len(t) for t in tensors_within((args, kwargs)) if t.dim()), 1)
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from a tensor, a tuple of arguments or a mapping of them."""
+    """Return positional and keyword arguments, from a tensor, a tuple of arguments or a mapping of them.
+
+    Raises:
+        PlasticError: The example inputs are something else.
+    """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -39,7 +44,11 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 @contextmanager
 def blaming_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Within this context the model runs for the first time: what it raises speaks of the example inputs."""
+    """Explain errors in this context, in which a model runs for the first time, by the example inputs.
+
+    Raises:
+        PlasticError: The model has raised an exception; the message has the shapes of the inputs.
+    """
     try:
         yield
     except PlasticError:
@@ -53,21 +62,31 @@ def blaming_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def copy_inputs(tree: Any) -> Any:
-    """Inputs of their own for a run, so that an in-place first operation leaves the caller's alone."""
+    """Return inputs with copies of their tensors, which a model may change without changing the caller's."""
     return tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, tree)
 
 
 def is_large(model: nn.Module) -> bool:
-    """Whether running a model again and again takes long: then tracing tries to do without computing,
-    and the self-check cuts most units first."""
+    """Return whether running a model again and again would take long.
+
+    Tracing then tries not to compute, and the self-check cuts most units first. Parameters on the meta device do not
+    count.
+    """
     return sum(p.numel() for p in model.parameters() if not p.is_meta) > _LARGE
 
 
 def transformer_inputs(model: nn.Module, shape: Sequence[int] | None = None) -> dict[str, Tensor] | None:
-    """The keyword arguments on which a transformers model runs, as its config says: random token ids or pixels, of the
-    given ``shape`` (batch first) or of one that suits the model. None for other models.
+    """Return keyword arguments on which a model from the transformers library runs, according to its config.
 
-    Raises `PlasticError` when the model reads something else.
+    Args:
+        model: The model.
+        shape: The shape of the inputs, with the batch first; by default one that suits the model.
+
+    Returns:
+        Random token ids or pixels, by the name of the argument, or None for a model that is not from transformers.
+
+    Raises:
+        PlasticError: The model reads something else than token ids or pixels.
     """
     config: Any = getattr(model, "config", None)
     reads = getattr(model, "main_input_name", None)

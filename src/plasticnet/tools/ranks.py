@@ -1,8 +1,8 @@
 """Several processes that train one network together.
 
-`Ranks` says whether `DistributedDataParallel` (DDP) has wrapped the network, and does what keeps its
-copies alike: averages, broadcasts and equal random numbers. It works on tensors and numbers and knows
-no network. The process group is the default one.
+`Ranks` knows whether `DistributedDataParallel` (DDP) has wrapped the network, and keeps the copies of the network
+alike: it computes means, broadcasts tensors, and lets all ranks draw equal random numbers. It works on tensors and
+numbers and knows no network. The process group is the default one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ T = TypeVar("T")
 
 
 class Wrapper(Enum):
-    """What is known of the wrapper around a network."""
+    """The state of the DDP wrapper around a network."""
 
-    NONE = "none"  # nothing has asked for the names that DDP ignores
-    NEW = "new"  # wrapped, and not yet run in training
-    CURRENT = "current"  # wrapped, and run since
-    STALE = "stale"  # parameters were replaced since it was wrapped
+    NONE = "none"  # There is no wrapper: nothing has asked for the names that DDP ignores.
+    NEW = "new"  # The network was wrapped and has not yet run in training.
+    CURRENT = "current"  # The network was wrapped and has run since.
+    STALE = "stale"  # Parameters were replaced after the network was wrapped.
 
 
 class Ranks:
-    """The processes that train a network together; a single one, unless the network was wrapped.
+    """The processes that train a network together; this is a single one unless the network was wrapped.
 
-    Attributes: ``wrapper``, the state of the wrapper; ``aside``, whether what runs at the moment leaves
-    nothing behind, so that buffers need not be equal.
+    Attributes:
+        wrapper: The state of the wrapper.
+        aside: Whether the present run leaves nothing behind, so that buffers need not be equal.
     """
 
     def __init__(self) -> None:
@@ -46,16 +47,16 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many processes train this network together."""
+        """The number of processes that train this network together."""
         return dist.get_world_size() if self.wrapper is not Wrapper.NONE and self.initialised else 1
 
     def wrap(self) -> None:
         """Note that a wrapper has asked for the names that it is to ignore."""
-        if self.initialised:  # something else may ask, too
+        if self.initialised:  # Without a process group, somebody else has asked for the names.
             self.wrapper = Wrapper.NEW
 
     def outgrow(self) -> None:
-        """Note that parameters were replaced: the hooks of a wrapper hang on the old ones."""
+        """Note that parameters were replaced, while the hooks of a wrapper still hang on the old ones."""
         if self.wrapper is not Wrapper.NONE:
             self.wrapper = Wrapper.STALE
 
@@ -65,8 +66,10 @@ class Ranks:
             self.wrapper = Wrapper.CURRENT
 
     def average(self, tensor: Tensor) -> Tensor:
-        """Make ``tensor``, on the network's device, the mean over all ranks in place, and return it. All ranks must
-        call this alike."""
+        """Replace a tensor by its mean over all ranks, in place, and return it.
+
+        All ranks must call this with tensors of equal shape, on the device of the network.
+        """
         ranks = self.count
         if ranks > 1:
             dist.all_reduce(tensor)
@@ -74,13 +77,13 @@ class Ranks:
         return tensor
 
     def mean(self, value: float, device: torch.device) -> float:
-        """The mean of a number over all ranks; ``device`` is the network's."""
+        """Return the mean of a number over all ranks; ``device`` is the device of the network."""
         if self.count == 1:
             return value
         return float(self.average(torch.tensor(value, dtype=torch.float64, device=device)))
 
     def first(self, value: T) -> T:
-        """What rank 0 has for ``value``."""
+        """Return the value that rank 0 has."""
         if self.count == 1:
             return value
         found = [value]
@@ -88,8 +91,10 @@ class Ranks:
         return found[0]
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the tensors with those of rank 0. A graph that waits for its backward pass does not count this
-        as a change."""
+        """Overwrite tensors with those of rank 0.
+
+        A graph that waits for its backward pass does not count this as a change.
+        """
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t.data for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same])
@@ -99,8 +104,10 @@ class Ranks:
 
     @contextmanager
     def alike(self, device: torch.device) -> Iterator[None]:
-        """Within this context all ranks draw the same random numbers, from a seed of rank 0; afterwards each goes on
-        with its own. ``device`` is the network's."""
+        """Let all ranks draw the same random numbers in this context, from a seed of rank 0.
+
+        Afterwards each rank goes on with its own random numbers. ``device`` is the device of the network.
+        """
         if self.count == 1:
             yield
             return

@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 def along(values: Tensor, dims: int | tuple[int, ...], rank: int) -> Tensor:
-    """The values in a shape that broadcasts over tensors of ``rank`` dimensions.
+    """Return values in a shape that broadcasts over tensors with ``rank`` dimensions.
 
     Args:
-        values: A vector; or a tensor with one dimension for each of ``dims``.
-        dims: Where the dimensions of ``values`` come to lie, in the same order; all others have length 1.
+        values: A vector, or a tensor with one dimension for each of ``dims``.
+        dims: The places of the dimensions of ``values`` in the result, in the same order. All other dimensions have
+            length 1.
         rank: The number of dimensions of the result.
 
     Example:

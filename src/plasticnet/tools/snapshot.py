@@ -1,4 +1,4 @@
-"""Copies of models; and what a run changes beside its outputs (random numbers, buffers), kept and put back."""
+"""Copies models, and restores what a run changes apart from its outputs: random numbers and buffers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from plasticnet.tools.torch_private import buffers_of, forget_parametrized
 
 
 def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Module:
-    """A deep copy; ``parameters`` makes its parameters from the model's own.
+    """Return a deep copy of a model.
 
-    Attributes that are results of a computation (the weight of the old weight_norm) are copied by
-    value: ``deepcopy`` refuses them."""
+    Attributes that are results of a computation, such as the weight of the old weight_norm, are copied by value,
+    because ``deepcopy`` refuses them.
+
+    Args:
+        model: The model.
+        parameters: Makes the parameters of the copy from those of the model; by default they are copied.
+    """
     computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
     known: dict[int, Any] = {id(t): t.detach().clone() for t in computed}
     if parameters is not None:
@@ -26,12 +31,16 @@ def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Paramete
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy that holds the very parameters of the model: to run, or to replace some of them."""
+    """Return a copy that holds the very parameters of the model, in order to run it or to replace some of them."""
     return duplicate(model, lambda p: p)
 
 
 class RandomState:
-    """The random number generators as they are now: the CPU's and those of the GPUs that hold the model."""
+    """The present state of the random number generators of the CPU and of the GPUs that hold a model.
+
+    Args:
+        model: The model whose parameters say which GPUs are kept.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         used = torch.cuda.is_initialized()
@@ -40,7 +49,7 @@ class RandomState:
         self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices]
 
     def restore(self) -> None:
-        """Put them back."""
+        """Put the generators back into this state."""
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
@@ -54,7 +63,11 @@ class RandomState:
 
 
 class Snapshot:
-    """The random number generators and the buffers of a model as they are now."""
+    """The present state of the random number generators and of the buffers of a model.
+
+    Args:
+        model: The model.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.random = RandomState(model)
@@ -66,8 +79,10 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Put everything back: a buffer that was bound anew too. A graph that waits for its backward pass
-        does not count this as a change."""
+        """Put everything back, also buffers that were replaced by other tensors.
+
+        A graph that waits for its backward pass does not count this as a change.
+        """
         self.random.restore()
         for module, key, buffer, before in self._buffers:
             if before is not None:
@@ -76,16 +91,20 @@ class Snapshot:
 
 
 def _expanded(t: Tensor) -> bool:
-    """Whether entries share their memory: such a tensor cannot be written to."""
+    """Return whether entries of a tensor share their memory, so that it cannot be written to."""
     return t.layout == torch.strided and any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
 
 
 @contextmanager
 def left_as_it_was(module: nn.Module, *, training: bool | None = None, after: Snapshot | None = None) -> Iterator[None]:
-    """Run a module without gradients, and leave everything as if nothing had been run: random numbers, buffers, modes.
+    """Run a module without gradients in this context, and leave everything as if nothing had been run.
 
-    ``training`` puts the module in training or evaluation mode for this context (None: its modes stay).
-    Afterwards random numbers and buffers are as they were, or in the state ``after``.
+    Random numbers, buffers and modes are restored.
+
+    Args:
+        module: The module.
+        training: Whether the module is in training mode in this context; None leaves its modes alone.
+        after: The state of random numbers and buffers afterwards; by default their state before.
     """
     after = after or Snapshot(module)
     modes = [] if training is None else [(m, m.training) for m in module.modules()]
@@ -98,5 +117,6 @@ def left_as_it_was(module: nn.Module, *, training: bool | None = None, after: Sn
         for m, mode in modes:
             m.training = mode
         after.restore()
-        torch.clear_autocast_cache()  # the pass has cached weights cast without gradient,
-        forget_parametrized()  # and parametrized ones, within `parametrize.cached`
+        # The run may have cached weights without gradients: cast ones, and those within `parametrize.cached`.
+        torch.clear_autocast_cache()
+        forget_parametrized()

@@ -1,4 +1,4 @@
-"""Finds the norms over the batch of a model, and says which statistics they use."""
+"""Finds the norms over the batch in a model, and says which statistics they use."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from plasticnet.tools.torch_private import BatchNorm
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether samples interact through normalisation by statistics of the batch."""
+    """Return whether samples interact, because norms use the statistics of the batch."""
     return any(m.training or m.running_mean is None for m in _batch_norms(model))
 
 
 def has_running_statistics(model: nn.Module) -> bool:
-    """Whether all norms over the batch could use their running statistics."""
+    """Return whether all norms over the batch could use running statistics."""
     return all(m.running_mean is not None for m in _batch_norms(model))
 
 
 def _batch_norms(model: nn.Module) -> Iterator[BatchNorm]:
+    """Return the norms over the batch in a model."""
     return (m for m in model.modules() if isinstance(m, BatchNorm))
 
 
 @contextmanager
 def running_statistics(model: nn.Module) -> Iterator[None]:
-    """Within this context norms over the batch use their running statistics."""
+    """Let norms over the batch use their running statistics in this context."""
     norms = [m for m in _batch_norms(model) if m.training]
     for m in norms:
         m.training = False

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]], right: bool = False) -> list[str]:
-    """The lines of a table whose columns are as wide as their widest cell and two spaces apart.
+    """Return the lines of a table, whose columns are as wide as their widest cell and two spaces apart.
 
     Args:
-        rows: The cells, the same number in every row; heads are a row like the others.
-        right: Whether all columns but the first end at the same place, as numbers do that are to be compared.
+        rows: The cells, the same number in every row. The heads are a row like the others.
+        right: Whether all columns but the first are aligned to the right, which suits numbers.
 
     Example:
         >>> format_table([("site", "units"), ("conv1", "6")], right=True)
@@ -25,7 +25,7 @@ def format_table(rows: Sequence[Sequence[str]], right: bool = False) -> list[str
 
 
 def readable_bytes(count: int) -> str:
-    """``1.5 KiB``"""
+    """Return a number of bytes in a readable unit, such as ``1.5 KiB``."""
     size, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024

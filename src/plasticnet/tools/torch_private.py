@@ -1,10 +1,10 @@
-"""What torch has no public name for. All reads of its private names go through this module.
+"""Reads the private names of torch, for everything that has no public name.
 
-So there is one place to look at when a new version of torch changes something.
+No other module reads them, so there is one place to look at when a new version of torch changes something.
 """
 
 # pyright: reportPrivateUsage=false
-# (The only module with this line: reading private names is what it is for.)
+# This is the only module with the line above, because reading private names is its purpose.
 
 from __future__ import annotations
 
@@ -31,44 +31,49 @@ Dropout = nn.modules.dropout._DropoutNd
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that a module holds itself, by name: the dict in which it keeps them. (Attributes will not do:
-    that of a parametrized weight is computed when it is read, and only a parameter can be assigned.)"""
+    """Return the dict in which a module keeps its own parameters, by name.
+
+    Attributes would not do: the attribute of a parametrized weight is computed when it is read, and can only be
+    assigned a parameter.
+    """
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that a module holds itself, by name: the dict in which it keeps them."""
+    """Return the dict in which a module keeps its own buffers, by name."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules that a module holds itself, by name: the dict in which it keeps them. (``named_children`` names one
-    that it holds twice once.)"""
+    """Return the dict in which a module keeps its own submodules, by name.
+
+    ``named_children`` would not do, because it names a module that is held twice only once.
+    """
     return module._modules
 
 
 def has_child(module: nn.Module, name: str) -> bool:
-    """Whether a module holds another of this name itself; False before its ``__init__`` has run."""
+    """Return whether a module holds a submodule of this name; before its ``__init__`` has run it holds none."""
     return name in module.__dict__.get("_modules", {})
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:
-    """The names of the buffers that a module holds itself and leaves out of its state dict."""
+    """Return the names of a module's own buffers that it leaves out of its state dict."""
     return module._non_persistent_buffers_set
 
 
 def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Apply a function to all parameters and buffers, in place, as ``Module.to`` does; returns the module."""
+    """Apply a function to all parameters and buffers in place, as ``Module.to`` does, and return the module."""
     return module._apply(function)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module was compiled, in place or by ``torch.compile``."""
+    """Return whether a module was compiled, in place or by ``torch.compile``."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def ignored_by_ddp(module: nn.Module) -> Sequence[str]:
-    """The names of the parameters and buffers that `DistributedDataParallel` was told to ignore in a module."""
+    """Return the names of a module's parameters and buffers that `DistributedDataParallel` was told to ignore."""
     return getattr(module, "_ddp_params_and_buffers_to_ignore", ())
 
 
@@ -76,12 +81,12 @@ def ignored_by_ddp(module: nn.Module) -> Sequence[str]:
 
 
 def flat_names(module: nn.RNNBase) -> list[str]:
-    """The names of a recurrent layer's weights, in the order in which it reads them."""
+    """Return the names of a recurrent layer's weights, in the order in which it reads them."""
     return module._flat_weights_names
 
 
 def flat_weights(module: nn.RNNBase) -> list[Any]:
-    """The list that a recurrent layer reads its weights from: a second one beside its parameters."""
+    """Return the list from which a recurrent layer reads its weights, which it keeps beside its parameters."""
     return module._flat_weights
 
 
@@ -94,33 +99,33 @@ def set_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
 
 
 def unfuse_attention(module: nn.MultiheadAttention) -> None:
-    """Keep `nn.TransformerEncoderLayer` from its own fused forward, which takes every head to be of the usual size."""
+    """Keep `nn.TransformerEncoderLayer` from its fused forward, which computes the size of a head as width / heads."""
     module._qkv_same_embed_dim = False
 
 
 # -- tensors ----------------------------------------------------------------------------------
 
-# Whether a tensor lives within a transformation of torch.func, such as vmap.
+# This function says whether a tensor lives within a transformation of torch.func, such as vmap.
 is_transformed = is_functorch_wrapped_tensor
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place."""
+    """Return how often a tensor was changed in place."""
     return tensor._version
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of, or None."""
+    """Return the tensor that this one is a view of, or None."""
     return tensor._base
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """A number that tells living storages apart: two objects may stand for the same one."""
+    """Return a number that tells storages apart while they exist; several objects may stand for the same storage."""
     return storage._cdata
 
 
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices and the values of a sparse tensor (COO), which need not be coalesced."""
+    """Return the indices and the values of a sparse tensor (COO), which need not be coalesced."""
     return tensor._indices(), tensor._values()
 
 
@@ -128,12 +133,12 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def schema_name(op: Any) -> str:
-    """``aten::add`` for ``torch.ops.aten.add.Tensor``, and for ``torch.ops.aten.add`` of all its overloads."""
+    """Return the name of an operation without its overload: ``aten::add`` for ``torch.ops.aten.add.Tensor``."""
     return op._schema.name if isinstance(op, torch._ops.OpOverload) else op._qualified_op_name
 
 
 def schema_arguments(op: torch._ops.OpOverload) -> Sequence[Any]:
-    """The declared arguments of an operation, each with its name and type."""
+    """Return the declared arguments of an operation, each with its name and type."""
     return op._schema.arguments
 
 
@@ -145,14 +150,16 @@ def forget_parametrized() -> None:
     parametrize._cache.clear()
 
 
-# What torch.utils.checkpoint.checkpoint calls, in one version of torch or another.
+# These are the functions that torch.utils.checkpoint.checkpoint calls in different versions of torch.
 _CHECKPOINTING = ("_checkpoint_impl", "CheckpointFunction", "_checkpoint_without_reentrant_generator")
 
 
 @contextmanager
 def checkpointing_by(replacement: Any) -> Iterator[None]:
-    """Within this context gradient checkpointing calls ``replacement``, or its ``apply``, instead of torch's own
-    functions."""
+    """Replace what gradient checkpointing calls in this context.
+
+    The replacement is called in the place of torch's functions, or its ``apply`` is.
+    """
     names = [n for n in _CHECKPOINTING if hasattr(checkpoint, n)]
     kept = [getattr(checkpoint, name) for name in names]
     for name in names:

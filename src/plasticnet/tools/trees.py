@@ -1,4 +1,4 @@
-"""Tensors in nests of containers."""
+"""Finds the tensors in nested containers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_within(tree: Any) -> list[Tensor]:
-    """The tensors of a model's inputs or output: in containers, dataclasses and distributions. Other objects
-    (a cache of keys and values) are not looked into."""
+    """Return the tensors in a model's inputs or output.
+
+    Containers, dataclasses and distributions are searched. Other objects, such as a cache of keys and values, are not.
+    """
     found: list[Tensor] = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):

@@ -1,4 +1,4 @@
-"""Blocks: modules that can be skipped as a whole."""
+"""Finds blocks, which are modules that can be skipped as a whole."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ from plasticnet.units import BlockUnits
 def find_blocks(
     model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """The blocks whose names match, and the reasons against those that cannot be skipped.
+    """Find the blocks whose names match.
 
-    Raises `PlasticError` when a pattern matches no module.
+    Args:
+        model: The model, of which a copy is run.
+        patterns: Name patterns of blocks.
+        args: The positional example inputs.
+        kwargs: The example inputs that are given by keyword.
+
+    Returns:
+        The names of the blocks; and for every other module that matches, the reason why it cannot be skipped.
+
+    Raises:
+        PlasticError: A pattern matches no module.
     """
     names = [
         n
@@ -57,7 +67,7 @@ def find_blocks(
 
 
 def block_sites(names: Sequence[str]) -> dict[str, BlockUnits]:
-    """One site for each module that holds some of these blocks: ``layer1.depth`` for ``layer1.0``, ``layer1.1``, ..."""
+    """Return a site for each module that holds blocks, such as ``layer1.depth`` for ``layer1.0`` and ``layer1.1``."""
     held: dict[str, list[str]] = {}
     for name in names:
         held.setdefault(f"{name.rpartition('.')[0]}.depth".lstrip("."), []).append(name)
@@ -65,7 +75,7 @@ def block_sites(names: Sequence[str]) -> dict[str, BlockUnits]:
 
 
 def _note(reasons: list[str]) -> Any:
-    """A hook that notes why a call is not one of a block ("" if it is)."""
+    """Return a forward hook that notes for each call why the module is no block, or "" where it is one."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         first = args[0] if args else next(iter(kwargs.values()), None)

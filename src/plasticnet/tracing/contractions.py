@@ -1,4 +1,4 @@
-"""Rules for what multiplies and sums: linear maps, convolutions, normalisation, embeddings."""
+"""Has the rules for operations that multiply and sum: linear maps, convolutions, normalisation and embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plasticnet.tracing.mode import Tracer, rule
 
 
 def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out[..., i, j] = sum_c a[..., i, c] b[..., c, j]`` for mm (2-D operands)."""
+    """Move the labels of ``out[i, j] = sum_c a[i, c] b[c, j]``, where either operand may be the weight."""
     row, column = tracer.tag(a).axes[0], None
     if tracer.tag(a).source is not None and tracer.tag(b).source is None:
         tracer.contract(b, 0, a, 1, out.numel() / max(a.shape[0], 1))
@@ -73,7 +73,7 @@ def _linear(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
 
 
 def _single(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """A stack of one product with a weight, which is how einsum writes a linear map."""
+    """Move the labels of a single product with a weight in a stack, which is how einsum writes a linear map."""
     row, column = tracer.tag(a).axes[1], tracer.tag(b).axes[2]
     if tracer.tag(b).source is not None:
         tracer.contract(a, 2, b, 1, out.numel() / max(b.shape[2], 1))
@@ -86,7 +86,7 @@ def _single(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @rule("bmm", "baddbmm")
 def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Two stacks of matrices: the stacks are joined (that ties attention heads), the sum freezes."""
+    """Join the stacks of two stacks of matrices, which ties attention heads, and freeze the axis of the sum."""
     a, b = args[-2:]
     if len(args) == 3:
         tracer.freeze(args[0], "added to a product of two activations")
@@ -120,8 +120,14 @@ def _convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor)
 def _grouped(
     tracer: Tracer, x: Tensor, channel: int, weight: Tensor, groups: int, transposed: bool, positions: float
 ) -> Axis:
-    """A unit is a whole group: its inputs and its outputs. What it reads passes through, so the
-    convolution is no consumer; a gate here and at the next consumer would act twice."""
+    """Join the inputs and the outputs of every group, so that a whole group is one unit.
+
+    The units that a group reads pass through it. So the convolution is no consumer: a gate here and another one at the
+    next consumer would act twice.
+
+    Returns:
+        The axis of the output channels.
+    """
     ledger = tracer.ledger
     labels = ledger.read(tracer.tag(x), channel)
     weight_tag = tracer.tag(weight)
@@ -197,7 +203,7 @@ def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
 
 @rule("_weight_norm_interface", "_weight_norm")
 def _weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A weight from its rows' directions and lengths: rows may go, what a length is over may not."""
+    """Join the rows of a direction with their lengths, and freeze the dimensions that a length is taken over."""
     direction, length = args[:2]
     dim = args[2] if len(args) > 2 else 0
     tag = tracer.ledger.settle(tracer.tag(direction))

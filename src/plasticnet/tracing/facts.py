@@ -1,4 +1,4 @@
-"""Holds what the runs of a traced model have in common."""
+"""Holds what several runs of one traced model have found."""
 
 from __future__ import annotations
 
@@ -10,17 +10,32 @@ from plasticnet.units import Consumer, Norm
 
 @dataclass
 class Facts:
-    """What the runs of a model have in common: the ledger and who produces and consumes what."""
+    """What the runs of a model have found.
+
+    Attributes:
+        ledger: The labels that were joined or frozen.
+        producers: The dimensions of tensors in which units are born, as keys (tensor, dimension).
+        consumers: For each dimension of a parameter that reads units, who reads them.
+        inputs: For each virtual input axis, such as ``fc1.input``, its consumer.
+        uses: How often each entry of a parameter is multiplied for one sample.
+        seen: The parameters and buffers that a run has used.
+        grouped: For each weight of a grouped layer, the number of rows of one group.
+        steered: Whether the model has read a value while it ran, as ``if x.sum() > 0`` does.
+        unskippable: The blocks that return something else in training than a tensor like their first input.
+        means: The modules, each with an axis, that take a mean over an axis without units.
+        embeddings: The tables of embeddings whose own units get no gates.
+        norms: The statistics over gated units, by the dimension of the norm's parameter.
+    """
 
     ledger: Ledger = field(default_factory=Ledger)
     producers: dict[tuple[str, int], None] = field(default_factory=dict)
     consumers: dict[tuple[str, int], list[Consumer]] = field(default_factory=dict)
-    inputs: dict[str, Consumer] = field(default_factory=dict)  # virtual axis name -> its consumer
+    inputs: dict[str, Consumer] = field(default_factory=dict)
     uses: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
-    grouped: dict[str, int] = field(default_factory=dict)  # weights of grouped layers: rows of one group
-    steered: bool = False  # whether a value was read while the model ran, as `if x.sum() > 0` does
-    unskippable: set[str] = field(default_factory=set)  # blocks that return something else in training
-    means: set[tuple[str, int]] = field(default_factory=set)  # modules and axes of means over something without units
-    embeddings: set[str] = field(default_factory=set)  # tables whose own units are left alone
-    norms: dict[tuple[str, int], Norm] = field(default_factory=dict)  # statistics over gated units
+    grouped: dict[str, int] = field(default_factory=dict)
+    steered: bool = False
+    unskippable: set[str] = field(default_factory=set)
+    means: set[tuple[str, int]] = field(default_factory=set)
+    embeddings: set[str] = field(default_factory=set)
+    norms: dict[tuple[str, int], Norm] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""Labels on tensor axes: which index belongs to which parameter slice.
+"""Labels the axes of tensors: a label says which slice of a parameter an index belongs to.
 
-An axis is a tuple of factors, outermost first, as in the einops notation ``(c h w)``: flattening
-puts factors together, un-flattening takes them apart, and nothing is lost on the way. A factor is
-the batch, or carries one integer label per index, or neither.
+An axis is a tuple of factors, outermost first, as in the notation ``(c h w)`` of einops. Flattening puts factors
+together and un-flattening takes them apart, so that nothing is lost in between. A factor is the batch, or it carries
+one integer label for each index, or neither.
 """
 
 from __future__ import annotations
@@ -17,23 +17,34 @@ import numpy as np
 
 
 class Mark(Enum):
-    """What an unlabelled factor is."""
+    """What a factor without labels is."""
 
-    NONE = "none"  # indices of no unit: nothing to cut there
-    BATCH = "batch"
-    SAME = "same"  # equal entries along it (an expanded axis, zeros): any subset will do
+    NONE = "none"  # its indices belong to no unit, so nothing can be cut there
+    BATCH = "batch"  # its indices are the samples
+    SAME = "same"  # all entries along it are equal (as in zeros, or after ``expand``), so any subset of them will do
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Labels of one axis, split over several factors: ``labels`` has one dimension per factor."""
+    """The labels of one axis, which may be split over several factors.
+
+    Attributes:
+        labels: An array with one dimension for each factor.
+    """
 
     labels: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """``size`` indices of an axis; ``part`` is the dimension of ``grid`` that they run along."""
+    """A factor of an axis.
+
+    Attributes:
+        size: The number of its indices.
+        mark: What it is, where it has no labels.
+        grid: Its labels, which it may share with other factors.
+        part: The dimension of the grid that its indices run along.
+    """
 
     size: int
     mark: Mark = Mark.NONE
@@ -42,7 +53,7 @@ class Factor:
 
     @property
     def is_split(self) -> bool:
-        """Whether this factor is one of several that share their labels."""
+        """Whether this factor shares its labels with others."""
         return self.grid is not None and self.grid.labels.ndim > 1
 
 
@@ -50,12 +61,12 @@ Axis = tuple[Factor, ...]
 
 
 def plain(size: int, mark: Mark = Mark.NONE) -> Axis:
-    """An axis without labels."""
+    """Return an axis of this length without labels."""
     return (Factor(size, mark),)
 
 
 def labelled(labels: np.ndarray) -> Axis:
-    """An axis with one label per index, -1 for none."""
+    """Return an axis with the given labels, one for each index, where -1 stands for no label."""
     labels = np.asarray(labels, dtype=np.int64)
     if (labels < 0).all():
         return plain(len(labels))
@@ -63,7 +74,10 @@ def labelled(labels: np.ndarray) -> Axis:
 
 
 def split_labels(labels: np.ndarray) -> list[Factor]:
-    """Factors for an array of labels with one dimension per factor, dropping where nothing varies."""
+    """Return factors for an array of labels that has one dimension for each of them.
+
+    A factor along which the labels do not change carries none.
+    """
     kept = [d for d in range(labels.ndim) if (labels != labels.take([0], d)).any()]
     if not kept and (labels >= 0).all():
         kept = [0]
@@ -77,30 +91,35 @@ def split_labels(labels: np.ndarray) -> list[Factor]:
 
 
 def axis_size(axis: Axis) -> int:
-    """The length of an axis."""
+    """Return the length of an axis."""
     return prod(f.size for f in axis)
 
 
 def is_batch(axis: Axis) -> bool:
-    """Whether the rows of this axis are the samples, one to one."""
+    """Return whether the indices of this axis are the samples, one to one."""
     return len(axis) == 1 and axis[0].mark is Mark.BATCH
 
 
 def is_same(axis: Axis) -> bool:
-    """Whether all entries along this axis are equal by construction."""
+    """Return whether all entries along this axis are equal by construction."""
     return bool(axis) and all(f.mark is Mark.SAME for f in axis)
 
 
 def has_labels(axis: Axis) -> bool:
-    """Whether any index of this axis belongs to a unit."""
+    """Return whether any factor of this axis carries labels."""
     return any(f.grid is not None for f in axis)
 
 
 @dataclass(frozen=True, eq=False)
 class Tag:
-    """The axes of one tensor. ``source`` names the parameter that it is a plain view of, and
-    ``dims`` says which of the parameter's dimensions each axis is. A ``blank`` tensor was made with equal
-    entries, or none, to be written to."""
+    """The axes of one tensor, with their labels.
+
+    Attributes:
+        axes: The axes.
+        source: The name of the parameter that the tensor is a plain view of, or None.
+        dims: For such a view, which dimension of the parameter each axis is, or -1.
+        blank: Whether the tensor was made with equal entries, or with none, and may be written to.
+    """
 
     axes: tuple[Axis, ...]
     source: str | None = None
@@ -108,7 +127,7 @@ class Tag:
     blank: bool = False
 
     def with_axis(self, index: int, axis: Axis) -> Tag:
-        """A copy with one axis replaced."""
+        """Return a tag with one axis replaced, which is a view of no parameter."""
         axes = list(self.axes)
         axes[index] = axis
         return Tag(tuple(axes))
@@ -125,18 +144,31 @@ class Tag:
 
 
 class Ledger:
-    """What was learned: labels joined to one another, and labels frozen with a reason."""
+    """What tracing has learned: which labels are joined with one another, and which are frozen, with a reason.
+
+    Attributes:
+        total: How many labels there are.
+        pairs: Pairs of arrays of labels that are joined entry by entry.
+        frozen: Arrays of labels that are frozen, each with the reason.
+        positional: Whether the model tells units apart by their position, as ``x[:, :3]`` does.
+    """
 
     def __init__(self) -> None:
-        self._origins: list[tuple[int, str, int, int]] = []  # first label, tensor, dim, size
+        self._origins: list[tuple[int, str, int, int]] = []  # the first label, the tensor, the dimension, its length
         self._names: dict[tuple[str, int], tuple[int, int]] = {}
         self.total = 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, str]] = []
-        self.positional = False  # whether units are told apart by position, as by x[:, :3]
+        self.positional = False
 
     def fresh(self, tensor: str, dim: int, size: int) -> np.ndarray:
-        """New labels for one dimension of a tensor (the same ones when asked again)."""
+        """Return the labels of one dimension of a tensor; they are made when it is first asked for.
+
+        Args:
+            tensor: The name of the tensor.
+            dim: The dimension.
+            size: Its length.
+        """
         if (tensor, dim) not in self._names:
             self._names[tensor, dim] = (self.total, size)
             self._origins.append((self.total, tensor, dim, size))
@@ -145,30 +177,30 @@ class Ledger:
         return np.arange(start, start + size)
 
     def origins(self) -> Iterable[tuple[str, int, np.ndarray]]:
-        """Every (tensor, dim, labels) that was handed out, in order."""
+        """Yield the name of the tensor, the dimension and the labels of all that were made, in order."""
         for start, tensor, dim, size in self._origins:
             yield tensor, dim, np.arange(start, start + size)
 
     def origin(self, label: int) -> tuple[str, int]:
-        """The tensor and dimension that a label was handed out for."""
+        """Return the tensor and the dimension that a label was made for."""
         starts = [start for start, *_ in self._origins]
         _, tensor, dim, _ = self._origins[bisect_right(starts, label) - 1]
         return tensor, dim
 
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
-        """The labels at equal places live and die together; those without a partner are ignored."""
+        """Join the labels at equal places, so that they live and die together; -1 in either array is ignored."""
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
             self.pairs.append((a[both], b[both]))
 
     def join_all(self, labels: np.ndarray) -> None:
-        """All these labels live and die together."""
+        """Join all these labels, so that they live and die together; -1 is ignored."""
         labels = labels[labels >= 0]
         if len(labels) > 1:
             self.pairs.append((labels[:-1], labels[1:]))
 
     def freeze(self, labels: np.ndarray, reason: str) -> None:
-        """These labels can never be cut, because of ``reason``."""
+        """Note that these labels can never be cut, because of ``reason``; -1 is ignored."""
         labels = np.unique(labels[labels >= 0])
         if len(labels):
             self.frozen.append((labels, reason))
@@ -176,12 +208,14 @@ class Ledger:
     # -- reading axes -----------------------------------------------------------------------
 
     def settle(self, tag: Tag) -> Tag:
-        """Decide what split labels mean, now that something other than layout reads them.
+        """Decide what split labels mean, when something other than layout reads them.
 
-        Parts that came back together in another order are a channel shuffle: the outer factor is
-        constant and its groups lose the same members. Parts left on several axes are heads: one
-        unit is a whole slice of the outermost factor (or of the second one, when the first was
-        taken apart before).
+        Parts that came back together in another order are a channel shuffle: the outer factor stays constant, and its
+        groups lose the same members. Parts that are still on several axes are heads: one unit is a whole slice of the
+        outermost factor, or of the second one where the first was taken apart before.
+
+        Returns:
+            The same axes without factors that share their labels.
         """
         grids = {id(f.grid): f.grid for a in tag.axes for f in a if f.is_split and f.grid}
         axes = [list(a) for a in tag.axes]
@@ -206,7 +240,10 @@ class Ledger:
         return Tag(tuple(tuple(a) for a in axes), tag.source, tag.dims)
 
     def read(self, tag: Tag, axis: int) -> np.ndarray:
-        """One label per index of an axis, -1 for none. Two labelled factors on one axis freeze."""
+        """Return one label for each index of an axis, where -1 stands for none.
+
+        Where two factors of the axis have labels, all of these are frozen.
+        """
         factors = self.settle(tag).axes[axis]
         size = axis_size(factors)
         found = np.full(size, -1, dtype=np.int64)

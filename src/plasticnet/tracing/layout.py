@@ -1,4 +1,4 @@
-"""Layout on labels: reshape, and cutting an axis into pieces."""
+"""Moves labels as reshaping does, and as cutting an axis into pieces does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from plasticnet.tracing.labels import Axis, Factor, Ledger, Mark, Tag, labelled,
 
 
 def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
-    """The labels of ``tensor.reshape(shape)``.
+    """Return the labels of ``tensor.reshape(shape)``.
 
-    A labelled factor that is taken apart keeps its labels on the pieces together (see `Grid`);
-    `Ledger.settle` decides later what was meant.
+    Where a labelled factor is taken apart, its pieces share the labels in one `Grid`. `Ledger.settle` decides later
+    what the code meant.
+
+    Args:
+        ledger: The ledger, which freezes the labels that a reshape loses.
+        tag: The labels of the tensor.
+        shape: Its new shape.
     """
     pool: deque[Factor] = deque(f for axis in tag.axes for f in axis)
     split_sizes = _split_sizes([f.size for f in pool], shape)
@@ -34,7 +39,7 @@ def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
                 if f.size % need == 0 and not f.is_split:
                     f, rest = _split(f, [need, f.size // need])
                     pieces.appendleft(rest)
-                else:  # sizes that do not nest: the labels are lost
+                else:  # the sizes do not nest, so the labels are lost
                     f = _merge(ledger, f, pieces.popleft())
             need //= f.size
             axis.append(f)
@@ -45,7 +50,7 @@ def reshape(ledger: Ledger, tag: Tag, shape: Sequence[int]) -> Tag:
 
 
 def _split_sizes(factors: Sequence[int], shape: Sequence[int]) -> list[list[int]]:
-    """For each factor, the sizes that the new shape cuts it into ([its size] when it stays whole)."""
+    """Return for each factor the sizes that the new shape cuts it into: its own size alone where it stays whole."""
     cuts: list[list[int]] = []
     needs = deque(s for s in shape if s > 1)
     need = needs.popleft() if needs else 1
@@ -76,6 +81,7 @@ def _split_sizes(factors: Sequence[int], shape: Sequence[int]) -> list[list[int]
 
 
 def _split(f: Factor, sizes: Sequence[int]) -> list[Factor]:
+    """Return the factors of these sizes that a factor is cut into."""
     if len(sizes) == 1:
         return [f]
     if f.grid is not None:
@@ -85,6 +91,7 @@ def _split(f: Factor, sizes: Sequence[int]) -> list[Factor]:
 
 
 def _merge(ledger: Ledger, a: Factor, b: Factor) -> Factor:
+    """Return one factor without labels for two that a reshape mixes, and freeze their labels."""
     for f in (a, b):
         if f.grid is not None:
             ledger.freeze(f.grid.labels, "a reshape that does not follow its channels")
@@ -92,12 +99,18 @@ def _merge(ledger: Ledger, a: Factor, b: Factor) -> Factor:
 
 
 def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]]) -> list[Tag]:
-    """The labels of the pieces ``[start, stop)`` of an axis (split, chunk, slice, unbind).
+    """Return the labels of pieces of a tensor that an axis is cut into, as by split, chunk, slice or unbind.
 
-    Pieces of equal length that tile the axis are taken to be what ``chunk`` makes: their members
-    at equal places are joined, so that equal pieces remain when units go. Others keep their labels:
-    an attribute may hold their lengths. Where the code meant a fixed length instead, the self-check
-    finds the disagreement and freezes the site.
+    Pieces of equal length that tile the axis are taken to be what ``chunk`` makes. Their members at equal places are
+    joined, so that equal pieces remain when units are cut. Pieces of other lengths keep their labels, because an
+    attribute may hold their lengths. Where the code means a fixed length instead, the self-check finds the disagreement
+    and freezes the site.
+
+    Args:
+        ledger: The ledger, which joins and freezes labels.
+        tag: The labels of the tensor.
+        axis: The axis that is cut.
+        bounds: The start and the stop of each piece.
     """
     factors = tag.axes[axis]
     size = sum(1 for _ in factors) and int(np.prod([f.size for f in factors]))
@@ -125,8 +138,16 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
 
 
 def join_parts(ledger: Ledger, tag: Tag, dims: Sequence[int]) -> Tag:
-    """The labels when something mixes along these axes: one that is a part of split labels (the radix of
-    a split attention) joins what lies at equal places of the other parts, and then carries none."""
+    """Return the labels of a tensor after something mixes its entries along these axes.
+
+    Where one of the axes is a part of split labels, such as the radix of a split attention, what lies at equal places
+    of the other parts is joined. The axis then carries no labels.
+
+    Args:
+        ledger: The ledger, which joins labels.
+        tag: The labels of the tensor.
+        dims: The axes.
+    """
     for d in dims:
         if len(tag.axes[d]) == 1 and tag.axes[d][0].is_split:
             tag = _piece_of_grid(ledger, tag, d, tag.axes[d][0].size)
@@ -134,8 +155,17 @@ def join_parts(ledger: Ledger, tag: Tag, dims: Sequence[int]) -> Tag:
 
 
 def _piece_of_grid(ledger: Ledger, tag: Tag, axis: int, length: int) -> Tag:
-    """A piece of one factor of split labels, as q, k and v of a packed projection: that factor is
-    constant, and what lies at equal places of the others is joined."""
+    """Return the labels of a piece of an axis that is one part of split labels.
+
+    So q, k and v are pieces of a packed projection. The part stays constant when units are cut, and the labels at equal
+    places of the other parts are joined.
+
+    Args:
+        ledger: The ledger, which joins labels.
+        tag: The labels of the tensor.
+        axis: The axis that is cut.
+        length: The length of the piece.
+    """
     (factor,) = tag.axes[axis]
     assert factor.grid is not None
     grid = np.moveaxis(factor.grid.labels, factor.part, 0)

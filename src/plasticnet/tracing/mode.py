@@ -1,4 +1,4 @@
-"""The dispatch mode: runs the model once and lets every operation move its labels."""
+"""Runs a model once under a dispatch mode, in which every operation moves its labels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import Consumer, Norm
 
+# What an operation does to labels: it is called with the tracer, the operation, its arguments and its result.
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
 _PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule of the library for the ATen operations of these names."""
+    """Return a decorator that registers a rule of the library for the ATen operations of these names."""
 
     def register(function: Rule) -> Rule:
         RULES.update((f"aten::{name}", function) for name in names)
@@ -36,8 +37,23 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Tracer(TorchDispatchMode):
-    """Moves labels while ``model`` runs; a rule gets the tracer and uses `tag`, `put`, `join`,
-    `freeze` and `ledger`."""
+    """Moves labels while a model runs. Rules use its methods `tag`, `put`, `meet` and `freeze`, and its ``ledger``.
+
+    Args:
+        model: The model; labels are made for all its parameters and buffers.
+        facts: What the runs of the model find, to which this run adds.
+        input_patterns: Name patterns of modules whose input features get a site of their own.
+        count: Whether this run counts how often each entry of a parameter is multiplied.
+        residual: Whether norms may take their statistics over open units, and embeddings get gates.
+        skipped: The names of the blocks.
+
+    Attributes:
+        ledger: The ledger of the facts.
+        tags: The labels of each tensor that was seen.
+        calls: The modules that are running, innermost last, each with its first input.
+        batch: The length of the batch.
+        names: The name of each parameter and buffer, by its ``id``.
+    """
 
     def __init__(
         self,
@@ -70,7 +86,7 @@ class Tracer(TorchDispatchMode):
                 self._tie_layers(f"{name}." if name else "", module)
 
     def _tie_layers(self, prefix: str, module: nn.RNNBase) -> None:
-        """One hidden size serves all layers and directions: a unit is the same one in all of them."""
+        """Join the units of all layers and directions of a recurrent module, which have one hidden size in common."""
         names = [n for n in flat_names(module) if n.startswith("weight_hh")]
         if module.proj_size:
             for n in flat_names(module):
@@ -84,7 +100,7 @@ class Tracer(TorchDispatchMode):
     # -- running ----------------------------------------------------------------------------
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model once on these inputs; whatever its outputs carry is frozen."""
+        """Run the model once on these inputs, and freeze all labels that reach its outputs."""
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.dim():
                 self.batch = self.batch or tensor.shape[0]
@@ -108,6 +124,8 @@ class Tracer(TorchDispatchMode):
             self.freeze(tensor, "reaches the model's output")
 
     def _enter(self, name: str) -> Callable[..., None]:
+        """Return a hook that notes that the module of this name begins to run."""
+
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             first = args[0] if args and isinstance(args[0], Tensor) else None
             self.calls.append((name, first))
@@ -115,10 +133,11 @@ class Tracer(TorchDispatchMode):
         return hook
 
     def _leave(self, *_: Any) -> None:
+        """Note that the innermost module has ended."""
         self.calls.pop()
 
     def _skip(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """A closed block hands on its first input, so that its output has the same units."""
+        """Join the units of a block's output with those of its first input, which a closed block returns."""
         first = args[0] if args else next(iter(kwargs.values()))
         if not isinstance(out, Tensor) or out.shape != first.shape:
             self.facts.unskippable.add(name)
@@ -142,59 +161,90 @@ class Tracer(TorchDispatchMode):
         return out
 
     def unknown(self, func: Any, tensors: Sequence[Tensor]) -> None:
-        """Freeze every label that an operation without a rule touches."""
+        """Freeze all labels of these tensors, because the operation that reads them has no rule."""
         for t in tensors:
             self.freeze(t, f"used by {schema_name(func)}, for which there is no rule (see register_rule)")
 
     # -- what rules use ---------------------------------------------------------------------
 
     def tag(self, tensor: Tensor) -> Tag:
-        """The labels of a tensor; none if it was never seen."""
+        """Return the labels of a tensor; one that was never seen has none."""
         found = self.tags.get(tensor)
         if found is None or len(found.axes) != tensor.dim():
             found = Tag(tuple(plain(n) for n in tensor.shape))
         return found
 
     def put(self, tensor: Tensor, tag: Tag) -> None:
-        """Attach labels to a result."""
+        """Attach labels to the result of an operation."""
         self.tags[tensor] = tag
 
     def freeze(self, tensor: Tensor, reason: str, axes: Sequence[int] | None = None) -> None:
-        """Freeze all labels on these axes of a tensor (default: on all)."""
+        """Freeze all labels on some axes of a tensor.
+
+        Args:
+            tensor: The tensor.
+            reason: Why nothing can be cut there, for people to read.
+            axes: The axes, or None for all.
+        """
         tag = self.tag(tensor)
         self.freeze_axes(tag, reason, range(len(tag.axes)) if axes is None else axes)
 
     def freeze_axes(self, tag: Tag, reason: str, axes: Sequence[int]) -> None:
-        """Freeze all labels on these axes."""
+        """Freeze all labels on these axes of a tag."""
         for i in axes:
             if has_labels(tag.axes[i]):
                 self.ledger.freeze(self.ledger.read(tag, i), reason)
 
     def meet(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
-        """Join two axes of equal length; a label that meets none is frozen."""
+        """Join the labels of two axes of equal length, and freeze a label that meets none.
+
+        Args:
+            a: The labels of one axis, -1 for none.
+            b: The labels of the other axis.
+            reason: Why a label that meets none cannot be cut.
+        """
         self.ledger.join(a, b)
         self.ledger.freeze(np.where(b < 0, a, -1), reason)
         self.ledger.freeze(np.where(a < 0, b, -1), reason)
 
     def attach(self, labels: np.ndarray, vector: Tensor | None, reason: str, axis: int = 0) -> None:
-        """Join a per-channel vector (bias, norm weight, running mean) with its channels."""
+        """Join the labels of a vector that has one entry for each channel with those of the channels.
+
+        Args:
+            labels: The labels of the channels.
+            vector: A bias, the weight of a norm, a running mean, and so on. None, and a scalar, are left alone.
+            reason: Why a label that meets none cannot be cut.
+            axis: The axis of the vector.
+        """
         if vector is not None and vector.dim():
             self.meet(labels, self.ledger.read(self.tag(vector), axis), reason)
 
     def produce(self, weight: Tensor, axis: int) -> Axis:
-        """The axis of new units that one dimension of a parameter gives birth to."""
+        """Note that units are born in one dimension of a weight, and return the axis that they form in the output.
+
+        Args:
+            weight: A parameter, or a weight that is computed from one.
+            axis: Its axis.
+        """
         tag = self.tag(weight)
         if tag.source is not None:
             self.facts.producers.setdefault((tag.source, tag.dims[axis]))
             return tag.axes[axis]
         labels = self.ledger.read(tag, axis)
-        if (labels >= 0).any():  # a computed weight: what it is computed from gives birth to the units
+        if (labels >= 0).any():  # the units of a computed weight are born in what it is computed from
             self.facts.producers.setdefault(self.ledger.origin(int(labels.max())))
         return labelled(labels)
 
     def contract(self, x: Tensor, x_axis: int, weight: Tensor, w_axis: int, positions: float) -> None:
-        """Sum over an axis of ``x`` and one of ``weight``; ``positions`` counts how often each
-        weight is multiplied."""
+        """Join an axis of an activation and one of a weight that are summed over, which makes the weight a consumer.
+
+        Args:
+            x: The activation.
+            x_axis: Its axis.
+            weight: The weight.
+            w_axis: Its axis.
+            positions: How often each entry of the weight is multiplied in this operation.
+        """
         tx, tw = self.tag(x), self.tag(weight)
         labels = self.ledger.read(tx, x_axis)
         if tw.source is None or tx.source is not None:
@@ -213,15 +263,26 @@ class Tracer(TorchDispatchMode):
             features = self.ledger.fresh(virtual, 0, len(labels))
             self.ledger.join(labels, features)
             self.ledger.freeze(np.where(labels < 0, features, -1), "features of the model's input")
-        elif not is_same(tx.axes[x_axis]):  # equal entries (a first hidden state of zeros) fit any width
+        elif not is_same(tx.axes[x_axis]):  # equal entries, such as a first hidden state of zeros, fit any width
             self.meet(labels, columns, "one side of this contraction cannot be cut (the model's input, or frozen)")
         found = self.facts.consumers.setdefault((name, dim), [])
         if consumer not in found:
             found.append(consumer)
 
     def normalise(self, x: Tensor, axis: int, vector: Tensor | None = None) -> bool:
-        """Statistics over an axis of ``x`` that may be taken over the open units only, if masked norms
-        were asked for and the module at work owns a vector of the axis' length, whose units these are."""
+        """Note that statistics over an axis are to be taken over the open units only, where that is possible.
+
+        It is possible where masked norms were asked for and the running module owns a vector as long as the axis. The
+        entries of the vector are joined with those of the axis.
+
+        Args:
+            x: The tensor whose statistics are taken.
+            axis: The axis.
+            vector: The only vector that will do, or None where any vector of the module will.
+
+        Returns:
+            Whether it is possible.
+        """
         if not self.residual or not self.calls:
             return False
         owner = self.calls[-1][0]
@@ -237,15 +298,23 @@ class Tracer(TorchDispatchMode):
         return False
 
     def _consumer(self, name: str, dim: int, labels: np.ndarray) -> Consumer:
-        """Who reads these labels: the innermost module call that owns the parameter, if its first
-        input carries exactly them on one axis."""
+        """Return who reads these labels through a dimension of a parameter.
+
+        The consumer is the module that owns the parameter. Its axis is known if the module is the innermost one that is
+        running, and its first input carries exactly these labels on one axis.
+
+        Args:
+            name: The name of the parameter.
+            dim: Its dimension.
+            labels: The labels that are read.
+        """
         owner = name.rpartition(".")[0]
         axis, per_sample = None, False
         if self.calls and self.calls[-1][0] == owner and self.calls[-1][1] is not None:
             first = self.calls[-1][1]
             tag = self.tag(first)
             places = [i for i, a in enumerate(tag.axes) if self._reads(tag, i, a, labels)]
-            if (labels < 0).all():  # nothing to tell axes apart by: a convolution reads axis 1, a linear the last
+            if (labels < 0).all():  # no label tells axes apart, but a convolution reads axis 1 and a linear the last
                 convolution = isinstance(self.model.get_submodule(owner), Conv)
                 places = [p for p in places if p == (1 if convolution else len(tag.axes) - 1)]
             if len(places) == 1:
@@ -254,5 +323,6 @@ class Tracer(TorchDispatchMode):
         return Consumer(name, dim, owner, axis, per_sample)
 
     def _reads(self, tag: Tag, index: int, axis: Axis, labels: np.ndarray) -> bool:
+        """Return whether an axis carries exactly these labels."""
         size = int(np.prod([f.size for f in axis])) if axis else 1
         return size == len(labels) and bool((self.ledger.read(tag, index) == labels).all())

@@ -1,4 +1,4 @@
-"""How ATen operations move labels, by family. An operation without a rule freezes what it touches."""
+"""Has the rules for operations that work entry by entry, reduce, pool or index. Without a rule, labels are frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
       "masked_fill_", "where", "lerp", "addcmul", "addcdiv", "_to_copy", "native_dropout", "clamp", "fill_", "zero_",
       "bernoulli_", "uniform_", "normal_", "rand_like", "randn_like", "celu", "clone", "complex", "polar")  # fmt: skip
 def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Aligned axes of equal length are joined index by index."""
+    """Join aligned axes of equal length, index by index."""
     if schema_name(func) == "aten::copy_" and write(tracer, args[0], args[1]):
         return
     operands = tensors_in(args, kwargs)
@@ -37,6 +37,7 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
 
 
 def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: int, in_place: bool) -> Tag:
+    """Return the labels of a result with ``ndim`` axes, for operands that broadcast against one another."""
     if any(t.labelled for t in tags):
         tags = [tracer.ledger.settle(t) for t in tags]
     axes: list[Axis] = []
@@ -55,7 +56,7 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
       "argmin", "logsumexp", "var_mean", "std_mean", "norm")  # fmt: skip
 def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x: Tensor = args[0]
-    if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) is pointwise
+    if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) of two tensors is pointwise
         return pointwise(tracer, func, args, kwargs, out)
     dims, keepdim = _reduced_dims(func, args, kwargs, x.dim())
     single = schema_name(func) == "aten::mean" and len(dims) == 1
@@ -64,7 +65,7 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     if not single or not tracer.normalise(x, dims[0]):
         hint = " (residual=True may gate it)" if schema_name(func) == "aten::mean" and not tracer.residual else ""
         tag = join_parts(tracer.ledger, tracer.tag(x), dims)
-        tracer.put(x, tag)  # whatever reads it later must take the parts as this does
+        tracer.put(x, tag)  # every later reader must take the parts as this operation does
         tracer.freeze_axes(tag, f"reduced over its channels by {schema_name(func)}{hint}", dims)
     else:
         tag = tracer.tag(x)
@@ -78,6 +79,7 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
 
 
 def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[int], bool]:
+    """Return the dimensions that an operation reduces, counted from the front, and whether it keeps them."""
     bound: dict[str, Any] = {}
     for i, parameter in enumerate(schema_arguments(func)):
         bound[parameter.name] = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
@@ -99,7 +101,7 @@ def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 
 @rule("flip", "roll")
 def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Along an axis without units the entries change places and stay what they are."""
+    """Freeze the axes along which entries change places; elsewhere labels stay as they are."""
     dims = [dim_of(d, out.dim()) for d in (args[-1] if isinstance(args[-1], list | tuple) else [args[-1]])]
     tracer.freeze(args[0], f"reordered over its channels by {schema_name(func)}", dims)
     tag = tracer.ledger.settle(tracer.tag(args[0]))
@@ -112,7 +114,7 @@ def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
       "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
       "upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
 def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Acts on trailing axes, each channel by itself."""
+    """Keep the labels of the leading axes: the operation mixes trailing axes, for each channel by itself."""
     tag = tracer.ledger.settle(tracer.tag(args[0]))
     trailing = 3 if "3d" in schema_name(func) else 1 if "1d" in schema_name(func) else 2
     leading = len(tag.axes) - trailing
@@ -124,13 +126,13 @@ def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
 @rule("zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty",
       "empty_like", "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor")  # fmt: skip
 def _constant(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Equal entries, or none yet (dropout fills them with noise): any subset of them will do."""
+    """Mark all axes as having equal entries, any subset of which will do; dropout fills such a tensor with noise."""
     tracer.put(out, Tag(tuple(plain(n, Mark.SAME) for n in out.shape), blank=True))
 
 
 @rule("_local_scalar_dense", "item", "equal", "_assert_async", "_assert_scalar", "_is_all_true")
 def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """A number read from a tensor can steer anything."""
+    """Freeze a tensor of which a value is read, because the value can steer anything."""
     tracer.facts.steered = True
     for t in tensors_in(args, kwargs):
         tracer.freeze(t, f"its value is read by {schema_name(func)}")
@@ -138,7 +140,7 @@ def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("index", "index_select", "gather")
 def _index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Axes that are indexed lose their labels; the others keep them where the layout is plain."""
+    """Freeze the axes that are indexed; the others keep their labels where the layout of the result is simple."""
     x: Tensor = args[0]
     tag = tracer.ledger.settle(tracer.tag(x))
     if schema_name(func) == "aten::index":

@@ -1,4 +1,4 @@
-"""From labels to sites: connected components, grouped by where they are born."""
+"""Turns labels into sites: connected components of labels, grouped by the producer in which they are born."""
 
 from __future__ import annotations
 
@@ -15,23 +15,35 @@ from plasticnet.tracing.labels import Ledger
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
-_MAX_PIECES = 4  # a producer whose units fall into more pieces than this has no layout to speak of
+_MAX_PIECES = 4  # where the units of a producer fall into more pieces than this, resizing cannot keep their order
 
 
 @dataclass
 class _Classes:
-    """Labels by class: ``of[label]`` is the class, ``members(c)`` its labels in order."""
+    """The classes of joined labels.
+
+    Attributes:
+        of: The class of each label.
+        order: All labels, ordered by class.
+        starts: Where each class begins in this order, and at the end where the last one ends.
+    """
 
     of: np.ndarray
     order: np.ndarray
     starts: np.ndarray
 
     def members(self, c: int) -> np.ndarray:
+        """Return the labels of a class in ascending order."""
         return self.order[self.starts[c] : self.starts[c + 1]]
 
 
 def build(facts: Facts, unseen: Sequence[str]) -> Trace:
-    """Group the classes of joined labels into sites; list what is frozen with its reason."""
+    """Group the classes of joined labels into sites, and list what is frozen with the reason.
+
+    Args:
+        facts: What the runs of the model have found.
+        unseen: The names of the parameters and buffers that no run has used.
+    """
     ledger = facts.ledger
     origins = list(ledger.origins())
     origin_of = np.zeros(ledger.total, dtype=np.int64)
@@ -74,8 +86,10 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
 
 
 def _freeze_for_other_branches(ledger: Ledger, unseen: Sequence[str]) -> None:
-    """Where values steer the model, a layer that did not run may read, in another branch, whatever has
-    the width of one of its dimensions."""
+    """Freeze what a layer that did not run may read in another branch of a model that values steer.
+
+    That is everything whose length is that of one of the layer's dimensions.
+    """
     lengths = {len(labels): tensor for tensor, _, labels in ledger.origins() if tensor in unseen and len(labels) > 1}
     for _, _, labels in list(ledger.origins()):
         if len(labels) in lengths:
@@ -88,6 +102,7 @@ def _freeze_for_other_branches(ledger: Ledger, unseen: Sequence[str]) -> None:
 
 
 def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:
+    """Return the connected components of labels that are joined in pairs."""
     a = np.concatenate([p[0] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     b = np.concatenate([p[1] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(total, total))
@@ -97,6 +112,7 @@ def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes
 
 
 def _frozen_classes(classes: _Classes, frozen: list[tuple[np.ndarray, str]]) -> dict[int, str]:
+    """Return the classes with a frozen label, each with the first reason that was given."""
     reasons: dict[int, str] = {}
     for labels, reason in frozen:
         for c in np.unique(classes.of[labels]).tolist():
@@ -115,7 +131,19 @@ def _sites_of(
     facts: Facts,
     trace: Trace,
 ) -> None:
-    """The sites, or the reasons against them, of the classes born in one producer."""
+    """Add to the trace the sites of the classes that are born in one producer, or the reasons why there are none.
+
+    Args:
+        name: The name of the producer.
+        mine: The classes that are born in it.
+        classes: All classes.
+        reasons: Why a class is frozen.
+        origin_of: For each label, the number of the dimension that it was made for.
+        starts: For each of these dimensions, its first label.
+        names: For each of these dimensions, the name of the tensor and the dimension.
+        facts: What the runs of the model have found.
+        trace: The trace to add to.
+    """
     groups: dict[tuple[int, ...], list[np.ndarray]] = {}
     for c in mine:
         members = classes.members(c)
@@ -128,7 +156,7 @@ def _sites_of(
         else:
             groups.setdefault(born_in, []).append(members)
     for born_in, members in groups.items():
-        matrix = np.stack(members)  # (units, slots): labels
+        matrix = np.stack(members)  # the labels, shape (units, slots)
         cuts = _pieces(matrix)
         if len(cuts) - 1 > _MAX_PIECES:
             trace.frozen[_free_name(name, trace)] = "its units lie in an order that resizing cannot keep"
@@ -147,7 +175,7 @@ def _sites_of(
 
 
 def _free_name(name: str, trace: Trace, reason: str | None = None) -> str:
-    """``conv1``, or ``conv1#2`` when another group of units of ``conv1`` has that name."""
+    """Return a free name for units of a producer: ``conv1``, or ``conv1#2`` where other units have that name."""
     candidate, n = name, 1
     while candidate in trace.sites or trace.frozen.get(candidate, reason) != reason:
         n += 1
@@ -156,7 +184,14 @@ def _free_name(name: str, trace: Trace, reason: str | None = None) -> str:
 
 
 def _pieces(matrix: np.ndarray) -> list[int]:
-    """Where to cut a list of units so that in each piece they follow one another regularly."""
+    """Return where to cut a list of units so that the units of each piece follow one another regularly.
+
+    Args:
+        matrix: The labels of the units, shape (units, slots).
+
+    Returns:
+        The bounds of the pieces, from 0 to the number of units.
+    """
     cuts, first = [0], 0
     for u in range(1, len(matrix)):
         step = matrix[u] - matrix[u - 1]
@@ -170,7 +205,12 @@ def _pieces(matrix: np.ndarray) -> list[int]:
 
 
 def _is_regular(unit: np.ndarray, step: np.ndarray) -> bool:
-    """Whether the next unit follows each stretch of this one directly."""
+    """Return whether the next unit directly follows every stretch of this one.
+
+    Args:
+        unit: The labels of the unit, shape (slots,).
+        step: The labels of the next unit less those of this one.
+    """
     slot = 0
     while slot < len(unit):
         length = int(step[slot])
@@ -184,7 +224,13 @@ def _is_regular(unit: np.ndarray, step: np.ndarray) -> bool:
 
 
 def _runs(index: np.ndarray) -> tuple[int, ...]:
-    """The stretches of a unit: from the step to the next one, or, for one unit, from its gaps."""
+    """Return the lengths of the stretches that stay contiguous within a unit.
+
+    They follow from the step to the next unit, or from the gaps in the unit where there is a single one.
+
+    Args:
+        index: The positions that each unit owns, shape (units, width).
+    """
     runs: list[int] = []
     slot = 0
     while slot < index.shape[1]:
@@ -199,7 +245,7 @@ def _runs(index: np.ndarray) -> tuple[int, ...]:
 
 
 def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
-    """Turn a virtual input axis into a site; one that is one-to-one with a site is that site."""
+    """Turn a virtual input axis into a site, unless its features are, one to one, the units of another site."""
     consumer = facts.inputs[virtual]
     owners = [(u, s) for u in trace.sites.values() for s in u.slices if s.tensor == virtual]
     full = next(len(labels) for tensor, _, labels in facts.ledger.origins() if tensor == virtual)
@@ -211,6 +257,7 @@ def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
 
 
 def _attach_consumers(facts: Facts, trace: Trace) -> None:
+    """Give every site the consumers that read its units."""
     for units in trace.sites.values():
         read = {(s.tensor, s.dim) for s in units.slices}
         for (tensor, dim), consumers in facts.consumers.items():

@@ -1,4 +1,4 @@
-"""Tracing: run a model once to learn which parameter slices live and die together."""
+"""Traces a model: it is run on example inputs, to learn which slices of parameters live and die together."""
 
 from __future__ import annotations
 
@@ -29,12 +29,20 @@ from plasticnet.units import Trace
 def register_rule(op: Any, rule: Rule | str) -> None:
     """Teach tracing how an operation moves labels.
 
-    ``op`` is an ``OpOverload``, an ``OpOverloadPacket`` or a name like ``"mylib::gelu2"``. ``rule`` is
-    called as ``rule(tracer, func, args, kwargs, out)`` after the operation ran, and attaches labels to
-    ``out`` by ``tracer.put``; or it names an operation whose rule serves here too, such as
-    ``"aten::pointwise"``.
+    An operation without a rule freezes all units that it reads. docs/design/how-to-add.md shows how to write a rule.
 
-    Raises `PlasticError` when the named operation has no rule.
+    Args:
+        op: An ``OpOverload``, an ``OpOverloadPacket``, or a name such as ``"mylib::gelu2"``.
+        rule: The rule. After the operation has run, it is called as ``rule(tracer, func, args, kwargs, out)``, and
+            attaches labels to ``out`` by ``tracer.put``. Or the name of an operation whose rule is used here, too, such
+            as ``"aten::pointwise"``.
+
+    Raises:
+        PlasticError: The named operation has no rule.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> pn.register_rule("mylib::gelu2", "aten::pointwise")
     """
     if isinstance(rule, str):
         if rule not in RULES:
@@ -51,15 +59,29 @@ def trace(
     residual: bool = False,
     blocks: Sequence[str] = (),
 ) -> Trace:
-    """Find the units of a model by running a copy of it, in evaluation and in training mode.
+    """Find the units of a model by running copies of it, in evaluation and in training mode.
 
-    ``example_inputs`` is a tuple of arguments or a dict of keyword arguments, the batch on the first
-    axis; ``inputs`` are name patterns of the modules whose input features get a site of their own,
-    ``blocks`` of those that are units as a whole; ``residual`` gates embeddings and what LayerNorm, RMSNorm
-    and their like normalise, too. The result is not self-checked; `PlasticNet` does that.
+    The result is not self-checked, which `PlasticNet` does when it is made.
 
-    Raises `PlasticError` when the model rejects the inputs, with the model's error as the cause, and when a
-    pattern matches nothing.
+    Args:
+        model: The model, which is not changed.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, that the model runs on. The batch is the
+            first axis.
+        inputs: Name patterns of consumers whose input features get a site of their own.
+        residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, get sites, too.
+        blocks: Name patterns of modules that are units as a whole.
+
+    Raises:
+        PlasticError: The model rejects the inputs (the model's error is the cause), or a pattern matches nothing.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+        >>> found = pn.trace(model, (torch.zeros(2, 3, 6, 6),))
+        >>> {name: units.size for name, units in found.sites.items()}
+        {'0': 8}
+        >>> found.frozen["2"]
+        "reaches the model's output"
     """
     args, kwargs = call_arguments(example_inputs)
     with unfused(), left_as_it_was(model):
@@ -87,9 +109,9 @@ def trace(
 def _facts_of(
     model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Facts, set[str]]:
-    """What runs in both modes tell, and the parameters that were seen in evaluation."""
+    """Return what the runs in both modes have found, and the parameters that were used in evaluation."""
     if is_large(model):
-        with suppress(Exception):  # not every model runs on meta tensors, which compute nothing
+        with suppress(Exception):  # not every model runs on meta tensors, which have no values
             return _facts_of(*_on_meta(model, tracer, args, kwargs))
     facts = Facts()
     run = partial(_run, model, partial(tracer, facts=facts))
@@ -103,7 +125,7 @@ def _facts_of(
 def _on_meta(
     model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Callable[..., Tracer], tuple[Any, ...], dict[str, Any]]:
-    """The same task with shapes only."""
+    """Return the same arguments for a copy of the model on the meta device, where only shapes are computed."""
     twin = duplicate(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
     for module in twin.modules():
         for name, buffer in buffers_of(module).items():
@@ -115,14 +137,20 @@ def _on_meta(
 def _run(
     model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> None:
-    twin = duplicate(model).train(training)  # which may change parameters: a merged LoRA does
+    """Trace one run of a copy of the model; the run in evaluation counts multiplications."""
+    twin = duplicate(model).train(training)  # on a copy, because a merged LoRA changes its parameters here
     args, kwargs = copy_inputs((args, kwargs))
     tracer(twin, count=not training).run(args, kwargs)
 
 
 def _run_training(model: nn.Module, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Layers that run in training only (auxiliary heads) join units too. Statistics over a batch of
-    one are refused by BatchNorm, so such a batch is doubled."""
+    """Trace a run in training mode, because layers that run only there (auxiliary heads) join units, too.
+
+    BatchNorm refuses statistics over a single sample. So where the run fails, the batch is doubled.
+
+    Raises:
+        PlasticError: The model does not run in training mode.
+    """
     try:
         run(args, kwargs, training=True)
     except (ValueError, RuntimeError):
@@ -138,7 +166,7 @@ def _run_training(model: nn.Module, run: Callable[..., None], args: tuple[Any, .
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Run attention and recurrent layers through their plain operations."""
+    """Let attention and recurrent layers run through their plain operations within this context."""
     (mkldnn, *_) = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         with unfused_layers(), sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""How operations that only lay entries out anew move labels: views, permutations, pieces, writes into views."""
+"""Has the rules for operations that only lay out entries anew: views, permutations, pieces, and writes into views."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from plasticnet.tracing.mode import Tracer, rule
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:
-    """The tensors among arguments, in order."""
+    """Return the tensors among arguments, in order."""
     return [t for t in tree_leaves(trees) if isinstance(t, Tensor)]
 
 
 def dim_of(dim: int, ndim: int) -> int:
-    """A dimension counted from the front."""
+    """Return a dimension counted from the front."""
     return dim % max(ndim, 1)
 
 
 def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place: bool) -> Axis:
-    """One axis of several tensors that are combined entry by entry: (tensor, axis) each."""
+    """Return the axis of the result where tensors are combined entry by entry, and join the labels of their axes.
+
+    Args:
+        tracer: The tracer.
+        places: The tag of each tensor, and the place of its axis.
+        size: The length of the axis.
+        in_place: Whether the result is written into the first tensor.
+    """
     factors = [t.axes[a] for t, a in places]
     found = next((f for f in factors if has_labels(f)), None)
     if found is None:
@@ -35,7 +42,7 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
     if all(f is found for f in factors):
         return found
     union, compared = np.full(size, -1, dtype=np.int64), False
-    written = in_place and is_same(factors[0])  # equal entries that are written to are not equal any more
+    written = in_place and is_same(factors[0])  # after the write its entries are no longer equal
     for n, (t, a) in enumerate(places):
         if is_same(t.axes[a]) and not (written and n == 0):
             continue
@@ -50,8 +57,18 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
 
 
 def write(tracer: Tracer, target: Tensor, x: Tensor) -> bool:
-    """Copy ``x`` into a tensor that was made for it (``empty``, ``zeros``), or into a slice of one: the
-    whole tensor takes its labels there. False where the target is something else."""
+    """Move the labels of a tensor that is copied into a blank one, or into a slice of a blank one.
+
+    The whole blank tensor, as ``empty`` or ``zeros`` makes it, takes the labels at the places that are written.
+
+    Args:
+        tracer: The tracer.
+        target: The tensor that is written to.
+        x: The tensor that is copied.
+
+    Returns:
+        Whether the target is blank. If not, no label was moved.
+    """
     base = base_of(target)
     base = target if base is None else base
     tag = tracer.tag(base)
@@ -68,7 +85,16 @@ def write(tracer: Tracer, target: Tensor, x: Tensor) -> bool:
 
 
 def _written(tracer: Tracer, tag: Tag, own: Tag, d: int, place: slice, size: int) -> Axis:
-    """Axis ``d`` of a tensor after ``own`` was copied into ``place`` of it."""
+    """Return an axis of a blank tensor after another tensor was copied into a slice of it.
+
+    Args:
+        tracer: The tracer.
+        tag: The labels of the blank tensor.
+        own: The labels of the tensor that is copied.
+        d: The place of the axis.
+        place: The slice of the axis that is written.
+        size: The length of the axis.
+    """
     before, after = tag.axes[d], own.axes[d]
     if axis_size(after) == size and is_same(before):
         return after
@@ -93,7 +119,7 @@ def _view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
     result = reshape(tracer.ledger, tag, out.shape)
     dims = [d for d, n in zip(tag.dims, args[0].shape, strict=False) if n > 1]
     if tag.source is not None and [n for n in out.shape if n > 1] == [n for n in args[0].shape if n > 1]:
-        left = iter(dims)  # only axes of length 1 came or went: still a plain view of the parameter
+        left = iter(dims)  # only axes of length 1 came or went, so this is still a plain view of the parameter
         result = Tag(result.axes, tag.source, tuple(next(left) if n > 1 else -1 for n in out.shape))
     tracer.put(out, result)
 
@@ -105,13 +131,14 @@ def _same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> Non
 
 @rule("as_strided", "as_strided_")
 def _strided(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Pooling to one position sets strides only; any other use is a layout of its own."""
+    """Keep labels where only strides are set, as in pooling to one position; any other layout is unknown."""
     if tuple(args[1]) != tuple(tracer.tag(args[0]).shape):
         tracer.unknown(func, [args[0]])
     tracer.put(out, tracer.tag(args[0]))
 
 
 def _permuted(tracer: Tracer, x: Tensor, order: Sequence[int], out: Tensor) -> None:
+    """Attach to a result the labels of ``x`` with its axes in another order."""
     tag = tracer.tag(x)
     dims = tuple(tag.dims[i] for i in order) if tag.dims else ()
     tracer.put(out, Tag(tuple(tag.axes[i] for i in order), tag.source, dims))
@@ -119,7 +146,7 @@ def _permuted(tracer: Tracer, x: Tensor, order: Sequence[int], out: Tensor) -> N
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
 def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Two leading axes, time and batch, become one, or the other way round."""
+    """Turn the two leading axes, time and batch, into one, or one into two."""
     behind = args[0].dim() - 1 if schema_name(func) == "aten::_pad_packed_sequence" else args[0].dim() - 2
     tag = tracer.ledger.settle(tracer.tag(args[0]))
     lead = out[0].shape[: out[0].dim() - behind]
@@ -128,7 +155,7 @@ def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 @rule("view_as_complex", "view_as_real")
 def _pairs(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Neighbours on the last axis are the parts of one number."""
+    """Drop or add the last axis, on which the two parts of a complex number are neighbours."""
     axes = tracer.tag(args[0]).axes
     tracer.put(out, Tag(axes[:-1] if schema_name(func) == "aten::view_as_complex" else (*axes, plain(2))))
 
@@ -148,7 +175,7 @@ def _transpose(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Compositions of reshapes and a permutation, done by one operation."""
+    """Move labels as the reshape, the permutation and the second reshape do that such an operation is made of."""
     *lead, c, h, w = args[0].shape
     n, r = len(lead), args[1]
     if schema_name(func) == "aten::pixel_shuffle":

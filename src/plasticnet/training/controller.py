@@ -1,4 +1,8 @@
-"""Presses on the gates so that a budget is kept: costs come down to their targets, or as far as the loss allows."""
+"""Controls the pressure by which a budget makes a network cheaper.
+
+With targets on costs, the pressure brings the expected costs down to the targets. With a budget of loss, it brings the
+costs down as far as the loss allows.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,48 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.site import held_open, probability
 from plasticnet.net import PlasticNet
 
-FALL = 0.6  # the share of the plastic epochs in which the target comes down
-OUTGROWN = 2.0  # growth stops at this multiple of a target
-START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3  # the multiplier, relative to the loss
-GAIN = 6.0  # how much the logarithm of the multiplier follows that of the excess at once,
-RATE = 0.02  # and with every step
-MEMORY = 0.98  # of the running means of gradients
-RISE = 0.8  # with a budget of loss, the share of the plastic epochs in which the multiplier may rise,
-REACH = 1e4  # by this factor in all, if the loss stays within the limit,
-FASTER, SLOWER = 4.0, 0.5  # and at most by the first in one epoch; by the second after one above
+# The target comes down over this share of the plastic epochs.
+FALL = 0.6
+# Growth stops when the network costs more than this multiple of a target.
+OUTGROWN = 2.0
+# These are the first, the lowest and the highest multiplier. A multiplier of 1 presses as hard as the loss.
+START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3
+# This times the logarithm of cost over target is added to the logarithm of the multiplier, for the present step only.
+GAIN = 6.0
+# This times the logarithm of cost over target is added to the level with every step, and stays.
+RATE = 0.02
+# This is the weight of the old value in the running means of the gradients' sizes.
+MEMORY = 0.98
+# With a budget of loss, the multiplier may rise during this share of the plastic epochs.
+RISE = 0.8
+# It rises by at most this factor in all of them, which it reaches if the loss always keeps to its limit.
+REACH = 1e4
+# It rises by at most the first factor in one epoch, and falls by the second after an epoch above the limit.
+FASTER, SLOWER = 4.0, 0.5
 
-_NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")  # what a state dict holds of a controller
+# A state dict holds these attributes of a controller, apart from its mappings.
+_NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")
 _LISTS = ("level", "sizes", "base")
 
 
 class Controller:
-    """The multipliers of a budget, one for each cost, and what they are decided by."""
+    """The multipliers of a budget, one for each cost, and the pressure on the gates that they make.
+
+    The multiplier of a cost is ``exp(level + 6 e)`` times the size of the loss gradient over the size of the gradient
+    of the cost's logarithm. Here e is the logarithm of expected cost over target, between -1 and 1, and a size is a
+    running mean of the L1 norm of a gradient with respect to the logits. So a multiplier of 1 presses as hard as the
+    loss, whatever the scale of the loss is. Every step adds 0.02 e to the level. The target itself comes down
+    geometrically, from the expected cost at the beginning to the final target, so that the network can follow it.
+
+    With a budget of loss there is no target and e is 0. Then only the level moves, once at the end of every epoch.
+
+    Args:
+        net: The network at the beginning of the schedule. Shares in the budget refer to its present costs.
+        budget: The targets on costs, or the tolerated increase of the loss.
+
+    Raises:
+        PlasticError: The budget has a target for the latency, which has not been measured.
+    """
 
     def __init__(self, net: PlasticNet, budget: Budget) -> None:
         self.loss = budget.loss
@@ -41,29 +71,43 @@ class Controller:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew; the targets stay."""
+        """Begin anew with the same targets."""
         n = len(self.costs)
-        self.level = self.like.new_full((n,), math.log(START))  # the logarithm of the multipliers
-        self.sizes = self.like.new_zeros(n + 1)  # running means of the gradients' sizes: of the costs, of the loss
-        self.begun = math.nan  # the epoch from which on there is pressure, and the logarithm of the costs then
+        self.level = self.like.new_full((n,), math.log(START))
+        # These are running means of the gradients' sizes, for each cost and then for the loss.
+        self.sizes = self.like.new_zeros(n + 1)
+        # The pressure begins in this epoch, and these are the logarithms of the costs at that time.
+        self.begun = math.nan
         self.base = [0.0] * n
-        self.steps, self.per_epoch = 0, 0  # calls in this epoch, and in the one before
-        self.reference, self.within = math.inf, True  # the validation loss to compare with; whether it was kept to
-        self.good: dict[str, Tensor] = {}  # the logits of the last epoch in which it was
+        # These count the calls of `penalty` in this epoch and in the one before.
+        self.steps, self.per_epoch = 0, 0
+        # The validation loss is compared with ``reference``; ``within`` says whether the last one kept to the limit.
+        self.reference, self.within = math.inf, True
+        # These are the logits after the last epoch that was within the limit, by the name of the gates.
+        self.good: dict[str, Tensor] = {}
 
     def notice(self, net: PlasticNet) -> None:
-        """Keep the largest width that each site has had."""
+        """Update the largest width that each site has had."""
         self.widths = {name: max(self.widths.get(name, 0), len(site)) for name, site in net.sites.items()}
 
     def outgrown(self, net: PlasticNet) -> bool:
-        """Whether the network costs more than twice a target: enough to choose from."""
+        """Return whether the network costs more than twice a target, which leaves enough units to choose from."""
         return any(present(net, cost) > OUTGROWN * target for cost, target in self.targets.items())
 
     def penalty(self, net: PlasticNet, epoch: int, end: int) -> Tensor:
-        """A scalar whose gradient presses on the gates; ``end`` is the last of the plastic epochs."""
+        """Return a scalar whose gradient presses on the gates; every call moves the multipliers by a step.
+
+        The pressure begins with the first call in which no unit is held open any more, because gates that are held open
+        cannot follow it. Before that the result is 0.
+
+        Args:
+            net: The network.
+            epoch: The epoch that is running, counted from 0.
+            end: The first epoch after the plastic ones.
+        """
         sites = net.sites.values()
         if math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites):
-            return self.like.new_zeros(())  # what is held open cannot follow
+            return self.like.new_zeros(())
         phi = net.phi()
         leaf = phi.detach().requires_grad_()
         with torch.enable_grad():
@@ -79,13 +123,23 @@ class Controller:
         excess = self._follow(costs, epoch, end)
         self._weigh(gradients, net.sampler.gradient)
         net.sampler.gradient = None
-        ratio = torch.where(self.sizes[:-1] > 0, self.sizes[-1] / self.sizes[:-1], 0.0)  # 0: nothing can be pressed on
+        # The ratio is 0 where no gate can lower a cost.
+        ratio = torch.where(self.sizes[:-1] > 0, self.sizes[-1] / self.sizes[:-1], 0.0)
         strength = (self.level + GAIN * excess).exp() * ratio
         total = phi @ (strength / len(self.costs) @ gradients)
         return total - total.detach() + (strength * excess).sum()
 
     def _follow(self, costs: Tensor, epoch: int, end: int) -> Tensor:
-        """Move the multipliers; returns the logarithms of expected cost over target of now, within -1 and 1."""
+        """Move the levels by a step, and return by how much the costs exceed their present targets.
+
+        Args:
+            costs: The logarithms of the expected costs, shape (costs,).
+            epoch: The epoch that is running.
+            end: The first epoch after the plastic ones.
+
+        Returns:
+            The logarithms of expected cost over target, clamped to the range from -1 to 1; zeros with a budget of loss.
+        """
         if self.loss is not None:
             return torch.zeros_like(costs)
         passed = epoch + self.steps / self.per_epoch if self.per_epoch else epoch
@@ -97,15 +151,32 @@ class Controller:
         return excess
 
     def _weigh(self, gradients: Tensor, of_loss: Tensor | None) -> None:
-        """Keep running means of the gradients' sizes; their ratio makes the multipliers those of any loss."""
+        """Update the running means of the gradients' sizes.
+
+        The ratio of these means makes the multipliers independent of the scale of the loss.
+
+        Args:
+            gradients: The gradients of the costs' logarithms with respect to the logits, shape (costs, logits).
+            of_loss: The gradient of the loss with respect to the logits, or None where the last step has estimated
+                none. Then the means stay.
+        """
         if of_loss is not None:
             sizes = torch.cat([gradients.abs().sum(1), of_loss.abs().sum().reshape(1)])
             now = MEMORY * self.sizes + (1 - MEMORY) * sizes
-            # A loss scaler tries scales that overflow.
+            # A gradient may be infinite, because a loss scaler also tries scales that overflow.
             self.sizes = torch.where(torch.isfinite(now).all(), now, self.sizes)
 
     def step(self, val_loss: float, plastic: bool, passed: int, epochs: int) -> None:
-        """To be called at the end of an epoch; ``passed`` of the plastic ``epochs`` are over."""
+        """End an epoch; with a budget of loss, let the multipliers follow the validation loss.
+
+        They rise after an epoch in which the loss kept to its limit, and fall after one in which it did not.
+
+        Args:
+            val_loss: The validation loss after this epoch; NaN where none is needed.
+            plastic: Whether the epoch was a plastic one.
+            passed: How many of the plastic epochs are over.
+            epochs: How many plastic epochs there are.
+        """
         self.steps, self.per_epoch = 0, self.steps
         if self.loss is None:
             return
@@ -118,18 +189,23 @@ class Controller:
             self.level = (self.level + math.log(factor)).clamp(math.log(LOWEST), math.log(HIGHEST))
 
     def remember(self, net: PlasticNet) -> None:
-        """Note the gates as they are, for a budget of loss."""
+        """Keep a copy of the present logits, to which a budget of loss may return; other budgets need none."""
         if self.loss is not None:
             self.good = {g.name: g.phi.detach().clone() for g in net.all_gates()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return what a checkpoint needs, which includes the logits to which a budget of loss may return."""
         state = {name: getattr(self, name) for name in _NUMBERS}
         lists = {name: [float(v) for v in getattr(self, name)] for name in _LISTS}
         return {**state, **lists, "targets": dict(self.targets), "good": dict(self.good), "widths": dict(self.widths)}
 
     def load_state_dict(self, state: Any) -> None:
-        """Restore `state_dict`. Raises `PlasticError` when something else is given."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            PlasticError: The state is not that of a budget with the same costs and of a network with the same sites.
+                Nothing was changed.
+        """
         sizes = {"level": len(self.costs), "sizes": len(self.costs) + 1, "base": len(self.costs)}
         if (
             not isinstance(state, Mapping)

@@ -1,7 +1,9 @@
-"""Cutting: what a schedule does to the units of a network at the end of an epoch, and when the network hardens.
+"""Cuts units at the end of an epoch, and hardens a network when its plastic stages are over.
 
-In a plastic stage units that hibernate are cut, and sites that lost too many get some back; a budget has its say in
-both. On hardening the units that stay are decided by the budget, or else by pi, and all others are cut.
+In a plastic stage the units that hibernate are cut, and sites that have too few open units get their best ones back. A
+budget of loss can forbid the cut, and a budget with targets keeps the units that the targets have room for. When the
+network hardens, the targets decide which units stay, or the signs of the logits where there are no targets. All other
+units are cut.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from plasticnet.surgery.optimizers import forget
 from plasticnet.surgery.survivors import survivors, to_keep
 from plasticnet.training.controller import Controller
 
-# A cut takes a small part of a training step, but what was compiled or wrapped must be built anew.
-PAYS = 0.02  # the share of the MACs or of the parameters from which on it is worth it
+# A cut takes a small part of a training step, but after it a compiled or wrapped network must be prepared anew.
+# So a cut must save this share of the MACs or of the parameters.
+PAYS = 0.02
 
 
 def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
-    """Start the best gates anew where a site has fewer open than it must. The optimizers forget what has pressed
-    them down, but not how large their gradients are, or their next step would be of any length."""
+    """Open the best gates of every site that has fewer open ones than its minimum.
+
+    The optimizers forget the direction in which these gates were moving, because it would close them again. They keep
+    the size of the gradients, because without it the next step could have any length.
+    """
     for site in net.sites.values():
         if int(site.open.sum()) < min(site.minimum, len(site)):
             units = torch.from_numpy(site.likely(site.minimum)).to(site.phi.device)
@@ -36,8 +42,10 @@ def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
 
 
 def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller | None) -> bool:
-    """Whether the loss is within its budget; if not, the gates go back to where they were when it was, for which
-    nothing may be cut."""
+    """Return whether the loss is within its budget; if it is not, put the gates back to where they last kept to it.
+
+    After the gates were put back nothing may be cut. Without a budget of loss the answer is always true.
+    """
     if controller is None:
         return True
     if controller.within:
@@ -46,7 +54,7 @@ def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: C
         return True
     for g in net.all_gates():
         logits = controller.good.get(g.name)
-        if logits is not None and g.phi.shape == logits.shape:  # else somebody has resized it
+        if logits is not None and g.phi.shape == logits.shape:  # Otherwise the user has resized the site.
             with torch.no_grad():
                 g.phi.copy_(logits)
             forget(optimizers, g.phi, torch.ones_like(g.phi, dtype=torch.bool))
@@ -61,8 +69,20 @@ def cut_hibernating(
     hibernate: float,
     multiple_of: int,
 ) -> dict[str, int]:
-    """Cut the units with pi below ``hibernate``, if that pays; returns how many, for each site that lost some. Enough
-    stay for the targets of the controller."""
+    """Cut the units whose probability is below a threshold, if that makes the network smaller by a share of `PAYS`.
+
+    Where the controller has targets, the best units that make up the targets stay whatever their probability is.
+
+    Args:
+        net: The network.
+        optimizers: The optimizers that hold its parameters.
+        controller: The controller of the budget, or None.
+        hibernate: The probability below which a unit is cut.
+        multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
+
+    Returns:
+        How many units were cut, for each site that lost some.
+    """
     if controller is not None:
         controller.notice(net)
     keep = to_keep(net, hibernate, multiple_of)
@@ -80,11 +100,18 @@ def cut_hibernating(
 def _with_enough(
     net: PlasticNet, keep: dict[str, list[int]], targets: Mapping[str, float], multiple_of: int
 ) -> dict[str, list[int]]:
-    """``keep``, and those of the best units that come up to the budget."""
+    """Return the units to keep: those in ``keep``, and the best others that the targets have room for.
+
+    Args:
+        net: The network.
+        keep: The indices of the units that do not hibernate, for every site that would lose some.
+        targets: The most that the network may cost, for each cost.
+        multiple_of: What widths are to be a multiple of.
+    """
     sites = net.sites
     try:
         values = project(net, {n: s.phi for n, s in sites.items()}, targets, net.open_weights())
-    except PlasticError:  # what is held open alone costs more
+    except PlasticError:  # The units that are held open already cost more than the targets.
         return keep
     for name, site in sites.items():
         stays = values[name].copy()
@@ -94,7 +121,7 @@ def _with_enough(
 
 
 def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
-    """Whether keeping only these units makes the network smaller by a share of `PAYS`."""
+    """Return whether keeping only these units makes the MACs or the parameters smaller by a share of `PAYS`."""
     if not keep:
         return False
     sites = net.sites.items()
@@ -107,23 +134,37 @@ def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
 def harden(
     net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller | None, multiple_of: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Cut all closed units of a network at k = infinity, where the controller has targets those that it does not want.
-    Returns how many units were cut and added, for each site where some were."""
+    """Cut all closed units of a network at k = infinity.
+
+    Where the controller has targets, these first decide which units are open. A site that has fewer open units than its
+    minimum keeps the best ones, which are opened.
+
+    Args:
+        net: The network.
+        optimizers: The optimizers that hold its parameters.
+        controller: The controller of the budget, or None.
+        multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
+
+    Returns:
+        How many units were cut, and how many were added, each for the sites where there were any.
+    """
     sizes = {name: len(site) for name, site in net.sites.items()}
     for site in net.sites.values():
         site.grace.zero_()
     if controller is not None and controller.targets:
         _open_the_wanted(net, optimizers, controller)
     net.prune(0.5, optimizers, multiple_of)
-    for site in net.sites.values():  # the units that a site keeps as its minimum are there to be used
+    for site in net.sites.values():  # A site has a minimum so that these units are used, not only kept.
         if int(site.open.sum()) < site.minimum:
             set_logits(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
     return _changes(net, sizes)
 
 
 def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller) -> None:
-    """Open the gates that the targets ask for, and close the others. Units are added where more were cut before than
-    the targets ask for."""
+    """Open the gates that the targets ask for, and close all others.
+
+    Where earlier cuts have removed more units than the targets ask for, new units are added first.
+    """
     units, weights = decide(net, controller.targets)
     if counts := missing(net, units, controller.targets, controller.widths):
         _add_last(net, optimizers, counts)
@@ -136,7 +177,7 @@ def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controlle
 
 
 def _add_last(net: PlasticNet, optimizers: Sequence[Optimizer], counts: Mapping[str, int]) -> None:
-    """Add new units that come after all others."""
+    """Add new units, with logits that rank them after all others."""
     lowest = float(net.phi().detach().min()) - 1
     sizes = {name: len(net.sites[name]) for name in counts}
     net.grow(counts, optimizers)
@@ -145,13 +186,13 @@ def _add_last(net: PlasticNet, optimizers: Sequence[Optimizer], counts: Mapping[
 
 
 def _changes(net: PlasticNet, sizes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """How many units each site has lost, and how many it has gained, since it had these sizes."""
+    """Return how many units each site has lost, and how many it has gained, since it had the given sizes."""
     more = {name: len(site) - sizes[name] for name, site in net.sites.items()}
     return {name: -n for name, n in more.items() if n < 0}, {name: n for name, n in more.items() if n > 0}
 
 
 def forget_gates(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
-    """Let the optimizers forget all that they remember of the gates: it belongs to another k."""
+    """Let the optimizers drop their whole state of the gates, because it belongs to another k."""
     logits = {g.phi for g in net.all_gates()}
     for optimizer in optimizers:
         for phi in logits & optimizer.state.keys():

@@ -1,4 +1,4 @@
-"""Distillation: a network learns from the outputs of a larger one beside the labels."""
+"""Distillation: a network learns from the outputs of a larger one as well as from the labels."""
 
 from __future__ import annotations
 
@@ -13,15 +13,33 @@ from plasticnet.errors import PlasticError
 def distillation(
     logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 4.0, weight: float = 0.9
 ) -> Tensor:
-    """The losses of the samples, shape (batch,), when a student imitates a teacher (Hinton et al., arXiv 1503.02531).
+    """Return the losses of samples for a student that imitates a teacher (Hinton et al., arXiv 1503.02531, section 2).
 
-    ``weight`` times the divergence of the student's softened classes from the teacher's (Kullback-Leibler, at this
-    ``temperature``, times its square, so that gradients keep their scale), and the rest of the weight on the
-    cross-entropy with the ``labels``, class indices of shape (batch,). Both logits have shape (batch, classes); no
-    gradient goes to the teacher.
+    The loss of a sample has two parts. The first is the Kullback-Leibler divergence of the student's class
+    probabilities from the teacher's, both at ``temperature``. It is multiplied by the square of the temperature, which
+    keeps the scale of its gradients, and by ``weight``. The second is the cross-entropy with the label, multiplied by
+    ``1 - weight``.
 
-    Raises `PlasticError` when shapes do not fit, the labels are no indices, or the temperature or the weight is out
-    of range.
+    Args:
+        logits: The outputs of the student, shape (batch, classes).
+        teacher_logits: The outputs of the teacher, of the same shape. They get no gradient.
+        labels: The class indices, shape (batch,).
+        temperature: What both logits are divided by before the softmax; a number above 0.
+        weight: The share of the teacher in the loss, from 0 to 1.
+
+    Returns:
+        The losses, shape (batch,), as `PlasticNet.expected_loss` needs them.
+
+    Raises:
+        PlasticError: The shapes do not fit, the labels are not integers, a label is not the index of a class (which is
+            not checked on a GPU), or the temperature or the weight is out of range.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> student, teacher = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+        >>> losses = pn.distillation(student, teacher, torch.tensor([0, 2]), weight=1.0)
+        >>> losses.tolist()
+        [0.0, 0.0]
     """
     shapes = tuple(tuple(t.shape) for t in (logits, teacher_logits, labels))
     if logits.dim() != 2 or shapes[1] != shapes[0] or shapes[2] != shapes[0][:1]:

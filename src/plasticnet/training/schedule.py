@@ -1,4 +1,4 @@
-"""Schedule: k over the stages, units that hibernate are cut, new ones wake, budgets are kept."""
+"""Schedule: moves a network through its stages, and cuts, grows and hardens it on the way."""
 
 from __future__ import annotations
 
@@ -25,23 +25,54 @@ from plasticnet.training.timeline import Timeline
 
 
 class Schedule:
-    """Moves a network through its stages; call `step` at the end of every epoch.
+    """The stages of a training, through which `step` moves a network at the end of every epoch.
 
-    On entering a plastic stage from ordinary training the open gates start at pi = 0.95. During it,
-    units with pi below ``hibernate`` are cut at the end of an epoch, once together they are 2 % of the
-    MACs or of the parameters, and ``growth`` adds units; where fewer units than `Site.minimum` are open, the
-    best ones start at pi = 0.95 again. On leaving it, the network hardens: units with
-    pi < 1/2 are cut. ``multiple_of`` keeps widths at multiples; see `PlasticNet.prune`.
+    Plastic stages: on entering one from ordinary training, the open gates start at pi = 0.95. At the end of each of its
+    epochs, units with pi below ``hibernate`` are cut, once together they are 2 % of the MACs or of the parameters, and
+    ``growth`` adds units. Where fewer units than `Site.minimum` are open, the best ones start at pi = 0.95 again. When
+    a stage at k = infinity follows, the network hardens: units with pi < 1/2 are cut.
 
-    With a ``budget`` the loss of every step of training has `penalty` added to it, and on hardening the best
-    units stay that fit (see `Budget`): the open units cost at most the target, and no other would fit. Where more were
-    cut before than the budget asks for, new ones take their place. Growth then stops when the network costs twice the
-    target, or half of the plastic epochs are over.
+    Budgets: with a ``budget``, add `penalty` to the loss of every training step. On hardening, the best units that fit
+    stay (see `Budget`): the open units cost at most the target, and no closed unit would fit beside them. Where more
+    units were cut before than the budget asks for, new ones take their place. Growth stops when the network costs more
+    than twice a target, or when half of the plastic epochs are over.
 
-    ``on_resize(net)`` is called at the end of a `step` in which sizes changed. Whatever holds on to the
-    network as it was belongs there: wrapping it in `DistributedDataParallel`, compiling it, copying it
-    for an average of its weights. On several ranks all of them must call `step`, each with its own
-    ``val_loss``; the mean decides.
+    Several ranks: all of them must call `step`, each with its own ``val_loss``. The mean decides.
+
+    Args:
+        net: The network.
+        optimizer: The optimizer, or all of those, that hold the parameters and the gates.
+        stages: The stages in their order. Those without epochs are left out.
+        hibernate: The probability below which a unit is cut in a plastic stage, from 0 to 1.
+        growth: How the network grows, or None.
+        budget: What the network may cost or lose in the end, or None.
+        multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`.
+        on_resize: A function that is called with the network at the end of a `step` in which sizes changed. It should
+            renew whatever refers to the old parameters: a wrapper in `DistributedDataParallel`, a compiled network, or
+            a copy for an average of the weights.
+
+    Raises:
+        PlasticError: There are no epochs, an option is out of range, the optimizers lack a parameter of the network or
+            cannot follow a change of size, the smallest network is not within the budget, or no stage hardens the
+            network to its budget. Nothing was changed.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> _ = torch.manual_seed(0)
+        >>> x, y = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> net = pn.PlasticNet(model, (x,))
+        >>> optimizer = torch.optim.Adam(net.param_groups(lr=0.01))
+        >>> stages = [pn.Stage(3, k=7.0), pn.Stage(1)]
+        >>> schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(units=0.5))
+        >>> for epoch in range(schedule.epochs):
+        ...     loss = net.expected_loss(lambda: torch.nn.functional.cross_entropy(net(x), y, reduction="none"))
+        ...     optimizer.zero_grad()
+        ...     (loss + schedule.penalty()).backward()
+        ...     optimizer.step()
+        ...     change = schedule.step()
+        >>> net.compact()[0]
+        Linear(in_features=4, out_features=4, bias=True)
     """
 
     def __init__(
@@ -56,8 +87,6 @@ class Schedule:
         multiple_of: int = 1,
         on_resize: Callable[[PlasticNet], object] | None = None,
     ) -> None:
-        """Raises `PlasticError` when there are no epochs, the optimizers lack a parameter of the network or cannot
-        follow a change of size, the smallest network is not within the budget, or no stage hardens to it."""
         self.timeline = Timeline(stages)
         self.net = net
         self.optimizers = listed(optimizer)
@@ -70,13 +99,13 @@ class Schedule:
         self.multiple_of = multiple_of
         self.on_resize = on_resize
         if growth is not None:
-            present(net, growth.cost)  # raises where it is not known
+            present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
         if budget is not None:
             check_hardening(budget, self.stages)
         self.controller = None if budget is None else Controller(net, budget)
         if self.controller is not None and self.controller.targets:
             decide(net, self.controller.targets)
-        # A network that has been trained or loaded is not changed here; its checkpoint follows, or its gates stay.
+        # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
         before, net.k = net.k, self.timeline.k
         if fresh and 0 < net.k < math.inf and before != net.k:
@@ -84,34 +113,34 @@ class Schedule:
 
     @property
     def stages(self) -> list[Stage]:
-        """The stages that have epochs; those that `wake` added come last."""
+        """The stages that have epochs; those that `wake` has added come last."""
         return self.timeline.stages
 
     @property
     def stage(self) -> Stage:
-        """The stage of the epoch that is running (the last one, at the end)."""
+        """The stage of the epoch that is running, or the last stage once the schedule is over."""
         return self.timeline.stage
 
     @property
     def epochs(self) -> int:
-        """The epochs of all stages together."""
+        """The number of epochs of all stages together."""
         return self.timeline.epochs
 
     @property
     def epoch(self) -> int:
-        """The epoch that is running, the first one being 0."""
+        """The epoch that is running, counted from 0."""
         return self.timeline.epoch
 
     @property
     def rounds(self) -> int:
-        """One, and one for each `wake`."""
+        """The number of rounds: one, and one more for each `wake`."""
         return len(self.timeline.rounds)
 
     def penalty(self) -> Tensor:
-        """What the budget adds to the loss, a scalar; 0 without one, and outside of plastic stages.
+        """Return what the budget adds to the loss: a scalar, which is 0 without a budget and outside of plastic stages.
 
-        To be called once for each `PlasticNet.expected_loss`, after it: every call is a step of the multipliers.
-        When gradients are accumulated, divide both alike.
+        Call it once after each call of `PlasticNet.expected_loss`, because every call moves the multipliers by a step.
+        When gradients are accumulated, divide the penalty by the same number as the loss.
         """
         if self.controller is not None:
             self.controller.steps += 1
@@ -120,11 +149,20 @@ class Schedule:
         return self.net.like.new_zeros(())
 
     def step(self, val_loss: float | None = None) -> Change:
-        """End an epoch. ``val_loss`` is the loss on held-out data; growth and `Budget(loss=...)` decide by it.
+        """End an epoch: cut and grow the network, and set k for the next epoch.
 
-        Raises `PlasticError`, and changes nothing, at the end of the schedule; in a plastic stage when a validation
-        loss is needed and there is none, or it is NaN, and when gates are not finite; and when the budget has
-        become impossible.
+        Args:
+            val_loss: The loss on held-out data. It is needed at the end of every plastic epoch with growth or with
+                `Budget(loss=...)`. The latter compares it with the losses of earlier epochs, if they were given.
+
+        Returns:
+            What was done.
+
+        Raises:
+            PlasticError: The schedule is over; a validation loss is needed in a plastic stage and is missing or NaN;
+                gates are not finite; the optimizers no longer fit the network; or the budget has become impossible. In
+                all these cases nothing was changed. The loss of a `Growth` that does not depend on the network, or is
+                not finite, is noticed later: then the epoch was counted, and units may have been cut.
         """
         timeline, net, controller = self.timeline, self.net, self.controller
         if timeline.over:
@@ -140,7 +178,8 @@ class Schedule:
         parameters = list(net.model.parameters())
         timeline.epoch += 1
         passed, entered = timeline.epoch - begin, timeline.place != place
-        net.sampler.gradient = None  # what a checkpoint does not hold must not matter
+        # A checkpoint does not hold this gradient, so it must not matter after an epoch.
+        net.sampler.gradient = None
         if controller is not None:
             controller.step(loss, stage.plastic, passed, max(end - begin, 1))
         cut: dict[str, int] = {}
@@ -162,7 +201,7 @@ class Schedule:
         return Change(cut, grown, net.k, undecided)
 
     def _loss(self, val_loss: float | None) -> float:
-        """The validation loss over all ranks, NaN where there is none and none is needed."""
+        """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
         by_loss, plastic = self.controller is not None and self.controller.loss is not None, self.stage.plastic
         if not by_loss and not (plastic and self.growth is not None):
             return math.nan
@@ -173,7 +212,7 @@ class Schedule:
         return loss
 
     def _cut(self) -> dict[str, int]:
-        """Count down the grace of new units, start anew what sites need, and cut what hibernates."""
+        """Count down the grace of new units, reopen what sites need, and cut the units that hibernate."""
         for site in self.net.sites.values():
             site.grace.sub_(1).clamp_(min=0)
         recover(self.net, self.optimizers)
@@ -184,7 +223,10 @@ class Schedule:
         )
 
     def _grow(self, loss: float, late: bool) -> dict[str, int]:
-        """Grow, if there is growth; with a budget only until the network is large enough, or it is late for that."""
+        """Let the network grow, if there is growth.
+
+        With a budget growth stops when the network is large enough, or when it is too late to grow.
+        """
         if self.growth is None:
             return {}
         if self.controller is not None and (late or self.controller.outgrown(self.net)):
@@ -192,8 +234,13 @@ class Schedule:
         return self.growth.step(self.net, loss, self.optimizers)
 
     def _enter(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Begin the stage that is running: set its k; harden or open the gates; forget the gates' moments, which
-        belong to another k. Returns what was cut, and what was added."""
+        """Begin the stage that is running: set its k, and then harden the network or open the gates.
+
+        If k changes, the optimizers forget the gates' moments, which belong to the old k.
+
+        Returns:
+            How many units were cut, and how many were added, for each site where there were any.
+        """
         before, self.net.k = self.net.k, self.stage.k
         changed: tuple[dict[str, int], dict[str, int]] = {}, {}
         if self.net.k == before:
@@ -206,25 +253,30 @@ class Schedule:
         return changed
 
     def _open(self) -> None:
-        """Start the open gates at pi = 0.95, and hold them there if growth begins."""
+        """Set the open gates to pi = 0.95, and hold all units open if growth begins."""
         for g in self.net.all_gates():
             set_logits(g, g.open, OPEN_LOGIT / self.net.k)
         if self.growth is not None:
             self.growth.hold(self.net)
 
     def wake(self, stages: Sequence[Stage] | None = None) -> None:
-        """Begin another round at the end of the schedule, when data have changed, say: append ``stages``, by
-        default those from the first plastic one on. Open gates start at pi = 0.95 again, and growth and the budget's
-        multipliers anew; the budget's targets stay.
+        """Begin another round at the end of the schedule, for instance when the data have changed.
 
-        Raises `PlasticError` before the end, or when there are no epochs to add.
+        Open gates start at pi = 0.95 again. Growth and the multipliers of the budget begin anew, and the targets of the
+        budget stay.
+
+        Args:
+            stages: The stages to append; by default the stages of the first round from its first plastic one on.
+
+        Raises:
+            PlasticError: The schedule is not over, or there are no epochs to add. Nothing was changed.
         """
         self.timeline.add_round(stages)
         if self.growth is not None:
             self.growth.reset()
         if self.controller is not None:
             self.controller.reset()
-        if self.stage.plastic and 0 < self.net.k < math.inf:  # the round before did not harden
+        if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
             self.net.k = self.stage.k
             self._open()
             forget_gates(self.net, self.optimizers)
@@ -232,8 +284,11 @@ class Schedule:
             self._enter()
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the stages that `wake` added, the states of growth and the budget, and what latency was measured;
-        the network has its own."""
+        """Return what a checkpoint needs of the schedule; the network has a state dict of its own.
+
+        The state holds the epoch, the stages that `wake` has added, the states of growth and of the budget, and the
+        latency that was measured.
+        """
         latency = self.net.latency
         return {
             "latency": None if latency is None else latency.as_dict(),
@@ -243,10 +298,11 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`. Load the network's state too: it holds k and the sizes.
+        """Restore what `state_dict` returned. Load the state of the network as well, because it holds k and the sizes.
 
-        Raises `PlasticError`, and changes nothing, when the state has an epoch that this schedule does not, or growth
-        or budget differ.
+        Raises:
+            PlasticError: The state has an epoch that this schedule does not have, or it does not fit the growth or the
+                budget of this schedule. Nothing was changed.
         """
         timeline = self.timeline.restored(state)
         growth, budget = state.get("growth"), state.get("budget")
@@ -273,5 +329,5 @@ class Schedule:
 
 
 def _together(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """The sum of two counts of units."""
+    """Return the sum of two counts of units."""
     return {name: counts.get(name, 0) + more.get(name, 0) for name in {**counts, **more}}

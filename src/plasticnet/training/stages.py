@@ -1,4 +1,4 @@
-"""Stages: what a schedule moves a network through, and what a step of it did."""
+"""Stages: what a schedule moves a network through, and what one step of it has done."""
 
 from __future__ import annotations
 
@@ -14,10 +14,27 @@ from plasticnet.errors import PlasticError
 
 @dataclass(frozen=True)
 class Stage:
-    """``epochs`` epochs at one ``k`` (0: dropout, finite: plastic, infinity: ordinary training).
+    """A number of epochs at one k, or at a k that changes from epoch to epoch.
 
-    With ``k_end`` a finite k changes from epoch to epoch, geometrically, and is ``k_end`` in the last of two or more.
-    The logits stay, so that a rising k polarises the gates.
+    At k = 0 the gates are dropout, at a finite k they learn (the stage is *plastic*), and at infinity the network
+    trains ordinarily. With ``k_end`` the k of the epochs is a geometric series. The logits stay when k changes within a
+    stage, so that a rising k polarises the gates.
+
+    Args:
+        epochs: The number of epochs, 0 or more.
+        k: The k of the first epoch, and of all epochs without ``k_end``.
+        k_end: The k of the last epoch, where there are two or more; a finite number above 0, as ``k`` must then be too.
+
+    Raises:
+        PlasticError: The number of epochs or a k is out of range.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> stage = pn.Stage(3, k=2.0, k_end=8.0)
+        >>> [stage.k_of(epoch) for epoch in range(stage.epochs)]
+        [2.0, 4.0, 8.0]
+        >>> pn.Stage(10).plastic
+        False
     """
 
     epochs: int
@@ -34,11 +51,11 @@ class Stage:
 
     @property
     def plastic(self) -> bool:
-        """Whether gates learn: k is finite, and not 0."""
+        """Whether the gates learn: k is finite, and not 0."""
         return 0 < self.k < math.inf
 
     def k_of(self, epoch: int) -> float:
-        """The k of one of its epochs, the first one being 0."""
+        """Return the k of one of the stage's epochs, counted from 0."""
         if self.k_end is None or not epoch:
             return self.k
         return self.k_end if epoch == self.epochs - 1 else self.k * (self.k_end / self.k) ** (epoch / (self.epochs - 1))
@@ -46,8 +63,24 @@ class Stage:
 
 @dataclass(frozen=True)
 class Change:
-    """What `Schedule.step` did: units cut and grown per site, k for the next epoch, and how undecided the gates were at
-    the end of this one, before anything changed: ``transition``, the mean of 2 pi (1 - pi)."""
+    """A record of what one call of `Schedule.step` has done.
+
+    Args:
+        cut: How many units were cut, for each site that lost some.
+        grown: How many units were added, for each site that got some.
+        k: The k of the next epoch.
+        transition: How undecided the gates were at the end of the epoch, before anything changed: the mean of 2 pi (1 -
+            pi) over all gates (NPN, section 3).
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> net = pn.PlasticNet(model, (torch.randn(2, 4),))
+        >>> optimizer = torch.optim.Adam(net.param_groups(lr=0.01))
+        >>> schedule = pn.Schedule(net, optimizer, [pn.Stage(1), pn.Stage(1, k=7.0)])
+        >>> schedule.step()
+        Change(cut={}, grown={}, k=7.0, transition=0.0)
+    """
 
     cut: Mapping[str, int] = field(default_factory=dict)
     grown: Mapping[str, int] = field(default_factory=dict)
@@ -56,7 +89,7 @@ class Change:
 
 
 def check_hardening(budget: Budget, stages: Sequence[Stage]) -> None:
-    """Raise `PlasticError` unless this is a budget, and the network hardens to it."""
+    """Raise `PlasticError` unless this is a budget, and a stage at k = infinity follows a plastic one."""
     if not isinstance(budget, Budget):
         raise PlasticError(f"budget={budget!r}: write pn.Budget(macs=0.3), say")
     if not any(a.plastic and math.isinf(b.k) for a, b in pairwise(stages)):

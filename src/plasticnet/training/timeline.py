@@ -1,4 +1,4 @@
-"""Timeline: which stage of a schedule runs, and where it stands among the others. It knows of no network."""
+"""Timeline: which stage of a schedule runs, and where it stands among the others. It knows no network."""
 
 from __future__ import annotations
 
@@ -11,24 +11,29 @@ from plasticnet.training.stages import Stage
 
 
 class Timeline:
-    """The stages of a schedule, one after the other, and how many of their epochs are over.
+    """The stages of a schedule in their order, and how many of their epochs are over.
 
-    ``epoch`` is the epoch that is running, the first one being 0; ``rounds`` are the places in ``stages`` of the first
-    stage of each round: one, and one for each `add_round`.
+    Its attributes are ``stages``; ``epoch``, the epoch that is running, counted from 0; and ``rounds``, the place in
+    ``stages`` of the first stage of each round. There is one round at first, and `add_round` adds one.
+
+    Args:
+        stages: The stages of the first round. Those without epochs are left out.
+
+    Raises:
+        PlasticError: There are no epochs.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        """Raises `PlasticError` when there are no epochs."""
         self.stages = [s for s in stages if s.epochs]
         if not self.stages:
             raise PlasticError("a schedule needs at least one stage with epochs")
         self.epoch = 0
         self.rounds = [0]
-        self._first = len(self.stages)  # the stages of the first round
+        self._first = len(self.stages)  # the number of stages in the first round
 
     @property
     def epochs(self) -> int:
-        """The epochs of all stages together."""
+        """The number of epochs of all stages together."""
         return sum(s.epochs for s in self.stages)
 
     @property
@@ -38,7 +43,7 @@ class Timeline:
 
     @property
     def place(self) -> int:
-        """The place in ``stages`` of the stage that is running (the last one, at the end)."""
+        """The place in ``stages`` of the stage that is running, or of the last stage at the end."""
         end = 0
         for place, stage in enumerate(self.stages):
             end += stage.epochs
@@ -48,12 +53,12 @@ class Timeline:
 
     @property
     def stage(self) -> Stage:
-        """The stage that is running (the last one, at the end)."""
+        """The stage that is running, or the last stage at the end."""
         return self.stages[self.place]
 
     @property
     def k(self) -> float:
-        """The k of the epoch that is running (of the last one, at the end)."""
+        """The k of the epoch that is running, or of the last epoch at the end."""
         place = self.place
         stage = self.stages[place]
         return stage.k_of(min(self.epoch - self.begin(place), stage.epochs - 1))
@@ -64,12 +69,14 @@ class Timeline:
         return self.epoch + 1 == self.begin(self.place + 1)
 
     def begin(self, place: int) -> int:
-        """The first epoch of the stage at a place."""
+        """Return the first epoch of the stage at a place."""
         return sum(s.epochs for s in self.stages[:place])
 
     def plastic_epochs(self) -> tuple[int, int]:
-        """The first epoch of the plastic stages around the one that is running, and the first after them. Those of
-        another round are not counted in."""
+        """Return the first epoch of the plastic stages around the one that is running, and the first epoch after them.
+
+        Only stages of the same round count.
+        """
         first = last = self.place
         while first not in self.rounds and self.stages[first - 1].plastic:
             first -= 1
@@ -78,9 +85,13 @@ class Timeline:
         return self.begin(first), self.begin(last + 1)
 
     def add_round(self, stages: Sequence[Stage] | None = None) -> None:
-        """Append a round of ``stages``, by default those of the first round from its first plastic one on.
+        """Append a round of stages.
 
-        Raises `PlasticError` before the end, or when there are no epochs to add.
+        Args:
+            stages: The stages; by default those of the first round from its first plastic one on.
+
+        Raises:
+            PlasticError: The timeline is not at its end, or there are no epochs to add. Nothing was changed.
         """
         if not self.over:
             raise PlasticError(f"wake: the schedule is at epoch {self.epoch} of {self.epochs}; wake it at its end")
@@ -94,7 +105,10 @@ class Timeline:
         self.stages += [s for s in stages if s.epochs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and the rounds that were added with their stages; those of the first are given anew."""
+        """Return what a checkpoint needs: the epoch, and the rounds that were added with their stages.
+
+        The stages of the first round are left out, because the constructor is given them again.
+        """
         return {
             "epoch": self.epoch,
             "rounds": list(self.rounds),
@@ -102,9 +116,13 @@ class Timeline:
         }
 
     def restored(self, state: Mapping[str, Any]) -> Timeline:
-        """A timeline with the same first round that stands where ``state``, a `state_dict`, says.
+        """Return a timeline with the same first round that stands where a state says.
 
-        Raises `PlasticError` when these are no stages or rounds, or there is no such epoch.
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            PlasticError: The state holds something else than stages or rounds, or there is no such epoch.
         """
         try:
             woken = [Stage(*s) for s in state.get("woken", ())]
