@@ -137,7 +137,7 @@ def inspect_command(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """List what can be gated, what a unit costs and what reads it; and what is frozen, with the reason."""
+    """List what can be gated, what a unit costs and what reads it, and what is frozen and why."""
     found = inspect_model(
         model, _shape(input), inputs=inputs or (), residual=residual, blocks=blocks or (), full=full, meta=meta,
         data=data, data_dir=data_dir, weights=weights, with_profile=measure, with_sensitivity=sensitivity,

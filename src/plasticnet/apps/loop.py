@@ -207,7 +207,7 @@ def train_epochs(
 ) -> Iterator[dict[str, Any]]:
     """Train to the end of the schedule, and yield the record of each epoch as plain data.
 
-    About ten times in the schedule, the record also holds a profile of the network. It is taken before the schedule
+    At most ten times in a run, the record also holds a profile of the network. It is taken before the schedule
     cuts or grows anything after that epoch.
     """
     while schedule.epoch < schedule.epochs:

@@ -76,7 +76,7 @@ class _Units:
         reading: How many gated features come from a channel, but at least 1.
         order: The places of all units, the best first.
         rank: The position of each unit in this order.
-        kept: Which units stay whatever they cost.
+        kept: Which units stay at any cost.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class _Units:
         self.reading = np.maximum(np.bincount(self.producer[self.producer >= 0], minlength=self.n), 1)
 
     def _must(self) -> np.ndarray:
-        """Return which units stay whatever they cost, together with the channels and features that they need."""
+        """Return which units stay at any cost, together with the channels and features that they need."""
         graces = [site.grace.cpu().numpy() > 0 for site in self.sites.values()]
         must = np.concatenate([np.zeros(0, dtype=bool), *graces])
         inputs = [n for n, s in self.sites.items() if isinstance(s.units, InputUnits)]

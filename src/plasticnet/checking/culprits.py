@@ -25,7 +25,7 @@ def culprits(differs: Comparison, sites: dict[str, Units], repair: Repair | None
             instead, or None.
 
     Returns:
-        For each site that fails the reason that was seen. They are all sites, where the others still fail together.
+        The reason that was seen, for each site that fails. If the other sites still fail together, all sites are in it.
     """
     if not sites or differs(sites) is None:
         return {}

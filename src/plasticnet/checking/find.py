@@ -1,4 +1,4 @@
-"""Finds what of a model can get gates.
+"""Finds which parts of a model can get gates.
 
 It traces the model, leaves out what the user excludes, checks the rest, and looks at single weights.
 """
@@ -24,7 +24,7 @@ Patterns = str | Sequence[str]  # one pattern of names or several, with the wild
 
 @dataclass(frozen=True)
 class Found:
-    """Says what of a model gets gates.
+    """The parts of a model that get gates, and those that do not.
 
     Attributes:
         sites: The units of each site, by its name.
@@ -53,7 +53,7 @@ def find(
     blocks: Patterns = (),
     weights: Patterns = (),
 ) -> Found:
-    """Find what of a model can be gated.
+    """Find which parts of a model can be gated.
 
     Args:
         model: The module, which is left as it was.
@@ -85,5 +85,5 @@ def find(
 
 
 def _listed(patterns: Patterns) -> tuple[str, ...]:
-    """Return the patterns as a tuple, also where a single one was given."""
+    """Return the patterns as a tuple, even if a single one was given."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -46,7 +46,7 @@ class CostModel:
         latency: Latency | None = None,
         weights: Sequence[str] = (),
     ) -> None:
-        meta = next(model.parameters()).is_meta  # a model without data can be counted, on the CPU
+        meta = next(model.parameters()).is_meta  # a model without values can still be counted
         self.device = torch.device("cpu") if meta else next(model.parameters()).device
         self._places = Places(sites, self.device)
         self._blocks = {name for name, u in sites.items() if isinstance(u, BlockUnits)}

@@ -45,7 +45,7 @@ class Places:
         return found
 
 
-# A dimension: its place among the lengths, and for each site that owns parts of it, the width of a unit.
+# A dimension is given by its place among the lengths, and by the width of a unit of each site that owns parts of it.
 Dim = tuple[int, Mapping[str, int]]
 
 
@@ -63,7 +63,7 @@ class Terms:
         self.places = places
         self.dims: list[list[int]] = []
         self.block: list[int] = []
-        # A term, a site that owns parts of both its dimensions, and the product of the widths of a unit.
+        # Each entry has a term, a site that owns parts of both its dimensions, and the product of the units' widths.
         self.shared: list[tuple[int, int, float]] = []
         self.factors: dict[str, list[float]] = {}
 
@@ -125,9 +125,9 @@ class Lengths:
     def __init__(self, places: Places) -> None:
         self.places, self.sites = places, places.sites
         self.fixed = [1.0]
-        # A dimension, the place of a site that owns parts of it, and the width of a unit.
+        # Each entry has a dimension, the place of a site that owns parts of it, and the width of a unit.
         self.owned: list[tuple[int, int, int]] = []
-        # A dimension, the indices of the gates of its features, and those of the gates of their producers.
+        # Each entry has a dimension, the gates of its features, and the gates of their producers, as indices.
         self.features: list[tuple[int, Tensor, Tensor]] = []
 
     def add(self, length: int, widths: Mapping[str, int]) -> int:

@@ -153,7 +153,7 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                     'construct PlasticNet with gates="batch"'
                 )
             z = multiplier.to(x.dtype)
-            own = type(module).__module__.startswith("torch.nn.")  # other modules may change their input in place
+            own = type(module).__module__.startswith("torch.nn.")  # any other may change its input in place
             sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
             x = Gated.apply(x, z, reader.axis) if sparing else x * along(z, (0, reader.axis), x.dim())
         return (x, *args[1:])

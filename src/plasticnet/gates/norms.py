@@ -129,7 +129,7 @@ def _group_norm(
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
 ) -> Tensor:  # fmt: skip
     """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
-    flat = _widened(input).flatten(2).transpose(1, 2)  # (batch, positions, channels)
+    flat = _widened(input).flatten(2).transpose(1, 2)  # now of shape (batch, positions, channels)
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
     y = flat.transpose(1, 2).reshape(input.shape).to(input.dtype)
@@ -145,7 +145,7 @@ def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs:
         return func(input, *args, **kwargs)
     keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False)))
     dtype = kwargs.get("dtype") or input.dtype
-    wide = _widened(input.to(dtype))  # torch sums half precision in single precision, too
+    wide = _widened(input.to(dtype))  # because torch, too, sums half precision in single precision
     return ((wide * mode.over(wide)).sum(dims[0], keepdim=keepdim) / mode.count()).to(dtype)
 
 

@@ -46,7 +46,8 @@ class Watch(Protocol):
         ...
 
 
-Watching = Callable[[Iterable[Tensor]], Watch]  # makes a watch, from the tensors that gates were multiplied into
+# It makes a watch from the tensors that gates were multiplied into.
+Watching = Callable[[Iterable[Tensor]], Watch]
 
 
 class Gating:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from plasticnet.units import BlockUnits, InputUnits, Units
 
-# The phi of a new network. Its gates are open, with pi = 0.95 at k = 7, which is the setting of the authors.
+# Gates start with this phi in a new network: they are open, with pi = 0.95 at k = 7, the setting of the authors.
 INITIAL_LOGIT = 3.0 / 7
-# The k phi of a gate that starts open: sigmoid(3) = 0.95, which is the setting of the authors, too.
+# Gates that are opened later start with this k phi: sigmoid(3) = 0.95, as in a new network.
 OPEN_LOGIT = 3.0
 
 
@@ -84,7 +84,7 @@ class Site(nn.Module):
         self.minimum = self.usual_minimum
         self.maximum = math.inf
         self.strength = 1.0
-        device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half
+        device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half precision
         self.phi = nn.Parameter(torch.full((units.size,), INITIAL_LOGIT, dtype=dtype, device=device))
         self.register_buffer("grace", torch.zeros(units.size, dtype=torch.int64, device=device))
         if isinstance(units, InputUnits):
@@ -225,7 +225,7 @@ class WeightSite(nn.Module):
     def __init__(self, name: str, weight: Tensor) -> None:
         super().__init__()
         self.name = name
-        dtype = torch.promote_types(torch.float32, weight.dtype)  # never half
+        dtype = torch.promote_types(torch.float32, weight.dtype)  # never half precision
         self.phi = nn.Parameter(torch.full(weight.shape, INITIAL_LOGIT, dtype=dtype, device=weight.device))
 
     @property

@@ -28,7 +28,7 @@ from plasticnet.tools.statistics import has_running_statistics, uses_batch_stati
 def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> Tensor:
     """Return the training loss, a scalar whose backward pass also gives the gates their gradient.
 
-    This is `PlasticNet.expected_loss`. Whatever is raised, random numbers and buffers are afterwards what they were
+    This is `PlasticNet.expected_loss`. If anything is raised, random numbers and buffers are put back to what they were
     before, so that a bad batch does not ruin the statistics of BatchNorm.
 
     Args:
@@ -63,8 +63,8 @@ def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor],
     if sampler.rule.at != "training":
         sampler.gradient = step.gradient
         return loss
-    # All gates are made part of the loss, used or not. On a rank whose blocks are closed, the backward pass would
-    # otherwise not reach the gates, and the other ranks would wait for its slopes.
+    # All gates are made part of the loss, whether they were used or not. On a rank whose blocks are closed, the
+    # backward pass would otherwise not reach the gates, and the other ranks would wait for its slopes.
     tied = [0 * z.sum() for z in step.gated]
     step.gated.clear()  # the graph of these gates refers to the step: this breaks the cycle
     scaled = Scaled.apply(loss + sum(tied), step)
@@ -156,7 +156,7 @@ def _nearly_equal(
         return f1, f1.detach()
     gates = gates_of_pass(sampler, 1)
     after, f2 = Snapshot(net.model), None
-    if after.random == step.after:  # else there is dropout, whose mask depends on the number of samples
+    if after.random == step.after:  # if not, there is dropout, whose mask depends on the number of samples
         before.restore()
         partner = Pass("partner", step, gates, outputs=training.outputs, rows=rows)
         try:

@@ -94,7 +94,7 @@ class Pass:
         self.sizes.update(n for t in tensors_within((args, kwargs)) for n in t.shape[:2])
 
 
-# What makes a draw, with the arguments of `Estimator.draw`.
+# A source makes a draw, from the arguments of `Estimator.draw`.
 Source = Callable[[Estimator, Tensor, Tensor, int, Tensor | None], Draw]
 
 

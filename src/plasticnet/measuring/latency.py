@@ -58,7 +58,7 @@ class _Sample:
 def measure_latency(net: GatedModel, example_inputs: Any, networks: int, repeats: int) -> Latency:
     """Measure networks that are cut at random, and fit the time of a forward pass to their sizes.
 
-    It stands below `PlasticNet.measure_latency`, which makes the result a cost. The network is left as it was.
+    `PlasticNet.measure_latency` calls this and makes the result a cost. The network is left as it was.
 
     Args:
         net: The network.
@@ -157,7 +157,7 @@ def _measured(
     modules = {row: small.get_submodule(row) for row in rows}
     cut(small, sites, {name: torch.from_numpy(g) for name, g in gates.items()})
     takes = {m[1]: m for m in small.modules() if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], Take)}
-    modules = {row: takes.get(m, m) for row, m in modules.items()}  # the time of a Take counts to its consumer
+    modules = {row: takes.get(m, m) for row, m in modules.items()}  # the time of a Take belongs to its consumer
     names = [name for name, _ in whole.named_parameters()]  # a Take changes the names, but not the order
     lengths = {name: tuple(p.shape) for name, p in zip(names, small.parameters(), strict=True)}
     run = partial(call, small)
@@ -172,13 +172,13 @@ def _measured(
     times = times_of(run, inputs, modules, repeats, device)
     total = times_of(run, inputs, {}, repeats, device)[None]
     share = total / sum(times.values())  # watching takes time too, so the times are scaled to a run without it
-    before = times.pop(None, 0.0)  # the time before the first module starts, which counts to the model itself
+    before = times.pop(None, 0.0)  # the time before the first module starts, which belongs to the model itself
     times[""] = times.get("", 0.0) + before
     return _Sample(lengths, {row: times.get(row, 0.0) * share for row in (*rows, "")})
 
 
 def _fit(row: str, dims: Mapping[str, Sequence[int]], samples: Sequence[_Sample]) -> list[Term]:
-    """Fit the time of a module by terms.
+    """Fit terms to the time of a module.
 
     Args:
         row: The name of the module.

@@ -33,8 +33,8 @@ class ModuleProfile:
     """What one module of a network costs: a row of `Profile`.
 
     Every module with parameters that is called has a row. The parameters of modules in it that are never called
-    themselves (such as ``out_proj`` in attention) count to it. Memory and time are measured from the start of the
-    module until the next module with a row starts, so that an activation or a pooling counts to the layer before it.
+    themselves (such as ``out_proj`` in attention) belong to it. Memory and time are measured from the start of the
+    module until the next module with a row starts, so that an activation or a pooling belongs to the layer before it.
 
     Attributes:
         name: The name of the module, which is empty for the model itself.

@@ -72,10 +72,10 @@ def watching(modules: Mapping[str, nn.Module], on_start: Callable[[str], Any]) -
 
 
 def called_rows(twin: nn.Module, model: nn.Module, inputs: Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Find the modules that get a row in a table of costs, and the row to which each parameter counts.
+    """Find the modules that get a row in a table of costs, and the row to which each parameter belongs.
 
-    A parameter counts to the innermost module around it that is called when the network runs. (Some modules are never
-    called themselves, such as ``out_proj`` in attention.) A module gets a row if parameters count to it.
+    A parameter belongs to the row of the innermost module around it that is called when the network runs. (Some modules
+    are never called themselves, such as ``out_proj`` in attention.) A module gets a row if parameters belong to it.
 
     Args:
         twin: What is run once: the model, or a network with gates around it.

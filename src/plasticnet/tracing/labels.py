@@ -1,8 +1,8 @@
 """Labels the axes of tensors: a label says which slice of a parameter an index belongs to.
 
 An axis is a tuple of factors, outermost first, as in the notation ``(c h w)`` of einops. Flattening puts factors
-together and un-flattening takes them apart, so that nothing is lost in between. A factor is the batch, or it carries
-one integer label for each index, or neither.
+together and un-flattening takes them apart, so that nothing is lost in between. A factor may be the batch. If not, it
+may carry one integer label for each index.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import Consumer, Norm
 
-# What an operation does to labels: it is called with the tracer, the operation, its arguments and its result.
+# A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
 _PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"

@@ -25,7 +25,7 @@ class _Classes:
     Attributes:
         of: The class of each label.
         order: All labels, ordered by class.
-        starts: Where each class begins in this order, and at the end where the last one ends.
+        starts: Where each class begins in this order. A further entry says where the last class ends.
     """
 
     of: np.ndarray
