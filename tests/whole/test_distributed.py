@@ -47,36 +47,21 @@ def step(net: PlasticNet, ddp: nn.Module, optimizer: Optimizer, x: Tensor) -> No
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_changed_network_must_be_wrapped_again() -> None:
+def test_a_changed_network_stays_wrapped() -> None:
+    """DDP watches what the network has now, after a resize and after a state dict of another size."""
     net, optimizer = small()
     net.k = 7.0
     x = torch.randn(6, 4)
     ddp = DDP(net)
     step(net, ddp, optimizer, x)
     state = copy.deepcopy(net.state_dict())
-    net.prune(0.0, optimizer)  # nothing to cut
-    net.load_state_dict(state)  # and nothing to resize
-    step(net, ddp, optimizer, x)
     net.resize({"0": [0, 1, -1]}, optimizer)
-    for training in (lambda: loss(net, ddp, x), lambda: ddp(x), lambda: net(x)):
-        with pytest.raises(PlasticError, match=r"changed its size since it was wrapped.*on_resize"):
-            training()
+    step(net, ddp, optimizer, x)
     assert ddp.eval()(x).shape == net.compact()(x).shape == (6, 3)
-    ddp = DDP(net.train())
+    net.train().load_state_dict(state)
+    optimizer = Adam(net.param_groups(1e-2))
     step(net, ddp, optimizer, x)
-    net.load_state_dict(state)
-    with pytest.raises(PlasticError, match="wrap it again"):
-        ddp(x)
-
-
-def test_without_a_process_group_nothing_is_asked() -> None:
-    net, optimizer = small()
-    assert net._ddp_params_and_buffers_to_ignore  # whoever may have looked
-    net.resize({"0": [0, 1, -1]}, optimizer)
-    step(net, net, optimizer, torch.randn(6, 4))
-    x = torch.tensor([1.0, 2.0])
-    assert net.ranks.average(x) is x
-    assert x.tolist() == [1, 2]
+    assert len(net.sites["0"]) == 6
 
 
 @pytest.mark.usefixtures("alone")
@@ -106,6 +91,9 @@ def test_two_ranks(tmp_path: Path) -> None:
         gates_begin_as_on_rank_0,
         accumulation,
         skipped_blocks,
+        deep_within_what_is_wrapped,
+        gradients_deep_within,
+        normalised_deep_within,
     )
 
 
@@ -162,8 +150,8 @@ def schedule_keeps_both_alike(rank: int) -> None:
     assert len(wrapped) > 3
     step(net, wrapped[-1], optimizer, torch.randn(6, 4))
     net.resize({"0": [0, 1, -1]}, optimizer)
-    with pytest.raises(PlasticError, match="wrap it again"):
-        wrapped[-1].train()(torch.randn(6, 4))
+    step(net, wrapped[-1], optimizer, torch.randn(6, 4))
+    assert_alike(net)
 
 
 def budget_is_filled_alike(rank: int) -> None:
@@ -231,12 +219,8 @@ def features_wake_alike(rank: int) -> None:
     assert_alike(net)
     # Built with other seeds, the features differ.
     net.resize({"0.input": [0, 1, 2, 3]} if rank else {"0.input": [1, 2, 3, 4]}, optimizer)
-    ddp = DDP(net)
-    if rank:
-        with pytest.raises(PlasticError, match=r"'0.input' has other features than on rank 0"):
-            ddp(torch.randn(6, 40))
-    else:
-        ddp(torch.randn(6, 40))
+    with pytest.raises(PlasticError, match=r"'0.input' has other features than on rank 0"):
+        DDP(net)(torch.randn(6, 40))
 
 
 def gates_begin_as_on_rank_0(rank: int) -> None:
@@ -290,3 +274,83 @@ def skipped_blocks(rank: int) -> None:
     for _ in range(4):
         step(net, ddp, optimizer, torch.randn(6, 4))
         assert_alike(net)
+
+
+class Task(nn.Module):
+    """What a trainer wraps: a module of the user's that holds the network, two modules deep."""
+
+    def __init__(self, net: PlasticNet) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"net": net, "head": nn.Linear(3, 3)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner["head"](self.inner["net"](x))}
+
+
+def task_loss(net: PlasticNet, ddp: nn.Module, x: Tensor) -> Tensor:
+    y = torch.arange(len(x)) % 3
+    return net.expected_loss(lambda: F.cross_entropy(ddp(x)["logits"], y, reduction="none"))
+
+
+def deep_within_what_is_wrapped(rank: int) -> None:
+    """Trained to a budget, without being wrapped anew: equal sizes and weights, and the state loads from outside."""
+    for unused, estimator in ((False, "bitflip-cv"), (True, "bitflip-cv"), (True, "disarm"), (False, "disarm")):
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 20, 12, 3), (torch.randn(2, 4),), estimator=estimator)
+        ddp = DDP(Task(net), find_unused_parameters=unused)
+        groups = [*net.param_groups(1e-2), {"params": list(ddp.module.inner["head"].parameters()), "lr": 1e-2}]
+        optimizer = Adam(groups)
+        schedule = Schedule(net, optimizer, [Stage(1), Stage(4, 7.0), Stage(1)], budget=Budget(macs=0.4), hibernate=0.3)
+        torch.manual_seed(rank + 1)
+        for _ in range(schedule.epochs):
+            for _ in range(4):
+                ddp.train()
+                optimizer.zero_grad()
+                (task_loss(net, ddp, torch.randn(6, 4)) + schedule.penalty()).backward()
+                optimizer.step()
+                assert_same(*everywhere(dict(ddp.module.named_parameters())))
+            schedule.step()
+            assert len(set(everywhere(tuple(len(s) for s in net.sites.values())))) == 1
+        assert net.summary().open_macs <= 0.4 * (4 * 20 + 20 * 12 + 12 * 3)
+        other = Task(PlasticNet(mlp(4, 20, 12, 3), (torch.randn(2, 4),)))
+        other.load_state_dict(ddp.module.state_dict())
+        x = torch.randn(5, 4)
+        assert torch.equal(other.eval()(x)["logits"], ddp.module.eval()(x)["logits"])
+
+
+def gradients_deep_within(rank: int) -> None:
+    """The gradients of all parameters, gates included, are the means of those that the ranks have alone."""
+    for estimator in ("bitflip-cv", "disarm"):
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 6, 5, 3).double(), (torch.randn(2, 4).double(),), estimator=estimator)
+        net.k = 7.0
+        alone, ddp = copy.deepcopy(Task(net)).train(), DDP(Task(net).train())
+        task = ddp.module
+        alone.inner["head"].double().load_state_dict(task.inner["head"].double().state_dict())
+        torch.manual_seed(rank + 1)
+        x = torch.randn(6, 4).double()
+        draws = torch.get_rng_state()
+        own = alone.inner["net"]
+        (task_loss(own, alone, x) + own.penalty(1e-2)).backward()
+        torch.set_rng_state(draws)
+        (task_loss(net, ddp, x) + net.penalty(1e-2)).backward()
+        for (name, p), q in zip(task.inner["net"].named_parameters(), own.parameters(), strict=True):
+            assert p.grad is not None, name
+            first, second = everywhere(q.grad)
+            torch.testing.assert_close(p.grad, (first + second) / 2, rtol=1e-9, atol=1e-12)
+
+
+def normalised_deep_within(rank: int) -> None:
+    """A resize before the first step, and the statistics of norms."""
+    net = PlasticNet(ConvNet(), (images(),), gates="batch")
+    optimizer = SGD(net.param_groups(1e-2), momentum=0.9)
+    net.k = 7.0
+    task = nn.Sequential(net)
+    ddp = DDP(task)
+    net.resize({"conv1": [0, 1, 2, -1]}, optimizer, init="random")
+    torch.manual_seed(rank + 1)
+    for i in range(4):
+        if i == 2:
+            net.grow({"conv1": 1}, optimizer, init="random")
+        step(net, ddp, optimizer, images(6))
+        assert_same(*everywhere(dict(net.named_parameters())))

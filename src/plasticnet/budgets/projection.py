@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
-from plasticnet.surgery.survivors import read
+from plasticnet.surgery.survivors import by_features_only, read
 from plasticnet.units import BlockUnits, InputUnits
 
 UNSPENT = 0.02  # the share of a target that may remain unused when the network hardens
@@ -72,7 +72,7 @@ class _Units:
         starts: The place of the first unit of each site.
         n: The number of all units.
         producer: For every feature the place of the channel that it comes from, and -1 for other units.
-        follows: Which channels are read through gated features only.
+        follows: Which channels are read through gated features only, and by no norm.
         reading: How many gated features come from a channel, but at least 1.
         order: The places of all units, the best first.
         rank: The position of each unit in this order.
@@ -112,7 +112,7 @@ class _Units:
         self.follows = np.zeros(self.n, dtype=bool)
         units = {name: site.units for name, site in self.sites.items()}
         for name, u in units.items():
-            start, through = self.starts[name], set[str]()
+            start = self.starts[name]
             for s in u.slices:
                 if isinstance(inputs := units.get(s.tensor), InputUnits):
                     channel = np.full(inputs.full, -1)
@@ -120,8 +120,7 @@ class _Units:
                     first = self.starts[s.tensor]
                     here = self.producer[first : first + inputs.size]
                     np.copyto(here, channel[inputs.features], where=channel[inputs.features] >= 0)
-                    through.add(inputs.consumers[0].tensor)
-            self.follows[start : start + u.size] = bool(through) and {c.tensor for c in u.consumers} == through
+            self.follows[start : start + u.size] = by_features_only(u, units)
         self.reading = np.maximum(np.bincount(self.producer[self.producer >= 0], minlength=self.n), 1)
 
     def _must(self) -> np.ndarray:

@@ -105,7 +105,7 @@ class Latency:
         modules: dict[str, list[Term]] = {}
         for t in self.terms:
             modules.setdefault(t.module, []).append(t)
-        rows = [("module", "ms", "of it constant")]
+        rows = [("module", "ms", "constant part")]
         for name, terms in modules.items():
             total, constant = sum(t.milliseconds for t in terms), sum(t.milliseconds for t in terms if not t.dims)
             rows.append((name or "(the model)", f"{total:.4f}", f"{constant / total:.0%}"))

@@ -101,15 +101,34 @@ def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor,
     return x * torch.rsqrt((x * x * mask).sum(dims, keepdim=True) / count + eps)
 
 
+def _like_torch(func: Any, y: Tensor, input: Tensor, *args: Any) -> Tensor:
+    """Return a result in the dtype that torch's own norm gives, which under autocast may not be that of its input.
+
+    Args:
+        func: The function of torch that is replaced.
+        y: The result, in single precision or in a higher one.
+        input: What is normalised.
+        args: The arguments of the function, from a tensor like the input but without samples on.
+    """
+    return y.to(func(*args).dtype if torch.is_autocast_enabled(input.device.type) else input.dtype)
+
+
+def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Return ``y * weight + bias`` in the precision of ``y``, which torch rounds once, at the end."""
+    y = y if weight is None else y * weight.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 def _layer_norm(
     mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
-    bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
+    bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
     """Do what ``layer_norm`` does over one axis, with the statistics of its open entries."""
-    mask = mode.mask.to(torch.promote_types(input.dtype, torch.float32))
-    y = _standardised(_widened(input), mask, (-1,), mode.count(), eps).to(input.dtype)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    if tuple(normalized_shape) != mode.mask.shape:
+        return func(input, normalized_shape, weight, bias, eps)
+    wide = _widened(input)
+    y = _scaled(_standardised(wide, mode.mask.to(wide.dtype), (-1,), mode.count(), eps), weight, bias)
+    return _like_torch(func, y, input, input.new_empty(0, input.shape[-1]), normalized_shape, weight, bias)
 
 
 def _rms_norm(
@@ -117,24 +136,27 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what ``rms_norm`` does over one axis, with the statistics of its open entries."""
+    if tuple(normalized_shape) != mode.mask.shape:
+        return func(input, normalized_shape, weight, eps)
     wide = _widened(input)
-    mask = mode.over(wide)
-    mean = (wide * wide * mask).sum(-1, keepdim=True) / mode.count()
+    mean = (wide * wide * mode.mask.to(wide.dtype)).sum(-1, keepdim=True) / mode.count()
     y = (wide * torch.rsqrt(mean + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
-    return y if weight is None else y * weight
+    y = y if weight is None else y * weight  # torch, too, rounds before it multiplies here
+    return _like_torch(func, y, input, input.new_empty(0, input.shape[-1]), normalized_shape, weight)
 
 
 def _group_norm(
     mode: _OpenStatistics, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None,
-    bias: Tensor | None = None, eps: float = 1e-5, *_: Any,
+    bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
     """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
+    if num_groups != 1 or input.shape[1] != len(mode.mask):
+        return func(input, num_groups, weight, bias, eps)
     flat = _widened(input).flatten(2).transpose(1, 2)  # now of shape (batch, positions, channels)
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
-    y = flat.transpose(1, 2).reshape(input.shape).to(input.dtype)
-    y = y if weight is None else y * along(weight, 1, input.dim())
-    return y if bias is None else y + along(bias, 1, input.dim())
+    y = _scaled(flat, weight, bias).transpose(1, 2).reshape(input.shape)
+    return _like_torch(func, y, input, input.new_empty(0, len(mask), 1), 1, weight, bias)
 
 
 def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,19 +1,25 @@
-"""Tells `DistributedDataParallel` (DDP) what it must know of a network whose size changes.
+"""Keeps a network right in `DistributedDataParallel` (DDP), whoever wraps it and however deep it lies.
 
-DDP averages the gradients of parameters that take part in the forward pass of the model. The gates get their gradients
-from the loss alone. So DDP is told to ignore them, and `Ranks` averages their estimates. Each rank draws gates of its
-own. Before each training pass the buffers are overwritten with those of rank 0, because DDP does not do this after a
-pass without gradients, such as that of a partner. Everything else that could make the ranks differ in size is equal by
-construction: what a resize draws at random comes from one seed, and a schedule decides by the mean validation loss.
+DDP averages the gradients of the parameters that it found when it was built, and expects one of each. Three things are
+different here. The gates get gradients from the loss alone: where DDP wraps the network itself, it is told to ignore
+them, and `Ranks` averages their estimates; where it wraps a module around the network, it watches them, and the output
+is tied to them. Sizes change: then DDP is told to watch the new parameters. And before each training pass the buffers
+become those of rank 0, because DDP leaves that out after a pass without gradients, such as that of a partner.
+
+Each rank draws gates of its own. Everything else that could make the ranks differ in size is equal by construction:
+what a resize draws at random comes from one seed, and a schedule decides by the mean validation loss.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
-from plasticnet.tools.ranks import Wrapper
 from plasticnet.tools.torch_private import ignored_by_ddp
 from plasticnet.units import InputUnits
 
@@ -31,46 +37,82 @@ def ignored_names(net: GatedModel) -> list[str]:
 
 
 def enter(net: GatedModel) -> None:
-    """Make the network equal on all ranks; this is called before every run of the model in training mode.
+    """Make the buffers those of rank 0; this is called before every run of the model in training mode that stays."""
+    if net.ranks.aside or not torch.is_grad_enabled():  # the pass leaves nothing behind, as that of a partner
+        return
+    if net.ranks.count > 1 and not net.ranks.fresh:
+        ignored = ignored_by_ddp(net.model)
+        net.ranks.broadcast([b for name, b in net.model.named_buffers() if name not in ignored])
 
-    The buffers become those of rank 0. When the network has just been wrapped, its gates and its measured latency do,
-    too, as DDP does with the parameters that it does not ignore.
+
+def meet(net: GatedModel) -> None:
+    """Note the DDP in which the network runs. When it is new, make the network that of rank 0.
+
+    DDP does so when it is built. What has changed since then (a resize, say) is made equal here, and so is a measured
+    latency.
 
     Args:
-        net: The network.
+        net: The network, in training mode, at the begin of its forward.
 
     Raises:
-        PlasticError: The network changed its size after it was wrapped, or an input site has other features than on
-            rank 0.
+        PlasticError: The sites have other sizes or features than on rank 0. All ranks raise it.
     """
     ranks = net.ranks
-    if ranks.wrapper is Wrapper.STALE and ranks.initialised and not ranks.aside:
-        raise PlasticError(
-            "the network changed its size since it was wrapped in DistributedDataParallel; wrap it again "
-            "(Schedule(on_resize=...) is called at the right time)"
-        )
-    if ranks.aside or not torch.is_grad_enabled():  # the pass leaves nothing behind, as that of a partner
+    ranks.meet()
+    if not ranks.fresh or ranks.count == 1:
         return
-    if ranks.count > 1:
-        ignored = ignored_by_ddp(net.model)
-        ranks.broadcast([b for name, b in net.model.named_buffers() if name not in ignored])
-        if ranks.wrapper is Wrapper.NEW:
-            ranks.broadcast([g.phi for g in net.all_gates()])
-            if (latency := ranks.first(net.latency)) != net.latency:
-                net.use_latency(latency)
-            _compare_features(net)  # done last, because it may raise on a single rank
-    ranks.settle()
+    ranks.fresh = False
+    _compare_sites(net)
+    ignored = ignored_by_ddp(net.model)
+    held = [*net.model.named_parameters(), *net.model.named_buffers()]
+    ranks.broadcast([*(t for name, t in held if name not in ignored), *(g.phi for g in net.all_gates())])
+    if (latency := ranks.first(net.latency)) != net.latency:
+        net.use_latency(latency)
 
 
-def _compare_features(net: GatedModel) -> None:
-    """Raise `PlasticError` if an input site has other features than on rank 0."""
-    for site in net.sites.values():
-        if isinstance(site.units, InputUnits):
-            own = torch.from_numpy(site.units.features).to(site.phi.device)
-            first = own.clone()
-            net.ranks.broadcast([first])
-            if not torch.equal(own, first):
+def tied(net: GatedModel, output: Any) -> Any:
+    """Return the output of a training pass so that gradients of it reach all gates that DDP watches, as zeros.
+
+    DDP waits for the gradients of everything that it watches, and those of the gates come from the loss alone, or not
+    at all.
+    """
+    watched = [g.phi.flatten() for g in net.all_gates() if net.ranks.watches(g.phi)]
+    if not watched or not torch.is_grad_enabled():
+        return output
+    phi = torch.cat(watched)
+
+    def tie(t: Tensor) -> Any:
+        return _Tied.apply(phi, t) if t.is_floating_point() or t.is_complex() else t
+
+    return tree_map_only(Tensor, tie, output)
+
+
+class _Tied(torch.autograd.Function):
+    """A tensor as it is; in the backward pass the logits get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, t: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.like = phi.new_zeros(()), phi.shape
+        return t.clone()  # a view could not be changed in place by the caller
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        zero, shape = ctx.like
+        return zero.expand(shape), grad
+
+
+def _compare_sites(net: GatedModel) -> None:
+    """Raise `PlasticError`, on all ranks, if a site has another size or other features than on rank 0."""
+    own = {
+        name: site.units.features.tolist() if isinstance(site.units, InputUnits) else len(site)
+        for name, site in net.sites.items()
+    }
+    first, *others = net.ranks.everywhere(own)
+    for other in others:
+        for name in first.keys() | other.keys():
+            if first.get(name) != other.get(name):
+                what = "features" if isinstance(first.get(name), list) else "units"
                 raise PlasticError(
-                    f"site {site.name!r} has other features than on rank 0; set the same seed on all ranks before "
-                    "`narrow`, and load the same state"
+                    f"site {name!r} has other {what} than on rank 0; set the same seed on all ranks before `narrow`, "
+                    "and load the same state"
                 )

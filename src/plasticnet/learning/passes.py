@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
-from plasticnet.gates.wrapped import enter
+from plasticnet.gates.wrapped import enter, meet, tied
 from plasticnet.learning.alike import check_alike, some_rows
 from plasticnet.learning.draws import gates_of_call
 from plasticnet.learning.prefix import Diverged
@@ -37,13 +37,16 @@ def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[
         kwargs: The keyword arguments for the model.
     """
     now = sampler.running
-    if net.training and now.role == "free":  # for its own passes `expected_loss` has done this already
-        enter(net)
+    if net.training:
+        meet(net)
+        if now.role == "free":  # for its own passes `expected_loss` has done this already
+            enter(net)
     if now.role == "probe" or (net.training and not math.isinf(net.k)):
-        return _drawn(net, sampler, args, kwargs)
+        return tied(net, _drawn(net, sampler, args, kwargs))
     z, all_open = net.mean_gates()
     now.note(args, kwargs)
-    return net.run(z, args, kwargs, all_open=all_open, weights=net.mean_weights())
+    output = net.run(z, args, kwargs, all_open=all_open, weights=net.mean_weights())
+    return tied(net, output) if net.training else output
 
 
 def _drawn(net: GatedModel, sampler: Sampler, args: Any, kwargs: Any) -> Any:

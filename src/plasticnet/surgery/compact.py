@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from plasticnet.layers.skip import remove_block
 from plasticnet.layers.take import Take, insert_take
 from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors
-from plasticnet.surgery.survivors import check_multiple, read_units, survivors
+from plasticnet.surgery.survivors import alive, check_multiple, read_units, survivors
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.units import BlockUnits, InputUnits, Units
 
@@ -91,12 +92,41 @@ def cut(
         for name, f in values.items():
             if not f.any():
                 f[(best or {}).get(name, 0)] = 1.0
-        planned = plan_resize(sites, lengths(model), survivors(sites, values, 0.0, multiple_of))
+        sources = _counted_open(sites, values, survivors(sites, values, 0.0, multiple_of))
+        with torch.random.fork_rng(devices=[]):  # because a plan may draw which feature comes back
+            planned = plan_resize(sites, lengths(model), sources)
         apply_plan(model, planned, {})
         _fold_kept(model, planned, factors)
         taken = _insert_takes(model, planned)
     _remember(model, sites, taken, gone)
     return model
+
+
+def _counted_open(
+    sites: Mapping[str, Units], values: Mapping[str, np.ndarray], sources: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """Return the units that stay, without closed ones that a norm would count.
+
+    A closed unit stays only for the last features of an input site, which must not become empty. There a feature that
+    was cut earlier takes the place of those of the unit. It is read with weights of zero, as they would be.
+
+    Args:
+        sites: All sites of the model.
+        values: The factors of the units, shape (units,) for each site. At least one of each site is not 0.
+        sources: The units that stay, for every site that loses some.
+    """
+    found = dict(sources)
+    for name, u in sites.items():
+        kept = found.get(name, range(u.size))
+        opened = [i for i in kept if values[name][i]]
+        if u.norms and len(opened) < len(kept):
+            found[name] = opened
+    if found != sources:
+        masks = {n: np.isin(np.arange(u.size), found.get(n, range(u.size))) for n, u in sites.items()}
+        for name, u in sites.items():
+            if isinstance(u, InputUnits) and not (masks[name] & alive(u, sites, masks)).any():
+                found[name] = [-1]
+    return found
 
 
 def _fold_kept(model: nn.Module, planned: Plan, factors: Mapping[str, Tensor]) -> None:

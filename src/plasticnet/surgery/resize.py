@@ -47,8 +47,6 @@ def resize(
     with net.ranks.alike(net.like.device):
         planned = plan_resize({s.name: s.units for s in net.sites.values()}, lengths(net.model), sources)
         moved = apply_plan(net.model, planned, logits, optimizers, init, weights)
-    if moved:
-        net.ranks.outgrow()
     for g in net.all_gates():
         g.phi = moved.get(g.phi, g.phi)
     for site in net.sites.values():
@@ -57,6 +55,8 @@ def resize(
             site.grace = rewrite(site.grace, {0: source})
             site.grace[torch.from_numpy(source < 0).to(site.grace.device)] = grace
     adopt(net, planned)
+    if moved:
+        net.ranks.outgrow()
 
 
 def adopt(net: GatedModel, planned: Plan) -> None:

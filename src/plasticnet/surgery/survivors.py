@@ -75,8 +75,9 @@ def survivors(
 ) -> dict[str, list[int]]:
     """Return the units that stay, for every site that loses some.
 
-    The units whose value exceeds ``above`` stay, without channels whose features are all gone and features whose
-    channel is gone. A site in which no unit does so keeps its best one. Sites of blocks are left out.
+    The units whose value exceeds ``above`` stay, without channels whose features are all gone, unless a norm counts
+    them, and without features whose channel is gone. A site in which no unit stays keeps its best one. Sites of blocks
+    are left out.
 
     Args:
         sites: All sites of the model.
@@ -88,14 +89,12 @@ def survivors(
     sites = {name: u for name, u in sites.items() if not isinstance(u, BlockUnits)}
     keep = {name: _best(values[name], values[name] > above) for name in sites}
     for name, u in sites.items():
-        virtual = [s for s in u.slices if isinstance(sites.get(s.tensor), InputUnits)]
-        if virtual and {c.tensor for c in u.consumers} == {sites[s.tensor].consumers[0].tensor for s in virtual}:
+        if by_features_only(u, sites):
             read = np.zeros(u.size, dtype=bool)
-            for s in virtual:
-                features = sites[s.tensor]
-                assert isinstance(features, InputUnits)
-                present = np.isin(np.arange(features.full), features.features[keep[s.tensor]])
-                read |= present[s.index].any(1)
+            for s in u.slices:
+                if isinstance(features := sites.get(s.tensor), InputUnits):
+                    present = np.isin(np.arange(features.full), features.features[keep[s.tensor]])
+                    read |= present[s.index].any(1)
             keep[name] = _best(np.where(read, values[name], values[name] - 2.0), keep[name] & read)
     inputs = {name: u for name, u in sites.items() if isinstance(u, InputUnits)}
     for name, u in inputs.items():  # At least one feature must stay, and so must its producer.
@@ -112,6 +111,19 @@ def survivors(
         keep[name] = _best(np.where(there, values[name], values[name] - 2.0), keep[name] & there)
         keep[name] = _padded(u, values[name], keep[name], there, multiple_of)
     return {name: np.flatnonzero(mask).tolist() for name, mask in keep.items() if not mask.all()}
+
+
+def by_features_only(u: Units, sites: Mapping[str, Units]) -> bool:
+    """Return whether the units of a site are read through gated features only, and so go when their features go.
+
+    What a norm counts is read by the norm as well: without such a unit, its statistics would be others.
+
+    Args:
+        u: The site.
+        sites: All sites of the model.
+    """
+    through = {sites[s.tensor].consumers[0].tensor for s in u.slices if isinstance(sites.get(s.tensor), InputUnits)}
+    return bool(through) and {c.tensor for c in u.consumers} == through and not u.norms
 
 
 def alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,69 +1,91 @@
 """Several processes that train one network together.
 
-`Ranks` knows whether `DistributedDataParallel` (DDP) has wrapped the network, and keeps the copies of the network
-alike: it computes means, broadcasts tensors, and lets all ranks draw equal random numbers. It works on tensors and
-numbers and knows no network. The process group is the default one.
+`Ranks` knows the `DistributedDataParallel` (DDP) in which the network runs, however deep the network lies in what DDP
+wraps, and keeps the copies of the network alike: it computes means, broadcasts tensors, lets all ranks draw equal
+random numbers, and lets DDP watch new parameters. It works on tensors and numbers and knows no network.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from plasticnet.tools.torch_private import process_group, running_ddp, unwatched, watch_again, watched_by_ddp
 
 T = TypeVar("T")
 
 
-class Wrapper(Enum):
-    """The state of the DDP wrapper around a network."""
-
-    NONE = "none"  # There is no wrapper: nothing has asked for the names that DDP ignores.
-    NEW = "new"  # The network was wrapped and has not yet run in training.
-    CURRENT = "current"  # The network was wrapped and has run since.
-    STALE = "stale"  # Parameters were replaced after the network was wrapped.
-
-
 class Ranks:
-    """The processes that train a network together; this is a single one unless the network was wrapped.
+    """The processes that train a network together; this is a single one unless the network runs in DDP.
+
+    A copy belongs to no DDP, and so trains alone.
 
     Attributes:
-        wrapper: The state of the wrapper.
+        fresh: Whether the network was wrapped and has not yet been made equal on all ranks.
         aside: Whether the present run leaves nothing behind, so that buffers need not be equal.
     """
 
     def __init__(self) -> None:
-        self.wrapper = Wrapper.NONE
+        self.fresh = False
         self.aside = False
+        self._asked = False  # Somebody, DDP most likely, has asked for the names that it is to ignore.
+        self._ddp: weakref.ref[nn.Module] | None = None
+        self._watched: set[int] = set()  # The ids of the parameters whose gradients DDP averages.
+
+    def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
+        return Ranks, ()
 
     @property
-    def initialised(self) -> bool:
-        """Whether there is a process group."""
-        return dist.is_available() and dist.is_initialized()
+    def ddp(self) -> nn.Module | None:
+        """The `DistributedDataParallel` in which the network runs, once it has run in it."""
+        return None if self._ddp is None else self._ddp()
 
     @property
     def count(self) -> int:
         """The number of processes that train this network together."""
-        return dist.get_world_size() if self.wrapper is not Wrapper.NONE and self.initialised else 1
+        if not (dist.is_available() and dist.is_initialized()) or not (self._asked or self.ddp is not None):
+            return 1
+        return dist.get_world_size(self._group)
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """The process group of DDP; None stands for the default one."""
+        return None if self.ddp is None else process_group(self.ddp)
 
     def wrap(self) -> None:
         """Note that a wrapper has asked for the names that it is to ignore."""
-        if self.initialised:  # Without a process group, somebody else has asked for the names.
-            self.wrapper = Wrapper.NEW
+        if dist.is_available() and dist.is_initialized():  # Otherwise something else than DDP has asked.
+            self._asked = self.fresh = True
+
+    def meet(self) -> None:
+        """Note the DDP in whose forward this is called, if there is one, and let it watch all parameters it holds.
+
+        A DDP that was built before parameters were replaced watches the old ones.
+        """
+        ddp = running_ddp()
+        if ddp is None:
+            return
+        if ddp is not self.ddp:
+            self._ddp, self.fresh = weakref.ref(ddp), True
+            self._watched = watched_by_ddp(ddp)
+        if self.fresh and unwatched(ddp):
+            self.outgrow()
 
     def outgrow(self) -> None:
-        """Note that parameters were replaced, while the hooks of a wrapper still hang on the old ones."""
-        if self.wrapper is not Wrapper.NONE:
-            self.wrapper = Wrapper.STALE
+        """Let DDP watch the parameters that have taken the place of others; its hooks hang on the old ones."""
+        if self.ddp is not None:
+            watch_again(self.ddp)
+            self._watched = watched_by_ddp(self.ddp)
 
-    def settle(self) -> None:
-        """Note that a network that was just wrapped has been made equal on all ranks."""
-        if self.wrapper is Wrapper.NEW:
-            self.wrapper = Wrapper.CURRENT
+    def watches(self, parameter: nn.Parameter) -> bool:
+        """Return whether DDP averages the gradients of a parameter."""
+        return self.ddp is not None and id(parameter) in self._watched
 
     def average(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its mean over all ranks, in place, and return it.
@@ -72,7 +94,7 @@ class Ranks:
         """
         ranks = self.count
         if ranks > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self._group)
             tensor /= ranks
         return tensor
 
@@ -87,8 +109,16 @@ class Ranks:
         if self.count == 1:
             return value
         found = [value]
-        dist.broadcast_object_list(found)
+        dist.broadcast_object_list(found, group=self._group, group_src=0)
         return found[0]
+
+    def everywhere(self, value: T) -> list[T]:
+        """Return the values of all ranks, in order."""
+        if self.count == 1:
+            return [value]
+        found: list[T] = [value] * self.count
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors with those of rank 0.
@@ -98,7 +128,7 @@ class Ranks:
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t.data for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same])
-            dist.broadcast(flat, 0)
+            dist.broadcast(flat, group=self._group, group_src=0)
             for t, new in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 t.copy_(new.view_as(t))
 
@@ -112,7 +142,7 @@ class Ranks:
             yield
             return
         seed = torch.randint(2**62, (1,)).to(device)
-        dist.broadcast(seed, 0)
+        self.broadcast([seed])
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.default_generator.manual_seed(int(seed))
             if device.type == "cuda":

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
@@ -75,6 +77,51 @@ def is_compiled(module: nn.Module) -> bool:
 def ignored_by_ddp(module: nn.Module) -> Sequence[str]:
     """Return the names of a module's parameters and buffers that `DistributedDataParallel` was told to ignore."""
     return getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+
+
+# -- several processes ------------------------------------------------------------------------
+
+
+def running_ddp() -> nn.Module | None:
+    """Return the `DistributedDataParallel` whose forward is running, the innermost one, or None."""
+    return DistributedDataParallel._active_ddp_module if dist.is_available() else None
+
+
+def process_group(ddp: nn.Module) -> Any:
+    """Return the process group of a `DistributedDataParallel`."""
+    return cast(Any, ddp).process_group
+
+
+def watched_by_ddp(ddp: nn.Module) -> set[int]:
+    """Return the ids of the parameters whose gradients a `DistributedDataParallel` averages."""
+    return {id(p) for p in cast(Any, ddp)._module_parameters if p.requires_grad}
+
+
+def unwatched(ddp: nn.Module) -> list[str]:
+    """Return the names of the trainable parameters that a `DistributedDataParallel` holds, ought to watch, and does
+    not: they came after it was built."""
+    watched, ignored = watched_by_ddp(ddp), cast(Any, ddp).parameters_to_ignore
+    named = cast(Any, ddp).module.named_parameters()
+    return [n for n, p in named if p.requires_grad and n not in ignored and id(p) not in watched]
+
+
+def watch_again(ddp: nn.Module) -> None:
+    """Let a `DistributedDataParallel` watch the parameters that its module has now, as if it were built anew.
+
+    All ranks must call this alike. Communication hooks stay.
+    """
+    inside: Any = ddp
+    inside._module_parameters = [
+        p for name, p in inside.module.named_parameters() if name not in inside.parameters_to_ignore
+    ]
+    parameters, sparse = inside._build_params_for_reducer()
+    names = inside._build_debug_param_to_name_mapping(parameters)
+    hooks, inside._comm_hooks = list(inside._comm_hooks), []
+    # The old reducer goes first: it keeps alive what accumulates gradients, and with it the shapes that were.
+    inside.reducer = inside.logger = None
+    inside._ddp_init_helper(parameters, sparse, names, inside.static_graph)
+    for hook, state in hooks:
+        inside.register_comm_hook(state, hook)
 
 
 # -- recurrent layers -------------------------------------------------------------------------

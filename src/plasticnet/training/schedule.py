@@ -48,8 +48,8 @@ class Schedule:
         budget: What the network may cost or lose in the end, or None.
         multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`.
         on_resize: A function that is called with the network at the end of a `step` in which sizes changed. It should
-            renew whatever refers to the old parameters: a wrapper in `DistributedDataParallel`, a compiled network, or
-            a copy for an average of the weights.
+            renew whatever refers to the old parameters, such as a copy for an average of the weights. A
+            `DistributedDataParallel` follows by itself.
 
     Raises:
         PlasticError: There are no epochs, an option is out of range, the optimizers lack a parameter of the network or
