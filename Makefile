@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint zoo cost gates clean
+.PHONY: demo test quick lint zoo cost gates random clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ gates: $(VENV)/.installed
 	$(BIN)/python experiments/ablation.py --data-dir $(DATA)
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
 	$(BIN)/python experiments/gates_table.py
+
+# Random networks: exact, or frozen with a reason. RANDOM="--resume" goes on from what is there.
+random: $(VENV)/.installed
+	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM)
 
 clean:
 	rm -rf $(VENV) runs

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -28,6 +26,7 @@ from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.likeness import warn_of_shadows, with_signature
 from plasticnet.tools.torch_private import has_child
 
 
@@ -41,6 +40,8 @@ class PlasticNet(GatedModel):
         model: The module, which nothing gates yet.
         example_inputs: A tuple of arguments, or a dict of keyword arguments, that the model runs on. The batch is the
             first axis.
+        more_inputs: A list of further such tuples and dicts: what the model trains on, if that is something else, with
+            optional arguments, or what leads into other branches, as to the other experts of a mixture.
         estimator: One of `ESTIMATORS`.
         gates: Whether gates are drawn per sample or per batch. "auto" draws per sample where that is unbiased.
         inputs: Name patterns of consumers whose input features are gated one by one.
@@ -84,6 +85,7 @@ class PlasticNet(GatedModel):
         model: nn.Module,
         example_inputs: Any,
         *,
+        more_inputs: Sequence[Any] = (),
         estimator: str = "bitflip-cv",
         gates: Literal["auto", "sample", "batch"] = "auto",
         inputs: Patterns = (),
@@ -96,26 +98,25 @@ class PlasticNet(GatedModel):
         if not isinstance(model, nn.Module) or any(isinstance(m, GatedModel) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
         found = find(
-            model, example_inputs, inputs=inputs, exclude=exclude, residual=residual, blocks=blocks, weights=weights
-        )
+            model, example_inputs, more_inputs=more_inputs, inputs=inputs, exclude=exclude, residual=residual,
+            blocks=blocks, weights=weights,
+        )  # fmt: skip
         super().__init__(
-            model,
-            found.sites,
-            found.weights,
-            uses=found.uses,
-            frozen=found.frozen,
-            excluded=found.excluded,
+            model, found.sites, found.weights, uses=found.uses, frozen=found.frozen, excluded=found.excluded,
             checked=found.checked,
-        )
+        )  # fmt: skip
         self.sampler = sampler
-        self.forward = MethodType(_with_signature(inspect.signature(model.forward)), self)
-        _warn_of_shadows(self)
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.forward = MethodType(with_signature(PlasticNet.forward, inspect.signature(model.forward)), self)
+        warn_of_shadows(self, model)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or not has_child(self, "model"):
+            special = name.startswith("__") and name.endswith("__")  # such as __deepcopy__, which would copy the model
+            if special or name == "model" or not has_child(self, "model"):
                 raise
             return getattr(self.model, name)
 
@@ -132,6 +133,12 @@ class PlasticNet(GatedModel):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The names of what `DistributedDataParallel` is to ignore; it looks for an attribute of this name."""
         return ignored_names(self)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse `torch.nn.DataParallel`, whose copies in other threads would share the gates of this network."""
+        raise PlasticError(
+            "torch.nn.DataParallel cannot run a PlasticNet; use DistributedDataParallel, with a process each"
+        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model in place, as `torch.nn.Module.compile` does, with the same arguments.
@@ -156,7 +163,8 @@ class PlasticNet(GatedModel):
             options: Other options of the model's parameters, such as ``weight_decay``. The logits get no weight decay.
         """
         rate = 10 * lr if gate_lr is None else gate_lr
-        weights = {"params": list(self.model.parameters()), "lr": lr, **options}
+        with self.lock:
+            weights = {"params": list(self.model.parameters()), "lr": lr, **options}
         gates = {"params": [g.phi for g in self.all_gates()], "lr": rate, "weight_decay": 0.0, "betas": gate_betas}
         return [weights, gates]
 
@@ -248,7 +256,8 @@ class PlasticNet(GatedModel):
             PlasticError: A site is unknown, an index is out of range, a site would be left empty, or the optimizers do
                 not hold every trainable parameter or cannot be resized.
         """
-        resize(self, sources, optimizer, init, grace)
+        with passes.changing(self, self.sampler):
+            resize(self, sources, optimizer, init, grace)
 
     def grow(
         self,
@@ -271,12 +280,13 @@ class PlasticNet(GatedModel):
         Raises:
             PlasticError: A number is negative, the loss for "gradmax" is missing, or as `resize` raises it.
         """
-        if init != "gradmax":
-            grow(self, counts, optimizer, init, grace)
-        elif loss is None:
-            raise PlasticError('grow(init="gradmax") needs a loss to take the gradient of: loss=...')
-        else:
-            grow_by_gradient(self, counts, loss, optimizer, grace=grace)
+        with passes.changing(self, self.sampler):
+            if init != "gradmax":
+                grow(self, counts, optimizer, init, grace)
+            elif loss is None:
+                raise PlasticError('grow(init="gradmax") needs a loss to take the gradient of: loss=...')
+            else:
+                grow_by_gradient(self, counts, loss, optimizer, grace=grace)
 
     def prune(self, below: float = 0.5, optimizer: Optimizers = None, multiple_of: int = 1) -> dict[str, int]:
         """Cut the units that are unlikely to be open, and the channels whose features are all cut.
@@ -292,58 +302,43 @@ class PlasticNet(GatedModel):
         Returns:
             How many units were cut, for each site that lost some.
         """
-        return prune(self, below, optimizer, multiple_of)
+        with passes.changing(self, self.sampler):
+            return prune(self, below, optimizer, multiple_of)
 
-    def compact(self, multiple_of: int = 1) -> nn.Module:
+    def compact(self, multiple_of: int | None = None) -> nn.Module:
         """Return a plain module, a copy in evaluation mode, whose outputs are those of ``net.eval()``.
 
         Closed units are cut, and the mean gates of open units are multiplied into the weights that read them. Closed
         single weights are zero.
 
         Args:
-            multiple_of: As in `prune`. Closed units that stay for this are read with weights of zero.
+            multiple_of: As in `prune`; by default what the network was last pruned to, by `prune` or by a `Schedule`.
+                Closed units that stay for this are read with weights of zero.
         """
-        return compacted(self, multiple_of)
+        with self.lock:
+            return compacted(self, multiple_of)
 
     # -- saving -------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Resize the network to the sizes in a state dict, and load it; the parameters stay the same objects.
 
-        So optimizers may be built before or after. An optimizer with a state must load its own state dict as well.
+        So optimizers may be built before or after. An optimizer with a state must load its own state dict as well. The
+        same happens when a module that contains the network loads its state dict.
 
         Raises:
-            PlasticError: The state dict belongs to another architecture.
+            PlasticError: The state dict does not fit the network. Nothing was changed in it.
         """
-        with loading.resized_to(self, state_dict):
+        with passes.changing(self, self.sampler):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def _with_signature(signature: inspect.Signature) -> Callable[..., Any]:
-    """Return `PlasticNet.forward` with a model's signature, which tools read to see what the model takes."""
-
-    @functools.wraps(PlasticNet.forward)
-    def forward(self: PlasticNet, *args: Any, **kwargs: Any) -> Any:
-        return PlasticNet.forward(self, *args, **kwargs)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    kinds = {p.kind for p in signature.parameters.values()}
-    if inspect.Parameter.POSITIONAL_ONLY in kinds:
-        own = own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # pyright: ignore[reportAttributeAccessIssue]
-    return forward
+def _before_loading(net: PlasticNet, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+    """Resize a network to a state dict; torch calls this before it copies the tensors of the network."""
+    with passes.changing(net, net.sampler):
+        loading.prepare(net, state, prefix, bool(metadata.get("assign_to_params_buffers")))
 
 
-def _warn_of_shadows(net: PlasticNet) -> None:
-    """Warn of attributes of the model that are hidden by those of the network, such as ``net.k``."""
-    plain = set(dir(nn.Module()))
-    own = {n for n in dir(net) if not n.startswith("_")} - plain - {"model"}
-    model = net.model
-    shadowed = sorted(own & set(dir(model)) - {"forward"})
-    if shadowed:
-        warnings.warn(
-            f"{type(model).__name__} has attributes that PlasticNet has, too: {', '.join(shadowed)}. On the network "
-            f"these are PlasticNet's; the model's are net.model.{shadowed[0]} and so on.",
-            UserWarning,
-            stacklevel=3,
-        )
+def _after_loading(net: PlasticNet, _: Any) -> None:
+    """Take notice of tensors that were replaced; torch calls this when the network is loaded."""
+    loading.settle(net)

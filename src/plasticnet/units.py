@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# Two reasons for which parts of a model are frozen; other messages refer to them.
+IDLE = "it did not run on the example inputs"
+SCRIPTED = "compiled by TorchScript, which cannot be cut"
+
 
 def gate_offsets(sites: Mapping[str, Units]) -> tuple[dict[str, int], int]:
     """Return where the gates of each site begin in the vector of all gates, and the index of the constant 1."""
@@ -249,8 +253,9 @@ class Trace:
         uses: How often each entry of a parameter is multiplied for one sample, by the name of the parameter. The
             multiply-adds of a layer are this number times the number of entries.
         checked: Whether the self-check has run.
-        trains_more: Whether parameters are used in training that are not used in evaluation, as in auxiliary heads.
         positional: Whether the model tells units apart by their position, as ``x[:, :3]`` does.
+        steered: Whether values steer the model, as in ``if x.sum() > 0`` or a mixture of experts.
+        stateful: Whether the model keeps something from one call to the next.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -264,5 +269,6 @@ class Trace:
     frozen: dict[str, str]
     uses: dict[str, float]
     checked: bool = False
-    trains_more: bool = False
     positional: bool = False
+    steered: bool = False
+    stateful: bool = False

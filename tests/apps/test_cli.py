@@ -147,7 +147,7 @@ def test_a_refused_option_leaves_the_run_before_it_alone(
 ) -> None:
     before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
     for budget in ("params=2", "latency_ms=1", "units=0.001"):
-        fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--budget", budget)
+        fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--budget", budget, "--overwrite")
     assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
 
 

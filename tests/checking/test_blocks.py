@@ -373,3 +373,29 @@ def test_unbiased(estimator: str) -> None:
     error = stacked.std(0) / draws**0.5
     assert ((stacked.mean(0) - exact).abs() <= 4.5 * error + 1e-9).all()
     assert (error < exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_lies_in_a_block_is_compared_with_the_block_open(place: int) -> None:
+    """A layer that uses its width is frozen, in whichever block it lies."""
+
+    class Scaled(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x).tanh()
+            return x + self.down(y / y.shape[-1])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Scaled() if i == place else Block() for i in range(3)])
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    net = pn.PlasticNet(Model(), (torch.randn(4, 6),), blocks=("layers.?",))
+    assert f"layers.{place}.up" not in net.sites
+    assert f"layers.{place}.up" in net.frozen
+    assert len(net.sites) == 3  # the other two hidden layers, and the blocks

@@ -324,9 +324,8 @@ def gradients_deep_within(rank: int) -> None:
         torch.manual_seed(0)
         net = PlasticNet(mlp(4, 6, 5, 3).double(), (torch.randn(2, 4).double(),), estimator=estimator)
         net.k = 7.0
-        alone, ddp = copy.deepcopy(Task(net)).train(), DDP(Task(net).train())
-        task = ddp.module
-        alone.inner["head"].double().load_state_dict(task.inner["head"].double().state_dict())
+        task = Task(net).double().train()
+        alone, ddp = copy.deepcopy(task), DDP(task)
         torch.manual_seed(rank + 1)
         x = torch.randn(6, 4).double()
         draws = torch.get_rng_state()

@@ -28,9 +28,11 @@ def test_example(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_docstrings_say_something_themselves(name: str) -> None:
     thing = getattr(pn, name)
-    members = [thing, *(m for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith("_"))] if (
-        inspect.isclass(thing)
-    ) else [thing]
+    members = (
+        [thing, *(m for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith("_"))]
+        if (inspect.isclass(thing))
+        else [thing]
+    )
     for member in members:
         first = (inspect.getdoc(member) or "").split("\n")[0]
         assert first, member

@@ -12,9 +12,9 @@ import typer
 
 from plasticnet.apps.console import console
 from plasticnet.apps.inspecting import inspect_model, print_inspection
-from plasticnet.apps.loop import Config, Mode
 from plasticnet.apps.models import IMAGE, example_inputs, factory
-from plasticnet.apps.runs import rewrite_report, train_modes
+from plasticnet.apps.runs import holds_demo, rewrite_report, train_modes
+from plasticnet.apps.settings import MODES, Config
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.files.exporting import export
@@ -22,12 +22,7 @@ from plasticnet.files.modules import load
 from plasticnet.learning.estimators import ESTIMATORS
 
 NAMES = "mlp:300-100, lenet5, torchvision:resnet18, timm:resnet18, transformers:bert or PACKAGE:FACTORY"
-MODES: dict[str, tuple[Mode, ...]] = {
-    "prune": ("prune",),
-    "grow": ("grow",),
-    "both": ("dense", "prune", "grow"),
-    "dense": ("dense",),
-}
+OVERWRITE = "Replace the run that --out holds. Only files of a run are removed, when everything else was accepted."
 
 app = typer.Typer(help="Neural networks that choose their own size while they train.", no_args_is_help=True)
 
@@ -72,7 +67,10 @@ def train_command(
     seed: Annotated[int, typer.Option(help="The seed of the weights, the draws, the batches and the data split.")] = 0,
     data_dir: Annotated[Path | None, typer.Option(help="The folder that holds MNIST/raw.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/train"),
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an interrupted run in --out, with the options with which it began.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Train a network that prunes itself, one that grows, a dense one, or all three for comparison."""
     choices: dict[str, Any] = {"cost": cost, "scale": scale, "gates": gates}
@@ -82,7 +80,7 @@ def train_command(
     )  # fmt: skip
     if mode not in MODES:
         raise PlasticError(f"--mode {mode}: choose one of {', '.join(MODES)}")
-    train_modes(data, model, MODES[mode], config, out, data_dir=data_dir, resume=resume)
+    train_modes(data, model, MODES[mode], config, out, data_dir=data_dir, resume=resume, overwrite=overwrite)
 
 
 def _budget(text: str | None) -> Budget | None:
@@ -100,14 +98,19 @@ def _budget(text: str | None) -> Budget | None:
 
 
 @app.command("demo")
-def demo_command(out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/demo")) -> None:
+def demo_command(
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+) -> None:
     """Prune a network that is too wide, and grow one that is too narrow, on handwritten digits.
 
-    The digits come with scikit-learn, so that nothing is downloaded.
+    The digits come with scikit-learn, so that nothing is downloaded. The results of a demo before are replaced; another
+    run in --out is refused without --overwrite.
     """
     config = Config(epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
     torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
-    train_modes("digits", "mlp:256-128", MODES["both"], config, out)
+    run = "digits", "mlp:256-128", MODES["both"], config
+    train_modes(*run, out, overwrite=overwrite or holds_demo(out, *run), command="demo")
 
 
 @app.command("inspect")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -47,6 +49,16 @@ class Data:
     def classes(self) -> int:
         """The number of classes."""
         return int(self.train.y.max()) + 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """A hash of the content of all three parts: of the types, shapes and bytes of their tensors."""
+        found = sha256()
+        for part in (self.train, self.val, self.test):
+            for tensor in (part.x, part.y):
+                found.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+                found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 def load_data(name: str, data_dir: str | Path | None = None, seed: int = 0) -> Data:

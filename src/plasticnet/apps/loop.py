@@ -6,98 +6,28 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet.apps.data import Data, Split
-from plasticnet.budgets.budget import Budget
-from plasticnet.cost.names import check_names
+from plasticnet.apps.finite import Guard, check_loss, named
+from plasticnet.apps.saving import restore_run, save_run
+from plasticnet.apps.settings import Config, Mode, describe_model, identity
 from plasticnet.errors import PlasticError
-from plasticnet.files.checkpoints import load_checkpoint, save_checkpoint
 from plasticnet.gates.site import transition
 from plasticnet.measuring.profiling import profile
 from plasticnet.measuring.timing import one_thread
 from plasticnet.net import PlasticNet
 from plasticnet.training.growth import Growth, narrow
 from plasticnet.training.schedule import Schedule
-from plasticnet.training.stages import Stage
 
-Mode = Literal["dense", "prune", "grow"]
 _PROFILES = 10  # the most profiles of a run while it trains; each of them takes as long as about twenty steps
-
-
-@dataclass(frozen=True)
-class Config:
-    """The settings of a run: everything that decides its result except the data, the model and the mode.
-
-    Args:
-        epochs: The number of epochs of all stages together.
-        k: How plastic the gates are in the middle stage.
-        k_end: The k at the end of the middle stage, or None if it does not change.
-        budget: What the network may cost. If it is given, it takes the place of ``penalty``, ``cost`` and ``scale``.
-        penalty: The strength of the pressure on the cost, 0 or more.
-        cost: The cost that is penalised.
-        scale: The scale of the penalty, as in `PlasticNet.penalty`.
-        estimator: How the gradient of the gates is estimated: one of `ESTIMATORS`.
-        gates: Whether gates are drawn per sample or per batch.
-        inputs: Name patterns of layers whose input features get gates.
-        start: The number of units per site from which growth starts.
-        batch: The batch size.
-        lr: Adam's learning rate for the model's parameters.
-        gate_lr: Adam's learning rate for the logits of the gates.
-        weight_decay: Adam's weight decay for the model's parameters.
-        seed: The seed of everything random.
-
-    Raises:
-        PlasticError: A number is out of range, or the cost or the scale is unknown.
-    """
-
-    epochs: int = 60
-    k: float = 7.0
-    k_end: float | None = None
-    budget: Budget | None = None
-    penalty: float = 1e-3
-    cost: Literal["units", "parameters", "macs"] = "units"
-    scale: Literal["linear", "log"] = "linear"
-    estimator: str = "bitflip-cv"
-    gates: Literal["auto", "sample", "batch"] = "auto"
-    inputs: tuple[str, ...] = ()
-    start: int = 3
-    batch: int = 128
-    lr: float = 1e-3
-    gate_lr: float = 1e-2
-    weight_decay: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.penalty < math.inf
-        if min(self.epochs, self.batch, self.start) < 1 or not rates:
-            raise PlasticError(
-                f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
-                f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
-            )
-        check_names(self.cost, self.scale)
-
-    def stages(self, mode: Mode) -> list[Stage]:
-        """Return the stages of a run: ordinary training for 5 % of the epochs, plastic for 70 %, hardened for 25 %.
-
-        In mode "dense" there is ordinary training only.
-
-        Raises:
-            PlasticError: There are fewer epochs than stages.
-        """
-        if mode == "dense":
-            return [Stage(self.epochs, math.inf)]
-        if self.epochs < 3:
-            raise PlasticError(f"epochs={self.epochs}: the three stages need at least 3")
-        first, last = max(1, round(0.05 * self.epochs)), max(1, round(0.25 * self.epochs))
-        return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k, self.k_end), Stage(last, math.inf)]
 
 
 @dataclass(frozen=True)
@@ -164,20 +94,27 @@ def train_epoch(
 
     Returns:
         The mean training loss, without the pressure.
+
+    Raises:
+        PlasticError: The loss or the pressure of a step is not finite. The network has then not made this step.
     """
     pressure = pressure or partial(net.penalty, config.penalty, config.cost, config.scale)
     net.train()
     total = torch.zeros(())
-    for index in torch.randperm(len(train)).split(config.batch):
+    batches = torch.randperm(len(train)).split(config.batch)
+    for step, index in enumerate(batches, 1):
         x, y = train.x[index], train.y[index]
 
         def losses(x: Tensor = x, y: Tensor = y) -> Tensor:
             return F.cross_entropy(net(x), y, reduction="none")
 
-        loss = net.expected_loss(losses)
-        total += loss.detach() * len(index)
-        if not math.isinf(net.k):
-            loss = loss + pressure()
+        with named(f"step {step} of {len(batches)}"):
+            loss = net.expected_loss(losses)
+            total += loss.detach() * len(index)
+            if not math.isinf(net.k):
+                loss = loss + pressure()
+            if not math.isfinite(loss.item()):
+                raise PlasticError("the loss with the pressure on the gates is not finite (NaN or infinite)")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,29 +146,54 @@ def train_epochs(
 
     At most ten times in a run, the record also holds a profile of the network. It is taken before the schedule
     cuts or grows anything after that epoch.
+
+    Raises:
+        PlasticError: A loss, a weight, a gate or something that the optimizer remembers has become NaN or infinite. The
+            message names the epoch, the step where it is known, and the first such tensor in the order of the modules.
     """
+    guard = Guard(net, optimizer)
     while schedule.epoch < schedule.epochs:
-        started = time.process_time()
-        k = net.k
-        pressure = schedule.penalty if config.budget is not None else None
-        loss = train_epoch(net, optimizer, data.train, config, pressure)
-        val_loss, val_accuracy = evaluate(net, data.val)
-        paused = time.process_time()
-        measured = profile_dict(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
-        started += time.process_time() - paused
-        change = schedule.step(val_loss)
-        record = {
-            "epoch": schedule.epoch,
-            "k": "inf" if math.isinf(k) else k,
-            "loss": loss,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            **_size(net),
-            "cut": sum(change.cut.values()),
-            "grown": sum(change.grown.values()),
-            "cpu_seconds": time.process_time() - started,
-        }
-        yield record if measured is None else {**record, "profile": measured}
+        with named(f"epoch {schedule.epoch + 1}"), guard.naming():
+            record = _one_epoch(net, optimizer, schedule, data, config, guard)
+        yield record
+
+
+def _one_epoch(
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    data: Data,
+    config: Config,
+    guard: Guard,
+) -> dict[str, Any]:
+    """Train for one epoch, let the schedule end it, and return its record, unless something is not finite."""
+    started = time.process_time()
+    k = net.k
+    pressure = schedule.penalty if config.budget is not None else None
+    loss = train_epoch(net, optimizer, data.train, config, pressure)
+    if not math.isfinite(loss):  # a sum of finite losses
+        raise PlasticError("the mean training loss is not finite (NaN or infinite)")
+    steps = -(-len(data.train) // config.batch)
+    guard.check(f"after step {steps} of {steps}")
+    val_loss, val_accuracy = evaluate(net, data.val)
+    check_loss(val_loss, net, data.val, "validation")
+    paused = time.process_time()
+    measured = profile_dict(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
+    started += time.process_time() - paused
+    change = schedule.step(val_loss)
+    guard.check("after cutting and growing")
+    record = {
+        "epoch": schedule.epoch,
+        "k": "inf" if math.isinf(k) else k,
+        "loss": loss,
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        **_size(net),
+        "cut": sum(change.cut.values()),
+        "grown": sum(change.grown.values()),
+        "cpu_seconds": time.process_time() - started,
+    }
+    return record if measured is None else {**record, "profile": measured}
 
 
 def profile_dict(module: nn.Module, data: Data, config: Config) -> dict[str, Any]:
@@ -250,9 +212,6 @@ def _size(net: PlasticNet) -> dict[str, Any]:
         "histogram": torch.histc(pi, 20, 0, 1).int().tolist(),
         "transition": transition(pi),
     }
-
-
-_CHECKPOINT = {"net", "optimizer", "schedule", "rng", "history", "config", "model"}
 
 
 def train_run(
@@ -279,23 +238,17 @@ def train_run(
             interrupted.
 
     Raises:
-        PlasticError: The checkpoint is damaged, or belongs to a run with other settings or another model; or the
-            settings, the model and the data do not fit together.
+        PlasticError: The checkpoint is damaged, or belongs to a run with other settings, another mode, model or data,
+            which are named; or the settings, the model and the data do not fit together; or something has become NaN or
+            infinite, which is not saved: the checkpoint is then that of the last good epoch.
     """
+    own = identity(data, describe_model(model), config, mode)
     torch.manual_seed(config.seed)
     net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode)
     history: list[dict[str, Any]] = []
     if resume and checkpoint is not None and checkpoint.exists():
-        saved = load_checkpoint(checkpoint)
-        if not isinstance(saved, dict) or saved.keys() != _CHECKPOINT:
-            raise PlasticError(f"{checkpoint} is not a checkpoint of a training run")
-        if saved["config"] != _plain(config) or saved["model"] != str(model):
-            raise PlasticError(f"{checkpoint} belongs to a run with another configuration or model; leave out --resume")
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        torch.set_rng_state(saved["rng"])
-        history = saved["history"]
+        history, rng = restore_run(checkpoint, net, optimizer, schedule, own)
+        torch.set_rng_state(rng)
         for record in history:
             if on_epoch:
                 on_epoch(record)
@@ -303,29 +256,28 @@ def train_run(
     for record in train_epochs(net, optimizer, schedule, data, config):
         history.append(record)
         if checkpoint is not None:
-            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            state |= {"rng": torch.get_rng_state(), "history": history, "config": _plain(config), "model": str(model)}
-            save_checkpoint(state, checkpoint)
+            save_run(checkpoint, net, optimizer, schedule, history, own)
         if on_epoch:
             on_epoch(record)
     small = net.compact()
-    summary = _summary(net, small, data, mode, history)
+    with named("after the last epoch"):
+        summary = _summary(net, small, data, mode, history)
     summary["profile"] = {"before": before, "after": profile_dict(small, data, config)}
     if schedule.growth is not None:
         summary["growth_stopped"] = schedule.growth.stopped
     return Result(mode, net, small, summary)
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    """Return the settings as they are when they have been read from a checkpoint."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-
-
 def _summary(
     net: PlasticNet, small: nn.Module, data: Data, mode: Mode, history: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return how a run ended, as plain data; the test data are read here."""
+    """Return how a run ended, as plain data; the test data are read here.
+
+    Raises:
+        PlasticError: The test loss is not finite.
+    """
     test_loss, test_accuracy = evaluate(small, data.test)
+    check_loss(test_loss, small, data.test, "test")
     size = net.summary()
     return {
         "mode": mode,

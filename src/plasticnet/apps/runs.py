@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,27 @@ from rich.live import Live
 from rich.table import Table
 from torch import nn
 
-from plasticnet.apps.console import console
+from plasticnet.apps.console import console, print_line
 from plasticnet.apps.data import Data, load_data
-from plasticnet.apps.loop import Config, Mode, prepare_run, train_run
+from plasticnet.apps.folder import (
+    CHECKPOINT,
+    COMPACT,
+    CONFIG,
+    METRICS,
+    REPORT,
+    SUMMARY,
+    check_free,
+    clear,
+    locked,
+    make_folder,
+    read_config,
+    write_text,
+)
+from plasticnet.apps.loop import prepare_run, train_run
 from plasticnet.apps.models import factory
 from plasticnet.apps.report import COLUMNS, render, rows
+from plasticnet.apps.saving import restore_run
+from plasticnet.apps.settings import Config, Mode, describe_model, differences, identity, plain, settings
 from plasticnet.errors import PlasticError
 from plasticnet.files.modules import save
 from plasticnet.version import __version__
@@ -31,12 +46,14 @@ from plasticnet.version import __version__
 def train_modes(
     data_name: str,
     model_name: str,
-    modes: Sequence[Mode],
+    modes: tuple[Mode, ...],
     config: Config,
     folder: Path,
     *,
     data_dir: Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
+    command: str = "train",
 ) -> None:
     """Train one network for each mode, show the progress, and write everything into a folder.
 
@@ -47,40 +64,86 @@ def train_modes(
         config: The settings.
         folder: The folder, which is made if it does not exist.
         data_dir: The folder that holds MNIST.
-        resume: Whether to go on with the runs in the folder.
+        resume: Whether to go on with the runs in the folder. They must have begun with the same settings and data.
+        overwrite: Whether a run that the folder holds may be replaced. Files that are not of a run always stay.
+        command: The command that was called, for config.json.
 
     Raises:
-        PlasticError: The settings cannot be used for training, or the folder to resume holds no run of this model on
-            these data. Nothing was written then.
+        PlasticError: The settings cannot be used for training; the folder holds a run and neither ``resume`` nor
+            ``overwrite`` is given; there is no run to resume, or it differs, and the message says in what; or another
+            process is at work in the folder. Nothing was written then. Or the training itself fails: what it has
+            written so far is then still there.
     """
+    if resume and overwrite:
+        raise PlasticError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if resume:
+        read_config(folder)  # so that a folder without a run is refused before a lock is made in it
+    else:
+        check_free(folder, overwrite)
     data = load_data(data_name, data_dir, config.seed)
     make = factory(model_name, data.shape, data.classes)
-    for mode in modes:  # so that settings are refused before anything is written
-        prepare_run(make(), data, config, mode)
-    described = {"data": data_name, "model": model_name, "modes": modes, **asdict(config), **environment()}
-    settings = json.dumps(described, indent=2) + "\n"
-    if resume:
-        _check_same(folder, data_name, model_name)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(settings)
-    metrics: list[dict[str, Any]] = []
-    results = {mode: _train_mode(make, data, config, mode, folder, metrics, resume) for mode in modes}
-    (folder / "summary.json").write_text(json.dumps(results, indent=2) + "\n")
-    _write_page(folder, json.loads(settings), results, metrics)
-    table = Table(*COLUMNS)
-    for row in rows(results):
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"written to {folder}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
+    now = settings(data_name, data, model_name, describe_model(make()), modes, config)
+    if not resume:
+        for mode in modes:  # so that settings are refused before anything is written
+            prepare_run(make(), data, config, mode)
+    with locked(folder):
+        if resume:
+            described = _check_same(folder, now)
+            over = sum(_check_checkpoint(make(), data, config, mode, folder) for mode in modes)
+        else:
+            check_free(folder, overwrite)  # again, because another process may have been here in the meantime
+            clear(folder)
+            described, over = {**now, "command": command, **environment()}, 0
+            write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+        metrics = Metrics(folder / METRICS, over)
+        results = {mode: _train_mode(make, data, config, mode, folder, metrics, resume) for mode in modes}
+        write_text(folder / SUMMARY, json.dumps(results, indent=2) + "\n")
+        _write_page(folder, described, results, metrics.records)
+    _print_results(results, folder)
+
+
+class Metrics:
+    """The records of all runs of a folder, and the file that holds them.
+
+    The runs that are resumed give the records of their epochs once more. The file is left alone until all of these are
+    there, so that it never holds less than before.
+
+    Args:
+        path: The file.
+        over: The number of epochs, of all runs together, that were over when this process began.
+    """
+
+    def __init__(self, path: Path, over: int) -> None:
+        self.path, self.over = path, over
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, run: str, record: Mapping[str, Any]) -> None:
+        """Take in the record of an epoch of a run, and write all of them into the file."""
+        self.records.append({"run": run, **record})
+        if len(self.records) >= self.over:
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+
+
+def holds_demo(folder: Path, data_name: str, model_name: str, modes: tuple[Mode, ...], config: Config) -> bool:
+    """Return whether a folder holds a run of the command demo.
+
+    Its config.json names the command. One of an older version does not, and is then told by its settings, which are
+    the other arguments.
+    """
+    try:
+        held = read_config(folder)
+    except PlasticError:
+        return False
+    now = {"data": data_name, "model": model_name, "modes": list(modes), **plain(config)}
+    return held["command"] == "demo" if "command" in held else not differences(held, now)
 
 
 def rewrite_report(folder: Path) -> None:
     """Write the report of a folder again. Raises `PlasticError` where the folder does not hold a finished run."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        results = json.loads((folder / "summary.json").read_text())
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        results = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        metrics = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise PlasticError(f"{folder} is not a finished run: {error}") from error
     try:
@@ -106,7 +169,7 @@ def _train_mode(
     config: Config,
     mode: Mode,
     folder: Path,
-    metrics: list[dict[str, Any]],
+    metrics: Metrics,
     resume: bool,
 ) -> dict[str, Any]:
     """Train the network of one mode, save its compact module, and return the summary of the run.
@@ -117,40 +180,57 @@ def _train_mode(
         config: The settings.
         mode: What the run does.
         folder: The folder of all runs.
-        metrics: The records of the runs before. Those of this run are appended, and all are written after every epoch.
+        metrics: Takes the record of every epoch.
         resume: Whether to go on from the checkpoint of this run.
     """
     own = folder / mode
-    own.mkdir(exist_ok=True)
-    checkpoint = own / "checkpoint.safetensors"
-    if not resume:
-        checkpoint.unlink(missing_ok=True)
+    make_folder(own)
     with Live(console=console, refresh_per_second=8) as live:
 
         def show(record: dict[str, Any]) -> None:
-            metrics.append({"run": mode, **record})
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+            metrics.add(mode, record)
             live.update(_progress(mode, record, config.epochs))
 
         torch.manual_seed(config.seed)
-        result = train_run(make(), data, config, mode, on_epoch=show, checkpoint=checkpoint, resume=resume)
+        result = train_run(make(), data, config, mode, on_epoch=show, checkpoint=own / CHECKPOINT, resume=resume)
     if not console.is_terminal:  # Live ends without a new line where the console is no terminal
         console.print()
     if not result.summary.get("growth_stopped", True):
         console.print("growth had not stopped by itself when the plastic stage ended; more --epochs would help")
-    save(result.compact, own / "compact.safetensors")
+    save(result.compact, own / COMPACT)
     return result.summary
 
 
-def _check_same(folder: Path, data_name: str, model_name: str) -> None:
-    """Raise `PlasticError` unless the folder holds runs of this model on these data."""
-    try:
-        before = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise PlasticError(f"--resume: there is no run in {folder}: {error}") from error
-    held = f"{before.get('model')} on {before.get('data')}" if isinstance(before, dict) else "something else"
-    if held != f"{model_name} on {data_name}":
-        raise PlasticError(f"--resume: {folder} holds a run of {held}, not of {model_name} on {data_name}")
+def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the run in a folder. Raises `PlasticError` where its settings are not those of now."""
+    then = read_config(folder)
+    changed = differences(then, now)
+    if changed:
+        raise PlasticError(
+            f"--resume: {folder} holds a run of {then['model']} on {then['data']} with another configuration: "
+            f"{changed}; give the options with which it began, or --overwrite to replace it"
+        )
+    moved = differences({name: then.get(name) for name in environment()}, environment())
+    if moved:
+        print_line(f"this run began elsewhere, so that numbers may differ in their last digits: {moved}")
+    return then
+
+
+def _check_checkpoint(model: nn.Module, data: Data, config: Config, mode: Mode, folder: Path) -> int:
+    """Return how many epochs of a run are over. Raises `PlasticError` where its checkpoint cannot be resumed."""
+    path = folder / mode / CHECKPOINT
+    own = identity(data, describe_model(model), config, mode)
+    parts = prepare_run(model, data, config, mode)
+    return len(restore_run(path, *parts, own)[0]) if path.exists() else 0
+
+
+def _print_results(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Print how the runs ended, and where their files are."""
+    table = Table(*COLUMNS)
+    for row in rows(results):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written to {folder}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
 
 
 def _progress(mode: Mode, record: Mapping[str, Any], epochs: int) -> Table:
@@ -167,4 +247,4 @@ def _progress(mode: Mode, record: Mapping[str, Any], epochs: int) -> Table:
 def _write_page(folder: Path, config: Mapping[str, Any], results: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Write report.html into the folder."""
     title = f"plasticnet: {config['model']} on {config['data']}"
-    (folder / "report.html").write_text(render(title, results, metrics, config))
+    write_text(folder / REPORT, render(title, results, metrics, config))

@@ -6,7 +6,7 @@ are compared with those of a copy from which these units were cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_map
 
 from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing
 from plasticnet.checking.culprits import culprits
+from plasticnet.checking.reached import reaching, unsure
 from plasticnet.checking.widths import repaired
 from plasticnet.surgery.plan import lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan
-from plasticnet.tools.inputs import is_large
+from plasticnet.tools.drawn import random_parameter
+from plasticnet.tools.inputs import Call, is_large
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
 from plasticnet.tools.torch_private import convert
 from plasticnet.units import BlockUnits, Trace, Units
@@ -28,12 +30,11 @@ from plasticnet.units import BlockUnits, Trace, Units
 # Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
 # That may happen by chance, for example where a ReLU gives only zeros.
 _ATTEMPTS = 3
-_DRAWN = 1_000_003  # the most random numbers that are drawn for one parameter; it is prime, see `_random`
 _FEW = 3  # the fewest units to which a site of a large model is cut before the precise comparison
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
 
-def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
     """Check the sites of a trace, and freeze those for which masking and cutting disagree.
 
     A site that can be cut but not grown stays, with ``growable`` set to False. A site may also come back with
@@ -43,8 +44,7 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
     Args:
         model: The model that was traced.
         traced: What tracing found.
-        args: The positional arguments on which the model is run.
-        kwargs: The keyword arguments on which the model is run.
+        calls: How the model is called, the first time in evaluation mode.
 
     Returns:
         The checked trace. On the meta device, where no outputs can be compared, it is the given one, with ``checked``
@@ -54,14 +54,14 @@ def self_check(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: d
     if not traced.sites or any(t.is_meta for t in tensors):
         return traced
     with left_as_it_was(model):
-        found = _trial(model, traced, args, kwargs, seed=0)
+        found = _trial(model, traced, calls, seed=0)
         for seed in range(1, _ATTEMPTS):
             if BLIND in found.frozen.values():
-                found = _trial(model, traced, args, kwargs, seed)
+                found = _trial(model, traced, calls, seed)
     return replace(found, frozen={**traced.frozen, **found.frozen}, checked=True)
 
 
-def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> Trace:
+def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) -> Trace:
     """Run the check once, with the random parameters and gates that follow from a seed.
 
     A large model is compared once at full size, with most of its units closed. Then most units are cut from it, and
@@ -72,22 +72,25 @@ def _trial(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: dict[
         and nothing else.
     """
     torch.default_generator.manual_seed(seed)
-    twin = duplicate(model, _random).eval()
+    twin = duplicate(model, random_parameter).eval()
     with torch.no_grad():
         for name, b in twin.named_buffers():
             if name.rpartition(".")[2] in ("running_mean", "running_var"):
                 b.uniform_(0.5, 1.5)
     sites = dict(traced.sites)
     if is_large(twin):
-        rough = Comparing(twin, args, kwargs, ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
+        rough = Comparing(twin, calls[:1], ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
         sites = {n: u for n, u in sites.items() if n not in bad}
         twin, current = _narrowed(twin, sites)
-        run = _precise(twin, args, kwargs, traced)
+        calls, reached = reaching(twin, calls, sites, traced.steered)
+        run = _precise(twin, calls, traced)
         bad |= culprits(run.cut_differs, dict(current))
     else:
-        run, current = _precise(twin, args, kwargs, traced), sites
+        calls, reached = reaching(twin, calls, sites, traced.steered)
+        run, current = _precise(twin, calls, traced), sites
         bad = culprits(run.cut_differs, sites, partial(repaired, run.model))
+    bad |= unsure(sites, reached, bad)
     good = {n: sites[n] for n in traced.sites if n in sites and n not in bad}
     stuck = culprits(run.growth_differs, {n: current[n] for n in good})
     good = {n: replace(u, growable=u.growable and n not in stuck) for n, u in good.items()}
@@ -110,7 +113,7 @@ def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, 
     return small, planned.units
 
 
-def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], traced: Trace) -> Comparing:
+def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace) -> Comparing:
     """Return the comparison in double precision, or in the model's own precision where it does not run in double."""
     patterns = [partial(random_gates, share=share) for share in CLOSED_SHARES]
     if traced.positional:  # closing one unit shifts the others by one, which shows what takes units by their position
@@ -123,31 +126,12 @@ def _precise(twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tra
 
     try:
         precise = convert(duplicate(twin), double)
-        precise_args, precise_kwargs = tree_map(double, (args, kwargs))
-        run = Comparing(precise, precise_args, precise_kwargs, FINE, patterns, traced.trains_more)
+        doubled = [replace(c, args=tree_map(double, c.args), kwargs=tree_map(double, c.kwargs)) for c in calls]
+        run = Comparing(precise, doubled, FINE, patterns, traced.stateful)
         run.reference = run.outputs(precise)
         return run
     except Exception:  # a model may refuse double precision in any way; it is then compared in its own
-        return Comparing(twin, args, kwargs, ROUGH, patterns, traced.trains_more)
-
-
-def _random(p: nn.Parameter) -> nn.Parameter:
-    """Return a parameter like the given one, but with random values.
-
-    The values of a matrix have mean 0 and variance 1 / fan-in. Those of a vector lie between 0.5 and 1.5. Integers are
-    kept. At most `_DRAWN` numbers are drawn, and then repeated, because drawing a billion of them takes long. Their
-    number is prime, so that no two rows of a matrix become equal.
-    """
-    if not (p.is_floating_point() or p.is_complex()):
-        return nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-    drawn = torch.empty(min(p.numel(), _DRAWN), dtype=p.dtype, device=p.device)
-    if p.dim() > 1 or p.is_complex():
-        drawn.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
-    else:
-        drawn.uniform_(0.5, 1.5)
-    values = drawn.repeat(-(-p.numel() // max(len(drawn), 1)))[: p.numel()].view(p.shape)
-    new = torch.empty_like(p, requires_grad=False).copy_(values)  # empty_like keeps the memory format
-    return nn.Parameter(new, requires_grad=p.requires_grad)
+        return Comparing(twin, calls, ROUGH, patterns, traced.stateful)
 
 
 def random_gates(units: int, share: float) -> Tensor:

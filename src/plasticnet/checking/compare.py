@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from plasticnet.surgery.compact import cut
 from plasticnet.surgery.plan import lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan
 from plasticnet.tools.difference import relative_difference
-from plasticnet.tools.inputs import copy_inputs
+from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.snapshot import left_as_it_was, sharing
 from plasticnet.tools.torch_private import Dropout
 from plasticnet.tools.trees import tensors_within
@@ -32,84 +32,96 @@ class Comparing:
 
     Args:
         model: The model, in evaluation mode. It is left as it was.
-        args: The positional arguments on which it is run.
-        kwargs: The keyword arguments on which it is run.
+        calls: How it is called.
         tolerance: The largest relative difference of outputs that counts as rounding.
         patterns: Functions that give the gates of a site, shape (units,), for its number of units. All sites are
             compared under the first one, then under the next.
-        training: Whether outputs are compared in training mode, too.
+        stateful: Whether the model keeps something from one call to the next. It is then called twice in a row.
         vouch: Whether sites fail when closing their units under the last pattern does not change the output.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        calls: Sequence[Call],
         tolerance: float,
         patterns: list[Callable[[int], Tensor]],
-        training: bool = False,
+        stateful: bool = False,
         vouch: bool = True,
     ) -> None:
-        self.model, self.args, self.kwargs, self.tolerance = model, args, kwargs, tolerance
-        self.patterns, self.training, self.vouch = patterns, training, vouch
+        self.model, self.calls, self.tolerance = model, calls, tolerance
+        self.patterns, self.stateful, self.vouch = patterns, stateful, vouch
 
     @cached_property
     def reference(self) -> list[Tensor]:
-        """The outputs of the model in evaluation mode with all units open."""
+        """The outputs of the model with all units open."""
         return self.outputs(self.model)
 
-    def outputs(self, model: nn.Module, training: bool = False) -> list[Tensor]:
-        """Return the outputs of a model, in evaluation mode or in training mode without dropout."""
-        args, kwargs = copy_inputs((self.args, self.kwargs))
-        with torch.no_grad(), _mode(model, training):
-            return _comparable(model(*args, **kwargs))
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        """Return the outputs of a model, which is left as it was, in all calls."""
+        return self._called(model, lambda run, args, kwargs: run(*args, **kwargs))
 
-    def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor], training: bool = False) -> list[Tensor]:
+    def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the outputs of the whole model with the gates multiplied in.
 
         Args:
             sites: The sites that have gates.
             factors: The gates of each of these sites, shape (units,).
-            training: Whether the model runs in training mode, without dropout.
         """
         z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
-        args, kwargs = copy_inputs((self.args, self.kwargs))
-        with left_as_it_was(self.model), _mode(self.model, training):
-            return _comparable(Gating(sites, self.model).run(z, args, kwargs))
+        return self._called(self.model, lambda run, args, kwargs: Gating(sites, run).run(z, args, kwargs))
+
+    def _called(self, model: nn.Module, run: Callable[..., Any]) -> list[Tensor]:
+        """Return the outputs in all calls, each of which begins with the same state and the same random numbers."""
+        found: list[Tensor] = []
+        for call in self.calls:
+            twin = sharing(model) if self.stateful else model  # because a state need not lie in a buffer
+            with left_as_it_was(twin), _mode(twin, call.training):
+                for _ in range(2 if self.stateful else 1):
+                    args, kwargs = copy_inputs((call.args, call.kwargs))
+                    found += _comparable(run(twin, args, kwargs))
+        return found
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Return why masking and cutting differ for these sites, or None if they agree under every pattern.
 
-        Under the last pattern all gated blocks are closed.
+        What lies in a block that is closed is not compared, so blocks are closed in trials of their own.
         """
-        device = next(self.model.parameters()).device
-        for pattern in self.patterns:
-            last = pattern is self.patterns[-1]
-            factors = {
-                n: (torch.zeros(u.size) if last and isinstance(u, BlockUnits) else pattern(u.size)).to(device)
-                for n, u in sites.items()
-            }
+        for factors, telling in self._trials(sites):
             try:
                 small = cut(sharing(self.model), sites, factors)
                 compared = self.outputs(small)
-                trained = self.outputs(small, training=True) if self.training else []
             except Exception as error:  # a forward that hard-codes a width can raise anything
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
                 return f"the model does not run when units are cut: {what}"
             masked = self.masked(sites, factors)
             if relative_difference(masked, compared) > self.tolerance:
                 return _DISAGREE
-            if self.training:
-                masked_in_training = self.masked(sites, factors, training=True)
-                if relative_difference(masked_in_training, trained) > self.tolerance:
-                    return _DISAGREE
             if not masked:
                 return "the model has no floating-point output to compare"
             closed = any((f == 0).any() for f in factors.values())
-            if last and self.vouch and closed and all(map(torch.equal, self.reference, masked)):
+            if telling and self.vouch and closed and all(map(torch.equal, self.reference, masked)):
                 return BLIND
         return None
+
+    def _trials(self, sites: Mapping[str, Units]) -> Iterator[tuple[dict[str, Tensor], bool]]:
+        """Yield the gates of each trial, and whether so many are closed that the output has to move.
+
+        Every pattern is tried with all blocks open. Where there are blocks, the last pattern is tried again with some
+        of them closed, and with all.
+        """
+        device = next(self.model.parameters()).device
+
+        def gates(pattern: Callable[[int], Tensor], blocks: Callable[[int], Tensor]) -> dict[str, Tensor]:
+            drawn = {n: (blocks if isinstance(u, BlockUnits) else pattern)(u.size) for n, u in sites.items()}
+            return {n: z.to(device) for n, z in drawn.items()}
+
+        last = self.patterns[-1]
+        for pattern in self.patterns:
+            yield gates(pattern, torch.ones), pattern is last
+        if any(isinstance(u, BlockUnits) for u in sites.values()):
+            yield gates(last, lambda n: torch.rand(n).round()), False
+            yield gates(last, torch.zeros), True
 
     def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Return why one more unit for each of these sites changes the output or fails, or None.

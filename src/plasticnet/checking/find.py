@@ -5,6 +5,7 @@ It traces the model, leaves out what the user excludes, checks the rest, and loo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,8 +16,8 @@ from torch import nn
 from plasticnet.checking.check import self_check
 from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
-from plasticnet.tools.inputs import call_arguments
-from plasticnet.tracing.trace import trace
+from plasticnet.tools.inputs import MORE, calls_of
+from plasticnet.tracing.trace import explore
 from plasticnet.units import Units
 
 Patterns = str | Sequence[str]  # one pattern of names or several, with the wildcards of fnmatch
@@ -47,6 +48,7 @@ def find(
     model: nn.Module,
     example_inputs: Any,
     *,
+    more_inputs: Sequence[Any] = (),
     inputs: Patterns = (),
     exclude: Patterns = (),
     residual: bool = False,
@@ -58,6 +60,7 @@ def find(
     Args:
         model: The module, which is left as it was.
         example_inputs: A tuple of arguments, or a dict of keyword arguments, on which the model runs.
+        more_inputs: A list of further such tuples and dicts.
         inputs: Name patterns of consumers whose input features are gated one by one.
         exclude: Name patterns of sites to leave alone.
         residual: Whether to gate also what LayerNorm, RMSNorm and their like normalise.
@@ -67,19 +70,26 @@ def find(
     Raises:
         PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
-    args, kwargs = call_arguments(example_inputs)
-    traced = trace(model, example_inputs, inputs=_listed(inputs), residual=residual, blocks=_listed(blocks))
+    calls = calls_of(example_inputs, more_inputs)
+    traced, runs = explore(model, calls, _listed(inputs), residual, _listed(blocks))
     for pattern in _listed(exclude):
         if not any(fnmatchcase(n, pattern) for n in traced.sites):
             raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
     excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in _listed(exclude)))
     for name in excluded:
         del traced.sites[name]
-    traced = self_check(model, traced, args, kwargs)
-    tensors, ungated = gateable(model, _listed(weights), args, kwargs)
+    traced = self_check(model, traced, runs.calls)
+    tensors, ungated = gateable(model, _listed(weights), calls[0].args, calls[0].kwargs)
     if not traced.sites and not tensors:
         reasons = "; ".join(f"{n}: {r}" for n, r in [*ungated.items(), *traced.frozen.items()][:5])
         raise PlasticError(f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'})")
+    if runs.refused is not None:
+        warnings.warn(
+            f"{type(model).__name__} does not run in training mode on the example inputs ({runs.refused}), so that "
+            f"only evaluation was traced. If it trains on other inputs, give these, too: {MORE}.",
+            UserWarning,
+            stacklevel=3,
+        )
     frozen = {**traced.frozen, **ungated}
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)
 

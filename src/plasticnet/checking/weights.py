@@ -14,8 +14,9 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.run import Gating
 from plasticnet.tools.inputs import copy_inputs
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
-from plasticnet.tools.torch_private import parameters_of
+from plasticnet.tools.torch_private import is_scripted, parameters_of
 from plasticnet.tools.trees import tensors_within
+from plasticnet.units import SCRIPTED
 
 
 def gateable(
@@ -89,6 +90,8 @@ def _reason(module: nn.Module, places: list[str]) -> str:
         places: All names under which the model holds this weight.
     """
     weight = parameters_of(module).get("weight")
+    if is_scripted(module):
+        return f"the module is {SCRIPTED}"
     if weight is None:
         return "the weight is computed from other parameters"
     if not weight.is_floating_point():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plasticnet.tools.precision import product
 from plasticnet.tools.shapes import along
 from plasticnet.units import BlockUnits, InputUnits, Units, gate_offsets, gate_positions
 
@@ -54,7 +55,7 @@ class Entries:
         left = pi.view(self.shape).sum(other) if other else pi.view(self.shape)
         total = left
         for dim in sorted(self.gates, reverse=True):
-            total = total @ self.lengthwise(dim, z)
+            total = product(total, self.lengthwise(dim, z))
         if self.diagonal is not None:  # a gate times itself is that gate, so its expectation is pi and not pi squared
             one = z.index_select(0, self.gates[min(self.gates)][0].index_select(0, self.diagonal[0]))
             total = total + (left[self.diagonal] * one * (1 - one)).sum()

@@ -82,6 +82,8 @@ class CostModel:
             for terms in (tensors,) if tensor in weights else (tensors, self._ungated):
                 terms.add([place[tensor, d] for d in owned], self._places.block_of(tensor), counts)
         for t in () if latency is None else latency.terms:
+            if any((t.tensor, d) not in place for d in t.dims):
+                raise PlasticError(f"the latency was measured on another network: no units lie along {t.tensor!r} here")
             dims = [place[t.tensor, d] for d in t.dims]
             self._terms["latency"].add(dims, self._places.block_of(t.tensor), {"latency": t.rate})
 

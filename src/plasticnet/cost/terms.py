@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plasticnet.tools.precision import product
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 
@@ -103,16 +104,16 @@ class Terms:
             gates: The probabilities with a constant 1 at the end, shape (units + 1,).
         """
         factors = self._factors[cost].to(pi.dtype)
-        product = torch.ones_like(factors)
+        each = torch.ones_like(factors)
         for dims in self._dims:
-            product = product * lengths.index_select(0, dims)
+            each = each * lengths.index_select(0, dims)
         if self._shared:
             term, site, widths = self._shared
             variances = pi.new_zeros(len(self.places.sizes)).index_add(0, self.places.site_of, pi * (1 - pi))
-            product = product.index_add(0, term, widths * variances.index_select(0, site))
+            each = each.index_add(0, term, widths * variances.index_select(0, site))
         if self._block is not None:
-            product = product * gates.index_select(0, self._block)
-        return factors @ product
+            each = each * gates.index_select(0, self._block)
+        return product(factors, each)
 
 
 class Lengths:
@@ -178,7 +179,7 @@ class Lengths:
             sums: The expected number of open units of each site, shape (sites,).
             gates: The probabilities with a constant 1 at the end, shape (units + 1,).
         """
-        lengths = self._fixed.to(sums.dtype) + self._weights.to(sums.dtype) @ sums
+        lengths = self._fixed.to(sums.dtype) + product(self._weights.to(sums.dtype), sums)
         for dim, features, producers in self._features:
             open_both = gates.index_select(0, features) * gates.index_select(0, producers)
             lengths = lengths.index_add(0, dim, open_both.sum().reshape(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from plasticnet.errors import PlasticError
 
 _KEY = "plasticnet"  # the metadata key of the recipe
 FORMAT = 1  # the version of the file format
+PARTIAL = ".partial"  # what is added to the name of a file while it is written
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
@@ -37,15 +39,30 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe:
     if pairs:
         tensors = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in tensors.items()}
         recipe = {**recipe, "complex": pairs}
-    data = serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)})
+    replace_file(path, serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)}))
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, which appears whole or not at all.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        data: Its content.
+
+    Raises:
+        PlasticError: The file cannot be written. What it held before is still there.
+    """
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     try:
         partial.write_bytes(data)
         os.replace(partial, target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PlasticError(f"{path} cannot be written: {error}") from error
+    except BaseException as error:
+        with suppress(OSError):  # the file, or even its folder, may not exist
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise PlasticError(f"{path} cannot be written: {error}") from error
+        raise  # an interruption by the user
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,7 +20,7 @@ from plasticnet.layers.skip import remove_block
 from plasticnet.layers.sparse import sparse_layers
 from plasticnet.layers.take import Take, insert_take
 from plasticnet.net import PlasticNet
-from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches
+from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches, weights_of
 from plasticnet.surgery.rewrite import replace_tensors
 from plasticnet.tools.torch_private import unsaved_buffers
 
@@ -123,6 +123,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         _submodule(path, model, name)
         insert_take(model, name, Take(indices, axis))
     groups = {name: group_size(module) for name, module in model.named_modules()}
+    weights = weights_of(model, _tensors(model))
     heads = {name: size for name, module in model.named_modules() if (size := head_size(module)) is not None}
     for name, widths in mapping_in(path, recipe, "attributes").items():
         _set_widths(path, _submodule(path, model, name), name, widths)
@@ -137,7 +138,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         free_heads(model.get_submodule(name), size)
     unfuse_encoders(model)
     for name, module in model.named_modules():
-        for what in mismatches(module, groups.get(name)):
+        for what in mismatches(module, groups.get(name), weights.get(name)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
     for name in takes:
         take, layer = model.get_submodule(f"{name}.0"), model.get_submodule(f"{name}.1")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.gates.readers import Reader
+from plasticnet.gates.readers import Reader, multiplied
 from plasticnet.layers.skip import Skip
 from plasticnet.tools.shapes import along
 from plasticnet.tools.torch_private import (
-    checkpointing_by,
     flat_names,
     flat_weights,
     is_transformed,
@@ -69,40 +68,8 @@ def swapped(
 
 
 @contextmanager
-def called_before(modules: list[nn.Module], act: Callable[..., None]) -> Iterator[None]:
-    """Call ``act`` before each of these modules runs within this context."""
-    handles = [module.register_forward_pre_hook(act) for module in dict.fromkeys(modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def refusing_checkpoints() -> AbstractContextManager[None]:
-    """Let gradient checkpointing raise `PlasticError` within this context.
-
-    It would run layers again in the backward pass, when their gates are gone, and so give wrong gradients.
-    """
-    return checkpointing_by(_Refused())
-
-
-class _Refused:
-    """Stands in the place of the functions of ``torch.utils.checkpoint``, and raises `PlasticError` when called."""
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        raise PlasticError(
-            "gradient checkpointing (torch.utils.checkpoint) cannot be used while units are gated: the layers would "
-            "run again without their gates; switch it off for training with finite k or closed units"
-        )
-
-    apply = __call__
-
-
-@contextmanager
-def skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
+def skipping(skipped: Sequence[nn.Module]) -> Iterator[None]:
     """Let these modules return their first input within this context."""
-    skipped = list(blocks)
     own = [module.__dict__.get("forward") for module in skipped]
     for module in skipped:
         module.forward = Skip.forward.__get__(module)
@@ -115,9 +82,8 @@ def skipping(blocks: Iterator[nn.Module]) -> Iterator[None]:
                 module.forward = forward
 
 
-@contextmanager
-def gated_inputs(found: list[Reader], z: Tensor | None) -> Iterator[None]:
-    """Change the inputs of consumers within this context.
+def input_hooks(found: Sequence[Reader], z: Tensor | None) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Return the hooks that change the inputs of consumers, each with its module, for `hooked`.
 
     The input of a consumer with an input site is reduced to the features that are present. With gates, the input is
     then multiplied by them.
@@ -126,11 +92,17 @@ def gated_inputs(found: list[Reader], z: Tensor | None) -> Iterator[None]:
         found: The readers whose modules are changed.
         z: Gates for every sample, shape (batch, units + 1), or None where inputs are only reduced.
     """
-    handles = []
-    for r in found:
-        if r.select is not None or z is not None:
-            multiplier = None if z is None else r.multiplier(z)
-            handles.append(r.owner.register_forward_pre_hook(_hook(r, multiplier)))
+    return [
+        (r.owner, _hook(r, None if z is None else r.multiplier(z)))
+        for r in found
+        if r.select is not None or z is not None
+    ]
+
+
+@contextmanager
+def hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Let modules have these forward pre-hooks within this context."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:
@@ -152,10 +124,9 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                     f"{reader.module} reads {x.shape[0]} rows, but gates were drawn for {len(multiplier)} samples; "
                     'construct PlasticNet with gates="batch"'
                 )
-            z = multiplier.to(x.dtype)
             own = type(module).__module__.startswith("torch.nn.")  # any other may change its input in place
-            sparing = own and z.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
-            x = Gated.apply(x, z, reader.axis) if sparing else x * along(z, (0, reader.axis), x.dim())
+            sparing = own and multiplier.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
+            x = Gated.apply(x, multiplier, reader.axis) if sparing else multiplied(x, multiplier, (0, reader.axis))
         return (x, *args[1:])
 
     return hook
@@ -165,14 +136,15 @@ class Gated(torch.autograd.Function):
     """Multiplies a tensor by gates whose gradient is wanted, with little memory for the backward pass.
 
     It keeps the product, which the next layer keeps anyway, and only those entries of the tensor whose gate is closed.
-    (It is not used on a GPU, where finding these entries would mean waiting for the device.) The arguments are the
-    tensor; the gates, shape (rows, units); and the axis of the tensor along which the units lie.
+    (It is not used on a GPU, where finding these entries would mean waiting for the device.) The slopes are summed in
+    the precision of the gates, since in half precision a sum overflows where none of its terms does. The arguments are
+    the tensor; the gates, shape (rows, units); and the axis of the tensor along which the units lie.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, axis: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.axis, closed = axis, z == 0
-        product = x * along(z, (0, axis), x.dim())
+        product = x * along(z.to(x.dtype), (0, axis), x.dim())
         ctx.save_for_backward(product, z, closed, x.movedim(axis, 1)[closed])
         return product
 
@@ -180,7 +152,8 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         product, z, closed, left = ctx.saved_tensors
         by_unit = grad.movedim(ctx.axis, 1)
-        slopes = (by_unit * product.movedim(ctx.axis, 1)).reshape(*z.shape, -1).sum(2)
+        wide = by_unit.to(torch.promote_types(grad.dtype, z.dtype))
+        slopes = (wide * product.movedim(ctx.axis, 1)).reshape(*z.shape, -1).sum(2)
         slopes = slopes / torch.where(closed, 1, z)
-        slopes[closed] = (by_unit[closed] * left)[..., None].flatten(1).sum(1)
-        return (by_unit * along(z, (0, 1), grad.dim())).movedim(1, ctx.axis), slopes, None
+        slopes[closed] = (wide[closed] * left)[..., None].flatten(1).sum(1)
+        return (by_unit * along(z.to(grad.dtype), (0, 1), grad.dim())).movedim(1, ctx.axis), slopes.to(z.dtype), None

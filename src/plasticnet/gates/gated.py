@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Self
@@ -20,11 +22,25 @@ from torch import Tensor, nn
 from plasticnet.cost.latency import Latency
 from plasticnet.cost.model import CostModel
 from plasticnet.errors import PlasticError
+from plasticnet.gates.living import check_free, register
 from plasticnet.gates.run import Gating
-from plasticnet.gates.site import Site, WeightSite, gate_key, mean_gates, weight_key
+from plasticnet.gates.site import Site, WeightSite, gate_key, mean_gates, refuse_nan, weight_key
+from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import version
-from plasticnet.units import Units
+from plasticnet.units import BlockUnits, Units
+
+
+@dataclass(eq=False)
+class Sizes:
+    """The sizes that a network has for a time.
+
+    Attributes:
+        past: Whether the parameters have been replaced by others since.
+    """
+
+    past: bool = False
+
 
 _Versions = tuple[tuple[Tensor, int], ...]  # tensors, each with how often it had been changed in place
 
@@ -46,9 +62,15 @@ class GatedModel(nn.Module):
     Attributes:
         gates: The gates, one module for each site or weight, under the keys of `gate_key` and `weight_key`.
         latency: The latency that was measured, or None.
+        multiple_of: What widths were last pruned to multiples of, by `PlasticNet.prune` or a `Schedule`; 1 at first.
         ranks: The processes that train the network together.
         gating: How gates enter a run of the model, for the present sizes of the sites.
         cost: What the network is expected to cost, for the present sizes of the sites.
+        lock: What a thread holds while it runs or changes the network.
+        sizes: The present sizes, to tell whether they are still those of an earlier moment.
+
+    Raises:
+        PlasticError: Another network that lives has gates on some of the parameters.
     """
 
     def __init__(
@@ -72,20 +94,29 @@ class GatedModel(nn.Module):
         self._weights = {g.name: g for g in self.gates.values() if isinstance(g, WeightSite)}
         self.excluded, self.checked, self.uses = tuple(excluded), checked, uses
         self.latency: Latency | None = None
+        self.multiple_of = 1
         self.ranks = Ranks()
+        self.lock, self.sizes = Lock(), Sizes()
         self._frozen = dict(frozen)
         self._k = math.inf
         self._means: tuple[float, _Versions, tuple[Tensor, bool]] | None = None
         self._means_of_weights: tuple[float, _Versions, Mapping[str, Tensor] | None] | None = None
         self.refresh()
+        check_free(self)
+        register(self)
 
     def refresh(self) -> None:
         """Compute anew what depends on the sizes of the sites; this must be called after every change of them."""
-        units = {s.name: s.units for s in self.sites.values()}
-        weights = list(self.weights)
-        self.gating = Gating(units, self.model, weights)
-        self.cost = CostModel(units, self.model, self.uses, self.latency, weights)
-        self._means = self._means_of_weights = None
+        with self.lock:
+            units = {s.name: s.units for s in self.sites.values()}
+            weights = list(self.weights)
+            before = self.gating.known if "gating" in vars(self) else []
+            self.gating = Gating(units, self.model, weights, self.lock)
+            self.cost = CostModel(units, self.model, self.uses, self.latency, weights)
+            self._means = self._means_of_weights = None
+            now = self.gating.known
+            if any(p is not q for p, q in zip(before, now, strict=False) if isinstance(p, nn.Parameter)):
+                self.sizes.past, self.sizes = True, Sizes()
 
     def use_latency(self, latency: Latency | None) -> None:
         """Let a measured latency be the cost "latency"; None takes this cost away."""
@@ -144,10 +175,11 @@ class GatedModel(nn.Module):
     def k(self, value: float) -> None:
         if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
             raise PlasticError(f"k={value!r}: k is a number from 0 (dropout) to infinity (ordinary training)")
-        self._k = float(value)
-        if self._k == 0 or math.isinf(self._k):
-            for g in self.all_gates():
-                g.phi.grad = None
+        with self.lock:
+            self._k = float(value)
+            if self._k == 0 or math.isinf(self._k):
+                for g in self.all_gates():
+                    g.phi.grad = None
 
     def mean_gates(self) -> tuple[Tensor, bool]:
         """Return the gates of units at evaluation.
@@ -178,10 +210,19 @@ class GatedModel(nn.Module):
         now = _versions([w.phi for w in weights])
         kept = self._means_of_weights
         if not self.like.is_cuda or kept is None or kept[0] != self._k or not _unchanged(kept[1], now):
+            refuse_nan(weights)
             all_open = math.isinf(self._k) and all(bool(w.open.all()) for w in weights)
             found = None if all_open else {w.name: w.mean_gate(self._k) for w in weights}
             self._means_of_weights = kept = (self._k, now, found)
         return kept[2]
+
+    def acted_on(self) -> dict[str, Tensor]:
+        """Return the parameters that gates act on, or that a resize replaces, by name."""
+        units = [s.units for s in self.sites.values()]
+        names = {s.tensor for u in units for s in u.slices} | set(self.weights)
+        blocks = [u for u in units if isinstance(u, BlockUnits)]
+        held = self.model.named_parameters()
+        return {n: p for n, p in held if n in names or any(u.inside(n) is not None for u in blocks)}
 
     def open_weights(self) -> np.ndarray:
         """Return which of the single weights that have gates are open, a boolean mask of shape (weights,)."""
@@ -202,10 +243,41 @@ class GatedModel(nn.Module):
             options: The keyword arguments of `Gating.run`.
 
         Raises:
-            PlasticError: Gradient checkpointing would run layers again in the backward pass.
+            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
         best = {name: s.best for name, s in self.sites.items() if s.units.norms}
         return self.gating.run(z, args, kwargs, best, **options)
+
+    # -- from several threads -----------------------------------------------------------------
+
+    # While the network runs in one thread, its modules hold other tensors than its parameters. So other threads wait.
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return an iterator over the names and the parameters, as `torch.nn.Module.named_parameters` does."""
+        with self.lock:
+            return iter(list(super().named_parameters(prefix, recurse, remove_duplicate)))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the state, as `torch.nn.Module.state_dict` does; for the arguments see there."""
+        with self.lock:
+            return super().state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as `torch.nn.Module.train` does, but never in the middle of another thread's training step."""
+        with self.lock:
+            return super().train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self.lock:
+            memo[id(self)] = twin = type(self).__new__(type(self))
+            twin.__setstate__(deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
 
     # -- saving -------------------------------------------------------------------------------
 

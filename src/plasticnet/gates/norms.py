@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from plasticnet.tools.precision import widened
 from plasticnet.tools.shapes import along
 
 
@@ -82,11 +83,6 @@ class _OpenStatistics(TorchFunctionMode):
         return x.dim() >= -self.axis and x.shape[self.axis] == len(self.mask)
 
 
-def _widened(x: Tensor) -> Tensor:
-    """Return the tensor in single precision, or in its own precision where that is higher."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor, eps: float) -> Tensor:
     """Return a tensor less the mean of its open entries, divided by their standard deviation.
 
@@ -126,7 +122,7 @@ def _layer_norm(
     """Do what ``layer_norm`` does over one axis, with the statistics of its open entries."""
     if tuple(normalized_shape) != mode.mask.shape:
         return func(input, normalized_shape, weight, bias, eps)
-    wide = _widened(input)
+    wide = widened(input)
     y = _scaled(_standardised(wide, mode.mask.to(wide.dtype), (-1,), mode.count(), eps), weight, bias)
     return _like_torch(func, y, input, input.new_empty(0, input.shape[-1]), normalized_shape, weight, bias)
 
@@ -138,7 +134,7 @@ def _rms_norm(
     """Do what ``rms_norm`` does over one axis, with the statistics of its open entries."""
     if tuple(normalized_shape) != mode.mask.shape:
         return func(input, normalized_shape, weight, eps)
-    wide = _widened(input)
+    wide = widened(input)
     mean = (wide * wide * mode.mask.to(wide.dtype)).sum(-1, keepdim=True) / mode.count()
     y = (wide * torch.rsqrt(mean + (torch.finfo(input.dtype).eps if eps is None else eps))).to(input.dtype)
     y = y if weight is None else y * weight  # torch, too, rounds before it multiplies here
@@ -152,7 +148,7 @@ def _group_norm(
     """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
     if num_groups != 1 or input.shape[1] != len(mode.mask):
         return func(input, num_groups, weight, bias, eps)
-    flat = _widened(input).flatten(2).transpose(1, 2)  # now of shape (batch, positions, channels)
+    flat = widened(input).flatten(2).transpose(1, 2)  # now of shape (batch, positions, channels)
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
     y = _scaled(flat, weight, bias).transpose(1, 2).reshape(input.shape)
@@ -167,7 +163,7 @@ def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs:
         return func(input, *args, **kwargs)
     keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False)))
     dtype = kwargs.get("dtype") or input.dtype
-    wide = _widened(input.to(dtype))  # because torch, too, sums half precision in single precision
+    wide = widened(input.to(dtype))  # because torch, too, sums half precision in single precision
     return ((wide * mode.over(wide)).sum(dims[0], keepdim=keepdim) / mode.count()).to(dtype)
 
 

@@ -95,5 +95,21 @@ def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> di
     folded: dict[str, Tensor] = {}
     for r in found:
         weight = folded.get(r.tensor, parameters[r.tensor])
-        folded[r.tensor] = weight * along(r.multiplier(z).to(weight.dtype), r.dim, weight.dim())
+        folded[r.tensor] = multiplied(weight, r.multiplier(z), r.dim)
     return folded
+
+
+def multiplied(t: Tensor, gates: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Return a tensor times gates, in the dtype of the tensor.
+
+    The slopes of gates are sums over many entries. In half precision they would overflow where no entry does, so the
+    product is then taken in the precision of the gates.
+
+    Args:
+        t: The tensor.
+        gates: The gates, one dimension for each of ``dims``.
+        dims: The dimensions of the tensor along which the gates lie.
+    """
+    if gates.requires_grad and t.is_floating_point() and t.dtype.itemsize < gates.dtype.itemsize:
+        return (t * along(gates, dims, t.dim())).to(t.dtype)
+    return t * along(gates.to(t.dtype), dims, t.dim())

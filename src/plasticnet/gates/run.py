@@ -8,24 +8,20 @@ the open units, and closed blocks are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from plasticnet.gates.acting import (
-    called_before,
-    gated_inputs,
-    places_of,
-    refusing_checkpoints,
-    skipping,
-    swapped,
-)
+from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, swapped
+from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.norms import open_statistics
-from plasticnet.gates.readers import Reader, fold, readers
+from plasticnet.gates.readers import fold, multiplied, readers
 from plasticnet.layers.attention import unfused_layers
+from plasticnet.tools.locks import Lock
 from plasticnet.tools.torch_private import is_compiled, parameters_of
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
@@ -39,6 +35,10 @@ class Watch(Protocol):
 
     def end(self, *_: Any) -> None:
         """Note that the first gate acts."""
+        ...
+
+    def interrupt(self) -> None:
+        """Note that the next part of the model will run again in the backward pass, and so must not be handed over."""
         ...
 
     def output(self, output: Any) -> Any:
@@ -57,19 +57,24 @@ class Gating:
         sites: The units of each site by name.
         model: The model.
         weights: The names of the parameters whose entries have gates of their own.
+        lock: The lock of the network, which is held in every run.
 
     Attributes:
         readers: The gated dimensions of parameters.
         blocks: The gated blocks, each with the index of its gate.
         per_sample: For each site, whether its gates can be drawn once per sample. That is so if all its readers have
             samples as rows, and nothing takes statistics over its units.
+        fused: Whether the model has layers of torch that might run fused, without their hooks.
         known: The parameters and buffers of the model.
         keep_results: Whether a prefix must keep all its results, because something has read a result that nothing
             seemed to hold.
     """
 
-    def __init__(self, sites: Mapping[str, Units], model: nn.Module, weights: Iterable[str] = ()) -> None:
+    def __init__(
+        self, sites: Mapping[str, Units], model: nn.Module, weights: Iterable[str] = (), lock: Lock | None = None
+    ) -> None:
         self.model = model
+        self.lock = lock or Lock()
         self.readers = readers(sites, model)
         offsets, _ = gate_offsets(sites)
         shapes = {name: t.shape for name, t in model.named_parameters()}
@@ -81,7 +86,7 @@ class Gating:
             for i, block in enumerate(u.blocks)
         ]
         self._normed = [(name, offsets[name], u.size) for name, u in sites.items() if u.norms]
-        self._fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
+        self.fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
         norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
         self._norms = [
             (
@@ -130,56 +135,136 @@ class Gating:
             weights: The gates of single weights, by the name of the parameter and of its shape. None stands for open.
 
         Raises:
-            PlasticError: Gradient checkpointing would run layers again in the backward pass.
+            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
-        shared = z[0] if z.dim() == 2 else z
-        per_sample = z.dim() == 2 and len(z) > 1
-        hooked = [r for r in self.readers if r.per_sample] if per_sample else []
-        folded = [r for r in self.readers if not (per_sample and r.per_sample)]
-        parameters = self._parameters() if weights or not all_open else {}
-        tensors = {name: parameters[name] * g.to(parameters[name].dtype) for name, g in (weights or {}).items()}
-        with ExitStack() as stack:
-            if any(is_compiled(m) for m in self.model.modules()):
-                watching = None  # the compiler cannot follow the mode
-                if hooked or (not all_open and (self._norms or self.blocks)):
-                    stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if tensors or not all_open:
-                if self._fused:
-                    stack.enter_context(unfused_layers())
-                if torch.is_grad_enabled():
-                    stack.enter_context(refusing_checkpoints())
-            if not all_open:
-                tensors |= fold({**parameters, **tensors}, folded, shared)
-                self._mask(stack, shared, best)
-            if tensors:
-                stack.enter_context(swapped(self._places, tensors, self._recurrent))
-            watch = None if watching is None else watching(tensors.values())
-            if watch is not None:
-                stack.enter_context(called_before(self._gates_within(hooked, folded), watch.end))
-            stack.enter_context(gated_inputs(hooked, z))
-            stack.enter_context(gated_inputs(folded, None))
-            if watch is not None:
-                stack.enter_context(watch)  # entered last, because the work above is not part of the model
-                return watch.output(self.model(*args, **kwargs))
+        with self.lock, ExitStack() as stack:
+            run = _Run(self, z, best, all_open, weights or {})
+            if watching is not None and not run.compiled:  # the compiler cannot follow the mode
+                run.watch = watching(run.tensors.values())
+            stack.callback(run.end)
+            stack.enter_context(run.acting())
+            if run.watch is not None:
+                stack.enter_context(run.watch)  # entered last, because the work above is not part of the model
+                return run.watch.output(self.model(*args, **kwargs))
             return self.model(*args, **kwargs)
 
-    def _mask(self, stack: ExitStack, shared: Tensor, best: Mapping[str, Tensor] | None) -> None:
-        """Let norms count open units only, and closed blocks return their input, for as long as the stack is open."""
+    def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[nn.Module, int, Tensor]]:
+        """Return the norms that count open units only, each with the axis and the mask of its open entries."""
+        if not self._norms:
+            return []
         opened = shared > 0
         for name, start, size in self._normed:
             part = opened[start : start + size]
             part |= ~part.any() & (torch.arange(size, device=shared.device) == (0 if best is None else best[name]))
-        for norm, axis, positions in self._norms:
-            stack.enter_context(open_statistics(norm, axis, opened.index_select(0, positions)))
-        if self.blocks:
-            skipped = (shared == 0).tolist()
-            stack.enter_context(skipping(module for module, i in self.blocks if skipped[i]))
+        return [(norm, axis, opened.index_select(0, positions)) for norm, axis, positions in self._norms]
 
-    def _gates_within(self, hooked: list[Reader], folded: list[Reader]) -> list[nn.Module]:
-        """Return the modules before which a gate acts by a hook, a mask or a skip."""
-        gates = [m for m, *_ in (*self.blocks, *self._norms)]
-        return gates + [r.owner for r in (*hooked, *(r for r in folded if r.select is not None))]
+    def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Return a context in which modules hold these tensors in the place of parameters, by name."""
+        return swapped(self._places, tensors, self._recurrent)
 
-    def _parameters(self) -> dict[str, Tensor]:
+    @property
+    def normed(self) -> list[nn.Module]:
+        """The norms that can count open units only."""
+        return [norm for norm, *_ in self._norms]
+
+    def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that gates act on, by name, as they are now."""
         return {name: parameters_of(held[0][0])[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
+
+
+class _Run:
+    """One run of a model: how its gates act while it runs, and when a checkpoint runs a part of it again.
+
+    Args:
+        gating: Where gates act.
+        z: The gates of the units, as for `Gating.run`.
+        best: The unit that a norm counts where all units of a site are closed.
+        all_open: Whether all gates of units are 1.
+        weights: The gates of single weights.
+
+    Attributes:
+        tensors: The weights that gates were multiplied into, by the name of the parameter.
+        masks: The norms that count open units only, each with the axis and the mask of its open entries.
+        skipped: The closed blocks.
+        compiled: Whether a module of the model was compiled in place.
+        watch: What follows the run until the first gate acts, or None.
+    """
+
+    def __init__(
+        self,
+        gating: Gating,
+        z: Tensor,
+        best: Mapping[str, Tensor] | None,
+        all_open: bool,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self.gating = gating
+        self.watch: Watch | None = None
+        self.compiled = any(is_compiled(m) for m in gating.model.modules())
+        self._running, self._hold = True, gating.lock.hold
+        shared = z[0] if z.dim() == 2 else z
+        per_sample = z.dim() == 2 and len(z) > 1
+        reads = [r for r in gating.readers if r.per_sample] if per_sample else []
+        folded = [r for r in gating.readers if not (per_sample and r.per_sample)]
+        parameters = gating.parameters() if weights or not all_open else {}
+        self.tensors = {n: multiplied(parameters[n], g, tuple(range(g.dim()))) for n, g in weights.items()}
+        self.masks: list[tuple[nn.Module, int, Tensor]] = []
+        self.skipped: list[nn.Module] = []
+        if not all_open:
+            self.tensors |= fold({**parameters, **self.tensors}, folded, shared)
+            self.masks = gating.masks(shared, best)
+            if gating.blocks:
+                closed = (shared == 0).tolist()
+                self.skipped = [module for module, i in gating.blocks if closed[i]]
+        hooks_of_gates = input_hooks(reads, z)
+        self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
+        self._acts = bool(self.tensors or self._hooks) or not all_open
+        self._eager = self.compiled and bool(hooks_of_gates or self.masks or (gating.blocks and not all_open))
+        self._unfused = gating.fused and (bool(self.tensors) or not all_open)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Let the gates act within this context."""
+        with ExitStack() as stack:
+            if self._eager:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._unfused:
+                stack.enter_context(unfused_layers())
+            if self._acts and not torch.compiler.is_compiling():
+                stack.enter_context(checkpoints_by(self._wrap))
+            for norm, axis, mask in self.masks:
+                stack.enter_context(open_statistics(norm, axis, mask))
+            if self.skipped:
+                stack.enter_context(skipping(self.skipped))
+            if self.tensors:
+                stack.enter_context(self.gating.holding(self.tensors))
+            if self.watch is not None:
+                stack.enter_context(hooked([(m, self.watch.end) for m in self._gates_within()]))
+            stack.enter_context(hooked(self._hooks))
+            yield
+
+    def end(self) -> None:
+        """Note that the run is over."""
+        self._running, self.watch = False, None
+
+    def _gates_within(self) -> list[nn.Module]:
+        """Return the modules before which a gate acts by a hook, a mask or a skip."""
+        modules = [m for m, _ in (*self.gating.blocks, *self._hooks)] + self.gating.normed
+        return list(dict.fromkeys(modules))
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what a checkpoint runs again in the place of a function: this function, under the gates of this run.
+
+        What the checkpoint keeps of the first run must be all that it keeps of the second one. So results that were
+        computed before the first gate are not handed over from here on.
+        """
+        if self.watch is not None:
+            self.watch.interrupt()
+        return partial(self._again, function)
+
+    def _again(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function once more, in the backward pass."""
+        if self._running:  # The model itself takes a gradient, so the gates are where they were.
+            return function(*args, **kwargs)
+        with self.gating.lock.again(self._hold), self.acting():
+            return function(*args, **kwargs)

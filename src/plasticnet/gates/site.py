@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plasticnet.errors import PlasticError
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 # Gates start with this phi in a new network: they are open, with pi = 0.95 at k = 7, the setting of the authors.
@@ -48,7 +51,27 @@ def held_open(pi: Tensor, grace: Tensor) -> Tensor:
     return torch.where(grace > 0, 1.0, pi)
 
 
-class Site(nn.Module):
+class _Gates(nn.Module):
+    """Gates, whose tensors keep their kind when a network is brought to another precision.
+
+    Logits are real and never in half precision, in which steps of an optimizer would be lost, and integers stay such.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(partial(_of_its_kind, fn), recurse)
+
+
+def _of_its_kind(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return what a function makes of a tensor of gates, in a precision that gates can have."""
+    new = fn(tensor)
+    if not tensor.is_floating_point():
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+    wanted = new.dtype.to_real()
+    wanted = wanted if wanted == torch.float64 else torch.float32
+    return new if new.dtype == wanted else tensor.to(new.device, wanted)
+
+
+class Site(_Gates):
     """One site of a network: its units and their gates. Its length is the number of units.
 
     Args:
@@ -178,10 +201,16 @@ def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
     Returns:
         The gates, as `Site.mean_gate` gives them, in one vector that ends with a constant 1, shape (units + 1,); and
         whether all of them are 1.
+
+    Raises:
+        PlasticError: A logit is NaN. Infinite ones say what they mean: open or closed.
     """
     one = sites[0].phi.new_ones(1)
     phi = torch.cat([*(s.phi.detach() for s in sites), one])
-    if math.isinf(k) and bool(phi.min() >= 0):  # the usual case in ordinary training
+    lowest = float(phi.min())  # this is NaN where any of them is
+    if math.isnan(lowest):
+        refuse_nan(sites)
+    if math.isinf(k) and lowest >= 0:  # the usual case in ordinary training
         return torch.ones_like(phi), True
     grace = torch.cat([*(s.grace for s in sites), sites[0].grace.new_ones(1)])
     pi = held_open(probability(phi, k), grace)
@@ -194,13 +223,20 @@ def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
     return z, bool((z == 1).all())
 
 
+def refuse_nan(gated: Sequence[Site | WeightSite]) -> None:
+    """Raise `PlasticError` if a logit is NaN, which would count as closed."""
+    for g in gated:
+        if bool(g.phi.detach().isnan().any()):
+            raise PlasticError(f"{g.name!r}: its gates are not finite (NaN); go back to a checkpoint")
+
+
 def set_logits(gated: Site | WeightSite, some: Tensor | slice, logit: float) -> None:
     """Set the logits that a mask, indices or a slice select to one value."""
     with torch.no_grad():
         gated.phi[some] = logit
 
 
-class WeightSite(nn.Module):
+class WeightSite(_Gates):
     """The gates of the entries of one weight.
 
     Args:

@@ -45,9 +45,10 @@ def gates_of_call(net: GatedModel, sampler: Sampler, now: Pass, args: Any, kwarg
     step, weights = now.step, list(net.weights.values())
     rows = batch_size(args, kwargs) if draws_per_sample(net, sampler) else 1
     if step.draw is None:
-        step.draw = _draw_units(net, sampler, rows)
-        if weights:
-            step.draw, step.weights = _with_weights(net, sampler, step.draw)
+        with torch.no_grad():  # so that nothing is kept for a backward pass here, and a checkpoint need not repeat it
+            step.draw = _draw_units(net, sampler, rows)
+            if weights:
+                step.draw, step.weights = _with_weights(net, sampler, step.draw)
         step.after = RandomState(net.model)
     elif step.draw.rows != rows:
         raise PlasticError(

@@ -17,6 +17,7 @@ from plasticnet.gates.gated import GatedModel
 from plasticnet.learning.draws import mixed
 from plasticnet.learning.estimators import Draw, Estimator
 from plasticnet.learning.sampler import Sampler, Step
+from plasticnet.tools.precision import full_precision, product, widened
 
 
 def surrogate(net: GatedModel, gradient: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def surrogate(net: GatedModel, gradient: Tensor) -> Tensor:
         net: The network.
         gradient: One number for each logit, shape (units,), or (units + weights,) where single weights have gates.
     """
-    total = net.phi() @ gradient
+    total = product(net.phi(), gradient)
     return total - total.detach()
 
 
@@ -57,14 +58,19 @@ def estimate(
             f'{tuple(losses[0].shape)}; return one loss per sample (reduction="none"), or construct PlasticNet with '
             'gates="batch"'
         )
+    if any(f.shape != losses[0].shape for f in losses):  # A closure may choose what it looks at by the outputs.
+        losses = [widened(f).mean() for f in losses]
     f = torch.stack(list(losses)).to(draw.pi.dtype).reshape(len(losses), -1)
     parts: list[Tensor] = []
     estimator = sampler.rule
-    for i, draw in enumerate(step.draws):
-        part = estimator.losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
-        held = _held(net) if draw is step.draw else None
-        part = part if held is None else torch.where(held, 0.0, part)
-        parts.append(part + _of_slopes(estimator, net.k, draw, slopes[i], mixed(net, draw.rows)) if slopes else part)
+    with full_precision(draw.pi.device.type):
+        for i, draw in enumerate(step.draws):
+            part = estimator.losses(draw, net.k, f if draw.rows > 1 else f.mean(1, keepdim=True))
+            held = _held(net) if draw is step.draw else None
+            part = part if held is None else torch.where(held, 0.0, part)
+            if slopes:
+                part = part + _of_slopes(estimator, net.k, draw, slopes[i], mixed(net, draw.rows))
+            parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -83,7 +89,8 @@ def training_gates(net: GatedModel, sampler: Sampler, step: Step, draw: Draw) ->
     Returns:
         The gates under this draw, shape (rows, units) or (1, weights).
     """
-    estimator, k = sampler.rule, net.k  # kept as they are now, because the backward pass may come late
+    # They are kept as they are now, because the backward pass may come late. The graph must not keep the network.
+    estimator, k, ranks = sampler.rule, net.k, net.ranks
     z = estimator.gates(draw, 0)
     of_weights = draw is step.weights
     gates = list(net.weights.values() if of_weights else net.sites.values())
@@ -93,7 +100,7 @@ def training_gates(net: GatedModel, sampler: Sampler, step: Step, draw: Draw) ->
     together = mixed(net, draw.rows)
 
     def part(slopes: Tensor) -> Tensor:
-        gradient = net.ranks.average(_of_slopes(estimator, k, draw, slopes, together))
+        gradient = ranks.average(_of_slopes(estimator, k, draw, slopes, together))
         if step.gradient is not None and step.scale is not None:
             step.of_slopes[first] = gradient.detach() / step.scale
             total = step.gradient.clone()
@@ -151,7 +158,8 @@ def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, toget
             shared gate arrives in the first row, and is spread evenly over all rows.
     """
     assert estimator.slopes is not None
-    return estimator.slopes(draw, k, slopes if together is None else torch.where(together, slopes.mean(0), slopes))
+    with full_precision(slopes.device.type):  # the backward pass may run under autocast, too
+        return estimator.slopes(draw, k, slopes if together is None else torch.where(together, slopes.mean(0), slopes))
 
 
 def _held(net: GatedModel) -> Tensor | None:

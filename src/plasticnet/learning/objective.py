@@ -17,10 +17,13 @@ from plasticnet.learning.alike import Alike
 from plasticnet.learning.draws import draws_per_sample, gates_of_pass
 from plasticnet.learning.estimate import Scaled, estimate, surrogate, training_gates
 from plasticnet.learning.estimators import Draw
-from plasticnet.learning.passes import run_aside, run_closure, run_replaying
+from plasticnet.learning.finite import check_logits
+from plasticnet.learning.guard import guarded
+from plasticnet.learning.passes import ByBatch, run_aside, run_closure, run_replaying
 from plasticnet.learning.prefix import Diverged, Prefix
 from plasticnet.learning.probe import resolve_auto
 from plasticnet.learning.sampler import Pass, Sampler, Step
+from plasticnet.tools.precision import widened
 from plasticnet.tools.snapshot import Snapshot
 from plasticnet.tools.statistics import has_running_statistics, uses_batch_statistics
 
@@ -29,7 +32,8 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
     """Return the training loss, a scalar whose backward pass also gives the gates their gradient.
 
     This is `PlasticNet.expected_loss`. If anything is raised, random numbers and buffers are put back to what they were
-    before, so that a bad batch does not ruin the statistics of BatchNorm.
+    before, so that a bad batch does not ruin the statistics of BatchNorm. Other threads that call or change the network
+    wait.
 
     Args:
         net: The network.
@@ -37,29 +41,43 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
         closure: A function that runs the network and returns the losses of the samples, shape (batch,), or their mean.
 
     Raises:
-        PlasticError: The network is in evaluation mode, or the closure does not return usable losses.
+        PlasticError: The network is in evaluation mode, its gates are not finite, or the closure does not return usable
+            losses.
     """
-    if not net.training:
-        raise PlasticError("expected_loss needs training mode; call net.train() first")
-    enter(net)
-    before = Snapshot(net.model)
-    try:
-        return _estimated(net, sampler, closure, before)
-    except BaseException:
-        before.restore()
-        raise
+    with net.lock:
+        if not net.training:
+            raise PlasticError("expected_loss needs training mode; call net.train() first")
+        if sampler.running.role != "free":
+            raise PlasticError("expected_loss was called in the closure of expected_loss; call net(x) there")
+        check_logits(net, sampler)
+        enter(net)
+        before = Snapshot(net.model)
+        try:
+            return guarded(net, _estimated(net, sampler, closure, before))
+        except BaseException:
+            before.restore()
+            raise
 
 
 def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot) -> Tensor:
     """Return the training loss: the plain mean loss where no gate is uncertain, else with the gradient of the gates."""
     if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
         f = run_closure(net, sampler, closure, Pass("training"))
+        _check_graph(net, f)
         return f.mean() if f.dim() else f
     resolve_auto(net, sampler, closure)
     step = Step(gradients=torch.is_grad_enabled())
-    f, gradient = _passes(net, sampler, closure, before, step)
+    try:
+        f, gradient = _passes(net, sampler, closure, before, step)
+    except ByBatch:
+        before.restore()
+        sampler.samples_apart = False
+        step = Step(gradients=torch.is_grad_enabled())
+        f, gradient = _passes(net, sampler, closure, before, step)
+    _check_graph(net, f)
+    sampler.estimates += step.gradients
     step.gradient = net.ranks.average(gradient)
-    loss = (f.mean() if f.dim() else f) + surrogate(net, step.gradient)
+    loss = widened(f).mean() + surrogate(net, step.gradient)
     if sampler.rule.at != "training":
         sampler.gradient = step.gradient
         return loss
@@ -70,6 +88,15 @@ def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor],
     scaled = Scaled.apply(loss + sum(tied), step)
     assert isinstance(scaled, Tensor)
     return scaled
+
+
+def _check_graph(net: GatedModel, f: Tensor) -> None:
+    """Raise `PlasticError` where gradients are wanted and the losses have none to give."""
+    if torch.is_grad_enabled() and not f.requires_grad and any(p.requires_grad for p in net.model.parameters()):
+        raise PlasticError(
+            "the losses that the closure returned have no graph, so that nothing would learn: it detaches them, or "
+            "calls the network under torch.no_grad(). Put torch.no_grad() around expected_loss if no gradient is wanted"
+        )
 
 
 def _passes(
@@ -88,7 +115,7 @@ def _passes(
     batched = uses_batch_statistics(net.model) and has_running_statistics(net.model)
     running = draws_per_sample(net, sampler) and batched
     indices = [i for i in estimator.reads if running or i]
-    step.prefix = _prefix(net) if indices else None
+    step.prefix = _prefix(net) if indices and not sampler.differentiates else None
     found: dict[int, Tensor] = {}
     slopes: list[Tensor] = []
     try:
@@ -160,16 +187,16 @@ def _nearly_equal(
         before.restore()
         partner = Pass("partner", step, gates, outputs=training.outputs, rows=rows)
         try:
-            f2 = run_aside(net, sampler, closure, partner, after=after)
+            f2 = run_aside(net, sampler, closure, partner, after=after, before=before)
         except (Diverged, Exception):  # the network cannot be run on some of the samples
             f2 = None
     if f2 is None:
         sampler.rows_apart = False
     if f2 is None or sampler.rows_apart is None:  # the first time, check that this is exact
         before.restore()
-        whole = run_aside(net, sampler, closure, Pass("partner", step, gates), after=after)
+        whole = run_aside(net, sampler, closure, Pass("partner", step, gates), after=after, before=before)
         if f2 is not None and not torch.equal(whole, f1):  # equal losses would show nothing
-            sampler.rows_apart = torch.allclose(f2, whole, rtol=1e-4, atol=1e-6)
+            sampler.rows_apart = torch.allclose(widened(f2), widened(whole), rtol=1e-4, atol=1e-6)
         f2 = f2 if f2 is not None and sampler.rows_apart else whole
     return f1, f2
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
+from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.wrapped import enter, meet, tied
 from plasticnet.learning.alike import check_alike, some_rows
 from plasticnet.learning.draws import gates_of_call
+from plasticnet.learning.finite import check_logits, check_loss
 from plasticnet.learning.prefix import Diverged
 from plasticnet.learning.replay import Player, Recorder
 from plasticnet.learning.sampler import Pass, Sampler
+from plasticnet.tools.gradients import wants_gradients
 from plasticnet.tools.snapshot import Snapshot, left_as_it_was
 from plasticnet.tools.statistics import running_statistics
 from plasticnet.tools.trees import tensors_within
@@ -36,11 +40,19 @@ def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[
         args: The positional arguments for the model.
         kwargs: The keyword arguments for the model.
     """
+    with net.lock:
+        return _called(net, sampler, args, kwargs)
+
+
+def _called(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the network, as `call` does, while this thread has its lock."""
     now = sampler.running
     if net.training:
         meet(net)
         if now.role == "free":  # for its own passes `expected_loss` has done this already
             enter(net)
+            if not torch.compiler.is_compiling():
+                check_logits(net, sampler)
     if now.role == "probe" or (net.training and not math.isinf(net.k)):
         return tied(net, _drawn(net, sampler, args, kwargs))
     z, all_open = net.mean_gates()
@@ -91,13 +103,56 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
     """
     sampler.running = now
     try:
-        with running_statistics(net.model) if now.running else nullcontext():
+        with (
+            checkpoints_by(partial(_again, net, sampler, now, net.lock.hold)),
+            running_statistics(net.model) if now.running else nullcontext(),
+        ):
             f = closure()
     finally:
         sampler.running = Pass()
-    _check_losses(f, now)
-    _check_finite(sampler, f.detach())
+    _check_losses(net, sampler, f, now)
+    check_loss(sampler, f.detach())
     return f
+
+
+def _again(net: GatedModel, sampler: Sampler, now: Pass, hold: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a checkpoint in the closure, around a call of the network, runs again in the backward pass.
+
+    Args:
+        net: The network.
+        sampler: How its gates are drawn.
+        now: The pass that is running.
+        hold: Which hold of the network's lock this is.
+        function: What the checkpoint would run.
+    """
+    calls = now.calls
+    if not calls:  # What the checkpoint keeps of the first run must be all that it keeps of the second one.
+        now.step.prefix = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with net.lock.again(hold):
+            before, sampler.running = sampler.running, replace(now, calls=calls, outputs=None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                sampler.running = before
+
+    return run
+
+
+@contextmanager
+def changing(net: GatedModel, sampler: Sampler) -> Iterator[None]:
+    """Let nothing else run or change the network while its sizes change within this context.
+
+    Raises:
+        PlasticError: A closure of `expected_loss` is running, whose passes must all have the same sizes.
+    """
+    with net.lock:
+        if sampler.running.role != "free":
+            raise PlasticError(
+                "the sizes of the network cannot change in the closure of expected_loss; do it afterwards"
+            )
+        yield
 
 
 def run_replaying(net: GatedModel, before: Snapshot, now: Pass, run: Callable[[Pass], Tensor]) -> Tensor:
@@ -124,9 +179,16 @@ def run_replaying(net: GatedModel, before: Snapshot, now: Pass, run: Callable[[P
 
 
 def run_aside(
-    net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], now: Pass, after: Snapshot | None = None
+    net: GatedModel,
+    sampler: Sampler,
+    closure: Callable[[], Tensor],
+    now: Pass,
+    after: Snapshot | None = None,
+    before: Snapshot | None = None,
 ) -> Tensor:
-    """Return the losses of a pass that runs without gradients and leaves nothing behind.
+    """Return the losses of a pass that leaves nothing behind.
+
+    It runs without gradients unless the closure takes a gradient itself, as a model of forces does.
 
     Args:
         net: The network.
@@ -134,43 +196,47 @@ def run_aside(
         closure: The function that runs the network and returns its losses.
         now: What this run is for.
         after: The state of random numbers and buffers in which the run leaves them. None leaves them as they were.
+        before: Their state now, where ``after`` is another one.
     """
-    with left_as_it_was(net.model, after=after):
+    if not sampler.differentiates:
+        try:
+            with left_as_it_was(net.model, after=after):
+                return run_closure(net, sampler, closure, now).detach()
+        except Exception as error:
+            if not wants_gradients(error):
+                raise
+        sampler.differentiates = True
+        if before is not None:
+            before.restore()
+        now = now.anew()
+    now.step.prefix = None  # The closure may release the graph of what was recorded.
+    with left_as_it_was(net.model, after=after), torch.enable_grad():
         return run_closure(net, sampler, closure, now).detach()
 
 
-def _check_losses(f: Any, now: Pass) -> None:
-    """Raise `PlasticError` unless the closure called the network and returned losses per sample, or their mean."""
+class ByBatch(Exception):
+    """Says that the losses are not those of the samples, so that the batch must share its gates."""
+
+
+def _check_losses(net: GatedModel, sampler: Sampler, f: Any, now: Pass) -> None:
+    """Raise `PlasticError` unless the closure called the network and returned losses, or their mean.
+
+    Raises:
+        ByBatch: Gates were drawn per sample because of earlier losses, and these are not one for each sample.
+    """
     if now.calls == 0:
         raise PlasticError("the closure never called the network; compute the loss from net(x), not from net.model(x)")
-    if not isinstance(f, Tensor) or f.dim() > 1 or not f.is_floating_point():
+    if not isinstance(f, Tensor) or f.dim() > 1 or not f.is_floating_point() or not f.numel():
         what = f"a tensor of shape {tuple(f.shape)} and {f.dtype}" if isinstance(f, Tensor) else f"a {type(f).__name__}"
         raise PlasticError(
             f"the closure returned {what}; it must return the losses of the samples, shape (batch,), "
             "or their mean, a scalar"
         )
-    if f.dim() and len(f) not in {*now.sizes, now.calls * max(now.sizes, default=0)}:
+    if sampler.mode == "sample" and f.dim() and len(f) not in {*now.sizes, now.calls * max(now.sizes, default=0)}:
         raise PlasticError(
-            f"the closure returned losses of shape {tuple(f.shape)}, which is not (batch,); "
-            "return one per sample, or the mean"
+            f'the closure returned losses of shape {tuple(f.shape)}, which is not (batch,). With gates="sample" they '
+            'must be one per sample; for losses per graph, token or pair, construct PlasticNet with gates="batch"'
         )
-
-
-def _check_finite(sampler: Sampler, f: Tensor) -> None:
-    """Raise `PlasticError` when a loss is not finite.
-
-    A GPU is not waited for: its answer is read when it has arrived, at one of the next calls.
-    """
-    finite = torch.isfinite(f).all()
-    answers = [finite]
-    if f.is_cuda:
-        come, answer = torch.cuda.Event(), torch.empty((), dtype=torch.bool, pin_memory=True)
-        answer.copy_(finite, non_blocking=True)
-        come.record()
-        sampler.owed.append((come, answer))
-        answers = []
-        while sampler.owed and sampler.owed[0][0].query():
-            answers.append(sampler.owed.pop(0)[1])
-    if not all(answers):
-        sampler.owed.clear()
-        raise PlasticError("the loss is not finite (NaN or infinite); lower the learning rate or check the data")
+    draw = now.step.draw
+    if sampler.mode == "auto" and draw is not None and draw.rows > 1 and f.shape != (draw.rows,):
+        raise ByBatch

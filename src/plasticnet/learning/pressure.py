@@ -16,6 +16,7 @@ from plasticnet.cost.names import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import probabilities
+from plasticnet.learning.guard import guarded
 
 
 def penalty(net: GatedModel, strength: float, cost: str | Mapping[str, float], scale: str) -> Tensor:
@@ -39,7 +40,7 @@ def penalty(net: GatedModel, strength: float, cost: str | Mapping[str, float], s
         expected = partial(net.cost.expected, pi)
     costs = {name: expected(name) for name in weights}
     terms = [strength * w * (costs[name] if scale == "linear" else costs[name].log()) for name, w in weights.items()]
-    return reduce(operator.add, terms)
+    return guarded(net, reduce(operator.add, terms))
 
 
 def _weights(cost: str | Mapping[str, float], scale: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from plasticnet.gates.gated import GatedModel
 from plasticnet.learning.draws import shared
 from plasticnet.learning.passes import run_aside
 from plasticnet.learning.sampler import Pass, Sampler
+from plasticnet.tools.precision import widened
 from plasticnet.tools.snapshot import RandomState
 from plasticnet.tools.statistics import uses_batch_statistics
 
@@ -19,8 +20,9 @@ from plasticnet.tools.statistics import uses_batch_statistics
 def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> None:
     """Find out whether gates can be drawn per sample, and store the answer in ``sampler.samples_apart``.
 
-    They can be if the closure returns one loss per sample, and the loss of a sample does not change when the gates of
-    other samples do. Where a batch shows nothing, the next batch is asked. With statistics of the batch nothing is run.
+    They can be if the closure returns one loss per sample, and not per graph, token or pair, and if the loss of a
+    sample does not change when the gates of other samples do. Where a batch shows nothing, the next batch is asked.
+    With statistics of the batch nothing is run.
 
     Args:
         net: The network.
@@ -29,14 +31,21 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
     """
     if sampler.mode != "auto" or sampler.samples_apart is not None or uses_batch_statistics(net.model):
         return
+    calls: list[int] = []
+
+    def opened(rows: int) -> Tensor:
+        calls.append(rows)
+        return _all_open(net, rows)
+
     try:
-        reference = run_aside(net, sampler, closure, Pass("probe", probe=lambda rows: _all_open(net, rows)))
+        reference = run_aside(net, sampler, closure, Pass("probe", probe=opened))
     except PlasticError:  # a layer's rows are not the samples; any other error will be raised again by the step itself
         sampler.samples_apart = False
         return
-    if reference.dim() and len(reference) < 2:
+    each = reference.dim() and all(rows == len(reference) for rows in calls)
+    if each and len(reference) < 2:
         return  # a single sample shows nothing about two: ask the next batch
-    if not reference.dim() or not any(net.gating.per_sample.values()):
+    if not each or not any(net.gating.per_sample.values()):
         sampler.samples_apart = False
         return
     try:
@@ -44,10 +53,13 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
     except PlasticError:  # rows are not samples, or a loss overflows: one draw per batch is always safe
         sampler.samples_apart = False
         return
+    if moved.shape != reference.shape:  # what the losses are of depends on the outputs
+        sampler.samples_apart = False
+        return
     half = len(reference) // 2
     if torch.equal(reference[:half], moved[:half]):
         return  # nothing changes, as with a head that starts at zero: ask the next batch
-    sampler.samples_apart = torch.allclose(reference[half:], moved[half:], rtol=1e-4, atol=1e-6)
+    sampler.samples_apart = torch.allclose(widened(reference[half:]), widened(moved[half:]), rtol=1e-4, atol=1e-6)
 
 
 def _all_open(net: GatedModel, rows: int) -> Tensor:

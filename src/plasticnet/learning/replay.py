@@ -40,6 +40,14 @@ class _Following(TorchFunctionMode):
         """Note that the first gate acts."""
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        """Note that the next part of the model will run again in the backward pass.
+
+        None of its results can be recorded or handed out: what gradient checkpointing keeps of the first run must be
+        all that it keeps of the second one.
+        """
+        raise NotImplementedError
+
     def output(self, output: Any) -> Any:
         """Take what the network returns, and return it."""
         return output
@@ -106,6 +114,11 @@ class Recorder(_Following):
         own = id(t) in self.prefix.made or id(t) in self.prefix.known
         return own and (torch.is_grad_enabled() or not t.requires_grad)
 
+    def interrupt(self) -> None:
+        """Note that the next part of the model will run again in the backward pass: stop recording."""
+        if self.running:
+            self._give_up()
+
     def _give_up(self) -> None:
         """Stop recording, and forget what was recorded."""
         self.running = False
@@ -138,6 +151,10 @@ class Player(_Following):
         """Take what the network returns, check that it has content, and return it."""
         self._check(tensors_within(output))
         return output
+
+    def interrupt(self) -> None:
+        """Note that the next part of the model will run again: raise `Diverged` unless all results were handed out."""
+        self.end()
 
     def end(self, *_: Any) -> None:
         """Note that the first gate acts; raise `Diverged` unless all results were handed out."""

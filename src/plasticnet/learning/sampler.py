@@ -7,7 +7,7 @@ of a network knows how gates are drawn and which pass is running.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,10 @@ class Pass:
     calls: int = 0
     sizes: set[int] = field(default_factory=set)
 
+    def anew(self) -> Pass:
+        """Return the same pass as it was before it ran."""
+        return replace(self, z=None, weights=None, calls=0, sizes=set())
+
     def note(self, args: Any, kwargs: Any) -> None:
         """Note that the network is called with these arguments."""
         self.calls += 1
@@ -109,8 +113,10 @@ class Sampler:
         running: The pass that is running.
         samples_apart: For "auto", whether gates can be drawn per sample. None as long as this is not known.
         rows_apart: Whether the network can be run on some of the samples. None as long as this is not known.
+        differentiates: Whether the closure takes a gradient itself, so that no pass can run without gradients.
+        estimates: For how many training steps the gradient of the gates was estimated.
         gradient: The estimate of the last step for all logits. A budget measures its pressure by the size of it.
-        owed: The answers of a GPU to whether a loss was finite that have not arrived yet.
+        owed: The answers of a GPU to whether something was finite that have not arrived yet, and the messages for it.
 
     Raises:
         PlasticError: The estimator or the mode is unknown.
@@ -122,8 +128,10 @@ class Sampler:
     running: Pass = field(default_factory=Pass)
     samples_apart: bool | None = None
     rows_apart: bool | None = None
+    differentiates: bool = False
+    estimates: int = 0
     gradient: Tensor | None = None
-    owed: list[tuple[torch.cuda.Event, Tensor]] = field(default_factory=list)
+    owed: list[tuple[torch.cuda.Event, Tensor, Callable[[], str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:

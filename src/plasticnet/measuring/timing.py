@@ -16,6 +16,7 @@ from torch import nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import copy_inputs
+from plasticnet.tools.torch_private import is_scripted
 from plasticnet.tools.trees import tensors_within
 from plasticnet.units import owner
 
@@ -86,7 +87,7 @@ def called_rows(twin: nn.Module, model: nn.Module, inputs: Inputs) -> tuple[dict
         The modules by name, in the order of their first call, and the name of the row of each parameter. The name of
         the model itself is empty.
     """
-    modules = dict(model.named_modules())
+    modules = {name: m for name, m in model.named_modules() if not is_scripted(m)}  # those take no hooks
     called: dict[str, None] = {"": None}
     with watching(modules, called.setdefault):
         call(twin, inputs)

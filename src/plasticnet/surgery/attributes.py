@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from plasticnet.layers.attention import free_heads, head_size
@@ -33,7 +35,24 @@ WIDTHS = (
 _NORM_WIDTHS = ("num_features", "num_channels")
 
 
-def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarray], groups: Mapping[str, int]) -> None:
+def weights_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+    """Return the name of the weight of every module that owns some of these tensors, where it has one.
+
+    Args:
+        model: The model, before any of the tensors is resized.
+        tensors: The names of parameters and buffers.
+    """
+    owners = dict.fromkeys(map(owner, tensors))
+    found = {name: _weight(model.get_submodule(name)) for name in owners}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def update_attributes(
+    model: nn.Module,
+    takes: Mapping[tuple[str, int], np.ndarray],
+    groups: Mapping[str, int],
+    weights: Mapping[str, str],
+) -> None:
     """Bring the attributes of modules up to date with parameters that were resized.
 
     Args:
@@ -41,6 +60,7 @@ def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarr
         takes: The dimensions that were resized, as the keys (tensor, dim) of `Plan.takes`.
         groups: For the weights of grouped layers, the number of rows in one group. The weight alone does not show it,
             since a grouped convolution with a single group looks like an ordinary one.
+        weights: What `weights_of` returned for the tensors that were resized.
     """
     for tensor, rows in groups.items():
         module = model.get_submodule(owner(tensor))
@@ -50,7 +70,7 @@ def update_attributes(model: nn.Module, takes: Mapping[tuple[str, int], np.ndarr
             module.num_groups = model.get_parameter(tensor).shape[0] // rows
     for name in dict.fromkeys(owner(tensor) for tensor, _ in takes):
         module = model.get_submodule(name)
-        for attribute, value in _expected(module):
+        for attribute, value in _expected(module, weights.get(name)):
             if type(getattr(module, attribute, None)) is type(value):
                 setattr(module, attribute, value)
         for attention in (module, model.get_submodule(name.rpartition(".")[0])):
@@ -105,7 +125,7 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
     found: list[Width] = []
     for name in names:
         module = model.get_submodule(name)
-        known = {attribute for attribute, _ in _expected(module)}
+        known = {attribute for attribute, _ in _expected(module, _weight(module))}
         for attribute, value in vars(module).items():
             if attribute.startswith("_") or attribute in known:
                 continue
@@ -119,17 +139,83 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
     return sorted(found, key=lambda w: w.per_unit)  # A number of units is the likeliest.
 
 
-def _is_computed(module: nn.Module) -> bool:
-    """Return whether a layer's weight comes from a parametrization, in which case reading it could change its state."""
-    return isinstance(module, nn.Linear | Conv) and parameters_of(module).get("weight") is None
+def _weight(module: nn.Module) -> str | None:
+    """Return the name of the tensor whose shape says how wide a layer of torch is, or None where there is none.
+
+    A layer reads it by a name of its own. Where no parameter or buffer of this name has the right number of dimensions,
+    the weight is computed, as by weight_norm, or has another name. It is then told from the other tensors by its shape,
+    which is the one that the attributes of the layer say.
+    """
+    kind = next((c for c in _READS if isinstance(module, c)), None)
+    if kind is None:
+        return None
+    names, declared = _READS[kind]
+    try:
+        shape = declared(module)
+    except (AttributeError, TypeError, ZeroDivisionError):  # A subclass may have other attributes.
+        return None
+    own = {n: t for n, t in (*parameters_of(module).items(), *buffers_of(module).items()) if t is not None}
+    for name in names:
+        found = tuple(own[name].shape) if name in own else ()
+        turned = found != shape and sorted(found) == sorted(shape)  # A subclass may keep its weight transposed.
+        if len(found) == len(shape) and not turned:
+            return name
+    if hasattr(module, "parametrizations"):
+        own.update((n, t) for n, t in module.named_parameters() if n.startswith("parametrizations."))
+    alike = [n for n, t in own.items() if tuple(t.shape) == shape]
+    return min(alike, key=lambda n: names[0] not in n, default=None)  # of several, one that is named after the weight
 
 
-def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
-    """Yield what the widths of a module should be, judging by its parameters, as pairs of name and value."""
-    tensors = (*parameters_of(module).values(), *buffers_of(module).values())
-    shape = next((t.shape for t in tensors if t is not None), None)
-    if shape is None or len(shape) == 0 or _is_computed(module):
+def _conv_shape(module: Any) -> tuple[int, ...]:
+    """Return the shape of the weight that the attributes of a convolution say."""
+    first, second = module.out_channels, module.in_channels
+    if isinstance(module, ConvTranspose):
+        first, second = second, first
+    return (first, second // module.groups, *module.kernel_size)
+
+
+def _gates(module: Any) -> int:
+    """Return how many gates a recurrent layer has, which are rows of the same weight."""
+    mode = getattr(module, "mode", type(module).__name__)
+    return {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}.get(mode, 1)
+
+
+# For each class, the names that it reads its weight by, and the shape of the weight that its attributes say.
+_READS: dict[type[nn.Module], tuple[tuple[str, ...], Callable[[Any], tuple[int, ...]]]] = {
+    nn.Linear: (("weight",), lambda m: (m.out_features, m.in_features)),
+    nn.Bilinear: (("weight",), lambda m: (m.out_features, m.in1_features, m.in2_features)),
+    Conv: (("weight",), _conv_shape),
+    BatchOrInstanceNorm: (("weight", "bias", "running_mean", "running_var"), lambda m: (m.num_features,)),
+    nn.GroupNorm: (("weight", "bias"), lambda m: (m.num_channels,)),
+    nn.LayerNorm: (("weight", "bias"), lambda m: tuple(m.normalized_shape)),
+    nn.RMSNorm: (("weight",), lambda m: tuple(m.normalized_shape)),
+    nn.RNNBase: (("weight_ih_l0",), lambda m: (_gates(m) * m.hidden_size, m.input_size)),
+    nn.RNNCellBase: (("weight_ih",), lambda m: (_gates(m) * m.hidden_size, m.input_size)),
+    nn.PReLU: (("weight",), lambda m: (m.num_parameters,)),
+    nn.Embedding: (("weight",), lambda m: (m.num_embeddings, m.embedding_dim)),
+}
+
+
+def _shape_of(module: nn.Module, tensor: str) -> torch.Size:
+    """Return the shape of a parameter or a buffer of a module, by its name within the module."""
+    owned, _, leaf = tensor.rpartition(".")
+    holder = module.get_submodule(owned)
+    held = parameters_of(holder).get(leaf)
+    held = buffers_of(holder)[leaf] if held is None else held
+    assert held is not None
+    return held.shape
+
+
+def _expected(module: nn.Module, weight: str | None) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    """Yield what the widths of a module should be, judging by its weight, as pairs of name and value.
+
+    Args:
+        module: The module.
+        weight: The name of its weight, as `_weight` returns it.
+    """
+    if weight is None:
         return
+    shape = _shape_of(module, weight)
     if isinstance(module, nn.Linear):
         yield from (("out_features", shape[0]), ("in_features", shape[1]))
     elif isinstance(module, nn.Bilinear):
@@ -147,8 +233,7 @@ def _expected(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         yield "normalized_shape", tuple(shape)
     elif isinstance(module, nn.RNNBase):
-        hidden = shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        yield from (("input_size", shape[1]), ("hidden_size", hidden))
+        yield from (("input_size", shape[1]), ("hidden_size", shape[0] // _gates(module)))
     elif isinstance(module, nn.RNNCellBase):
         yield from (("input_size", shape[1]), ("hidden_size", module.weight_hh.shape[1]))
     elif isinstance(module, nn.PReLU):
@@ -166,30 +251,28 @@ def group_size(module: nn.Module) -> int | None:
     return None
 
 
-def mismatches(module: nn.Module, group: int | None) -> Iterator[str]:
+def mismatches(module: nn.Module, group: int | None, weight: str | None) -> Iterator[str]:
     """Yield descriptions of where a module's attributes contradict the shapes of its parameters.
 
     Args:
         module: The module.
         group: The `group_size` that it must have, or None.
+        weight: The name of its weight, as `weights_of` has found it before the sizes changed, or None.
     """
-    outputs = next((v for n, v in _expected(module) if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
+    expected = dict(_expected(module, weight))
+    outputs = next((v for n, v in expected.items() if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
     for leaf in ("bias", "running_mean", "running_var"):
         vector = getattr(module, leaf, None)
         if outputs is not None and vector is not None and vector.shape != (outputs,):
             yield f"{leaf} has shape {tuple(vector.shape)}, for {outputs} outputs"
-    if isinstance(module, Conv) and not _is_computed(module):
-        expected = module.weight.shape[0] // group if group else 1
-        if module.groups != expected:
-            yield f"groups is {module.groups}, but its parameters say {expected}"
+    if isinstance(module, Conv) and weight == "weight":
+        groups = module.weight.shape[0] // group if group else 1
+        if module.groups != groups:
+            yield f"groups is {module.groups}, but its parameters say {groups}"
     if isinstance(module, nn.GroupNorm) and group and module.num_groups * group != module.num_channels:
         yield f"num_groups is {module.num_groups}, but groups have {group} of {module.num_channels} channels"
-    for name, value in _expected(module):
+    for name, value in expected.items():
         if getattr(module, name, value) != value:
             yield f"{name} is {getattr(module, name)}, but its parameters say {value}"
-    if (
-        isinstance(module, Conv)
-        and not _is_computed(module)
-        and tuple(module.weight.shape[2:]) != tuple(module.kernel_size)
-    ):
+    if isinstance(module, Conv) and weight == "weight" and tuple(module.weight.shape[2:]) != tuple(module.kernel_size):
         yield f"the kernel is {tuple(module.kernel_size)}, but weight has shape {tuple(module.weight.shape)}"

@@ -60,9 +60,9 @@ def grow_by_gradient(
         grace: For how many epochs of the schedule new units are held open and unpriced.
 
     Raises:
-        PlasticError: The loss does not depend on the network or is not finite, the cost is unknown, the counts do not
-            fit the sites, more features were asked for than are closed, or the optimizers cannot be resized. Candidates
-            that were added before the error are removed again.
+        PlasticError: The loss does not depend on the network, it or its gradient is not finite, the cost is unknown,
+            the counts do not fit the sites, more features were asked for than are closed, or the optimizers cannot be
+            resized. Candidates that were added before the error are removed again.
     """
     check_names(cost, "linear")
     check_counts(net, counts)
@@ -152,6 +152,10 @@ def _gradients(net: GatedModel, loss: Loss, names: list[str]) -> dict[str, Tenso
     gradients.update((n, g.contiguous()) for n, g in zip(trained, found, strict=True) if g is not None)
     for g in gradients.values():
         net.ranks.average(g)
+    if not all(bool(torch.isfinite(g).all()) for g in gradients.values()):
+        raise PlasticError(
+            "the loss that growth is to follow has a gradient that is NaN or infinite; nothing was grown"
+        )
     return gradients
 
 
@@ -201,14 +205,16 @@ def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float
     norms = total.sqrt().clamp(min=1e-30)
     added = torch.cat([*new.values(), new[next(iter(new))].new_zeros(1)])
     kept: dict[str, Tensor] = {}
-    for r in net.gating.readers:
-        weight = parameters[r.tensor]
-        kept.setdefault(r.tensor, weight.detach().clone())
-        scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
-        weight -= along(scale, r.dim, weight.dim()) * gradients[r.tensor]
-    uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
-    for name, before in kept.items():
-        parameters[name].copy_(before)
+    try:
+        for r in net.gating.readers:
+            weight = parameters[r.tensor]
+            kept.setdefault(r.tensor, weight.detach().clone())
+            scale = torch.where(added[r.units], _PROBE / norms[r.units], 0.0).to(weight.dtype)
+            weight -= along(scale, r.dim, weight.dim()) * gradients[r.tensor]
+        uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
+    finally:
+        for name, before in kept.items():
+            parameters[name].copy_(before)
     for name, dim, index in incoming:
         rows = parameters[name].detach().transpose(0, dim)
         own = rows[index]

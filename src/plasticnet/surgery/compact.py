@@ -23,7 +23,7 @@ from plasticnet.tools.snapshot import duplicate
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 
-def compacted(net: GatedModel, multiple_of: int) -> nn.Module:
+def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
     """Return a compact copy of a network's model, plain and in evaluation mode.
 
     Closed units are cut, the mean gates of the others are multiplied into the weights that read them, and single
@@ -31,11 +31,12 @@ def compacted(net: GatedModel, multiple_of: int) -> nn.Module:
 
     Args:
         net: The network.
-        multiple_of: What widths are to be a multiple of, as in `survivors`.
+        multiple_of: What widths are to be a multiple of, as in `survivors`; None for ``net.multiple_of``.
 
     Raises:
         PlasticError: ``multiple_of`` is not a whole number from 1 on.
     """
+    multiple_of = net.multiple_of if multiple_of is None else multiple_of
     check_multiple(multiple_of)
     small = duplicate(net.model).eval()
     sites = net.sites.values()

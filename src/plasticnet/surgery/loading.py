@@ -1,14 +1,18 @@
-"""Loads a state dict into a network of another size: resizes the network first, and then copies."""
+"""Loads a state dict into a network of another size: resizes the network first, and then torch copies.
+
+Torch calls `prepare` when it comes to the network, whether it loads the network itself or a module that contains it.
+Everything that can be wrong is found before anything is changed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
@@ -16,42 +20,151 @@ from plasticnet.gates.site import gate_key, weight_key
 from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.resize import adopt
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors, rewrite
-from plasticnet.units import InputUnits, Units
+from plasticnet.tools.inputs import MORE
+from plasticnet.units import IDLE, InputUnits, Units
 
 
-@contextmanager
-def resized_to(net: GatedModel, state: Mapping[str, Any]) -> Iterator[None]:
-    """Resize a network to the sizes in a state dict, which is loaded within this context.
+def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assign: bool) -> None:
+    """Resize a network to the sizes in a state dict, from which torch then copies.
 
-    The parameters stay the same objects.
+    The parameters stay the same objects, unless they are to be replaced by those in the state.
+
+    Args:
+        net: The network.
+        state: A state dict of the network or of a module that contains it. With ``assign``, entries are replaced in it.
+        prefix: What the names of the network's entries begin with. Where there are none within a larger module, nothing
+            is done: torch misses them, if it is to be strict.
+        assign: Whether the parameters are to be replaced.
 
     Raises:
-        PlasticError: The state belongs to another architecture. Nothing was changed.
+        PlasticError: The state does not fit the network. Nothing was changed.
     """
-    _compare_keys(net.state_dict().keys(), state.keys())
-    _check_k(state["_extra_state"])
-    planned = _plan_load(net, state)
-    before = [(p, p.shape) for p in net.parameters()]
+    if wrong := [key for key in state if not isinstance(key, str)]:
+        raise PlasticError(f"the state has keys that are no names: {wrong[:5]}")
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if prefix and not own:
+        return
+    _compare_keys(net, own)
+    _check_k(own["_extra_state"])
+    _check_entries(net, own)
+    planned = _plan_load(net, own)
+    before = [p.shape for p in net.parameters()]
     _resize_in_place(net, planned)
     adopt(net, planned)
-    yield
-    if any(p is not q or p.shape != shape for (p, shape), q in zip(before, net.parameters(), strict=True)):
+    if assign or before != [p.shape for p in net.parameters()]:
         net.ranks.outgrow()
+    if assign:
+        _prepare_assignment(net, state, prefix)
 
 
-def _compare_keys(own: Iterable[str], found: Iterable[str]) -> None:
+def _prepare_assignment(net: GatedModel, state: MutableMapping[str, Any], prefix: str) -> None:
+    """Replace entries in a state dict whose tensors a network will hold.
+
+    Gates are brought to a precision that they can have, and the names of a shared tensor get one tensor.
+    """
+    for name, t in [*net.gates.named_parameters(prefix="gates"), *net.gates.named_buffers(prefix="gates")]:
+        state[prefix + name] = state[prefix + name].to(t.dtype)
+    names = net.model.named_parameters("model", remove_duplicate=False)
+    held = [*names, *net.model.named_buffers("model", remove_duplicate=False)]
+    first: dict[int, Tensor] = {}
+    for name, t in held:
+        if prefix + name in state:
+            found = state[prefix + name]
+            as_held = nn.Parameter(found, t.requires_grad) if isinstance(t, nn.Parameter) else found
+            state[prefix + name] = first.setdefault(id(t), as_held)
+
+
+def settle(net: GatedModel) -> None:
+    """Let the gates act on the tensors that a network holds after torch has loaded it."""
+    known, now = net.gating.known, [*net.model.parameters(), *net.model.buffers()]
+    if len(known) != len(now) or any(t is not u for t, u in zip(known, now, strict=True)):
+        net.refresh()
+
+
+def _compare_keys(net: GatedModel, state: Mapping[str, Any]) -> None:
     """Raise `PlasticError` unless a state dict names the same tensors as the network."""
-    missing, extra = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    own = net.state_dict().keys()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise PlasticError(
             f"the state belongs to another architecture: it lacks {missing[:5]}, and has {extra[:5]} on top"
+            f"{_cause(net, [*missing, *extra], extra)}"
         )
+
+
+def _cause(net: GatedModel, keys: Sequence[str], extra: Sequence[str]) -> str:
+    """Return why only the sites of a state may be others than those of the network, or an empty text.
+
+    Args:
+        net: The network.
+        keys: The keys that only the state has, or only the network.
+        extra: Those that only the state has.
+    """
+    if not all(key.startswith("gates.") for key in keys):
+        return ""
+    sites = {key.partition("/")[2].rpartition(".")[0].replace("/", ".") for key in extra}
+    frozen = [module for module, reason in net.frozen.items() if reason.startswith(IDLE)]
+    idle = [module for module in frozen if any(f"{site}.".startswith(f"{module}.") for site in sites)]
+    if idle:
+        return f". Here {', '.join(idle)} did not run: construct the network with inputs that reach it, too: {MORE}"
+    return (
+        ". The model is the same, and only its sites are others: construct the network with the same options, and with "
+        f"example inputs that reach the same modules ({MORE})"
+    )
 
 
 def _check_k(k: Any) -> None:
     """Raise `PlasticError` unless this is what `PlasticNet` saves of k: one number, 0 or more."""
-    if not isinstance(k, Tensor) or k.numel() != 1 or not float(k) >= 0:
+    if not isinstance(k, Tensor) or k.numel() != 1 or k.is_complex() or k.is_meta or not float(k) >= 0:
         raise PlasticError(f"the state has k={k!r}; k is one number from 0 to infinity")
+
+
+def _check_entries(net: GatedModel, state: Mapping[str, Any]) -> None:
+    """Raise `PlasticError` unless the state has tensors whose numbers the tensors of the network can take.
+
+    The shapes are compared later.
+    """
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    logits = {id(g.phi) for g in net.all_gates()}
+    first: dict[int, str] = {}
+    for name, own in held:
+        if name not in state:  # a buffer that is not saved
+            continue
+        found = state[name]
+        if not isinstance(found, Tensor):
+            raise PlasticError(f"{name}: the state has a {type(found).__name__} here, and the network a tensor")
+        if (_kind(found), found.layout) != (_kind(own), own.layout) or (found.is_meta and not own.is_meta):
+            place = ", on the meta device" if found.is_meta else ""
+            raise PlasticError(
+                f"{name}: the state has {_kind(found)} numbers ({found.dtype}, {found.layout}{place}), and the network "
+                f"{_kind(own)} ones ({own.dtype}, {own.layout})"
+            )
+        if isinstance(own, nn.Parameter) and not _finite(found) and (id(own) in logits or _finite(own)):
+            raise PlasticError(
+                f"{name}: the state has numbers that are NaN or infinite, as after a training that has diverged; go "
+                "back to an earlier checkpoint"
+            )
+        other = first.setdefault(id(own), name)
+        if other != name and not _equal(found, state[other]):
+            raise PlasticError(f"{name} and {other} are one tensor in the network, but differ in the state")
+
+
+def _kind(t: Tensor) -> str:
+    """Return what kind of numbers a tensor holds."""
+    kind = "complex" if t.is_complex() else "real" if t.is_floating_point() else "whole"
+    return f"quantised {kind}" if t.is_quantized else kind
+
+
+def _finite(t: Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity, which is not known of one without values."""
+    if t.is_meta or t.is_quantized or t.layout != torch.strided or not (t.is_floating_point() or t.is_complex()):
+        return True
+    return bool(torch.isfinite(t.float() if t.dtype.itemsize == 1 else t).all())
+
+
+def _equal(t: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, as far as they have values."""
+    return t is other or (t.shape == other.shape and (t.is_meta or torch.equal(t, other.to(t.device, t.dtype))))
 
 
 def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
@@ -65,7 +178,7 @@ def _plan_load(net: GatedModel, state: Mapping[str, Any]) -> Plan:
     for name, u in units.items():
         leaves = ("phi", "grace", "features") if isinstance(u, InputUnits) else ("phi", "grace")
         found = [state[f"gates.{gate_key(name)}.{leaf}"] for leaf in leaves]
-        if any(not isinstance(t, Tensor) or t.dim() != 1 or len(t) == 0 or len(t) != len(found[0]) for t in found):
+        if any(t.dim() != 1 or len(t) == 0 or len(t) != len(found[0]) for t in found):
             raise PlasticError(f"site {name!r}: its gates in the state are not of one shape (units,)")
     # Units may come back here even in sites that cannot grow, because the state has their values.
     growable = {name: u.growable for name, u in units.items()}
@@ -104,8 +217,7 @@ def _plan_features(planned: Plan, u: InputUnits, array: np.ndarray) -> None:
     Raises:
         PlasticError: These are not features of the site in increasing order.
     """
-    integers = np.issubdtype(array.dtype, np.integer)
-    if not integers or array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
+    if array[0] < 0 or array[-1] >= u.full or (np.diff(array) <= 0).any():
         raise PlasticError(
             f"site {u.name!r}: its features in the state are not an increasing list within 0 to {u.full - 1}"
         )
@@ -118,9 +230,12 @@ def _plan_features(planned: Plan, u: InputUnits, array: np.ndarray) -> None:
 
 def _compare(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
     """Raise `PlasticError` unless the tensors in the state have the shapes that the plan leads to."""
-    tensors = {n: (f"model.{n}", t) for n, t in [*net.model.named_parameters(), *net.model.named_buffers()]}
-    gates = [(n, (f"gates.{weight_key(n)}.phi", tensors[n][1])) for n in net.weights]
-    for name, (key, tensor) in [*tensors.items(), *gates]:
+    model = net.model
+    name_of = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}  # a tensor may have several
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [(f"model.{n}", name_of[id(t)], t) for n, t in held]
+    gates = [(f"gates.{weight_key(n)}.phi", n, model.get_parameter(n)) for n in net.weights]
+    for key, name, tensor in [*tensors, *gates]:
         expected = tuple(len(planned.takes.get((name, d), range(n))) for d, n in enumerate(tensor.shape))
         found = state.get(key)
         if isinstance(found, Tensor) and tuple(found.shape) != expected:

@@ -104,7 +104,7 @@ def prune(net: GatedModel, below: float = 0.5, optimizer: Optimizers = None, mul
         net: The network.
         below: The threshold, from 0 to 1.
         optimizer: The optimizer, or all of those, that hold the parameters.
-        multiple_of: What widths are to be a multiple of.
+        multiple_of: What widths are to be a multiple of, now and when the network is compacted.
 
     Returns:
         How many units were cut, for each site that lost some.
@@ -117,4 +117,5 @@ def prune(net: GatedModel, below: float = 0.5, optimizer: Optimizers = None, mul
     before = {n: len(s) for n, s in net.sites.items()}
     if sources:
         resize(net, sources, optimizer)
+    net.multiple_of = multiple_of
     return {n: before[n] - len(s) for n, s in net.sites.items() if before[n] != len(s)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plasticnet.errors import PlasticError
-from plasticnet.surgery.attributes import shift_widths, update_attributes
+from plasticnet.surgery.attributes import shift_widths, update_attributes, weights_of
 from plasticnet.surgery.optimizers import check_optimizers, rebind
 from plasticnet.surgery.plan import Plan
 from plasticnet.tools.torch_private import (
@@ -62,6 +62,7 @@ def apply_plan(
     for (tensor, dim), take in plan.takes.items():
         by_tensor.setdefault(tensor, {})[dim] = _Take(take)
     by_site = {site: {0: _Take(source)} for site, source in plan.sources.items()}
+    named = weights_of(model, by_tensor)
     with torch.no_grad():
         rewritten = [
             *_rewritten_tensors(model, by_tensor, plan.consumed, init),
@@ -77,7 +78,7 @@ def apply_plan(
         for optimizer in optimizers:
             rebind(optimizer, moved, lambda old, value, mean: _rewrite(value, takes_of[old], mean))
     shift_widths(model, plan.shifts)
-    update_attributes(model, plan.takes, plan.groups)
+    update_attributes(model, plan.takes, plan.groups, named)
     return moved
 
 

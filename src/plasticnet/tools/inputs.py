@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,22 @@ from plasticnet.tools.trees import tensors_within
 Loss = Callable[[], Tensor]
 _LARGE = 50_000_000  # the number of parameters above which a model is large
 _TOKENS = (2, 8)  # the shape of a batch of token ids
+MORE = "more_inputs=[...]"  # how messages name the argument for further inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One way to call a model.
+
+    Attributes:
+        args: The positional arguments.
+        kwargs: The arguments by keyword.
+        training: Whether the model is in training mode.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    training: bool = False
 
 
 def batch_size(args: Any, kwargs: Any) -> int:
@@ -42,9 +59,31 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     )
 
 
+def calls_of(example_inputs: Any, more_inputs: Any = ()) -> list[Call]:
+    """Return a call in evaluation mode for the example inputs, and one for each further set.
+
+    Raises:
+        PlasticError: The example inputs or a further set are no arguments, or the further sets are no list.
+    """
+    if not isinstance(more_inputs, list) and not (isinstance(more_inputs, tuple) and not more_inputs):
+        raise PlasticError(
+            "more_inputs is a list with one entry for each further call, which is a tuple of arguments or a dict of "
+            f"keyword arguments: more_inputs=[(x, targets)], not a {type(more_inputs).__name__}"
+        )
+    return [Call(*call_arguments(entry)) for entry in (example_inputs, *more_inputs)]
+
+
 @contextmanager
-def blaming_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+def blaming_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], which: str = "the example inputs"
+) -> Iterator[None]:
     """Explain errors in this context, in which a model runs for the first time, by the example inputs.
+
+    Args:
+        model: The model.
+        args: The positional arguments.
+        kwargs: The arguments by keyword.
+        which: Which inputs these are, for the message.
 
     Raises:
         PlasticError: The model has raised an exception; the message has the shapes of the inputs.
@@ -56,7 +95,7 @@ def blaming_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     except Exception as error:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (*args, *kwargs.values())]
         raise PlasticError(
-            f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): {error}. "
+            f"{type(model).__name__} does not run on {which} (shapes {shapes}): {error}. "
             "Pass example_inputs that model(*example_inputs) accepts."
         ) from error
 

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plasticnet.tools.copying import deep_copy
 from plasticnet.tools.torch_private import buffers_of, forget_parametrized
 
 
 def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Parameter] | None = None) -> nn.Module:
-    """Return a deep copy of a model.
+    """Return a deep copy of a model, in whatever state it is.
 
-    Attributes that are results of a computation, such as the weight of the old weight_norm, are copied by value,
-    because ``deepcopy`` refuses them.
+    Results of a computation that it keeps, such as attention maps or the weight of the old weight_norm, are copied
+    without their graph. What cannot be copied, such as a lock or an open file, is shared.
 
     Args:
         model: The model.
         parameters: Makes the parameters of the copy from those of the model; by default they are copied.
+
+    Raises:
+        PlasticError: A module within the model refuses to be copied.
     """
-    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    known: dict[int, Any] = {id(t): t.detach().clone() for t in computed}
-    if parameters is not None:
-        known.update((id(p), parameters(p)) for p in model.parameters())
-    return copy.deepcopy(model, known)
+    known = {} if parameters is None else {id(p): parameters(p) for p in model.parameters()}
+    return deep_copy(model, known)
 
 
 def sharing(model: nn.Module) -> nn.Module:

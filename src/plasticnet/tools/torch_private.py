@@ -8,8 +8,8 @@ No other module reads them, so there is one place to look at when a new version 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -38,12 +38,12 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     Attributes would not do: the attribute of a parametrized weight is computed when it is read, and can only be
     assigned a parameter.
     """
-    return module._parameters
+    return _Scripted(module._parameters) if is_scripted(module) else module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the dict in which a module keeps its own buffers, by name."""
-    return module._buffers
+    return _Scripted(module._buffers) if is_scripted(module) else module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -51,7 +51,23 @@ def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
 
     ``named_children`` would not do, because it names a module that is held twice only once.
     """
-    return module._modules
+    return _Scripted(module._modules) if is_scripted(module) else module._modules
+
+
+class _Scripted(dict[str, Any]):
+    """What a module that TorchScript has compiled keeps in the place of a dict: it has few of a dict's methods.
+
+    Args:
+        kept: What it keeps.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__(kept.items())
+        self._kept = kept
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._kept[key] = value
+        super().__setitem__(key, value)
 
 
 def has_child(module: nn.Module, name: str) -> bool:
@@ -67,6 +83,11 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
 def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Apply a function to all parameters and buffers in place, as ``Module.to`` does, and return the module."""
     return module._apply(function)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Return whether TorchScript has compiled a module, by ``torch.jit.script`` or ``torch.jit.trace``."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -197,22 +218,30 @@ def forget_parametrized() -> None:
     parametrize._cache.clear()
 
 
-# These are the functions that torch.utils.checkpoint.checkpoint calls in different versions of torch.
-_CHECKPOINTING = ("_checkpoint_impl", "CheckpointFunction", "_checkpoint_without_reentrant_generator")
+# These functions of torch.utils.checkpoint, in different versions of torch, take what runs again as their first
+# argument.
+_RUN_AGAIN = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 
 
-@contextmanager
-def checkpointing_by(replacement: Any) -> Iterator[None]:
-    """Replace what gradient checkpointing calls in this context.
+def replace_checkpointing(
+    wrapped: Callable[[Callable[..., Any]], Callable[..., Any]], before_reentrant: Callable[[], None]
+) -> Callable[[], None]:
+    """Change what gradient checkpointing does, and return a function that puts everything back.
 
-    The replacement is called in the place of torch's functions, or its ``apply`` is.
+    Args:
+        wrapped: Returns what is run again in the backward pass, from the function that torch would run.
+        before_reentrant: Called before a reentrant checkpoint; it may raise.
     """
-    names = [n for n in _CHECKPOINTING if hasattr(checkpoint, n)]
-    kept = [getattr(checkpoint, name) for name in names]
-    for name in names:
-        setattr(checkpoint, name, replacement)
-    try:
-        yield
-    finally:
-        for name, own in zip(names, kept, strict=True):
-            setattr(checkpoint, name, own)
+    kept: dict[str, Any] = {name: getattr(checkpoint, name) for name in _RUN_AGAIN if hasattr(checkpoint, name)}
+    reentrant = checkpoint.CheckpointFunction
+
+    def wrapping(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda function, *args, **kwargs: own(wrapped(function), *args, **kwargs)
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        before_reentrant()
+        return reentrant.apply(*args, **kwargs)
+
+    replaced = {name: wrapping(own) for name, own in kept.items()}
+    checkpoint.__dict__.update(replaced, CheckpointFunction=SimpleNamespace(apply=apply))
+    return lambda: checkpoint.__dict__.update(kept, CheckpointFunction=reentrant)

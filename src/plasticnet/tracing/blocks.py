@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.layers.skip import Skip
+from plasticnet.tools.copying import deep_copy
+from plasticnet.tools.inputs import Call
 from plasticnet.tools.snapshot import duplicate
-from plasticnet.units import BlockUnits
+from plasticnet.tools.torch_private import is_scripted
+from plasticnet.units import SCRIPTED, BlockUnits
 
 
-def find_blocks(
-    model: nn.Module, patterns: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[str], dict[str, str]]:
+def find_blocks(model: nn.Module, patterns: Sequence[str], calls: Sequence[Call]) -> tuple[list[str], dict[str, str]]:
     """Find the blocks whose names match.
 
     Args:
         model: The model, of which a copy is run.
         patterns: Name patterns of blocks.
-        args: The positional example inputs.
-        kwargs: The example inputs that are given by keyword.
+        calls: The calls in evaluation mode, of which the first one must succeed.
 
     Returns:
         The names of the blocks; and for every other module that matches, the reason why it cannot be skipped.
@@ -44,18 +44,15 @@ def find_blocks(
             raise PlasticError(f"blocks={pattern!r} matches no module; those with parts are: {known}")
     if not names:
         return [], {}
-    calls: dict[str, list[str]] = {n: [] for n in names}
-    twin = duplicate(model).eval()
-    for name in names:
-        twin.get_submodule(name).register_forward_hook(_note(calls[name]), with_kwargs=True)
-    with torch.no_grad():
-        twin(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+    noted: dict[str, list[str]] = {n: [] for n in names}
+    for i, call in enumerate(calls):
+        noted = {n: max(noted[n], found, key=_told) for n, found in _noted(model, names, call, i > 0).items()}
     places = [(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)]
     frozen: dict[str, str] = {}
     for name in names:
         own = {p for p, n in places if n.startswith(f"{name}.")}
         shared = next((n for p, n in places if p in own and not n.startswith(f"{name}.")), None)
-        reasons = calls[name] or ["a block that was never called"]
+        reasons = noted[name] or ["a block that was never called"]
         if any(name.startswith(f"{other}.") for other in names):
             reasons = ["a block within a block"]
         elif shared is not None:
@@ -72,6 +69,26 @@ def block_sites(names: Sequence[str]) -> dict[str, BlockUnits]:
     for name in names:
         held.setdefault(f"{name.rpartition('.')[0]}.depth".lstrip("."), []).append(name)
     return {n: BlockUnits(n, len(b), [], blocks=tuple(b), growable=False) for n, b in held.items()}
+
+
+def _noted(model: nn.Module, names: Sequence[str], call: Call, fallible: bool) -> dict[str, list[str]]:
+    """Return what `_note` notes of modules in one run; if the run may fail, what it notes until then."""
+    noted: dict[str, list[str]] = {n: [] for n in names}
+    twin = duplicate(model).eval()
+    for name in names:
+        if is_scripted(twin.get_submodule(name)):
+            noted[name].append(SCRIPTED)
+        else:
+            twin.get_submodule(name).register_forward_hook(_note(noted[name]), with_kwargs=True)
+    with torch.no_grad(), suppress(*[Exception] if fallible else []):
+        args, kwargs = deep_copy((call.args, call.kwargs))
+        twin(*args, **kwargs)
+    return noted
+
+
+def _told(reasons: list[str]) -> tuple[bool, int]:
+    """Return how much a run says against a block: whether it names a reason, and how often the block was called."""
+    return any(reasons), len(reasons)
 
 
 def _note(reasons: list[str]) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plasticnet.tracing.labels import Axis, Mark, Tag, labelled, plain
 from plasticnet.tracing.mode import Tracer, rule
+from plasticnet.tracing.statistics import normalise
 
 
 def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -173,7 +174,7 @@ def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     labels = tracer.ledger.read(tag, 1)
     for vector in (weight, bias):
         tracer.attach(labels, vector, "a normalisation vector without units")
-    if groups > 1 or not tracer.normalise(x, 1, weight):
+    if groups > 1 or not normalise(tracer, x, 1, weight):
         source = None if weight is None else tracer.tag(weight).source
         if source is not None:
             tracer.facts.grouped[source] = channels // groups
@@ -184,7 +185,7 @@ def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     tracer.put(out[0], Tag(tag.axes))
 
 
-_NORMALISED = "normalised over its channels (LayerNorm or RMSNorm); residual=True gates it"
+_NORMALISED = "normalised over its channels (LayerNorm or RMSNorm)"
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
@@ -192,12 +193,14 @@ def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     x, shape = args[:2]
     tag = tracer.ledger.settle(tracer.tag(x))
     vectors = [vector for vector in args[2:4] if isinstance(vector, Tensor)]
-    if len(shape) == 1 and vectors and tracer.normalise(x, x.dim() - 1, vectors[0]):
+    if len(shape) == 1 and vectors and normalise(tracer, x, x.dim() - 1, vectors[0]):
         for vector in vectors[1:]:
             tracer.attach(tracer.ledger.read(tag, x.dim() - 1), vector, "a normalisation vector without units")
     else:
+        hint = "by a norm without a vector of its own that tells channels apart" if tracer.residual else ""
+        reason = f"{_NORMALISED} {hint}" if hint else f"{_NORMALISED}; residual=True gates it"
         for tensor in (x, *vectors):
-            tracer.freeze(tensor, _NORMALISED, range(tensor.dim() - len(shape), tensor.dim()))
+            tracer.freeze(tensor, reason, range(tensor.dim() - len(shape), tensor.dim()))
     tracer.put(out[0], Tag(tag.axes))
 
 

@@ -20,11 +20,14 @@ class Facts:
         uses: How often each entry of a parameter is multiplied for one sample.
         seen: The parameters and buffers that a run has used.
         grouped: For each weight of a grouped layer, the number of rows of one group.
-        steered: Whether the model has read a value while it ran, as ``if x.sum() > 0`` does.
+        steered: Whether the model has read a value while it ran, as ``if x.sum() > 0`` does, or has made a tensor whose
+            shape depends on values.
+        routed: Whether which modules run depends on values, as in a mixture of experts.
+        stateful: Whether the model keeps something from one call to the next.
         unskippable: The blocks that return something else in training than a tensor like their first input.
         means: The modules, each with an axis, that take a mean over an axis without units.
         embeddings: The tables of embeddings whose own units get no gates.
-        norms: The statistics over gated units, by the dimension of the norm's parameter.
+        norms: The statistics over gated units.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -35,7 +38,9 @@ class Facts:
     seen: set[str] = field(default_factory=set)
     grouped: dict[str, int] = field(default_factory=dict)
     steered: bool = False
+    routed: bool = False
+    stateful: bool = False
     unskippable: set[str] = field(default_factory=set)
     means: set[tuple[str, int]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
-    norms: dict[tuple[str, int], Norm] = field(default_factory=dict)
+    norms: dict[Norm, None] = field(default_factory=dict)

@@ -242,7 +242,7 @@ class Ledger:
     def read(self, tag: Tag, axis: int) -> np.ndarray:
         """Return one label for each index of an axis, where -1 stands for none.
 
-        Where two factors of the axis have labels, all of these are frozen.
+        Where two factors of the axis have labels, all of these are frozen; those of length 1 do not count.
         """
         factors = self.settle(tag).axes[axis]
         size = axis_size(factors)
@@ -250,6 +250,9 @@ class Ledger:
         seen = False
         for i, f in enumerate(factors):
             if f.grid is None:
+                continue
+            if f.size == 1 and any(other.grid is not None and other.size > 1 for other in factors):
+                self.freeze(f.grid.labels.reshape(-1), "a single channel is flattened into an axis")
                 continue
             outer, inner = axis_size(factors[:i]), axis_size(factors[i + 1 :])
             spread = np.tile(np.repeat(f.grid.labels, inner), outer)

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tools.torch_private import Conv, flat_names, schema_name
+from plasticnet.tools.torch_private import Conv, flat_names, is_scripted, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
-from plasticnet.units import Consumer, Norm
+from plasticnet.units import SCRIPTED, Consumer
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -53,6 +53,7 @@ class Tracer(TorchDispatchMode):
         calls: The modules that are running, innermost last, each with its first input.
         batch: The length of the batch.
         names: The name of each parameter and buffer, by its ``id``.
+        parameters: The names of the parameters.
     """
 
     def __init__(
@@ -76,14 +77,19 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[str, Tensor | None]] = []
         self.batch: int | None = None
         self.names: dict[int, str] = {}
+        self.parameters = {name for name, _ in model.named_parameters()}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names[id(tensor)] = name
             axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
-            source = name if isinstance(tensor, nn.Parameter) else None
+            source = name if name in self.parameters else None
             self.tags[tensor] = Tag(axes, source, tuple(range(tensor.dim())))
         for name, module in model.named_modules():
             if isinstance(module, nn.RNNBase):
                 self._tie_layers(f"{name}." if name else "", module)
+            if is_scripted(module):
+                for leaf, tensor in [*module.named_parameters(name, False), *module.named_buffers(name, False)]:
+                    for d, size in enumerate(tensor.shape):
+                        self.ledger.freeze(self.ledger.fresh(leaf, d, size), SCRIPTED)
 
     def _tie_layers(self, prefix: str, module: nn.RNNBase) -> None:
         """Join the units of all layers and directions of a recurrent module, which have one hidden size in common."""
@@ -108,7 +114,7 @@ class Tracer(TorchDispatchMode):
                 self.tags[tensor] = Tag((plain(tensor.shape[0], mark), *map(plain, tensor.shape[1:])))
         handles: list[Any] = []
         for name, module in self.model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
+            if next(module.parameters(recurse=False), None) is not None and not is_scripted(module):
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
         for name in self.skipped:
@@ -151,19 +157,30 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
+        self._note_steering(func, tensors)
         found = RULES.get(schema_name(func))
         if found is None and torch.Tag.pointwise in func.tags:
             found = RULES["aten::pointwise"]
-        if found is not None:
-            found(self, func, args, kwargs, out)
-        elif any(self.tag(t).labelled for t in tensors):
+        if found is None:
             self.unknown(func, tensors)
+            return out
+        try:
+            found(self, func, args, kwargs, out)
+        except Exception as error:  # a rule cannot foresee every use of its operation
+            self.unknown(func, tensors, f"whose rule fails here with {error!r}")
         return out
 
-    def unknown(self, func: Any, tensors: Sequence[Tensor]) -> None:
-        """Freeze all labels of these tensors, because the operation that reads them has no rule."""
+    def _note_steering(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        """Note an operation whose result has a shape that depends on values, because the model can branch on shapes."""
+        if torch.Tag.dynamic_output_shape in func.tags:
+            masks = any(t.dtype in (torch.bool, torch.uint8) for t in tensors)
+            if masks or schema_name(func) != "aten::index":
+                self.facts.steered = self.facts.routed = True
+
+    def unknown(self, func: Any, tensors: Sequence[Tensor], why: str = "for which there is no rule") -> None:
+        """Freeze all labels of these tensors, because nothing is known of the operation that reads them."""
         for t in tensors:
-            self.freeze(t, f"used by {schema_name(func)}, for which there is no rule (see register_rule)")
+            self.freeze(t, f"used by {schema_name(func)}, {why} (see register_rule)")
 
     # -- what rules use ---------------------------------------------------------------------
 
@@ -268,34 +285,6 @@ class Tracer(TorchDispatchMode):
         found = self.facts.consumers.setdefault((name, dim), [])
         if consumer not in found:
             found.append(consumer)
-
-    def normalise(self, x: Tensor, axis: int, vector: Tensor | None = None) -> bool:
-        """Note that statistics over an axis are to be taken over the open units only, where that is possible.
-
-        It is possible where masked norms were asked for and the running module owns a vector as long as the axis. The
-        entries of the vector are joined with those of the axis.
-
-        Args:
-            x: The tensor whose statistics are taken.
-            axis: The axis.
-            vector: The only vector that will do, or None where any vector of the module will.
-
-        Returns:
-            Whether it is possible.
-        """
-        if not self.residual or not self.calls:
-            return False
-        owner = self.calls[-1][0]
-        for name, tensor in self.model.get_submodule(owner).named_parameters(owner, recurse=False):
-            dims = [d for d, n in enumerate(tensor.shape) if n != 1]
-            if len(dims) == 1 and tensor.shape[dims[0]] == x.shape[axis] and vector in (None, tensor):
-                self.attach(
-                    self.ledger.read(self.tag(x), axis), tensor, "a normalisation vector without units", dims[0]
-                )
-                norm = Norm(owner, axis % x.dim() - x.dim(), name, dims[0])
-                self.facts.norms.setdefault((name, dims[0]), norm)
-                return True
-        return False
 
     def _consumer(self, name: str, dim: int, labels: np.ndarray) -> Consumer:
         """Return who reads these labels through a dimension of a parameter.

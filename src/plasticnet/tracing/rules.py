@@ -11,6 +11,7 @@ from plasticnet.tools.torch_private import schema_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.mode import Tracer, rule
+from plasticnet.tracing.statistics import normalise
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
 
 
@@ -62,7 +63,7 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     single = schema_name(func) == "aten::mean" and len(dims) == 1
     if single and tracer.calls and not has_labels(tracer.tag(x).axes[dims[0]]):
         tracer.facts.means.add((tracer.calls[-1][0], dims[0] - x.dim()))
-    if not single or not tracer.normalise(x, dims[0]):
+    if not single or not normalise(tracer, x, dims[0]):
         hint = " (residual=True may gate it)" if schema_name(func) == "aten::mean" and not tracer.residual else ""
         tag = join_parts(tracer.ledger, tracer.tag(x), dims)
         tracer.put(x, tag)  # every later reader must take the parts as this operation does

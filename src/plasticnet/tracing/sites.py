@@ -10,8 +10,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from plasticnet.tracing.branches import freeze_for_other_branches
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.labels import Ledger
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
@@ -37,12 +37,13 @@ class _Classes:
         return self.order[self.starts[c] : self.starts[c + 1]]
 
 
-def build(facts: Facts, unseen: Sequence[str]) -> Trace:
+def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Trace:
     """Group the classes of joined labels into sites, and list what is frozen with the reason.
 
     Args:
         facts: What the runs of the model have found.
         unseen: The names of the parameters and buffers that no run has used.
+        refused: Why the model does not run in training mode, or None.
     """
     ledger = facts.ledger
     origins = list(ledger.origins())
@@ -54,21 +55,24 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
         if tensor in unseen:
             ledger.freeze(labels, "never used while the model ran")
     names = [(tensor, dim) for tensor, dim, _ in origins]
+    classes = _classes(ledger.total, ledger.pairs)
+    if refused is not None:
+        why = f"the model does not run in training mode ({refused})"
+        freeze_for_other_branches(ledger, classes.of, unseen, why, "then")
     if facts.steered:
-        _freeze_for_other_branches(ledger, unseen)
+        freeze_for_other_branches(ledger, classes.of, unseen, "the model reads a value", "in another branch")
     for i, key in enumerate(names):
         if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
-    for (tensor, dim), norm in facts.norms.items():
+    for norm in facts.norms:
         if (norm.module, norm.axis) in facts.means:
-            labels = next(labels for t, d, labels in origins if (t, d) == (tensor, dim))
+            labels = next(labels for t, d, labels in origins if (t, d) == (norm.tensor, norm.dim))
             ledger.freeze(labels, "its layer also takes a mean, over the same axis, of something else")
-    classes = _classes(ledger.total, ledger.pairs)
     reasons = _frozen_classes(classes, ledger.frozen)
 
     trace = Trace({}, {}, dict(facts.uses))
     taken: set[int] = set()
-    for key in facts.producers:
+    for key in _ordered(facts, names):
         if key[0] in facts.inputs:
             _input_site(key[0], facts, trace)
             continue
@@ -81,24 +85,19 @@ def build(facts: Facts, unseen: Sequence[str]) -> Trace:
         _sites_of(name, mine, classes, reasons, origin_of, starts, names, facts, trace)
     _attach_consumers(facts, trace)
     for units in trace.sites.values():
-        units.norms.extend(n for key, n in facts.norms.items() if key in {(s.tensor, s.dim) for s in units.slices})
+        units.norms.extend(n for n in facts.norms if (n.tensor, n.dim) in {(s.tensor, s.dim) for s in units.slices})
     return trace
 
 
-def _freeze_for_other_branches(ledger: Ledger, unseen: Sequence[str]) -> None:
-    """Freeze what a layer that did not run may read in another branch of a model that values steer.
+def _ordered(facts: Facts, names: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return where units are born, in the order in which they were found.
 
-    That is everything whose length is that of one of the layer's dimensions.
+    Where values decide which modules run, the order must not depend on values, because the gates are numbered by it. It
+    is then that of the parameters in the model, and the input axes come last.
     """
-    lengths = {len(labels): tensor for tensor, _, labels in ledger.origins() if tensor in unseen and len(labels) > 1}
-    for _, _, labels in list(ledger.origins()):
-        if len(labels) in lengths:
-            layer = owner(lengths[len(labels)])
-            ledger.freeze(
-                labels,
-                f"the model reads a value and {layer} did not run: it may read these units in another branch; "
-                "pass example inputs that reach it",
-            )
+    if not facts.routed:
+        return list(facts.producers)
+    return sorted(facts.producers, key=lambda key: (key[0] in facts.inputs, names.index(key)))
 
 
 def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from plasticnet.errors import PlasticError
 from plasticnet.layers.attention import unfused_layers
-from plasticnet.tools.inputs import blaming_inputs, call_arguments, copy_inputs, is_large
-from plasticnet.tools.snapshot import duplicate, left_as_it_was
-from plasticnet.tools.torch_private import buffers_of, schema_name
+from plasticnet.tools.inputs import MORE, Call, blaming_inputs, calls_of
+from plasticnet.tools.snapshot import left_as_it_was
+from plasticnet.tools.torch_private import is_scripted, schema_name
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.blocks import block_sites, find_blocks
-from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.mode import RULES, Rule, Tracer
+from plasticnet.tracing.runs import Runs, observe
 from plasticnet.tracing.sites import build
-from plasticnet.units import Trace
+from plasticnet.units import IDLE, SCRIPTED, Trace
 
 
 def register_rule(op: Any, rule: Rule | str) -> None:
@@ -55,6 +54,7 @@ def trace(
     model: nn.Module,
     example_inputs: Any,
     *,
+    more_inputs: Sequence[Any] = (),
     inputs: Sequence[str] = (),
     residual: bool = False,
     blocks: Sequence[str] = (),
@@ -67,12 +67,15 @@ def trace(
         model: The model, which is not changed.
         example_inputs: A tuple of arguments, or a dict of keyword arguments, that the model runs on. The batch is the
             first axis.
+        more_inputs: A list of further such tuples and dicts: what the model trains on, if that is something else, or
+            what leads into other branches. It runs on each of them in evaluation or in training mode.
         inputs: Name patterns of consumers whose input features get a site of their own.
         residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, get sites, too.
         blocks: Name patterns of modules that are units as a whole.
 
     Raises:
-        PlasticError: The model rejects the inputs (the model's error is the cause), or a pattern matches nothing.
+        PlasticError: The model rejects the inputs (the model's error is the cause), a pattern matches nothing, or
+            TorchScript has compiled the model.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -83,12 +86,35 @@ def trace(
         >>> found.frozen["2"]
         "reaches the model's output"
     """
-    args, kwargs = call_arguments(example_inputs)
+    return explore(model, calls_of(example_inputs, more_inputs), inputs, residual, blocks)[0]
+
+
+def explore(
+    model: nn.Module, calls: Sequence[Call], inputs: Sequence[str], residual: bool, blocks: Sequence[str]
+) -> tuple[Trace, Runs]:
+    """Return what `trace` does, and what is known of the runs of the model.
+
+    Args:
+        model: The model.
+        calls: The calls in evaluation mode, the example inputs first.
+        inputs: As in `trace`.
+        residual: As in `trace`.
+        blocks: As in `trace`.
+
+    Raises:
+        PlasticError: As `trace` raises it.
+    """
+    if is_scripted(model):
+        raise PlasticError(
+            f"{type(model).__name__} is {SCRIPTED}: give the module as it was before torch.jit.script or "
+            "torch.jit.trace, and compile what compact() returns"
+        )
     with unfused(), left_as_it_was(model):
-        with blaming_inputs(model, args, kwargs):
-            skipped, reasons = find_blocks(model, blocks, args, kwargs)
+        with blaming_inputs(model, calls[0].args, calls[0].kwargs):
+            skipped, reasons = find_blocks(model, blocks, calls)
         tracer = partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped)
-        facts, evaluated = _facts_of(model, tracer, args, kwargs)
+        runs = observe(model, tracer, calls)
+    facts = runs.facts
     reasons.update(
         dict.fromkeys(facts.unskippable, "in training it returns something else than a tensor like its first input")
     )
@@ -97,71 +123,25 @@ def trace(
         if not any(fnmatchcase(name, pattern) for name in consumers):
             known = ", ".join(sorted(consumers))
             raise PlasticError(f"inputs={pattern!r} matches no module whose input can be gated: {known}")
-    parameters = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-    traced = build(facts, [name for name in parameters if name not in facts.seen])
-    traced.trains_more = any(name not in evaluated and name in facts.seen for name, _ in model.named_parameters())
-    traced.positional = facts.ledger.positional
+    tensors = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    traced = build(facts, [name for name in tensors if name not in facts.seen], runs.refused)
+    traced.positional, traced.steered, traced.stateful = facts.ledger.positional, facts.steered, facts.stateful
     traced.sites.update(block_sites([name for name in skipped if name not in reasons]))
     traced.frozen.update((f"{name} (as a block)", reason) for name, reason in reasons.items())
-    return traced
+    traced.frozen.update(_idle(model, facts.seen))
+    return traced, runs
 
 
-def _facts_of(
-    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Facts, set[str]]:
-    """Return what the runs in both modes have found, and the parameters that were used in evaluation."""
-    if is_large(model):
-        with suppress(Exception):  # not every model runs on meta tensors, which have no values
-            return _facts_of(*_on_meta(model, tracer, args, kwargs))
-    facts = Facts()
-    run = partial(_run, model, partial(tracer, facts=facts))
-    with blaming_inputs(model, args, kwargs):
-        run(args, kwargs, training=False)
-    evaluated = set(facts.seen)
-    _run_training(model, run, args, kwargs)
-    return facts, evaluated
-
-
-def _on_meta(
-    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, Callable[..., Tracer], tuple[Any, ...], dict[str, Any]]:
-    """Return the same arguments for a copy of the model on the meta device, where only shapes are computed."""
-    twin = duplicate(model, lambda p: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
-    for module in twin.modules():
-        for name, buffer in buffers_of(module).items():
-            buffers_of(module)[name] = None if buffer is None else buffer.to("meta")
-    args, kwargs = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args, kwargs))
-    return twin, tracer, args, kwargs
-
-
-def _run(
-    model: nn.Module, tracer: Callable[..., Tracer], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
-) -> None:
-    """Trace one run of a copy of the model; the run in evaluation counts multiplications."""
-    twin = duplicate(model).train(training)  # on a copy, because a merged LoRA changes its parameters here
-    args, kwargs = copy_inputs((args, kwargs))
-    tracer(twin, count=not training).run(args, kwargs)
-
-
-def _run_training(model: nn.Module, run: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Trace a run in training mode, because layers that run only there (auxiliary heads) join units, too.
-
-    BatchNorm refuses statistics over a single sample. So where the run fails, the batch is doubled.
-
-    Raises:
-        PlasticError: The model does not run in training mode.
-    """
-    try:
-        run(args, kwargs, training=True)
-    except (ValueError, RuntimeError):
-        args, kwargs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
-        try:
-            run(args, kwargs, training=True)
-        except (ValueError, RuntimeError) as error:
-            raise PlasticError(
-                f"{type(model).__name__} runs on the example inputs in evaluation but not in training mode: {error}. "
-                "Pass example inputs that it can train on (a batch of two or more, say)."
-            ) from error
+def _idle(model: nn.Module, seen: set[str]) -> dict[str, str]:
+    """Return the outermost modules of which no parameter was used, and single parameters, with the reason."""
+    parameters = {name: name in seen for name, _ in model.named_parameters()}
+    idle: dict[str, str] = {}
+    for module, _ in [*model.named_modules(), *model.named_parameters()]:
+        inside = [used for name, used in parameters.items() if f"{name}.".startswith(f"{module}.")]
+        within = any(f"{module}.".startswith(f"{outer}.") for outer in idle)
+        if module and inside and not any(inside) and not within:
+            idle[module] = f"{IDLE}: nothing is known of what reads it; give inputs that reach it, too: {MORE}"
+    return idle
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from torch import Tensor
 from plasticnet.budgets.budget import Budget, present
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import held_open, probability
+from plasticnet.learning.guard import guarded
 from plasticnet.net import PlasticNet
+from plasticnet.tools.precision import product
 
 # The target comes down over this share of the plastic epochs.
 FALL = 0.6
@@ -109,6 +111,8 @@ class Controller:
         if math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites):
             return self.like.new_zeros(())
         phi = net.phi()
+        self.like = net.like  # the network may have been brought to another device or precision
+        self.level, self.sizes = self.level.to(phi), self.sizes.to(phi)
         leaf = phi.detach().requires_grad_()
         with torch.enable_grad():
             grace = torch.cat([torch.zeros(0, dtype=torch.int64, device=leaf.device), *(s.grace for s in sites)])
@@ -126,8 +130,8 @@ class Controller:
         # The ratio is 0 where no gate can lower a cost.
         ratio = torch.where(self.sizes[:-1] > 0, self.sizes[-1] / self.sizes[:-1], 0.0)
         strength = (self.level + GAIN * excess).exp() * ratio
-        total = phi @ (strength / len(self.costs) @ gradients)
-        return total - total.detach() + (strength * excess).sum()
+        total = product(phi, product(gradients.t(), strength / len(self.costs)))
+        return guarded(net, total - total.detach() + (strength * excess).sum())
 
     def _follow(self, costs: Tensor, epoch: int, end: int) -> Tensor:
         """Move the levels by a step, and return by how much the costs exceed their present targets.
@@ -206,17 +210,7 @@ class Controller:
             PlasticError: The state is not that of a budget with the same costs and of a network with the same sites.
                 Nothing was changed.
         """
-        sizes = {"level": len(self.costs), "sizes": len(self.costs) + 1, "base": len(self.costs)}
-        if (
-            not isinstance(state, Mapping)
-            or any(not isinstance(state.get(name), int | float) for name in _NUMBERS)
-            or any(not isinstance(state.get(n), Sequence) or len(state[n]) != size for n, size in sizes.items())
-            or not isinstance(state.get("targets"), Mapping)
-            or list(state["targets"]) != list(self.targets)
-            or not isinstance(state.get("widths"), Mapping)
-            or list(state["widths"]) != list(self.widths)
-            or not isinstance(state.get("good", {}), Mapping)
-        ):
+        if not isinstance(state, Mapping) or not self._takes(state):
             raise PlasticError(f"the state of the budget is not one of {', '.join(self.costs)}: {state!r}")
         for name in _NUMBERS:
             setattr(self, name, state[name])
@@ -224,3 +218,32 @@ class Controller:
         self.widths = dict(state["widths"])
         self.good = {name: phi.to(self.like.device) for name, phi in state.get("good", {}).items()}
         self.level, self.sizes = (self.like.new_tensor(state[n]) for n in ("level", "sizes"))
+
+    def _takes(self, state: Mapping[str, Any]) -> bool:
+        """Return whether a state has everything that this controller keeps, in a form that it can use."""
+        sizes = {"level": len(self.costs), "sizes": len(self.costs) + 1, "base": len(self.costs)}
+        lists, good = [state.get(name) for name in sizes], state.get("good", {})
+        targets, widths = state.get("targets"), state.get("widths")
+        return (
+            all(_is_number(state.get(name), finite=False) for name in _NUMBERS)
+            and all(isinstance(v, Sequence) and len(v) == n for v, n in zip(lists, sizes.values(), strict=True))
+            and all(_is_number(v) for values in lists for v in values or ())
+            and isinstance(targets, Mapping)
+            and list(targets) == list(self.targets)
+            and all(_is_number(v) and v > 0 for v in targets.values())
+            and isinstance(widths, Mapping)
+            and list(widths) == list(self.widths)
+            and all(type(v) is int and v > 0 for v in widths.values())
+            and isinstance(good, Mapping)
+            and all(isinstance(v, Tensor) and v.is_floating_point() and _is_finite(v) for v in good.values())
+        )
+
+
+def _is_number(value: Any, finite: bool = True) -> bool:
+    """Return whether a value is a number, and a finite one where that is asked for."""
+    return isinstance(value, int | float) and not (finite and not math.isfinite(value))
+
+
+def _is_finite(t: Tensor) -> bool:
+    """Return whether a tensor has values, and no NaN or infinity among them."""
+    return not t.is_meta and bool(torch.isfinite(t).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,9 @@ from plasticnet.training.controller import Controller
 from plasticnet.training.cutting import cut_hibernating, forget_gates, harden, kept_to_loss, recover
 from plasticnet.training.growth import Growth
 from plasticnet.training.stages import Change, Stage, check_hardening
+from plasticnet.training.stillness import Stillness
 from plasticnet.training.timeline import Timeline
+from plasticnet.training.undo import undone_on_error
 
 
 class Schedule:
@@ -46,7 +49,7 @@ class Schedule:
         hibernate: The probability below which a unit is cut in a plastic stage, from 0 to 1.
         growth: How the network grows, or None.
         budget: What the network may cost or lose in the end, or None.
-        multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`.
+        multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`, also by `PlasticNet.compact`.
         on_resize: A function that is called with the network at the end of a `step` in which sizes changed. It should
             renew whatever refers to the old parameters, such as a copy for an average of the weights. A
             `DistributedDataParallel` follows by itself.
@@ -105,11 +108,13 @@ class Schedule:
         self.controller = None if budget is None else Controller(net, budget)
         if self.controller is not None and self.controller.targets:
             decide(net, self.controller.targets)
+        net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
         before, net.k = net.k, self.timeline.k
         if fresh and 0 < net.k < math.inf and before != net.k:
             self._open()
+        self._stillness = Stillness(net)
 
     @property
     def stages(self) -> list[Stage]:
@@ -160,14 +165,18 @@ class Schedule:
 
         Raises:
             PlasticError: The schedule is over; a validation loss is needed in a plastic stage and is missing or NaN;
-                gates are not finite; the optimizers no longer fit the network; or the budget has become impossible. In
-                all these cases nothing was changed. The loss of a `Growth` that does not depend on the network, or is
-                not finite, is noticed later: then the epoch was counted, and units may have been cut.
+                gates are not finite; the optimizers no longer fit the network; the budget has become impossible; or the
+                loss of a `Growth` does not depend on the network, or is not finite. Nothing was changed.
         """
+        with self.net.lock:
+            return self._ended(val_loss)
+
+    def _ended(self, val_loss: float | None) -> Change:
+        """End an epoch, as `step` does, while no other thread uses the network."""
         timeline, net, controller = self.timeline, self.net, self.controller
         if timeline.over:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
-        stage, place, (begin, end) = timeline.stage, timeline.place, timeline.plastic_epochs()
+        stage = timeline.stage
         loss = self._loss(val_loss)
         check_optimizers(self.optimizers, dict(net.named_parameters()))
         if stage.plastic:
@@ -176,18 +185,30 @@ class Schedule:
                 decide(net, controller.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
+        # Only the loss of growth can fail from here on. Undoing takes memory, so that it is prepared for that only.
+        growing = stage.plastic and self.growth is not None and self.growth.loss is not None
+        with self._undone_on_error() if growing else nullcontext():
+            cut, grown = self._end_epoch(loss)
+        rebuilt = any(p is not q for p, q in zip(parameters, net.model.parameters(), strict=True))
+        if self.on_resize is not None and (cut or grown or rebuilt):
+            self.on_resize(net)
+        self._stillness.begin(net)
+        return Change(cut, grown, net.k, undecided)
+
+    def _end_epoch(self, loss: float) -> tuple[dict[str, int], dict[str, int]]:
+        """Do what `step` does; ``loss`` is the mean validation loss or NaN. Return what was cut, and what was added."""
+        timeline, net, controller = self.timeline, self.net, self.controller
+        stage, place, (begin, end) = timeline.stage, timeline.place, timeline.plastic_epochs()
+        if stage.plastic:
+            self._stillness.end(net, timeline.ends_stage)
         timeline.epoch += 1
         passed, entered = timeline.epoch - begin, timeline.place != place
         # A checkpoint does not hold this gradient, so it must not matter after an epoch.
         net.sampler.gradient = None
         if controller is not None:
             controller.step(loss, stage.plastic, passed, max(end - begin, 1))
-        cut: dict[str, int] = {}
-        grown: dict[str, int] = {}
-        if stage.plastic:
-            cut = self._cut()
-            if not entered:
-                grown = self._grow(loss, late=2 * passed >= end - begin)
+        cut = self._cut() if stage.plastic else {}
+        grown = self._grow(loss, late=2 * passed >= end - begin) if stage.plastic and not entered else {}
         if entered:
             more_cut, more_grown = self._enter()
             cut, grown = _together(cut, more_cut), _together(grown, more_grown)
@@ -195,10 +216,7 @@ class Schedule:
             net.k = timeline.k
         elif stage.plastic:
             forget_gates(net, self.optimizers)
-        rebuilt = any(p is not q for p, q in zip(parameters, net.model.parameters(), strict=True))
-        if self.on_resize is not None and (cut or grown or rebuilt):
-            self.on_resize(net)
-        return Change(cut, grown, net.k, undecided)
+        return cut, grown
 
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
@@ -269,19 +287,27 @@ class Schedule:
             stages: The stages to append; by default the stages of the first round from its first plastic one on.
 
         Raises:
-            PlasticError: The schedule is not over, or there are no epochs to add. Nothing was changed.
+            PlasticError: The schedule is not over, there are no epochs to add, or the budget has become impossible.
+                Nothing was changed.
         """
-        self.timeline.add_round(stages)
-        if self.growth is not None:
-            self.growth.reset()
-        if self.controller is not None:
-            self.controller.reset()
-        if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
-            self.net.k = self.stage.k
-            self._open()
-            forget_gates(self.net, self.optimizers)
-        else:
-            self._enter()
+        with self._undone_on_error():
+            self.timeline.add_round(stages)
+            if self.growth is not None:
+                self.growth.reset()
+            if self.controller is not None:
+                self.controller.reset()
+            if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
+                self.net.k = self.stage.k
+                self._open()
+                forget_gates(self.net, self.optimizers)
+            else:
+                self._enter()
+        self._stillness.begin(self.net)
+
+    def _undone_on_error(self) -> AbstractContextManager[None]:
+        """Return a context that puts everything back when it is left by an error."""
+        parts = (self.timeline, self._stillness, self.growth, self.controller)
+        return undone_on_error(self.net, self.optimizers, [part for part in parts if part is not None])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs of the schedule; the network has a state dict of its own.
@@ -301,8 +327,8 @@ class Schedule:
         """Restore what `state_dict` returned. Load the state of the network as well, because it holds k and the sizes.
 
         Raises:
-            PlasticError: The state has an epoch that this schedule does not have, or it does not fit the growth or the
-                budget of this schedule. Nothing was changed.
+            PlasticError: The state has an epoch that this schedule does not have, or it does not fit the network, the
+                growth or the budget of this schedule. Nothing was changed.
         """
         timeline = self.timeline.restored(state)
         growth, budget = state.get("growth"), state.get("budget")
@@ -312,20 +338,15 @@ class Schedule:
                     f"the state was saved with {name} and this schedule has none, or the other way round"
                 )
         latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
-        own = None if self.growth is None else self.growth.state_dict()
-        if self.growth is not None and growth is not None:
-            self.growth.load_state_dict(growth)
-        if self.controller is not None:
-            try:
+        with self._undone_on_error():
+            if self.growth is not None and growth is not None:
+                self.growth.load_state_dict(growth)
+            if self.controller is not None:
                 self.controller.load_state_dict(budget)
-            except PlasticError:
-                if self.growth is not None and own is not None:
-                    self.growth.load_state_dict(own)
-                raise
+            if latency is not None:
+                self.net.use_latency(latency)
         self.timeline = timeline
-        self.net.k = timeline.k
-        if latency is not None:
-            self.net.use_latency(latency)
+        self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
 
 
 def _together(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:

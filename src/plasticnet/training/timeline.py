@@ -124,6 +124,8 @@ class Timeline:
         Raises:
             PlasticError: The state holds something else than stages or rounds, or there is no such epoch.
         """
+        if not isinstance(state, Mapping):
+            raise PlasticError(f"the state of a schedule is a mapping, not a {type(state).__name__}")
         try:
             woken = [Stage(*s) for s in state.get("woken", ())]
         except TypeError:
@@ -133,7 +135,13 @@ class Timeline:
         epoch, rounds = state.get("epoch"), state.get("rounds", [0])
         if type(epoch) is not int or not 0 <= epoch <= found.epochs:
             raise PlasticError(f"the state is at epoch {epoch!r}, but this schedule has {found.epochs}")
-        if not isinstance(rounds, list) or not rounds or any(type(r) is not int for r in rounds):
+        if (
+            not isinstance(rounds, list)
+            or any(type(r) is not int for r in rounds)
+            or rounds[:1] != [0]
+            or rounds != sorted(set(rounds))
+            or rounds[-1] >= len(found.stages)
+        ):
             raise PlasticError(f"the state has rounds that are none: {rounds!r}")
         found.epoch, found.rounds = epoch, list(rounds)
         return found

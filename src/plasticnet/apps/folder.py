@@ -1,0 +1,196 @@
+"""Keeps the folder of a run: one process at a time writes into it, and no run replaces another one unasked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from plasticnet.apps.console import print_line
+from plasticnet.apps.settings import MODES
+from plasticnet.errors import PlasticError
+from plasticnet.files.container import PARTIAL, replace_file
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+CONFIG, METRICS, SUMMARY, REPORT = "config.json", "metrics.jsonl", "summary.json", "report.html"
+CHECKPOINT, COMPACT = "checkpoint.safetensors", "compact.safetensors"
+
+_LOCK = ".plasticnet.lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the two systems answer where a lock is held
+_RUNS = MODES["both"]
+
+# How each file of a run may begin. By this a user's own file of the same name is told from one of a run.
+_BEGINNINGS = {
+    CONFIG: [b'{\n  "data": "'],
+    METRICS: [f'{{"run": "{run}", "epoch": '.encode() for run in _RUNS],
+    SUMMARY: [f'{{\n  "{run}": {{\n    "mode": "{run}",'.encode() for run in _RUNS],
+    REPORT: [b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>plasticnet: '],
+}
+_TENSORS = b'{"__metadata__":{"plasticnet":'  # after the eight bytes in which safetensors has a length
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder. Raises `PlasticError` where there is none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlasticError(f"--resume: there is no run in {folder}: {error}") from error
+    if not isinstance(config, dict) or not {"data", "model", "modes"} <= config.keys():
+        raise PlasticError(f"--resume: there is no run in {folder}: its {CONFIG} is of something else")
+    return config
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise `PlasticError` where a new run would replace what is in a folder.
+
+    Args:
+        folder: The folder, which need not exist.
+        overwrite: Whether a run in the folder may be replaced. What is not of a run never is.
+    """
+    held = _held(folder)
+    for path in [*held, *(folder / run for run in _RUNS)]:
+        if not _replaceable(path):
+            raise PlasticError(
+                f"{path} is in the way of a run, and is not of one: choose another --out, or move it; neither --resume "
+                "nor --overwrite would touch it"
+            )
+    if held and not overwrite:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in held)
+        raise PlasticError(
+            f"{folder} holds a run ({names}): go on with it by train --resume, replace it by --overwrite, or choose "
+            "another --out"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of a run from a folder, except its config.json, which is to be replaced next.
+
+    What a process that was killed has left behind is removed, too, and so are folders that are empty then. The settings
+    go last, so that what is left if this is interrupted says what it was.
+    """
+    held = [path for path in _held(folder) if path.name != CONFIG]
+    try:
+        for path in held:
+            path.unlink()
+        for path in _paths(folder):
+            path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
+        for parent in {path.parent for path in held} - {folder}:
+            with suppress(OSError):  # it holds something else
+                parent.rmdir()
+    except OSError as error:
+        raise PlasticError(f"the run in {folder} cannot be removed: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all. Raises `PlasticError` where it cannot be written."""
+    replace_file(path, text.encode())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it where they are missing. Raises `PlasticError` where this fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlasticError(f"the folder {folder} cannot be made: {error}") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it does not exist.
+
+    The lock is the operating system's, and ends with the process, however that ends. The file that carries it is
+    removed at the end. One that a killed process left behind does no harm.
+
+    Raises:
+        PlasticError: Another process has the lock, or the folder cannot be written.
+    """
+    make_folder(folder)
+    path = folder / _LOCK
+    descriptor = _take(folder, path)
+    try:
+        yield
+    finally:
+        # Windows removes no file that is open. Elsewhere the file goes first, while nobody else can have the lock.
+        if sys.platform == "win32":
+            os.close(descriptor)
+        with suppress(OSError):
+            if sys.platform == "win32" or _is(descriptor, path):
+                path.unlink()
+        if sys.platform != "win32":
+            os.close(descriptor)
+
+
+def _take(folder: Path, path: Path) -> int:
+    """Return a descriptor of the file that carries the lock, which is then ours."""
+    for _ in range(100):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise PlasticError(f"the folder {folder} cannot be written: {error}") from error
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                os.close(descriptor)
+                raise PlasticError(f"another process is training in {folder}: wait, or choose another --out") from error
+            print_line(f"{folder} is on a file system without locks: make sure that only one process trains in it")
+        if _is(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # the process before us has removed the file since we opened it
+    raise PlasticError(f"the lock {path} cannot be taken: it is removed again and again")
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Return whether a path still leads to the file that was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Return all paths that a run in a folder may write."""
+    own = [folder / run / name for run in _RUNS for name in (CHECKPOINT, COMPACT)]
+    return [*(folder / name for name in _BEGINNINGS), *own]
+
+
+def _held(folder: Path) -> list[Path]:
+    """Return those of the paths of a run that exist in a folder, also as links to nowhere."""
+    return [path for path in _paths(folder) if os.path.lexists(path)]
+
+
+def _replaceable(path: Path) -> bool:
+    """Return whether a path is of a run: a file that begins as a run's does, even if it ends early; or a mode's folder.
+
+    Where there is nothing, or nothing in the file, nothing is lost.
+    """
+    if path.name in _RUNS:
+        return path.is_dir() or not os.path.lexists(path)
+    try:
+        with path.open("rb") as file:
+            found = file.read() if path.name == CONFIG else file.read(100)
+    except OSError:
+        return False
+    if found.strip() in (b"", b"{}", b"[]"):
+        return True
+    if path.name not in _BEGINNINGS:
+        return found[8:].startswith(_TENSORS)
+    if path.name == CONFIG and found.rstrip().endswith(b"}") and b'"plasticnet": "' not in found:
+        return False  # many a config.json begins with its data, but it does not name our version
+    return any(found.startswith(b) or b.startswith(found) for b in _BEGINNINGS[path.name])

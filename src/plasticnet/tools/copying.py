@@ -1,0 +1,180 @@
+"""Copies objects whatever they hold: by value where that is possible, and by reference where it is not.
+
+``copy.deepcopy`` gives up on a model that keeps results of a computation, such as attention maps in a list, and on one
+that holds a lock, an open file, a generator or a socket. Here the former are copied without their graph, and the latter
+are shared by both models. Everything else is copied as ``deepcopy`` does it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Mapping, MutableMapping
+from concurrent.futures import Executor
+from contextlib import suppress
+from copy import deepcopy
+from threading import Thread
+from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NotImplementedType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from plasticnet.errors import PlasticError
+from plasticnet.tools.torch_private import is_transformed
+
+# Values of these types have no parts that could differ between two copies.
+_PLAIN = {
+    type(None), EllipsisType, NotImplementedType, bool, int, float, complex, bytes, str, range, property, CodeType,
+    FunctionType, BuiltinFunctionType,
+}  # fmt: skip
+_SHARED = (type, ModuleType, ref, Thread, Executor)  # the classes of what copies of a model share
+_NOTHING = object()
+_EXHAUSTED = (MemoryError, torch.OutOfMemoryError, RecursionError)
+
+
+def deep_copy(value: Any, known: Mapping[int, Any] | None = None) -> Any:
+    """Return a deep copy of a value, which shares with the value only what cannot be copied.
+
+    Args:
+        value: What to copy. Modules within it are copied or refused, and never shared.
+        known: Copies of some of its parts, by the ids of the parts.
+
+    Raises:
+        PlasticError: A module refuses to be copied.
+    """
+    return _Copier(known or {}).copy(value)
+
+
+class _Copier:
+    """Copies one object and its parts; every part is copied once.
+
+    Args:
+        known: Copies of some parts, by the ids of the parts.
+    """
+
+    def __init__(self, known: Mapping[int, Any]) -> None:
+        self._memo: dict[Any, Any] = dict(known)  # in the form that ``__deepcopy__`` takes
+        self._alive: list[Any] = []  # keeps what was copied alive, so that ids stay unique
+
+    def copy(self, x: Any) -> Any:
+        """Return the copy of an object."""
+        if type(x) in _PLAIN:
+            return x
+        found = self._memo.get(id(x), _NOTHING)
+        if found is not _NOTHING:
+            return found
+        new = self._copied(x)
+        self._memo[id(x)] = new
+        self._alive.append(x)
+        return new
+
+    def _copied(self, x: Any) -> Any:
+        """Return the copy of an object that was not copied before."""
+        kind: Any = type(x)
+        if isinstance(x, Tensor):
+            return self._tensor(x)
+        if kind is list:
+            self._memo[id(x)] = new = []  # It is known before its parts are copied, because it may contain itself.
+            for value in x:
+                new.append(self.copy(value))
+            return new
+        if kind is dict:
+            self._memo[id(x)] = new = {}
+            for key, value in x.items():
+                new[self.copy(key)] = self.copy(value)
+            return new
+        if kind is tuple:
+            parts = tuple([self.copy(value) for value in x])
+            return self._memo.get(id(x), parts if any(a is not b for a, b in zip(x, parts, strict=True)) else x)
+        if kind is MethodType:
+            return MethodType(x.__func__, self.copy(x.__self__))
+        owner = hasattr(kind, "__del__") and not isinstance(x, nn.Module)
+        if owner or isinstance(x, _SHARED):  # A copy that is deleted would close what its owner still uses.
+            return x
+        size = len(self._memo)
+        try:
+            return kind.__deepcopy__(x, self._memo) if hasattr(kind, "__deepcopy__") else self._by_parts(x)
+        except (PlasticError, *_EXHAUSTED):
+            raise
+        except Exception as error:
+            for key in list(self._memo)[size:]:  # Copies that were begun may lack some of their parts.
+                del self._memo[key]
+            return self._otherwise(x, error)
+
+    def _tensor(self, x: Tensor) -> Tensor:
+        """Return the copy of a tensor: without its graph, and without a gradient that has one."""
+        if is_transformed(x):  # It was made within a transformation of torch.func, and cannot be read outside of it.
+            return x
+        if not x.is_leaf:
+            return x.detach().clone()
+        if x.grad is not None and not x.grad.is_leaf:
+            return x.detach().clone().requires_grad_()
+        for value in vars(x).values():
+            self.copy(value)
+        return deepcopy(x, self._memo)
+
+    def _by_parts(self, x: Any) -> Any:
+        """Return an object made anew from the parts that pickle would save."""
+        reduce = copyreg.dispatch_table.get(type(x))
+        parts: Any = x.__reduce_ex__(4) if reduce is None else reduce(x)
+        if isinstance(parts, str):
+            return x
+        pieces: tuple[Any, ...] = (*parts, None, None, None, None)
+        make, args, state, items, pairs, put = pieces[:6]
+        self._memo[id(x)] = new = make(*[self.copy(a) for a in args])
+        if state is not None:
+            state = self.copy(state)
+            if put is not None:
+                put(new, state)
+            elif hasattr(new, "__setstate__"):
+                new.__setstate__(state)
+            else:
+                own, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+                new.__dict__.update(own or {})
+                for name, value in (slots or {}).items():
+                    setattr(new, name, value)
+        for item in items or ():
+            new.append(self.copy(item))
+        for key, value in pairs or ():
+            new[self.copy(key)] = self.copy(value)
+        return new
+
+    def _otherwise(self, x: Any, error: Exception) -> Any:
+        """Return the copy of an object that refuses to be copied; if nothing helps, this is the object itself.
+
+        ``__deepcopy__`` of a module or of a mapping copies the parts by ``copy.deepcopy``, which may fail for a part.
+        Here the parts are copied one by one.
+
+        Raises:
+            PlasticError: The object is a module, whose parameters must not be shared.
+        """
+        kind: Any = type(x)
+        if isinstance(x, nn.Module):
+            if isinstance(x, torch.jit.ScriptModule):  # Its parts do not lie in its attributes.
+                raise _refusal(x, error) from error
+            self._memo[id(x)] = new = object.__new__(kind)  # GraphModule.__new__ would make another class
+            try:
+                for name, value in vars(x).items():
+                    if name != "_compiled_call_impl":  # what was compiled runs the original
+                        new.__dict__[name] = self.copy(value)
+            except (PlasticError, *_EXHAUSTED):
+                raise
+            except Exception as second:
+                raise _refusal(x, second) from error
+            return new
+        if isinstance(x, MutableMapping):
+            with suppress(Exception):
+                new = kind()
+                for key, value in list(x.items()):
+                    new[self.copy(key)] = self.copy(value)
+                return new
+        return x
+
+
+def _refusal(module: nn.Module, error: Exception) -> PlasticError:
+    """Return the error for a module that cannot be copied."""
+    return PlasticError(
+        f"a module of class {type(module).__name__} cannot be copied, but copies of it must be run and cut so that it "
+        f"stays as it is: {error}. Give the class a __deepcopy__, or keep outside of it what the message names."
+    )

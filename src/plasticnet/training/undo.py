@@ -1,0 +1,92 @@
+"""Puts everything back when the end of an epoch fails midway, so that it can be tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from plasticnet.net import PlasticNet
+from plasticnet.tools.snapshot import RandomState
+
+
+@contextmanager
+def undone_on_error(net: PlasticNet, optimizers: Sequence[Optimizer], others: Iterable[object]) -> Iterator[None]:
+    """Put a network, its optimizers and other objects back to where they were, if an error leaves this context.
+
+    A resize makes new parameters and leaves the old ones alone, so that these need no copies. Within this context they
+    stay in memory, though, together with the state that the optimizers had of them.
+
+    Args:
+        net: The network.
+        optimizers: The optimizers that hold its parameters.
+        others: Objects whose attributes are put back. Lists and dicts among these may be changed in place.
+    """
+    before = _Before(net, optimizers, [*others, net.sampler, net.sizes, net.ranks])
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Before:
+    """What a network, its optimizers and other objects are at a moment; see `undone_on_error`."""
+
+    def __init__(self, net: PlasticNet, optimizers: Sequence[Optimizer], others: Sequence[object]) -> None:
+        self._random = RandomState(net.model)
+        self._modules = [(m, type(m), _attributes(m)) for m in net.modules()]
+        self._others = [(o, _attributes(o)) for o in others]
+        self._gradients = [(g.phi, g.phi.grad) for g in net.all_gates()]
+        self._groups = [(group, dict(group)) for o in optimizers for group in o.param_groups]
+        self._states = [(o, dict(o.state), [(s, dict(s)) for s in o.state.values()]) for o in optimizers]
+        # These are changed in place, in gates and in what optimizers keep of gates.
+        kept = [v for o in optimizers for phi, _ in self._gradients for v in o.state.get(phi, {}).values()]
+        changing = [phi for phi, _ in self._gradients] + [s.grace for s in net.sites.values()]
+        self._values = [(t, t.detach().clone()) for t in (*changing, *kept) if isinstance(t, Tensor)]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, kind, attributes in self._modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            _put_back(module, attributes)
+        for other, attributes in self._others:
+            _put_back(other, attributes)
+        for group, items in self._groups:
+            _replace(group, items)
+        for optimizer, state, inner in self._states:
+            _replace(optimizer.state, state)
+            for own, items in inner:
+                _replace(own, items)
+        with torch.no_grad():
+            for tensor, value in self._values:
+                tensor.copy_(value)
+        for phi, gradient in self._gradients:
+            phi.grad = gradient
+        self._random.restore()
+
+
+def _attributes(thing: object) -> list[tuple[str, Any, Any]]:
+    """Return the name and the value of every attribute, and the contents of the value where it is a list or a dict."""
+    return [(n, v, type(v)(v) if type(v) in (list, dict) else None) for n, v in vars(thing).items()]
+
+
+def _put_back(thing: object, attributes: Sequence[tuple[str, Any, Any]]) -> None:
+    """Give an object the attributes that it had."""
+    _replace(vars(thing), {name: value for name, value, _ in attributes})
+    for _, value, contents in attributes:
+        if isinstance(contents, dict):
+            _replace(value, contents)
+        elif isinstance(contents, list):
+            value[:] = contents
+
+
+def _replace(held: Any, items: dict[Any, Any]) -> None:
+    """Let a mapping hold these items and no others."""
+    held.clear()
+    held.update(items)
