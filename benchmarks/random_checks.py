@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import signal
 import tempfile
 import time
@@ -110,7 +111,6 @@ def life(recipe: Recipe, progress: Progress) -> None:
         "sites": len(net.sites),
         "weights": len(net.weights),
         "frozen": dict(net.frozen),
-        "share": sum(len(s.units.slices) > 0 for s in net.sites.values()),
     }
     spare = attach(recipe, build(recipe), inputs[0])
     progress.step = "after attaching"
@@ -118,6 +118,8 @@ def life(recipe: Recipe, progress: Progress) -> None:
         raise Wrong("attaching to an equal network finds other sites, or freezes for other reasons")
     if not all(isinstance(r, str) and r for r in net.frozen.values()):
         raise Wrong(f"something is frozen without a reason: {dict(net.frozen)}")
+    if any(re.search(r": \('|KeyError|IndexError|AssertionError", r) for r in net.frozen.values()):
+        raise Wrong(f"an error of the library itself is the reason: {dict(net.frozen)}")
     check_untouched(plain, net.model)
     agree(plain.eval(), net.eval(), inputs)
     if recipe["minimum"] and net.sites:

@@ -25,6 +25,7 @@ from plasticnet.surgery.compact import compacted
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
+from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import Loss
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
 from plasticnet.tools.torch_private import has_child
@@ -97,9 +98,11 @@ class PlasticNet(GatedModel):
         sampler = Sampler(estimator, gates)
         if not isinstance(model, nn.Module) or any(isinstance(m, GatedModel) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
-        found = find(
-            model, example_inputs, more_inputs=more_inputs, inputs=inputs, exclude=exclude, residual=residual,
-            blocks=blocks, weights=weights,
+        found = with_gradients_if_needed(
+            lambda: find(
+                model, example_inputs, more_inputs=more_inputs, inputs=inputs, exclude=exclude, residual=residual,
+                blocks=blocks, weights=weights,
+            )
         )  # fmt: skip
         super().__init__(
             model, found.sites, found.weights, uses=found.uses, frozen=found.frozen, excluded=found.excluded,
@@ -235,7 +238,8 @@ class PlasticNet(GatedModel):
         Raises:
             PlasticError: The inputs are rejected, time is not measured on their device, or a number is too small.
         """
-        self.use_latency(self.ranks.first(measure_latency(self, example_inputs, networks, repeats)))
+        found = with_gradients_if_needed(lambda: measure_latency(self, example_inputs, networks, repeats))
+        self.use_latency(self.ranks.first(found))
         assert self.latency is not None
         return self.latency
 

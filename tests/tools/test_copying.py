@@ -239,6 +239,14 @@ def test_gradients_and_buffers_with_a_graph() -> None:
     torch.testing.assert_close(net.compact()(x), net.eval()(x))
 
 
+def test_what_a_transformation_has_left_behind() -> None:
+    model, x, left = Keeping(lambda m, h: h), torch.randn(5, 6), []
+    torch.vmap(lambda t: left.append(t * 2) or t)(torch.ones(3))
+    model.left = left
+    net = pn.PlasticNet(model, (x,))
+    torch.testing.assert_close(net.compact()(x), net.eval()(x))
+
+
 def test_a_network_of_a_traced_model_is_copied_as_a_network() -> None:
     net = pn.PlasticNet(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))), (torch.randn(5, 6),))
     assert isinstance(copy.deepcopy(net), pn.PlasticNet)

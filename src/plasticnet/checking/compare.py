@@ -160,4 +160,4 @@ def _comparable(tree: Any) -> list[Tensor]:
 
     Integers are left out, and so are other objects, such as a cache of keys and values.
     """
-    return [t for t in tensors_within(tree) if t.is_floating_point() or t.is_complex()]
+    return [t.detach() for t in tensors_within(tree) if t.is_floating_point() or t.is_complex()]

@@ -88,7 +88,7 @@ def find(
             f"{type(model).__name__} does not run in training mode on the example inputs ({runs.refused}), so that "
             f"only evaluation was traced. If it trains on other inputs, give these, too: {MORE}.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=5,
         )
     frozen = {**traced.frozen, **ungated}
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)

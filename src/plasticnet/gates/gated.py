@@ -110,12 +110,11 @@ class GatedModel(nn.Module):
         with self.lock:
             units = {s.name: s.units for s in self.sites.values()}
             weights = list(self.weights)
-            before = self.gating.known if "gating" in vars(self) else []
+            before = self.gating if "gating" in vars(self) else None
             self.gating = Gating(units, self.model, weights, self.lock)
             self.cost = CostModel(units, self.model, self.uses, self.latency, weights)
             self._means = self._means_of_weights = None
-            now = self.gating.known
-            if any(p is not q for p, q in zip(before, now, strict=False) if isinstance(p, nn.Parameter)):
+            if before is not None and not self.gating.holds_what(before):
                 self.sizes.past, self.sizes = True, Sizes()
 
     def use_latency(self, latency: Latency | None) -> None:

@@ -66,6 +66,7 @@ class Gating:
             samples as rows, and nothing takes statistics over its units.
         fused: Whether the model has layers of torch that might run fused, without their hooks.
         known: The parameters and buffers of the model.
+        shapes: Their shapes.
         keep_results: Whether a prefix must keep all its results, because something has read a result that nothing
             seemed to hold.
     """
@@ -100,6 +101,7 @@ class Gating:
         self._places = places_of(model, {r.tensor for r in self.readers} | set(weights))
         self.keep_results = False
         self.known = [*model.parameters(), *model.buffers()]
+        self.shapes = [t.shape for t in self.known]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
         self.per_sample = {
             name: bool(u.consumers) and not u.norms and not any((c.tensor, c.dim) in fixed for c in u.consumers)
@@ -147,6 +149,13 @@ class Gating:
                 stack.enter_context(run.watch)  # entered last, because the work above is not part of the model
                 return run.watch.output(self.model(*args, **kwargs))
             return self.model(*args, **kwargs)
+
+    def holds_what(self, before: Gating) -> bool:
+        """Return whether the model has the parameters, in the same shapes, that it had when another gating was made."""
+        now = zip(self.known, self.shapes, strict=True)
+        own = [(id(p), shape) for p, shape in now if isinstance(p, nn.Parameter)]
+        then = zip(before.known, before.shapes, strict=True)
+        return own == [(id(p), shape) for p, shape in then if isinstance(p, nn.Parameter)]
 
     def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[nn.Module, int, Tensor]]:
         """Return the norms that count open units only, each with the axis and the mask of its open entries."""

@@ -207,11 +207,11 @@ def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
     """
     one = sites[0].phi.new_ones(1)
     phi = torch.cat([*(s.phi.detach() for s in sites), one])
-    lowest = float(phi.min())  # this is NaN where any of them is
-    if math.isnan(lowest):
-        refuse_nan(sites)
-    if math.isinf(k) and lowest >= 0:  # the usual case in ordinary training
+    lowest = phi.min()  # this is NaN where any of them is
+    if math.isinf(k) and bool(lowest >= 0):  # the usual case in ordinary training
         return torch.ones_like(phi), True
+    if bool(lowest.isnan()):
+        refuse_nan(sites)
     grace = torch.cat([*(s.grace for s in sites), sites[0].grace.new_ones(1)])
     pi = held_open(probability(phi, k), grace)
     start = 0

@@ -25,7 +25,7 @@ from torch import nn
 from plasticnet.cost.latency import Latency, Term
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
-from plasticnet.gates.site import INITIAL_LOGIT
+from plasticnet.gates.site import INITIAL_LOGIT, set_logits
 from plasticnet.layers.take import Take
 from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of
 from plasticnet.surgery.compact import cut
@@ -109,7 +109,7 @@ def _open(net: Any) -> None:
     """Open all gates, those of blocks too, and make the network run without draws."""
     net.k = math.inf
     for site in net.sites.values():
-        site.phi.fill_(INITIAL_LOGIT)
+        set_logits(site, slice(None), INITIAL_LOGIT)
 
 
 def _gates(sites: Mapping[str, Units], generator: np.random.Generator) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.measuring.memory import MemoryMode, storages_of
 from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of, watching
+from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import batch_size, blaming_inputs, call_arguments, copy_inputs
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
 from plasticnet.tools.table import format_table, readable_bytes
@@ -166,6 +167,11 @@ def profile(module: nn.Module, example_inputs: Any, *, repeats: int = 9, trainin
     """
     if type(repeats) is not int or repeats < 1:
         raise PlasticError(f"repeats={repeats!r}: a whole number, 1 or more")
+    return with_gradients_if_needed(lambda: _profiled(module, example_inputs, repeats, training))
+
+
+def _profiled(module: nn.Module, example_inputs: Any, repeats: int, training: bool) -> Profile:
+    """Return what `profile` does, for options that were checked."""
     args, kwargs = call_arguments(example_inputs)
     device = device_of(module, (args, kwargs))
     uses = module.uses if isinstance(module, GatedModel) else trace(module, example_inputs).uses

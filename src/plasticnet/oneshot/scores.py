@@ -75,7 +75,7 @@ def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int
         raise PlasticError(f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data")
     else:
         of_batch = taylor_squares if kind == "taylor" else gate_squares
-        with left_as_it_was(net, training=False), without_cudnn(net):
+        with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
             squares = torch.stack([of_batch(net, loss) for _ in range(batches)]).mean(0)
         squares = net.ranks.average(squares)
     if not bool(squares.any()):

@@ -132,7 +132,7 @@ def sensitivity(
         return float(value)
 
     rows = []
-    with left_as_it_was(net, training=False), at_k(net, math.inf), _own_gates(net):
+    with net.lock, left_as_it_was(net, training=False), at_k(net, math.inf), _own_gates(net):
         whole = measured()
         for name, site in net.sites.items():
             closed = [min(round(share * len(site)), len(site) - site.usual_minimum) for share in shares]

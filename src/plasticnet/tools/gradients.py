@@ -1,17 +1,29 @@
-"""Runs models without gradients where that is possible: a forward that takes a gradient itself needs its graph."""
+"""Runs models without gradients where that is possible: a forward that takes a gradient itself needs its graph.
+
+Forces are such a gradient, the derivative of an energy with respect to positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 # What torch says where a gradient, or a hook on one, is asked for and nothing has a graph.
 _MISSED = ("does not require grad", "doesn't require gradient", "requires_grad=False")
+
+
+class _Scope(threading.local):
+    """Whether the models that this thread runs take gradients themselves."""
+
+    needed = False
+
+
+_SCOPE = _Scope()
 
 
 def wants_gradients(error: BaseException | None) -> bool:
@@ -23,20 +35,27 @@ def wants_gradients(error: BaseException | None) -> bool:
     return False
 
 
-def without_gradients(run: Callable[[], T]) -> T:
-    """Return what a function returns, run without gradients, or with them if its model takes a gradient itself.
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """Run models without gradients in this context, unless `with_gradients_if_needed` has found that they need them."""
+    with torch.set_grad_enabled(_SCOPE.needed):
+        yield
 
-    Forces are such a gradient, the derivative of an energy with respect to positions. The tensors in the result have no
-    graph.
+
+def with_gradients_if_needed(run: Callable[[], T]) -> T:
+    """Return what a function returns that runs models in contexts of `without_gradients`.
 
     Args:
-        run: Runs a model. If it fails without gradients, it is called a second time.
+        run: If it fails because a model takes a gradient itself, it is called once more, with gradients in all these
+            contexts.
     """
     try:
-        with torch.no_grad():
-            return run()
+        return run()
     except Exception as error:
-        if not wants_gradients(error):
+        if _SCOPE.needed or not wants_gradients(error):
             raise
-    with torch.enable_grad():
-        return tree_map_only(Tensor, Tensor.detach, run())
+    _SCOPE.needed = True
+    try:
+        return run()
+    finally:
+        _SCOPE.needed = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.tools.copying import deep_copy
+from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.torch_private import buffers_of, forget_parametrized
 
 
@@ -98,7 +99,7 @@ def _expanded(t: Tensor) -> bool:
 def left_as_it_was(module: nn.Module, *, training: bool | None = None, after: Snapshot | None = None) -> Iterator[None]:
     """Run a module without gradients in this context, and leave everything as if nothing had been run.
 
-    Random numbers, buffers and modes are restored.
+    See `without_gradients` for models that take gradients themselves. Random numbers, buffers and modes are restored.
 
     Args:
         module: The module.
@@ -110,7 +111,7 @@ def left_as_it_was(module: nn.Module, *, training: bool | None = None, after: Sn
     if training is not None:
         module.train(training)
     try:
-        with torch.no_grad():
+        with without_gradients():
             yield
     finally:
         for m, mode in modes:

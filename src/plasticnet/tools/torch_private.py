@@ -187,6 +187,11 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
+def differentiates_now() -> bool:
+    """Return whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return a number that tells storages apart while they exist; several objects may stand for the same storage."""
     return storage._cdata

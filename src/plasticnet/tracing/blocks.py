@@ -7,12 +7,12 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.layers.skip import Skip
 from plasticnet.tools.copying import deep_copy
+from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.tools.torch_private import is_scripted
@@ -80,7 +80,7 @@ def _noted(model: nn.Module, names: Sequence[str], call: Call, fallible: bool) -
             noted[name].append(SCRIPTED)
         else:
             twin.get_submodule(name).register_forward_hook(_note(noted[name]), with_kwargs=True)
-    with torch.no_grad(), suppress(*[Exception] if fallible else []):
+    with without_gradients(), suppress(*[Exception] if fallible else []):
         args, kwargs = deep_copy((call.args, call.kwargs))
         twin(*args, **kwargs)
     return noted

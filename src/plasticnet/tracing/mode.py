@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tools.torch_private import Conv, flat_names, is_scripted, schema_name
+from plasticnet.tools.gradients import without_gradients
+from plasticnet.tools.torch_private import Conv, differentiates_now, flat_names, is_scripted, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
@@ -121,7 +122,7 @@ class Tracer(TorchDispatchMode):
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
         try:
-            with torch.no_grad(), self:
+            with without_gradients(), self:
                 out = self.model(*args, **kwargs)
         finally:
             for handle in handles:
@@ -157,6 +158,8 @@ class Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
+        if differentiates_now():  # The model takes a gradient. Whatever gates do to its function, they do to that, too.
+            return out
         self._note_steering(func, tensors)
         found = RULES.get(schema_name(func))
         if found is None and torch.Tag.pointwise in func.tags:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from plasticnet.tools.drawn import variation
+from plasticnet.tools.gradients import wants_gradients
 from plasticnet.tools.inputs import Call, blaming_inputs, copy_inputs, is_large
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.tools.torch_private import buffers_of
@@ -80,6 +81,8 @@ def _observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Ca
         try:
             ran = _run_training(model, tracer, runs.facts, replace(call, training=True))
         except Exception as error:
+            if wants_gradients(error):  # All runs are then repeated with gradients.
+                raise
             runs.refused = runs.refused or f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             trained += 1

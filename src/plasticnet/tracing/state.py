@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from plasticnet.tools.inputs import Call, copy_inputs
-from plasticnet.tools.torch_private import buffers_of, version
+from plasticnet.tools.torch_private import buffers_of, is_transformed, version
 from plasticnet.tracing.labels import is_same
 from plasticnet.tracing.mode import Tracer
 
@@ -63,7 +63,8 @@ def _leaves(value: Any) -> list[Any]:
 def _mark(value: Any) -> tuple[Any, ...]:
     """Return what changes when a value is replaced or, in the third place, written to."""
     if isinstance(value, Tensor):
-        there = value.data_ptr() if value.layout == torch.strided and not value.is_meta else 0
+        stored = value.layout == torch.strided and not value.is_meta and not is_transformed(value)
+        there = value.data_ptr() if stored else 0
         return id(value), there, 0 if value.is_inference() else version(value)
     return (type(value), value if isinstance(value, _SIMPLE) else None)
 

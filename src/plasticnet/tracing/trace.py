@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plasticnet.errors import PlasticError
 from plasticnet.layers.attention import unfused_layers
+from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import MORE, Call, blaming_inputs, calls_of
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.tools.torch_private import is_scripted, schema_name
@@ -86,7 +87,8 @@ def trace(
         >>> found.frozen["2"]
         "reaches the model's output"
     """
-    return explore(model, calls_of(example_inputs, more_inputs), inputs, residual, blocks)[0]
+    calls = calls_of(example_inputs, more_inputs)
+    return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks)[0])
 
 
 def explore(

@@ -97,10 +97,8 @@ class Schedule:
         if not 0 <= hibernate <= 1:
             raise PlasticError(f"hibernate={hibernate}: the probability below which a unit is cut, from 0 to 1")
         check_multiple(multiple_of)
-        self.hibernate = hibernate
-        self.growth = growth
-        self.multiple_of = multiple_of
-        self.on_resize = on_resize
+        self.hibernate, self.growth = hibernate, growth
+        self.multiple_of, self.on_resize = multiple_of, on_resize
         if growth is not None:
             present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
         if budget is not None:
@@ -176,8 +174,7 @@ class Schedule:
         timeline, net, controller = self.timeline, self.net, self.controller
         if timeline.over:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
-        stage = timeline.stage
-        loss = self._loss(val_loss)
+        stage, loss = timeline.stage, self._loss(val_loss)
         check_optimizers(self.optimizers, dict(net.named_parameters()))
         if stage.plastic:
             check_finite(net)
@@ -292,10 +289,9 @@ class Schedule:
         """
         with self._undone_on_error():
             self.timeline.add_round(stages)
-            if self.growth is not None:
-                self.growth.reset()
-            if self.controller is not None:
-                self.controller.reset()
+            for part in (self.growth, self.controller):
+                if part is not None:
+                    part.reset()
             if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
                 self.net.k = self.stage.k
                 self._open()
@@ -334,9 +330,7 @@ class Schedule:
         growth, budget = state.get("growth"), state.get("budget")
         for name, saved, own in (("growth", growth, self.growth), ("a budget", budget, self.controller)):
             if (saved is None) != (own is None):
-                raise PlasticError(
-                    f"the state was saved with {name} and this schedule has none, or the other way round"
-                )
+                raise PlasticError(f"the state has {name} and this schedule has none, or the other way round")
         latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
         with self._undone_on_error():
             if self.growth is not None and growth is not None:

@@ -45,7 +45,7 @@ class Stillness:
                 "optimizer that steps does not hold the gates (use net.param_groups), a GradScaler has skipped every "
                 "step (its scale falls, and gradients are infinite or NaN), or gate_lr is 0",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         self._asked = self._moved = False
 
