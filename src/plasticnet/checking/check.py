@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing
 from plasticnet.checking.culprits import culprits
 from plasticnet.checking.reached import reaching, unsure
+from plasticnet.checking.twins import in_precision, random_twin
 from plasticnet.checking.widths import repaired
 from plasticnet.surgery.plan import lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan
-from plasticnet.tools.drawn import random_parameter
 from plasticnet.tools.inputs import Call, is_large
-from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
-from plasticnet.tools.torch_private import convert
+from plasticnet.tools.precision import full_precision
+from plasticnet.tools.snapshot import left_as_it_was, sharing
 from plasticnet.units import BlockUnits, Trace, Units
 
 # Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
@@ -53,7 +51,10 @@ def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
     tensors = [*model.parameters(), *model.buffers()]
     if not traced.sites or any(t.is_meta for t in tensors):
         return traced
-    with left_as_it_was(model):
+    with (
+        left_as_it_was(model),
+        full_precision(tensors[0].device.type),
+    ):  # because autocast rounds as half precision does
         found = _trial(model, traced, calls, seed=0)
         for seed in range(1, _ATTEMPTS):
             if BLIND in found.frozen.values():
@@ -71,12 +72,7 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
         A trace whose ``sites`` are those that passed. Its ``frozen`` holds those that failed, each with the reason,
         and nothing else.
     """
-    torch.default_generator.manual_seed(seed)
-    twin = duplicate(model, random_parameter).eval()
-    with torch.no_grad():
-        for name, b in twin.named_buffers():
-            if name.rpartition(".")[2] in ("running_mean", "running_var"):
-                b.uniform_(0.5, 1.5)
+    twin, calls = random_twin(model, calls, seed)
     sites = dict(traced.sites)
     if is_large(twin):
         rough = Comparing(twin, calls[:1], ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
@@ -119,16 +115,9 @@ def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace) -> Comparing
     if traced.positional:  # closing one unit shifts the others by one, which shows what takes units by their position
         patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
-    def double(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
-            return t
-        return t.to(torch.complex128 if t.is_complex() else torch.float64)
-
     try:
-        precise = convert(duplicate(twin), double)
-        doubled = [replace(c, args=tree_map(double, c.args), kwargs=tree_map(double, c.kwargs)) for c in calls]
-        run = Comparing(precise, doubled, FINE, patterns, traced.stateful)
-        run.reference = run.outputs(precise)
+        run = Comparing(*in_precision(twin, calls, torch.float64), FINE, patterns, traced.stateful)
+        run.reference = run.outputs(run.model)
         return run
     except Exception:  # a model may refuse double precision in any way; it is then compared in its own
         return Comparing(twin, calls, ROUGH, patterns, traced.stateful)

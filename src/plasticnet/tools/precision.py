@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = frozenset({torch.float16, torch.bfloat16})
+
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
