@@ -26,7 +26,7 @@ from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.tools.gradients import with_gradients_if_needed
-from plasticnet.tools.inputs import Loss
+from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
 from plasticnet.tools.torch_private import has_child
 
@@ -43,6 +43,9 @@ class PlasticNet(GatedModel):
             first axis.
         more_inputs: A list of further such tuples and dicts: what the model trains on, if that is something else, with
             optional arguments, or what leads into other branches, as to the other experts of a mixture.
+        outputs: A function that gets what the model returns, and returns what you read of it, losses included, such as
+            ``lambda out: out["logits"]``. Only that is kept: the rest is still returned, and may lose channels. By
+            default you read everything.
         estimator: One of `ESTIMATORS`.
         gates: Whether gates are drawn per sample or per batch. "auto" draws per sample where that is unbiased.
         inputs: Name patterns of consumers whose input features are gated one by one.
@@ -87,6 +90,7 @@ class PlasticNet(GatedModel):
         example_inputs: Any,
         *,
         more_inputs: Sequence[Any] = (),
+        outputs: Outputs | None = None,
         estimator: str = "bitflip-cv",
         gates: Literal["auto", "sample", "batch"] = "auto",
         inputs: Patterns = (),
@@ -100,8 +104,8 @@ class PlasticNet(GatedModel):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
         found = with_gradients_if_needed(
             lambda: find(
-                model, example_inputs, more_inputs=more_inputs, inputs=inputs, exclude=exclude, residual=residual,
-                blocks=blocks, weights=weights,
+                model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
+                residual=residual, blocks=blocks, weights=weights,
             )
         )  # fmt: skip
         super().__init__(

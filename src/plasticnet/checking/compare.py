@@ -82,7 +82,7 @@ class Comparing:
             with left_as_it_was(twin), _mode(twin, call.training):
                 for _ in range(2 if self.stateful else 1):
                     args, kwargs = copy_inputs((call.args, call.kwargs))
-                    found += _comparable(run(twin, args, kwargs))
+                    found += _comparable(call.read(run(twin, args, kwargs)))
         return found
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:

@@ -16,7 +16,7 @@ from torch import nn
 from plasticnet.checking.check import self_check
 from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
-from plasticnet.tools.inputs import MORE, calls_of
+from plasticnet.tools.inputs import MORE, Outputs, calls_of
 from plasticnet.tracing.trace import explore
 from plasticnet.units import Units
 
@@ -49,6 +49,7 @@ def find(
     example_inputs: Any,
     *,
     more_inputs: Sequence[Any] = (),
+    outputs: Outputs | None = None,
     inputs: Patterns = (),
     exclude: Patterns = (),
     residual: bool = False,
@@ -61,6 +62,7 @@ def find(
         model: The module, which is left as it was.
         example_inputs: A tuple of arguments, or a dict of keyword arguments, on which the model runs.
         more_inputs: A list of further such tuples and dicts.
+        outputs: A function that returns what is read of the model's output, or None for all of it.
         inputs: Name patterns of consumers whose input features are gated one by one.
         exclude: Name patterns of sites to leave alone.
         residual: Whether to gate also what LayerNorm, RMSNorm and their like normalise.
@@ -70,7 +72,7 @@ def find(
     Raises:
         PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
-    calls = calls_of(example_inputs, more_inputs)
+    calls = calls_of(example_inputs, more_inputs, outputs)
     traced, runs = explore(model, calls, _listed(inputs), residual, _listed(blocks))
     for pattern in _listed(exclude):
         if not any(fnmatchcase(n, pattern) for n in traced.sites):

@@ -16,6 +16,7 @@ from plasticnet.tools.trees import tensors_within
 
 # Such a function runs a network on some data and returns its losses, shape (batch,), or their mean, a scalar.
 Loss = Callable[[], Tensor]
+Outputs = Callable[[Any], Any]  # such a function returns what is read of the output of a model
 _LARGE = 50_000_000  # the number of parameters above which a model is large
 _TOKENS = (2, 8)  # the shape of a batch of token ids
 MORE = "more_inputs=[...]"  # how messages name the argument for further inputs
@@ -29,11 +30,36 @@ class Call:
         args: The positional arguments.
         kwargs: The arguments by keyword.
         training: Whether the model is in training mode.
+        outputs: What is read of the model's output, or None for all of it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     training: bool = False
+    outputs: Outputs | None = None
+
+    def read(self, out: Any) -> Any:
+        """Return what is read of an output of the model.
+
+        Raises:
+            PlasticError: ``outputs`` raises an error, or returns no tensor.
+        """
+        if self.outputs is None:
+            return out
+        mode = "training" if self.training else "evaluation"
+        try:
+            found = self.outputs(out)
+        except Exception as error:
+            raise PlasticError(
+                f"outputs= raises {error!r} on what the model returns in {mode} mode ({described(out)}). It gets "
+                'the whole output, in both modes, and returns what is read of it, such as lambda out: out["logits"]'
+            ) from error
+        if not tensors_within(found):
+            raise PlasticError(
+                f"outputs= returns {described(found)}, without a tensor, for what the model returns in {mode} mode "
+                f"({described(out)}). It returns what is read of the output, as tensors"
+            )
+        return found
 
 
 def batch_size(args: Any, kwargs: Any) -> int:
@@ -59,18 +85,38 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     )
 
 
-def calls_of(example_inputs: Any, more_inputs: Any = ()) -> list[Call]:
+def calls_of(example_inputs: Any, more_inputs: Any = (), outputs: Outputs | None = None) -> list[Call]:
     """Return a call in evaluation mode for the example inputs, and one for each further set.
 
+    Args:
+        example_inputs: A tensor, a tuple of arguments or a mapping of them.
+        more_inputs: A list of further ones.
+        outputs: What is read of the model's output, or None for all of it.
+
     Raises:
-        PlasticError: The example inputs or a further set are no arguments, or the further sets are no list.
+        PlasticError: The example inputs or a further set are no arguments, the further sets are no list, or ``outputs``
+            is no function.
     """
+    if outputs is not None and not callable(outputs):
+        raise PlasticError(
+            f"outputs={outputs!r} is not a function of the model's output, such as outputs=lambda out: out[0]"
+        )
     if not isinstance(more_inputs, list) and not (isinstance(more_inputs, tuple) and not more_inputs):
         raise PlasticError(
             "more_inputs is a list with one entry for each further call, which is a tuple of arguments or a dict of "
             f"keyword arguments: more_inputs=[(x, targets)], not a {type(more_inputs).__name__}"
         )
-    return [Call(*call_arguments(entry)) for entry in (example_inputs, *more_inputs)]
+    return [Call(*call_arguments(entry), outputs=outputs) for entry in (example_inputs, *more_inputs)]
+
+
+def described(value: Any) -> str:
+    """Return what a value is, in a few words: its class, and its keys, its length or its shape."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{kind} with the keys {', '.join(map(repr, value))}"
+    return f"{kind} of length {len(value)}" if isinstance(value, tuple | list) else kind
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from plasticnet.tools.gradients import without_gradients
+from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.torch_private import Conv, differentiates_now, flat_names, is_scripted, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
@@ -106,8 +107,9 @@ class Tracer(TorchDispatchMode):
 
     # -- running ----------------------------------------------------------------------------
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model once on these inputs, and freeze all labels that reach its outputs."""
+    def run(self, call: Call) -> None:
+        """Run the model once on copies of the inputs of a call, and freeze all labels in what is read of its output."""
+        args, kwargs = copy_inputs((call.args, call.kwargs))
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.dim():
                 self.batch = self.batch or tensor.shape[0]
@@ -123,11 +125,11 @@ class Tracer(TorchDispatchMode):
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
         try:
             with without_gradients(), self:
-                out = self.model(*args, **kwargs)
+                read = call.read(self.model(*args, **kwargs))
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor in tensors_within(out):
+        for tensor in tensors_within(read):
             self.freeze(tensor, "reaches the model's output")
 
     def _enter(self, name: str) -> Callable[..., None]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from plasticnet.errors import PlasticError
 from plasticnet.tools.drawn import variation
 from plasticnet.tools.gradients import wants_gradients
-from plasticnet.tools.inputs import Call, blaming_inputs, copy_inputs, is_large
+from plasticnet.tools.inputs import Call, blaming_inputs, is_large
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.tools.torch_private import buffers_of
 from plasticnet.tracing.facts import Facts
@@ -81,8 +82,8 @@ def _observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Ca
         try:
             ran = _run_training(model, tracer, runs.facts, replace(call, training=True))
         except Exception as error:
-            if wants_gradients(error):  # All runs are then repeated with gradients.
-                raise
+            if wants_gradients(error) or isinstance(error, PlasticError):
+                raise  # All runs are then repeated with gradients, or the caller's `outputs` does not fit.
             runs.refused = runs.refused or f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             trained += 1
@@ -109,7 +110,7 @@ def _run(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Ca
     before = Kept(twin)
     counted, facts.uses = facts.uses, {}
     try:
-        running.run(*copy_inputs((call.args, call.kwargs)))
+        running.run(call)
         counted = {**facts.uses, **counted}
         follow(running, before, call)
     finally:

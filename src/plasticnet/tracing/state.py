@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from plasticnet.tools.inputs import Call, copy_inputs
+from plasticnet.tools.inputs import Call
 from plasticnet.tools.torch_private import buffers_of, is_transformed, version
 from plasticnet.tracing.labels import is_same
 from plasticnet.tracing.mode import Tracer
@@ -94,7 +94,7 @@ def follow(tracer: Tracer, before: Kept, call: Call) -> None:
     tracer.count = False
     seen, facts.seen = facts.seen, set()
     with suppress(Exception):  # what a model refuses in a second call cannot be traced
-        tracer.run(*copy_inputs((call.args, call.kwargs)))
+        tracer.run(call)
     read, facts.seen = facts.seen, facts.seen | seen
     for name, t in new:
         old = before.buffers.get(name)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from plasticnet.errors import PlasticError
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.gradients import with_gradients_if_needed
-from plasticnet.tools.inputs import MORE, Call, blaming_inputs, calls_of
+from plasticnet.tools.inputs import MORE, Call, Outputs, blaming_inputs, calls_of
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.tools.torch_private import is_scripted, schema_name
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
@@ -59,6 +59,7 @@ def trace(
     inputs: Sequence[str] = (),
     residual: bool = False,
     blocks: Sequence[str] = (),
+    outputs: Outputs | None = None,
 ) -> Trace:
     """Find the units of a model by running copies of it, in evaluation and in training mode.
 
@@ -73,6 +74,7 @@ def trace(
         inputs: Name patterns of consumers whose input features get a site of their own.
         residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, get sites, too.
         blocks: Name patterns of modules that are units as a whole.
+        outputs: A function that returns what is read of the model's output; by default all of it is.
 
     Raises:
         PlasticError: The model rejects the inputs (the model's error is the cause), a pattern matches nothing, or
@@ -87,7 +89,7 @@ def trace(
         >>> found.frozen["2"]
         "reaches the model's output"
     """
-    calls = calls_of(example_inputs, more_inputs)
+    calls = calls_of(example_inputs, more_inputs, outputs)
     return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks)[0])
 
 
