@@ -148,7 +148,8 @@ def _group_norm(
     """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
     if num_groups != 1 or input.shape[1] != len(mode.mask):
         return func(input, num_groups, weight, bias, eps)
-    flat = widened(input).flatten(2).transpose(1, 2)  # now of shape (batch, positions, channels)
+    # The new dimension is for inputs without positions; the result has shape (batch, positions, channels).
+    flat = widened(input).unsqueeze(-1).flatten(2).transpose(1, 2)
     mask = mode.mask.to(flat.dtype)
     flat = _standardised(flat, mask, (1, 2), mode.count() * flat.shape[1], eps)
     y = _scaled(flat, weight, bias).transpose(1, 2).reshape(input.shape)
