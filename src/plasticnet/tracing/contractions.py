@@ -105,7 +105,12 @@ def _convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor)
     x, weight, bias, *_, transposed, _, groups = args[:9]
     into, born = (0, 1) if transposed else (1, 0)
     channel = x.dim() - (weight.dim() - 1)
-    positions = (x.numel() / x.shape[channel]) if transposed else (out.numel() / out.shape[channel])
+    if not weight.numel():  # torch then returns as many channels as it likes
+        for tensor in (x, weight, *([bias] if isinstance(bias, Tensor) else [])):
+            tracer.freeze(tensor, "a convolution without weights")
+        return
+    counted = x if transposed else out
+    positions = counted.numel() / counted.shape[channel]
     if groups == 1:
         tracer.contract(x, channel, weight, into, positions)
         axis = tracer.produce(weight, born)

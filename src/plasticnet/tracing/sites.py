@@ -95,9 +95,10 @@ def _ordered(facts: Facts, names: Sequence[tuple[str, int]]) -> list[tuple[str, 
     Where values decide which modules run, the order must not depend on values, because the gates are numbered by it. It
     is then that of the parameters in the model, and the input axes come last.
     """
+    found = [key for key in facts.producers if key in names]  # a dimension of length 0 has no labels
     if not facts.routed:
-        return list(facts.producers)
-    return sorted(facts.producers, key=lambda key: (key[0] in facts.inputs, names.index(key)))
+        return found
+    return sorted(found, key=lambda key: (key[0] in facts.inputs, names.index(key)))
 
 
 def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:
