@@ -150,20 +150,43 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     return model
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a whole number from 1 on."""
+    return type(value) is int and value >= 1
+
+
 def _is_width(value: Any) -> bool:
-    """Return whether a value can be a width: a whole number from 1 on, or a tuple or list of them."""
-    values = value if type(value) in (tuple, list) else [value]
-    return bool(values) and all(type(v) is int and v >= 1 for v in values)
+    """Return whether a value can be a width: a whole number from 1 on, or a tuple or list that holds some.
 
-
-def _length(value: Any) -> int:
-    """Return how many numbers a width has."""
-    return 1 if isinstance(value, int) else len(value)
+    Its other entries, as the -1 of a shape, are no widths: a file does not hold them, and they stay as they are.
+    """
+    return any(map(_is_number, value if type(value) in (tuple, list) else [value]))
 
 
 def _plain(value: Any) -> Any:
-    """Return a width as JSON data."""
-    return value if isinstance(value, int) else list(value)
+    """Return a width as JSON data, with null for the entries that are no widths."""
+    return value if isinstance(value, int) else [v if _is_number(v) else None for v in value]
+
+
+def _merged(old: Any, value: Any) -> Any:
+    """Return a width of a file as the module holds it, with the module's own entries where the file has null.
+
+    Args:
+        old: What the module has: a number, or a tuple or list.
+        value: What the file has: a number, or a list of the same length.
+    """
+    if isinstance(old, int):
+        return value
+    return type(old)(o if v is None else v for o, v in zip(old, value, strict=True))
+
+
+def _fits(old: Any, value: Any) -> bool:
+    """Return whether a width of a file can take the place of what the module has."""
+    if not (_is_width(old) and _is_width(value)) or isinstance(old, int) != isinstance(value, int):
+        return False
+    pairs = [(old, value)] if isinstance(old, int) else list(zip(old, value, strict=False))
+    same = isinstance(old, int) or len(old) == len(value)
+    return same and all(_is_number(v) if _is_number(o) else v is None for o, v in pairs)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -198,10 +221,9 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         old = module.__dict__.get(attribute)
         # Of the attributes of torch's own layers a file may set only the widths, and not the strides, for example.
         allowed = attribute in WIDTHS or not (attribute.startswith("_") or type(module).__module__.startswith("torch."))
-        fits = allowed and _is_width(old) and _is_width(value)
-        if not fits or isinstance(old, int) != isinstance(value, int) or _length(old) != _length(value):
+        if not (allowed and _fits(old, value)):
             raise PlasticError(f"{path}: may not set {name}.{attribute} from {old!r} to {value!r}")
-        setattr(module, attribute, value if isinstance(old, int) else tuple(value) if isinstance(old, tuple) else value)
+        setattr(module, attribute, _merged(old, value))
 
 
 def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Any) -> None:

@@ -92,7 +92,7 @@ def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
         if width.place is None:
             value = value + units * width.per_unit
         else:
-            changed = [v + units * width.per_unit * (i == width.place) for i, v in enumerate(value)]
+            changed = [v + units * width.per_unit if i == width.place else v for i, v in enumerate(value)]
             value = type(value)(changed)
         setattr(module, width.attribute, value)
 
