@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class Slice:
             new unit is inserted.
         consumed: Whether a contraction sums over this dimension. If not, it produces the units.
         group: For dimension 0 of the weight of a grouped convolution, the number of rows of one group, else 0.
+        virtual: Whether the tensor is the input axis of an input site (`InputUnits`), and so no parameter or buffer.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -86,6 +87,7 @@ class Slice:
     runs: tuple[int, ...]
     consumed: bool = False
     group: int = 0
+    virtual: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,28 @@ class InputUnits(Units):
 
     features: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     full: int = 0
+
+
+def without_lost_inputs(sites: Mapping[str, Units]) -> dict[str, Units]:
+    """Return sites that own columns of a weight themselves where the input site between is not among the sites.
+
+    Sites are left out when they are excluded, frozen or compared apart from others. Units that lie along the virtual
+    axis of an input site that was left out then own the columns of its consumer directly, as without input sites.
+
+    Args:
+        sites: The sites by name. No features of the input sites that were left out have been cut.
+    """
+    found: dict[str, Units] = {}
+    for name, u in sites.items():
+        dims = {f"{c.module}.input": (c.tensor, c.dim) for c in u.consumers}
+        slices = [
+            replace(s, tensor=dims[s.tensor][0], dim=dims[s.tensor][1], virtual=False)
+            if s.virtual and s.tensor not in sites
+            else s
+            for s in u.slices
+        ]
+        found[name] = replace(u, slices=slices)
+    return found
 
 
 @dataclass

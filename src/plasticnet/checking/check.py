@@ -23,7 +23,7 @@ from plasticnet.surgery.rewrite import apply_plan
 from plasticnet.tools.inputs import Call, is_large
 from plasticnet.tools.precision import full_precision
 from plasticnet.tools.snapshot import left_as_it_was, sharing
-from plasticnet.units import BlockUnits, Trace, Units
+from plasticnet.units import BlockUnits, Trace, Units, without_lost_inputs
 
 # Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
 # That may happen by chance, for example where a ReLU gives only zeros.
@@ -77,7 +77,7 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
     if is_large(twin):
         rough = Comparing(twin, calls[:1], ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
-        sites = {n: u for n, u in sites.items() if n not in bad}
+        sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
         calls, reached = reaching(twin, calls, sites, traced.steered)
         run = _precise(twin, calls, traced)
@@ -87,13 +87,13 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
         run, current = _precise(twin, calls, traced), sites
         bad = culprits(run.cut_differs, sites, partial(repaired, run.model))
     bad |= unsure(sites, reached, bad)
-    good = {n: sites[n] for n in traced.sites if n in sites and n not in bad}
+    good = without_lost_inputs({n: sites[n] for n in traced.sites if n in sites and n not in bad})
     stuck = culprits(run.growth_differs, {n: current[n] for n in good})
     good = {n: replace(u, growable=u.growable and n not in stuck) for n, u in good.items()}
     for n in [n for n, u in good.items() if u.size == 1 and not u.growable and not isinstance(u, BlockUnits)]:
         bad[n] = "all its channels form a single unit, which can be neither cut nor added to"
         del good[n]
-    return replace(traced, sites=good, frozen=bad)
+    return replace(traced, sites=without_lost_inputs(good), frozen=bad)
 
 
 def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, dict[str, Units]]:

@@ -20,13 +20,14 @@ from plasticnet.tools.precision import HALF
 from plasticnet.tools.snapshot import left_as_it_was, sharing
 from plasticnet.tools.torch_private import Dropout
 from plasticnet.tools.trees import tensors_within
-from plasticnet.units import BlockUnits, InputUnits, Units
+from plasticnet.units import BlockUnits, InputUnits, Units, without_lost_inputs
 
 # The relative tolerances in double precision, in which some norms still compute in single, and in other precisions.
 FINE, ROUGH = 2e-6, 1e-3
 # What rounding makes of outputs in half precision after some dozen layers.
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+_IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
 BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 
 
@@ -90,9 +91,13 @@ class Comparing:
 
         What lies in a block that is closed is not compared, so blocks are closed in trials of their own.
         """
+        sites = without_lost_inputs(sites)
         for factors, telling in self._trials(sites):
             try:
                 small = cut(sharing(self.model), sites, factors)
+            except Exception as error:  # an attribute of the model may refuse to change
+                return _IMPOSSIBLE.format(error=error)
+            try:
                 compared = self.outputs(small)
             except Exception as error:  # a forward that hard-codes a width can raise anything
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
@@ -142,10 +147,14 @@ class Comparing:
 
         The new units read with random weights and are read with weights of zero, so that the output should stay.
         """
+        sites = without_lost_inputs(sites)
         sources = {n: [*range(u.size), -1] for n, u in sites.items() if u.growable and not isinstance(u, InputUnits)}
+        grown = sharing(self.model)
         try:
-            grown = sharing(self.model)
             apply_plan(grown, plan_resize(sites, lengths(grown), sources), {})
+        except Exception as error:  # an attribute of the model may refuse to change
+            return _IMPOSSIBLE.format(error=error)
+        try:
             if relative_difference(self.reference, self.outputs(grown)) > self._allowed(self.reference):
                 return "growing its units changes the output"
         except Exception as error:  # a forward that hard-codes a width can raise anything

@@ -18,7 +18,7 @@ from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import MORE, Outputs, calls_of
 from plasticnet.tracing.trace import explore
-from plasticnet.units import Units
+from plasticnet.units import Units, without_lost_inputs
 
 Patterns = str | Sequence[str]  # one pattern of names or several, with the wildcards of fnmatch
 
@@ -78,8 +78,7 @@ def find(
         if not any(fnmatchcase(n, pattern) for n in traced.sites):
             raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
     excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in _listed(exclude)))
-    for name in excluded:
-        del traced.sites[name]
+    traced.sites = without_lost_inputs({n: u for n, u in traced.sites.items() if n not in excluded})
     traced = self_check(model, traced, runs.calls)
     tensors, ungated = gateable(model, _listed(weights), calls[0].args, calls[0].kwargs)
     if not traced.sites and not tensors:

@@ -167,9 +167,10 @@ def _sites_of(
             for origin in dict.fromkeys(born_in):
                 columns = [i for i, o in enumerate(born_in) if o == origin]
                 index = part[:, columns] - starts[origin]
-                consumed = names[origin] in facts.consumers or names[origin][0] in facts.inputs
+                virtual = names[origin][0] in facts.inputs
+                consumed = names[origin] in facts.consumers or virtual
                 group = facts.grouped.get(names[origin][0], 0) if names[origin][1] == 0 else 0
-                slices.append(Slice(*names[origin], index, _runs(index), consumed, group))
+                slices.append(Slice(*names[origin], index, _runs(index), consumed, group, virtual))
             site = _free_name(name, trace)
             trace.sites[site] = Units(site, len(part), slices)
 
@@ -250,7 +251,8 @@ def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
     owners = [(u, s) for u in trace.sites.values() for s in u.slices if s.tensor == virtual]
     full = next(len(labels) for tensor, _, labels in facts.ledger.origins() if tensor == virtual)
     if len(owners) == 1 and owners[0][1].index.shape == (full, 1):
-        owners[0][1].tensor, owners[0][1].dim = consumer.tensor, consumer.dim
+        (_, columns) = owners[0]
+        columns.tensor, columns.dim, columns.virtual = consumer.tensor, consumer.dim, False
         return
     columns = Slice(consumer.tensor, consumer.dim, np.arange(full)[:, None], (1,), consumed=True)
     trace.sites[virtual] = InputUnits(virtual, full, [columns], [consumer], np.arange(full), full)
