@@ -24,10 +24,10 @@ from plasticnet.cost.model import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.gates.living import check_free, register
 from plasticnet.gates.run import Gating
-from plasticnet.gates.site import Site, WeightSite, gate_key, mean_gates, refuse_nan, weight_key
+from plasticnet.gates.site import Site, WeightSite, buffer_key, gate_key, mean_gates, refuse_nan, weight_key
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
-from plasticnet.tools.torch_private import version
+from plasticnet.tools.torch_private import buffers_of, unsaved_buffers, version
 from plasticnet.units import BlockUnits, Units
 
 
@@ -68,6 +68,7 @@ class GatedModel(nn.Module):
         cost: What the network is expected to cost, for the present sizes of the sites.
         lock: What a thread holds while it runs or changes the network.
         sizes: The present sizes, to tell whether they are still those of an earlier moment.
+        resized: Whether units were ever cut or added, so that unsaved buffers may have other entries than at first.
 
     Raises:
         PlasticError: Another network that lives has gates on some of the parameters.
@@ -95,6 +96,7 @@ class GatedModel(nn.Module):
         self.excluded, self.checked, self.uses = tuple(excluded), checked, uses
         self.latency: Latency | None = None
         self.multiple_of = 1
+        self.resized = False
         self.ranks = Ranks()
         self.lock, self.sizes = Lock(), Sizes()
         self._frozen = dict(frozen)
@@ -223,6 +225,17 @@ class GatedModel(nn.Module):
         held = self.model.named_parameters()
         return {n: p for n, p in held if n in names or any(u.inside(n) is not None for u in blocks)}
 
+    def unsaved(self) -> dict[str, Tensor]:
+        """Return the buffers, by name, in which units own entries, and which the model leaves out of state dicts.
+
+        The state dict of the network holds them, since nothing else would say which of the entries are left.
+        """
+        owned = {s.tensor for site in self.sites.values() for s in site.units.slices}
+        named = {n: b for n, b in self.model.named_buffers() if n in owned}
+        held = [(b, leaf in unsaved_buffers(m)) for m in self.model.modules() for leaf, b in buffers_of(m).items()]
+        saved = {id(b) for b, unsaved in held if not unsaved} if named else set[int]()
+        return {n: b for n, b in named.items() if id(b) not in saved}
+
     def open_weights(self) -> np.ndarray:
         """Return which of the single weights that have gates are open, a boolean mask of shape (weights,)."""
         masks = [w.open.flatten().cpu().numpy() for w in self.weights.values()]
@@ -279,6 +292,11 @@ class GatedModel(nn.Module):
         register(self)
 
     # -- saving -------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, buffer in self.unsaved().items():
+            destination[prefix + buffer_key(name)] = buffer if keep_vars else buffer.detach()
 
     def get_extra_state(self) -> Tensor:
         """Return k as a tensor, so that a state dict holds tensors only."""

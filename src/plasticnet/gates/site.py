@@ -25,6 +25,11 @@ def gate_key(name: str) -> str:
     return f"site/{name.replace('.', '/')}"
 
 
+def buffer_key(name: str) -> str:
+    """Return the key in the state dict of a network for a buffer that its module leaves out of state dicts."""
+    return f"buffer/{name.replace('.', '/')}"
+
+
 def probability(phi: Tensor, k: float) -> Tensor:
     """Return the probability ``sigmoid(k phi)`` of gates, which is 1/2 at k = 0 and 1[phi >= 0] at k = infinity.
 

@@ -6,7 +6,7 @@ Everything that can be wrong is found before anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
-from plasticnet.gates.site import gate_key, weight_key
+from plasticnet.gates.site import buffer_key, gate_key, weight_key
 from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.resize import adopt
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors, rewrite
@@ -31,7 +31,8 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
 
     Args:
         net: The network.
-        state: A state dict of the network or of a module that contains it. With ``assign``, entries are replaced in it.
+        state: A state dict of the network or of a module that contains it. Buffers that torch does not know are taken
+            out of it, and with ``assign`` other entries are replaced in it.
         prefix: What the names of the network's entries begin with. Where there are none within a larger module, nothing
             is done: torch misses them, if it is to be strict.
         assign: Whether the parameters are to be replaced.
@@ -48,9 +49,11 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
     _check_k(own["_extra_state"])
     _check_entries(net, own)
     planned = _plan_load(net, own)
+    _check_unsaved(net, planned, own)
     before = [p.shape for p in net.parameters()]
     _resize_in_place(net, planned)
     adopt(net, planned)
+    _load_unsaved(net, state, prefix, assign)
     if assign or before != [p.shape for p in net.parameters()]:
         net.ranks.outgrow()
     if assign:
@@ -74,6 +77,20 @@ def _prepare_assignment(net: GatedModel, state: MutableMapping[str, Any], prefix
             state[prefix + name] = first.setdefault(id(t), as_held)
 
 
+def _load_unsaved(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assign: bool) -> None:
+    """Put the buffers into a network that torch neither saves nor loads, and take them out of the state."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, buffer in net.unsaved().items():
+        found = state.pop(prefix + buffer_key(name), None)
+        if found is not None:
+            found = found.detach()
+            pairs.append((buffer, found if assign else found.to(buffer.device, buffer.dtype, copy=True)))
+    if pairs:
+        replace_tensors(net.model, pairs)
+        net.resized = True  # or was, where the state comes from
+        net.refresh()
+
+
 def settle(net: GatedModel) -> None:
     """Let the gates act on the tensors that a network holds after torch has loaded it."""
     known, now = net.gating.known, [*net.model.parameters(), *net.model.buffers()]
@@ -83,8 +100,8 @@ def settle(net: GatedModel) -> None:
 
 def _compare_keys(net: GatedModel, state: Mapping[str, Any]) -> None:
     """Raise `PlasticError` unless a state dict names the same tensors as the network."""
-    own = net.state_dict().keys()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    own, optional = net.state_dict().keys(), {buffer_key(name) for name in net.unsaved()}
+    missing, extra = sorted(set(own) - set(state) - optional), sorted(set(state) - set(own))
     if missing or extra:
         raise PlasticError(
             f"the state belongs to another architecture: it lacks {missing[:5]}, and has {extra[:5]} on top"
@@ -100,8 +117,9 @@ def _cause(net: GatedModel, keys: Sequence[str], extra: Sequence[str]) -> str:
         keys: The keys that only the state has, or only the network.
         extra: Those that only the state has.
     """
-    if not all(key.startswith("gates.") for key in keys):
+    if not all(key.startswith(("gates.", buffer_key(""))) for key in keys):
         return ""
+    extra = [key for key in extra if key.startswith("gates.")]
     sites = {key.partition("/")[2].rpartition(".")[0].replace("/", ".") for key in extra}
     frozen = [module for module, reason in net.frozen.items() if reason.startswith(IDLE)]
     idle = [module for module in frozen if any(f"{site}.".startswith(f"{module}.") for site in sites)]
@@ -124,11 +142,12 @@ def _check_entries(net: GatedModel, state: Mapping[str, Any]) -> None:
 
     The shapes are compared later.
     """
-    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    unsaved = [(buffer_key(name), t) for name, t in net.unsaved().items()]
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False), *unsaved]
     logits = {id(g.phi) for g in net.all_gates()}
     first: dict[int, str] = {}
     for name, own in held:
-        if name not in state:  # a buffer that is not saved
+        if name not in state:  # a buffer that is not saved, or that an earlier version did not save
             continue
         found = state[name]
         if not isinstance(found, Tensor):
@@ -235,7 +254,8 @@ def _compare(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     tensors = [(f"model.{n}", name_of[id(t)], t) for n, t in held]
     gates = [(f"gates.{weight_key(n)}.phi", n, model.get_parameter(n)) for n in net.weights]
-    for key, name, tensor in [*tensors, *gates]:
+    unsaved = [(buffer_key(name), name, t) for name, t in net.unsaved().items()]
+    for key, name, tensor in [*tensors, *gates, *unsaved]:
         expected = tuple(len(planned.takes.get((name, d), range(n))) for d, n in enumerate(tensor.shape))
         found = state.get(key)
         if isinstance(found, Tensor) and tuple(found.shape) != expected:
@@ -243,6 +263,35 @@ def _compare(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
                 f"the state belongs to another architecture: {key.removeprefix('model.')} has shape "
                 f"{tuple(found.shape)}, and {expected} here"
             )
+
+
+def _check_unsaved(net: GatedModel, planned: Plan, state: Mapping[str, Any]) -> None:
+    """Raise `PlasticError` where a state that lacks a buffer does not say which of its entries belong to its units.
+
+    It need not say so where no unit was cut or added, and where units are cut and all entries are equal.
+    """
+    for name, buffer in net.unsaved().items():
+        if buffer_key(name) in state:
+            continue
+        lost = [(d, planned.takes.get((name, d))) for d in _unit_dims(net, name)]
+        changed = net.resized or any(take is not None for _, take in lost)
+        alike = all(take is None or (take >= 0).all() for _, take in lost) and not buffer.is_meta
+        if changed and not (alike and all(_uniform(buffer, d) for d, _ in lost)):
+            raise PlasticError(
+                f"the state lacks the buffer {name}, which its module leaves out of state dicts (persistent=False), so "
+                "that nothing says which of its entries belong to the units in the state. An earlier version of "
+                "plasticnet wrote it; state dicts of this version hold the buffer"
+            )
+
+
+def _unit_dims(net: GatedModel, name: str) -> Iterator[int]:
+    """Yield the dimensions of a tensor along which units lie."""
+    yield from sorted({s.dim for site in net.sites.values() for s in site.units.slices if s.tensor == name})
+
+
+def _uniform(t: Tensor, dim: int) -> bool:
+    """Return whether all entries along a dimension are equal."""
+    return bool((t == t.narrow(dim, 0, 1)).all())
 
 
 def _resize_in_place(net: GatedModel, planned: Plan) -> None:

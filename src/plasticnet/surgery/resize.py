@@ -65,6 +65,7 @@ def adopt(net: GatedModel, planned: Plan) -> None:
         site.units = planned.units[site.name]
         if isinstance(site.units, InputUnits):
             site.features = torch.from_numpy(site.units.features).to(site.phi.device)
+    net.resized |= bool(planned.sources)
     net.refresh()
 
 
