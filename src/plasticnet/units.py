@@ -147,7 +147,7 @@ class Width:
         module: The name of the module.
         attribute: The name of the attribute.
         per_unit: By how much it grows with every unit.
-        place: The index of the integer where the attribute is a tuple, else None.
+        place: The index of the integer where the attribute is a tuple, or the ``feature_info`` of timm; else None.
 
     Example:
         >>> import plasticnet as pn

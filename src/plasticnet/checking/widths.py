@@ -84,7 +84,7 @@ def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None
 
 def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
     """Return every member of the family with those of the attributes in ``found`` that are of these kinds."""
-    return {n: replace(u, widths=tuple(w for w in found[n] if _kind(w) in kinds)) for n, u in family.items()}
+    return {n: replace(u, widths=(*u.widths, *(w for w in found[n] if _kind(w) in kinds))) for n, u in family.items()}
 
 
 def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
@@ -104,6 +104,7 @@ def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
         slices=[s for u in members for s in u.slices],
         consumers=[c for u in members for c in u.consumers],
         norms=[n for u in members for n in u.norms],
+        widths=tuple(w for u in members for w in u.widths),
     )
     return {first.name: tied}
 

@@ -22,6 +22,7 @@ from plasticnet.layers.take import Take, insert_take
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches, weights_of
 from plasticnet.surgery.rewrite import replace_tensors
+from plasticnet.tools.feature_info import feature_widths, with_feature_widths
 from plasticnet.tools.torch_private import unsaved_buffers
 
 
@@ -160,12 +161,19 @@ def _is_width(value: Any) -> bool:
 
     Its other entries, as the -1 of a shape, are no widths: a file does not hold them, and they stay as they are.
     """
+    value = _listed(value)
     return any(map(_is_number, value if type(value) in (tuple, list) else [value]))
+
+
+def _listed(value: Any) -> Any:
+    """Return the numbers of channels in the ``feature_info`` of timm as a list, and any other value as it is."""
+    features = feature_widths(value)
+    return value if features is None else features
 
 
 def _plain(value: Any) -> Any:
     """Return a width as JSON data, with null for the entries that are no widths."""
-    return value if isinstance(value, int) else [v if _is_number(v) else None for v in value]
+    return value if isinstance(value, int) else [v if _is_number(v) else None for v in _listed(value)]
 
 
 def _merged(old: Any, value: Any) -> Any:
@@ -177,11 +185,13 @@ def _merged(old: Any, value: Any) -> Any:
     """
     if isinstance(old, int):
         return value
-    return type(old)(o if v is None else v for o, v in zip(old, value, strict=True))
+    merged = [o if v is None else v for o, v in zip(_listed(old), value, strict=True)]
+    return type(old)(merged) if feature_widths(old) is None else with_feature_widths(old, merged)
 
 
 def _fits(old: Any, value: Any) -> bool:
     """Return whether a width of a file can take the place of what the module has."""
+    old = _listed(old)
     if not (_is_width(old) and _is_width(value)) or isinstance(old, int) != isinstance(value, int):
         return False
     pairs = [(old, value)] if isinstance(old, int) else list(zip(old, value, strict=False))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from plasticnet.layers.attention import free_heads, head_size
+from plasticnet.tools.feature_info import feature_widths, with_feature_widths
 from plasticnet.tools.torch_private import BatchOrInstanceNorm, Conv, ConvTranspose, buffers_of, parameters_of
 from plasticnet.units import Units, Width, owner
 
@@ -92,8 +93,10 @@ def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
         if width.place is None:
             value = value + units * width.per_unit
         else:
-            changed = [v + units * width.per_unit if i == width.place else v for i, v in enumerate(value)]
-            value = type(value)(changed)
+            features = feature_widths(value)
+            own = value if features is None else features
+            changed = [v + units * width.per_unit if i == width.place else v for i, v in enumerate(own)]
+            value = type(value)(changed) if features is None else with_feature_widths(value, changed)
         if isinstance(module, nn.GroupNorm) and width.attribute == "num_groups":  # it has no weight that says more
             module.num_channels = module.num_channels // module.num_groups * value
         setattr(module, width.attribute, value)

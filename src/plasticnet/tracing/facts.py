@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from plasticnet.tracing.labels import Ledger
 from plasticnet.units import Consumer, Norm
 
@@ -28,6 +30,8 @@ class Facts:
         means: The modules, each with an axis, that take a mean over an axis without units.
         embeddings: The tables of embeddings whose own units get no gates.
         norms: The statistics over gated units.
+        features: The labels of the channels that timm's ``feature_info`` counts, by the module that holds it and the
+            place in it.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -44,3 +48,4 @@ class Facts:
     means: set[tuple[str, int]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     norms: dict[Norm, None] = field(default_factory=dict)
+    features: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)

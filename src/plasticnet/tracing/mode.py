@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from plasticnet.tools.feature_info import described_modules, described_outputs
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.torch_private import Conv, differentiates_now, flat_names, is_scripted, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import SCRIPTED, Consumer
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
@@ -120,15 +121,21 @@ class Tracer(TorchDispatchMode):
             if next(module.parameters(recurse=False), None) is not None and not is_scripted(module):
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
+        for holder, place, name, width in described_modules(self.model):
+            described = self.model.get_submodule(name)
+            handles.append(described.register_forward_hook(self._count((holder, place), width)))
         for name in self.skipped:
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
         try:
             with without_gradients(), self:
-                read = call.read(self.model(*args, **kwargs))
+                out = self.model(*args, **kwargs)
+                read = call.read(out)
         finally:
             for handle in handles:
                 handle.remove()
+        for place, tensor, width in described_outputs(self.model, out):
+            self._note_channels(("", place), tensor, width)
         for tensor in tensors_within(read):
             self.freeze(tensor, "reaches the model's output")
 
@@ -154,6 +161,27 @@ class Tracer(TorchDispatchMode):
         a, b = self.ledger.settle(self.tag(first)), self.ledger.settle(self.tag(out))
         for i in range(out.dim()):
             self.meet(self.ledger.read(a, i), self.ledger.read(b, i), "a block hands on something that cannot be cut")
+
+    def _count(self, key: tuple[str, int], width: int) -> Callable[..., None]:
+        """Return a hook that notes the labels of the channels of an output that a ``feature_info`` describes."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            for tensor in tensors_within(out)[:1]:
+                self._note_channels(key, tensor, width)
+
+        return hook
+
+    def _note_channels(self, key: tuple[str, int], tensor: Tensor, width: int) -> None:
+        """Note the labels of the channels of a tensor that a ``feature_info`` describes.
+
+        Labels that were split and do not lie on an axis of their own are left alone, because reading them would decide
+        what they mean.
+        """
+        axes = self.tag(tensor).axes
+        if not any(f.is_split for axis in axes for f in axis):
+            places = [i for i, a in enumerate(axes) if i and has_labels(a) and axis_size(a) == width]
+            if places:
+                self.facts.features[key] = self.ledger.read(self.tag(tensor), places[0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
