@@ -27,7 +27,7 @@ from plasticnet.gates.run import Gating
 from plasticnet.gates.site import Site, WeightSite, buffer_key, gate_key, mean_gates, refuse_nan, weight_key
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
-from plasticnet.tools.torch_private import buffers_of, unsaved_buffers, version
+from plasticnet.tools.torch_private import buffers_of, buffers_stay_shared, unsaved_buffers, version
 from plasticnet.units import BlockUnits, Units
 
 
@@ -125,7 +125,8 @@ class GatedModel(nn.Module):
         self.refresh()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        with buffers_stay_shared(self):
+            super()._apply(fn, recurse)
         self.refresh()  # because the indices of the readers lie on the device of the parameters
         return self
 

@@ -8,7 +8,8 @@ No other module reads them, so there is one place to look at when a new version 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -82,7 +83,21 @@ def unsaved_buffers(module: nn.Module) -> set[str]:
 
 def convert(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Apply a function to all parameters and buffers in place, as ``Module.to`` does, and return the module."""
-    return module._apply(function)
+    with buffers_stay_shared(module):
+        return module._apply(function)
+
+
+@contextmanager
+def buffers_stay_shared(module: nn.Module) -> Iterator[None]:
+    """Keep a buffer that modules share one tensor while all buffers are converted; torch makes a tensor for each."""
+    stores = [m._buffers for m in module.modules() if not is_scripted(m)]
+    held = [(store, key, b) for store in stores for key, b in store.items() if b is not None]
+    try:
+        yield
+    finally:
+        first: dict[int, Tensor | None] = {}
+        for store, key, before in held:
+            store[key] = first.setdefault(id(before), store[key])
 
 
 def is_scripted(module: nn.Module) -> bool:
