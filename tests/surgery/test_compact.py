@@ -305,3 +305,47 @@ def test_bad_multiples(multiple_of: Any) -> None:
     for call in (net.prune, net.compact):
         with pytest.raises(PlasticError, match="multiple_of"):
             call(multiple_of=multiple_of)
+
+
+class Normed(nn.Module):
+    """A norm whose channels several layers read, each through features of its own."""
+
+    def __init__(self, readers: int, width: int) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv1d(2, width, 1), nn.GroupNorm(1, width)
+        self.readers = nn.ModuleList(nn.Linear(2 * width, 3) for _ in range(readers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x)).flatten(1)
+        return torch.stack([reader(h) for reader in self.readers]).sum(0)
+
+
+@pytest.mark.parametrize("k", [math.inf, 5.0])
+@pytest.mark.parametrize(
+    ("width", "features", "opened"),
+    [
+        (3, [[4], [0, 1, 2, 3, 4, 5]], [[1], [0, 0, 1, 1, 1, 0]]),  # the second has lost none that could come back
+        (3, [[4, 5], [0, 4]], [[1, 0], [0, 1]]),
+        (4, [[7], [0, 1, 3, 7], [1, 2, 7]], [[1], [0, 0, 1, 1], [0, 0, 1]]),
+        (3, [[5], [2, 3, 4, 5]], [[1], [1, 1, 1, 1]]),
+    ],
+)
+def test_the_last_open_features_belong_to_channels_that_a_norm_no_longer_counts(
+    width: int, features: list[list[int]], opened: list[list[int]], k: float
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 2)
+    net = PlasticNet(Normed(len(features), width), (x,), inputs=["readers.*"], residual=True).double()
+    x = x.double()
+    net.resize({f"readers.{i}.input": f for i, f in enumerate(features)})
+    net.k = k
+    with torch.no_grad():
+        net.sites["a"].phi[1:] = -1.0
+        for i, z in enumerate(opened):
+            net.sites[f"readers.{i}.input"].phi.copy_(torch.tensor(z) - 0.5)
+    small, expected = net.compact(), net.eval()(x)
+    assert error(expected, small(x)) <= 1e-12
+    assert small.a.out_channels == 1
+    net.prune(0.5)
+    assert error(expected, net(x)) <= 1e-12
+    assert error(expected, net.compact()(x)) <= 1e-12

@@ -108,8 +108,9 @@ def _counted_open(
 ) -> dict[str, list[int]]:
     """Return the units that stay, without closed ones that a norm would count.
 
-    A closed unit stays only for the last features of an input site, which must not become empty. There a feature that
-    was cut earlier takes the place of those of the unit. It is read with weights of zero, as they would be.
+    A closed unit stays only for the last features of an input site, which must not become empty. There another feature
+    takes the place of those of the unit: a closed one of a unit that stays, or one that was cut earlier. It is read
+    with weights of zero, as they would be.
 
     Args:
         sites: All sites of the model.
@@ -125,8 +126,8 @@ def _counted_open(
     if found != sources:
         masks = {n: np.isin(np.arange(u.size), found.get(n, range(u.size))) for n, u in sites.items()}
         for name, u in sites.items():
-            if isinstance(u, InputUnits) and not (masks[name] & alive(u, sites, masks)).any():
-                found[name] = [-1]
+            if isinstance(u, InputUnits) and not (masks[name] & (there := alive(u, sites, masks))).any():
+                found[name] = [int(there.argmax())] if there.any() else [-1]
     return found
 
 
