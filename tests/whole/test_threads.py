@@ -121,7 +121,7 @@ def test_a_thread_that_serves_beside_one_that_trains(gates: str) -> None:
                         net.eval()
                     optimizer.zero_grad()
                     loss.backward()
-                    assert all(p.grad is not None for p in net.model.parameters() if isinstance(p, nn.Parameter))
+                    assert all(p.grad is not None for p in net.model.parameters())
                     with net.lock:
                         optimizer.step()
                 schedule.step()
@@ -129,6 +129,119 @@ def test_a_thread_that_serves_beside_one_that_trains(gates: str) -> None:
         return net.state_dict()
 
     assert_same(train(serve=False), train(serve=True))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(2, 16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x.view(len(x), 3, 2))[0][:, -1])
+
+
+class Paused(nn.Module):
+    """Hands its input on, and waits for another thread where it is told to."""
+
+    pause: Callable[[], object] = staticmethod(lambda: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pause()
+        return x
+
+
+def in_another_thread(work: Callable[[], Any]) -> Any:
+    """What some work returns in another thread, for which this one waits."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+@pytest.mark.parametrize("what", ["parameters", "state", "copy", "attributes", "clipping"])
+@pytest.mark.parametrize("kind", ["units", "recurrent", "single weights", "evaluation", "shared"])
+def test_what_another_thread_reads_in_the_model_in_the_middle_of_a_run(kind: str, what: str) -> None:
+    """Once, at a moment that is known: the parameters are the model's own, with the gradients of the last step."""
+    pause = Paused()
+    body = Recurrent() if kind == "recurrent" else mlp(6, 16, 16, 3)
+    if kind == "shared":
+        body = nn.Sequential(*body, nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 3))
+        body[-1].weight = body[-4].weight  # pyright: ignore[reportAttributeAccessIssue]
+    model = nn.Sequential(body, pause)
+    options: dict[str, Any] = {"weights": ("*",)} if kind == "single weights" else {}
+    net = PlasticNet(model, (X[:2],), gates="batch", **options)
+    net.k = 7.0
+    net.expected_loss(lambda: net(X).square().sum(1)).backward()
+    net.train(kind != "evaluation")
+    own = dict(model.named_parameters())
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    norm = torch.stack([p.grad.norm() for p in own.values() if p.grad is not None]).norm()
+
+    def read() -> None:
+        if what == "parameters":
+            found = dict(model.named_parameters())
+            assert found.keys() == own.keys()
+            assert all(p is own[n] and p.grad is not None for n, p in found.items())
+        elif what == "state":
+            assert_same(dict(model.state_dict()), state)
+        elif what == "copy":
+            twin = copy.deepcopy(body)
+            assert all(type(p) is nn.Parameter and torch.equal(p, state[f"0.{n}"]) for n, p in twin.named_parameters())
+            assert all(type(vars(m)["_parameters"]) is dict for m in twin.modules())
+        elif what == "attributes":
+            for name, p in own.items():
+                holder, _, leaf = name.rpartition(".")
+                assert getattr(model.get_submodule(holder), leaf) is p
+        else:
+            assert torch.equal(nn.utils.clip_grad_norm_(model.parameters(), 1e9), norm)
+
+    errors: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            read()
+        except BaseException as error:
+            errors.append(error)
+
+    read()  # as it is when nothing runs
+    changed: list[bool] = []
+
+    def pausing() -> None:
+        changed.append(any(p is not own[n] for n, p in model.named_parameters()))
+        in_another_thread(attempt)
+
+    pause.pause = pausing  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.no_grad():
+        net(X)
+    assert changed == [True]  # the thread that runs finds the gates folded in
+    if errors:
+        raise errors[0]
+    read()
+
+
+def test_a_forward_that_swaps_parameters_itself() -> None:
+    """`torch.func.functional_call` within the model, on what gates are folded into."""
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).relu()
+            held = dict(self.b.named_parameters())
+            return torch.func.functional_call(self.b, {**held, "bias": 2 * held["bias"]}, (x,)) + self.b(x)
+
+    net = PlasticNet(Doubled(), (X[:2],), gates="batch")
+    assert "a" in net.sites
+    net.k = 7.0
+    with torch.no_grad():
+        net.sites["a"].phi.uniform_(-1, 1)
+    before = dict(net.model.named_parameters())
+    out = net.eval()(X)
+    torch.testing.assert_close(net.compact()(X), out)
+    assert all(p is before[n] for n, p in net.model.named_parameters())
 
 
 def test_another_threads_call_is_no_call_of_the_closure() -> None:

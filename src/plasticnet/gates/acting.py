@@ -16,7 +16,9 @@ from plasticnet.tools.shapes import along
 from plasticnet.tools.torch_private import (
     flat_names,
     flat_weights,
+    is_scripted,
     is_transformed,
+    lend,
     parameters_of,
     set_flat_weights,
 )
@@ -39,32 +41,47 @@ def places_of(model: nn.Module, names: set[str]) -> dict[str, list[tuple[nn.Modu
 
 @contextmanager
 def swapped(
-    places: Mapping[str, list[tuple[nn.Module, str]]], tensors: Mapping[str, Tensor], recurrent: list[nn.RNNBase]
+    places: Mapping[str, list[tuple[nn.Module, str]]],
+    tensors: Mapping[str, Tensor],
+    recurrent: list[nn.RNNBase],
+    compiled: bool = False,
 ) -> Iterator[None]:
-    """Let modules hold other tensors in the place of their parameters within this context.
+    """Let modules hold other tensors in the place of their parameters within this context, for this thread only.
 
     It does what ``torch.func.functional_call`` does, at less cost, and also replaces the list of weights that recurrent
-    layers read.
+    layers read. Other threads go on finding the parameters, unless the model is compiled.
 
     Args:
         places: For each name of a parameter, the modules that hold it and its name there, from `places_of`.
         tensors: The tensors, by the names of the parameters that they replace.
         recurrent: The recurrent layers of the model.
+        compiled: Whether a module of the model is compiled, or being so.
     """
-    own = [(module, leaf, parameters_of(module)[leaf]) for name in tensors for module, leaf in places[name]]
-    lists: list[list[Any]] = [flat_weights(module) for module in recurrent]
+    held: dict[nn.Module, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         for module, leaf in places[name]:
-            parameters_of(module)[leaf] = tensor  # pyright: ignore[reportArgumentType]
+            held.setdefault(module, {})[leaf] = tensor
+    lists: list[list[Any]] = [flat_weights(module) for module in recurrent]
+    put_back = [
+        (_exchanged if compiled or is_scripted(module) else lend)(module, replaced) for module, replaced in held.items()
+    ]
     for module in recurrent:
         set_flat_weights(module, [getattr(module, name) for name in flat_names(module)])
     try:
         yield
     finally:
-        for module, leaf, parameter in own:
-            parameters_of(module)[leaf] = parameter
+        for back in reversed(put_back):
+            back()
         for module, weights in zip(recurrent, lists, strict=True):
             set_flat_weights(module, weights)
+
+
+def _exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Put tensors in the place of parameters of a module, for all threads, and return what puts the parameters back."""
+    held = parameters_of(module)
+    own = {leaf: held[leaf] for leaf in tensors}
+    held.update(tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return lambda: held.update(own)
 
 
 @contextmanager

@@ -263,7 +263,7 @@ class GatedModel(nn.Module):
 
     # -- from several threads -----------------------------------------------------------------
 
-    # While the network runs in one thread, its modules hold other tensors than its parameters. So other threads wait.
+    # Other threads wait while one runs or changes the network, so that they never see it in the middle of a resize.
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -167,9 +167,15 @@ class Gating:
             part |= ~part.any() & (torch.arange(size, device=shared.device) == (0 if best is None else best[name]))
         return [(norm, axis, opened.index_select(0, positions)) for norm, axis, positions in self._norms]
 
-    def holding(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Return a context in which modules hold these tensors in the place of parameters, by name."""
-        return swapped(self._places, tensors, self._recurrent)
+    def holding(self, tensors: Mapping[str, Tensor], compiled: bool) -> AbstractContextManager[None]:
+        """Return a context in which modules hold these tensors in the place of parameters, by name.
+
+        Args:
+            tensors: The tensors.
+            compiled: Whether a module of the model was compiled in place.
+        """
+        compiled |= torch.compiler.is_compiling()
+        return swapped(self._places, tensors, self._recurrent, compiled)
 
     @property
     def normed(self) -> list[nn.Module]:
@@ -246,7 +252,7 @@ class _Run:
             if self.skipped:
                 stack.enter_context(skipping(self.skipped))
             if self.tensors:
-                stack.enter_context(self.gating.holding(self.tensors))
+                stack.enter_context(self.gating.holding(self.tensors, self.compiled))
             if self.watch is not None:
                 stack.enter_context(hooked([(m, self.watch.end) for m in self._gates_within()]))
             stack.enter_context(hooked(self._hooks))
