@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plasticnet import PlasticNet
 from plasticnet.gates.norms import open_statistics
 from tests.kit.norms import GRN, RMS
 
@@ -192,3 +194,35 @@ def test_half_precision_takes_statistics_in_single() -> None:
         out = norm(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out[:, :2000], norm(x)[:, :2000])
+
+
+@pytest.mark.parametrize("call", [F.group_norm, torch.group_norm])
+@pytest.mark.parametrize("positions", [(), (1,), (5,), (2, 3, 4)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_groups_at_any_number_of_positions(call: Any, positions: tuple[int, ...], affine: bool) -> None:
+    def one_group(_: int) -> Callable[..., Tensor]:
+        return lambda x, **p: call(x, 1, p.get("weight"), p.get("bias"), 1e-2)
+
+    module = Function(one_group, len(MASK), weight=affine, bias=affine).double()
+    x, keep = torch.randn(2, len(MASK), *positions).double(), MASK.nonzero()[:, 0]
+    expected = entries(module, MASK)(x.index_select(1, keep))
+    run = bound(module)
+    with open_statistics(run, -1 - len(positions), MASK):
+        found = run(x)
+    assert found.shape == x.shape
+    assert (found.index_select(1, keep) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (8, 5)])
+def test_a_network_that_normalises_all_channels_as_one_group(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear if len(shape) == 1 else partial(nn.Conv1d, kernel_size=1)
+    model = nn.Sequential(layer(3, 8), nn.GroupNorm(1, 8), nn.ReLU(), layer(8, 2)).double()
+    x = torch.randn(4, 3, *shape[1:]).double()
+    net = PlasticNet(model, (x,), residual=True).eval()
+    assert net.sites["0"].units.norms
+    net.k = math.inf
+    with torch.no_grad():
+        net.sites["0"].phi[::3] = -1.0
+    assert (net(x) - net.compact()(x)).abs().max() <= 1e-12
+    net.prune()
+    assert net.model[1].num_channels == 5
