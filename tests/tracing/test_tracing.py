@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,3 +298,40 @@ def test_reshape_follows_numpy() -> None:
     swapped = reshape(ledger, Tag((split.axes[1], split.axes[0])), (12,))
     assert (ledger.read(swapped, 0) == np.arange(12).reshape(3, 4).T.reshape(-1)).all()
     assert len(ledger.pairs) > 0  # a channel shuffle: equal members of the groups go together
+
+
+class Empty(nn.Module):
+    """A layer beside one of width 0."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module], empty: nn.Module) -> None:
+        super().__init__()
+        self.a, self.empty, self.out = layer(3, 8), empty, layer(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.out(torch.cat([x, self.empty(x[:, :0])], 1))
+
+
+def point(width: int, outputs: int, **options: Any) -> nn.Module:
+    return nn.Conv2d(width, outputs, 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "empty"),
+    [
+        (point, point(0, 8)),  # torch returns no channels
+        (point, point(0, 8, bias=False)),
+        (point, nn.Sequential(point(0, 5), nn.ReLU())),
+        (nn.Linear, nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 0))),
+        (nn.Linear, nn.Sequential(nn.Linear(0, 3, bias=False), nn.Linear(3, 0, bias=False))),
+        (nn.Linear, nn.Sequential(nn.Linear(0, 0), nn.LayerNorm(0))),
+    ],
+)
+def test_layers_of_width_0(layer: Any, empty: nn.Module) -> None:
+    x = (torch.randn(4, 3, 2, 2) if layer is point else torch.randn(4, 3)).double()
+    net = pn.PlasticNet(Empty(layer, empty).double(), (x,)).eval()
+    assert len(net.sites["a"]) == 8
+    assert not any("Error" in reason for reason in net.frozen.values())
+    assert net.summary().macs > 0
+    net.resize({"a": [0, 2, 5]})
+    assert (net(x) - net.compact()(x)).abs().max() <= 1e-12
