@@ -475,3 +475,72 @@ def test_what_is_not_saved_or_loaded(tmp_path: Path) -> None:
     save(net.compact(), tmp_path / "m")
     with pytest.raises(PlasticError, match="takes a factory"):
         load(tmp_path / "m", MLP([4, 6, 5]))
+
+
+class Shaped(nn.Module):
+    """A layer whose output is laid out by an attribute that holds its width beside other entries."""
+
+    def __init__(self, shape: Any, way: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.shape, self.way = shape, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        match self.way:
+            case "view":
+                h = h.view(self.shape)
+            case "last":
+                h = h.view(h.shape[0], self.shape[-1])
+            case "expand":
+                h = h + torch.zeros(1, 1, dtype=h.dtype).expand(self.shape)
+        return self.b(h.tanh())
+
+
+SHAPES: dict[str, tuple[Factory, Any]] = {
+    "tuple": (lambda: Shaped((-1, 8), "view"), (-1, 3)),
+    "list": (lambda: Shaped([-1, 8], "view"), [-1, 3]),
+    "expand": (lambda: Shaped([-1, 8], "expand"), [-1, 3]),
+    "none": (lambda: Shaped((None, 8), "last"), (None, 3)),
+    "zero": (lambda: Shaped([0, 8], "last"), [0, 3]),
+    "word": (lambda: Shaped(("width", True, 8), "last"), ("width", True, 3)),
+    "numbers": (lambda: Shaped((1, 8), "last"), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_widths_beside_other_entries(name: str, tmp_path: Path) -> None:
+    make, expected = SHAPES[name]
+    x = torch.randn(4, 3)
+    net = PlasticNet(make(), (x,))
+    net.resize({"a": [1, 3, 4]})
+    small = net.compact()
+    assert small.shape == expected
+    save(small, tmp_path / "m")
+    again = load(tmp_path / "m", make)
+    assert torch.equal(again(x), small(x))
+    assert again.shape == expected
+    assert type(again.shape) is type(expected)
+
+
+@pytest.mark.parametrize("other", [(8, -1), (-1, 8, 1), (2, 8), [-1, "8"], 8, (-1, -1)])
+def test_other_entries_must_be_those_of_the_factory(other: Any, tmp_path: Path) -> None:
+    net = PlasticNet(Shaped((-1, 8), "view"), (torch.randn(4, 3),))
+    net.resize({"a": [1, 3, 4]})
+    save(net.compact(), tmp_path / "m")
+    with pytest.raises(PlasticError, match="may not set"):
+        load(tmp_path / "m", lambda: Shaped(other, "view"))
+
+
+def test_the_shape_of_an_unflatten(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        layers = nn.Linear(3, 8), nn.Unflatten(1, (-1, 8)), nn.Flatten(), nn.Tanh(), nn.Linear(8, 2)
+        return nn.Sequential(*layers)
+
+    x = torch.randn(4, 3)
+    net = PlasticNet(make(), (x,))
+    net.resize({"0": [1, 3, 4]})
+    small = net.compact()
+    assert tuple(small[1].unflattened_size) == (-1, 3)
+    save(small, tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m", make)(x), small(x))
