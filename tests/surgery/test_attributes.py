@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +208,32 @@ def test_a_recurrent_cell_in_another_order(name: str, tmp_path: Path) -> None:
 
     small = assert_follows(Cell, torch.randn(2, 4), tmp_path / "a", "embed", [0, 1, 3])
     assert (small.cell.input_size, small.cell.hidden_size) == (3, 6)
+
+
+GROUPS: dict[str, tuple[nn.Module, int]] = {  # a norm without parameters, and the channels that it has after a cut
+    "pairs": (nn.GroupNorm(4, 8, affine=False), 4),
+    "two groups": (nn.GroupNorm(2, 8, affine=False), 4),
+    "each channel": (nn.GroupNorm(8, 8, affine=False), 5),
+    "with parameters": (nn.GroupNorm(4, 8), 4),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_channels_of_a_norm_without_parameters(name: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(3, 8, 1), copy.deepcopy(norm), nn.Conv1d(8, 2, 1)).double()
+
+    norm, left = GROUPS[name]
+    x = torch.randn(2, 3, 5).double()
+    net = pn.PlasticNet(build(), (x,)).eval()
+    units, per_unit = len(net.sites["0"]), 8 // len(net.sites["0"])
+    net.resize({"0": range(left // per_unit)})
+    assert (net.model[1].num_groups * norm.num_channels, net.model[1].num_channels) == (norm.num_groups * left, left)
+    small = net.compact()
+    pn.save(small, tmp_path / "small")
+    again = pn.load(tmp_path / "small", build)
+    assert torch.equal(again(x), net(x))
+    assert repr(again) == repr(small)
+    net.grow({"0": units - left // per_unit})
+    assert repr(net.model[1]) == repr(norm)
