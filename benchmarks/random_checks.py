@@ -110,6 +110,7 @@ def life(recipe: Recipe, progress: Progress) -> None:
     net = attach(recipe, model, inputs[0])
     progress.found |= {
         "sites": len(net.sites),
+        "units": sum(len(site) for site in net.sites.values()),
         "weights": len(net.weights),
         "frozen": dict(net.frozen),
     }

@@ -3,6 +3,8 @@
 ``make random`` runs ``python benchmarks/random_networks.py --count 2000 --workers 2``. Results are written after every
 chunk of networks, so that an interrupted run can be continued with ``--resume``. What fails is made as small as it
 goes and printed. ``--seed N --count 1`` runs one network, and ``--recipe '{...}'`` one that was made smaller.
+``--again`` runs the networks that have failed once more, and notes beside each failure what comes of it now.
+random_table.py writes docs/random.md from the results.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ sys.path.append(str(HERE.parent / "experiments"))
 RESULT = HERE / "results" / "random_networks.json"
 CHUNK = 50  # how many networks a process checks before results are written
 BAD = ("wrong", "crash", "error", "timeout", "unfit")
+TOTALS = ("networks with gates", "networks with counted units", "sites", "units", "gated weights", "seconds")
 COUNTED = ("status", "kinds", "starts", "outputs", "options", "estimators", "refused", "frozen")
 
 
@@ -120,6 +123,8 @@ def tally(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
             counts["refused"][reason(row["what"])] += 1
         counts["frozen"].update(map(reason, row.get("frozen", {}).values()))
         content["totals"]["sites"] += row.get("sites", 0)
+        content["totals"]["units"] += row.get("units", 0)
+        content["totals"]["networks with counted units"] += "units" in row
         content["totals"]["gated weights"] += row.get("weights", 0)
         content["totals"]["networks with gates"] += "sites" in row
     content["totals"]["seconds"] += round(sum(r["seconds"] for r in rows))
@@ -175,6 +180,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of the processor for one network")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no chunk after this time")
     parser.add_argument("--resume", action="store_true", help="keep what the file has, and leave out what was done")
+    parser.add_argument("--again", action="store_true", help="run what has failed once more")
     parser.add_argument("--out", type=Path, help=f"default: {RESULT.relative_to(HERE.parent)}; none for --count 1")
     parser.add_argument("--recipe", type=json.loads, help="check this recipe only")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -185,7 +191,7 @@ def main() -> int:
         return 0
     from random_recipes import draw
 
-    if options.recipe or options.count == 1:
+    if options.recipe or (options.count == 1 and not options.again):
         return one(options.recipe or draw(options.seed), options.seconds)
     return soak(seeds, options)
 
@@ -201,13 +207,16 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
         "environment": environment(),
         "settings": {"seconds": options.seconds, "tolerance": 1e-9, "dtype": "float64"},
         "done": [],
-        "totals": {"networks with gates": 0, "sites": 0, "gated weights": 0, "seconds": 0},
+        "totals": dict.fromkeys(TOTALS, 0),
         "counts": {},
         "failures": [],
     }
-    if options.resume and out.exists():
+    if (options.resume or options.again) and out.exists():
         before = json.loads(out.read_text())
         content = {**before, "environment": content["environment"]}
+        content["totals"] = {**dict.fromkeys(TOTALS, 0), **before["totals"]}
+    if options.again:
+        return again(content, options, out)
     begun = {d["seeds"][0] for d in content["done"]}
     chunks = [seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)]
     chunks = [c for c in chunks if c.start not in begun]
@@ -229,6 +238,20 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
             write(out, content)
             print(f"{chunk.stop - 1}: {content['counts']['status']}", flush=True)
     return int(any(r["status"] in BAD for r in content["failures"]))
+
+
+def again(content: dict[str, Any], options: argparse.Namespace, out: Path) -> int:
+    """Run the networks that have failed once more, and note beside each failure what was found now."""
+    commit, date = content["environment"]["commit"], content["environment"]["date"]
+    for failure in content["failures"]:
+        (row,) = rows_of(range(failure["seed"], failure["seed"] + 1), options)
+        found = {key: row[key] for key in ("status", "step", "what")}
+        failure["again"] = {**found, "seconds": options.seconds, "commit": commit, "date": date}
+        print(failure["seed"], failure["status"], "is now", row["status"], flush=True)
+        if row["status"] in BAD:
+            show(row)
+    write(out, content)
+    return int(any(f["again"]["status"] in BAD for f in content["failures"]))
 
 
 if __name__ == "__main__":
