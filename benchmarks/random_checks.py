@@ -143,8 +143,7 @@ def life(recipe: Recipe, progress: Progress) -> None:
     check_compact(net, inputs)
 
     progress.step = f"resize at k={net.k:g}"
-    sources, init = random_sources(net, rng), rng.choice(("preserve", "random", "paper"))
-    net.resize(sources, optimizer, init=init)
+    resize(net, optimizer, rng)
     progress.step = f"training after resizing at k={net.k:g}"
     train(net, optimizer, inputs[1], rng)
     progress.step = f"compact after resizing at k={net.k:g}"
@@ -268,6 +267,19 @@ def random_logits(net: pn.PlasticNet, rng: Random) -> None:
                     phi = -phi.abs() - 0.01
                     phi.view(-1)[rng.randrange(phi.numel())] = 0.4
             gates.phi.copy_(phi)
+
+
+def resize(net: pn.PlasticNet, optimizer: torch.optim.Optimizer, rng: Random) -> None:
+    """Resize a network at random; what leaves an input site without features is refused, and drawn anew."""
+    for _ in range(20):
+        sources, init = random_sources(net, rng), rng.choice(("preserve", "random", "paper"))
+        try:
+            net.resize(sources, optimizer, init=init)
+        except pn.PlasticError as error:
+            if "all features would be removed" not in str(error):
+                raise
+        else:
+            return
 
 
 def random_sources(net: pn.PlasticNet, rng: Random) -> dict[str, list[int]]:
