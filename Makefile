@@ -46,9 +46,11 @@ gates: $(VENV)/.installed
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
 	$(BIN)/python experiments/gates_table.py
 
-# Random networks: exact, or frozen with a reason. RANDOM="--resume" goes on from what is there.
+# Random networks: exact, or frozen with a reason. RANDOM="--resume" goes on from what is there, and "--again" runs what
+# has failed once more.
 random: $(VENV)/.installed
-	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM)
+	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM); code=$$?; \
+		$(BIN)/python benchmarks/random_table.py && exit $$code
 
 clean:
 	rm -rf $(VENV) runs

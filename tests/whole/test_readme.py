@@ -24,7 +24,13 @@ def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "small.safetensors").exists()
 
 
-SCRIPTS = ["experiments/tables.py", "experiments/gates_table.py", "benchmarks/zoo_table.py", "benchmarks/cost_table.py"]
+SCRIPTS = [
+    "experiments/tables.py",
+    "experiments/gates_table.py",
+    "benchmarks/zoo_table.py",
+    "benchmarks/cost_table.py",
+    "benchmarks/random_table.py",
+]
 
 
 @pytest.mark.slow
