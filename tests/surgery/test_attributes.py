@@ -216,6 +216,13 @@ GROUPS: dict[str, tuple[nn.Module, int]] = {  # a norm without parameters, and t
     "each channel": (nn.GroupNorm(8, 8, affine=False), 5),
     "with parameters": (nn.GroupNorm(4, 8), 4),
 }
+COUNTING: dict[str, tuple[nn.Module, str]] = {  # norms that count channels by an attribute alone
+    "instances": (nn.InstanceNorm1d(8), "num_features"),
+    "instances, with parameters": (nn.InstanceNorm1d(8, affine=True), "num_features"),
+    "batch": (nn.BatchNorm1d(8, affine=False, track_running_stats=False), "num_features"),
+    "batch, with statistics": (nn.BatchNorm1d(8, affine=False), "num_features"),
+    "groups of one": (nn.GroupNorm(8, 8, affine=False), "num_channels"),
+}
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -237,3 +244,33 @@ def test_the_channels_of_a_norm_without_parameters(name: str, tmp_path: Path) ->
     assert repr(again) == repr(small)
     net.grow({"0": units - left // per_unit})
     assert repr(net.model[1]) == repr(norm)
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("beside", [0, 4])
+def test_norms_that_count_channels(name: str, beside: int, tmp_path: Path) -> None:
+    """The norm follows its own channels, of one layer or of two whose outputs are side by side."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 8 - beside, 1), nn.Conv1d(3, max(beside, 1), 1)
+            self.norm, self.out = copy.deepcopy(norm), nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.a(x), self.b(x)], 1) if beside else self.a(x) + self.b(x).mean()
+            return self.out(self.norm(h))
+
+    norm, attribute = COUNTING[name]
+    x = torch.randn(4, 3, 5)
+    net = pn.PlasticNet(Network(), (x,)).eval()
+    sources = {"a": [0, 1, 3], "b": [2, -1, -1]} if beside else {"a": [0, 1, 3, 4, 7]}
+    net.resize({n: s for n, s in sources.items() if n in net.sites})
+    small = net.compact()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where the number of channels is another
+        assert torch.equal(small(x), net(x))
+    left = sum(len(sources[n]) for n in ("a", "b")[: 1 + bool(beside)])
+    assert getattr(small.norm, attribute) == left == small.out.in_channels
+    pn.save(small, tmp_path / "small")
+    assert repr(pn.load(tmp_path / "small", Network)) == repr(small)

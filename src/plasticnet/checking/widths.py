@@ -83,7 +83,7 @@ def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None
 
 
 def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
-    """Return every member of the family with those of the attributes in ``found`` that are of these kinds."""
+    """Return every member of the family with those of the attributes in ``found`` too that are of these kinds."""
     return {n: replace(u, widths=(*u.widths, *(w for w in found[n] if _kind(w) in kinds))) for n, u in family.items()}
 
 

@@ -97,8 +97,6 @@ def shift_widths(model: nn.Module, shifts: Iterable[tuple[Width, int]]) -> None:
             own = value if features is None else features
             changed = [v + units * width.per_unit if i == width.place else v for i, v in enumerate(own)]
             value = type(value)(changed) if features is None else with_feature_widths(value, changed)
-        if isinstance(module, nn.GroupNorm) and width.attribute == "num_groups":  # it has no weight that says more
-            module.num_channels = module.num_channels // module.num_groups * value
         setattr(module, width.attribute, value)
 
 
@@ -131,7 +129,8 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
     for name in names:
         module = model.get_submodule(name)
         known = {attribute for attribute, _ in _expected(module, _weight(module))}
-        known |= {"num_channels"} if isinstance(module, nn.GroupNorm) else set()  # it follows the number of groups
+        if isinstance(module, BatchOrInstanceNorm | nn.GroupNorm):
+            known |= set(_NORM_WIDTHS)  # tracing has seen which channels it counts
         for attribute, value in vars(module).items():
             if attribute.startswith("_") or attribute in known:
                 continue

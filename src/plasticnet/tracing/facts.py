@@ -30,8 +30,8 @@ class Facts:
         means: The modules, each with an axis, that take a mean over an axis without units.
         embeddings: The tables of embeddings whose own units get no gates.
         norms: The statistics over gated units.
-        features: The labels of the channels that timm's ``feature_info`` counts, by the module that holds it and the
-            place in it.
+        counted: The labels of the units that an attribute counts, by the name of a module, the name of the attribute,
+            and the place in it, as in `Width`.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -48,4 +48,4 @@ class Facts:
     means: set[tuple[str, int]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     norms: dict[Norm, None] = field(default_factory=dict)
-    features: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
+    counted: dict[tuple[str, str, int | None], np.ndarray] = field(default_factory=dict)

@@ -14,10 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tools.feature_info import described_modules, described_outputs
+from plasticnet.tools.feature_info import ATTRIBUTE, described_modules, described_outputs
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
-from plasticnet.tools.torch_private import Conv, differentiates_now, flat_names, is_scripted, schema_name
+from plasticnet.tools.torch_private import (
+    BatchOrInstanceNorm,
+    Conv,
+    differentiates_now,
+    flat_names,
+    is_scripted,
+    schema_name,
+)
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
@@ -121,9 +128,11 @@ class Tracer(TorchDispatchMode):
             if next(module.parameters(recurse=False), None) is not None and not is_scripted(module):
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
+            if isinstance(module, BatchOrInstanceNorm | nn.GroupNorm) and not module.state_dict():
+                handles.append(module.register_forward_pre_hook(partial(self._count_channels, name)))
         for holder, place, name, width in described_modules(self.model):
             described = self.model.get_submodule(name)
-            handles.append(described.register_forward_hook(self._count((holder, place), width)))
+            handles.append(described.register_forward_hook(self._describe((holder, ATTRIBUTE, place), width)))
         for name in self.skipped:
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
@@ -135,9 +144,18 @@ class Tracer(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         for place, tensor, width in described_outputs(self.model, out):
-            self._note_channels(("", place), tensor, width)
+            self._note_described(("", ATTRIBUTE, place), tensor, width)
         for tensor in tensors_within(read):
             self.freeze(tensor, "reaches the model's output")
+
+    def _count_channels(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note which channels a norm counts by an attribute, where it has no tensor whose shape says so."""
+        attribute = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
+        count = getattr(module, attribute, None)
+        if args and isinstance(x := args[0], Tensor):
+            axis = next((a for a in (1, 0) if x.dim() > a and x.shape[a] == count), None)  # 0 without a batch
+            if axis is not None:
+                self.facts.counted[name, attribute, None] = self.ledger.read(self.tag(x), axis)
 
     def _enter(self, name: str) -> Callable[..., None]:
         """Return a hook that notes that the module of this name begins to run."""
@@ -162,17 +180,17 @@ class Tracer(TorchDispatchMode):
         for i in range(out.dim()):
             self.meet(self.ledger.read(a, i), self.ledger.read(b, i), "a block hands on something that cannot be cut")
 
-    def _count(self, key: tuple[str, int], width: int) -> Callable[..., None]:
-        """Return a hook that notes the labels of the channels of an output that a ``feature_info`` describes."""
+    def _describe(self, key: tuple[str, str, int], width: int) -> Callable[..., None]:
+        """Return a hook that notes which channels a ``feature_info`` describes."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             for tensor in tensors_within(out)[:1]:
-                self._note_channels(key, tensor, width)
+                self._note_described(key, tensor, width)
 
         return hook
 
-    def _note_channels(self, key: tuple[str, int], tensor: Tensor, width: int) -> None:
-        """Note the labels of the channels of a tensor that a ``feature_info`` describes.
+    def _note_described(self, key: tuple[str, str, int], tensor: Tensor, width: int) -> None:
+        """Note which channels of a tensor a ``feature_info`` describes.
 
         Labels that were split and do not lie on an axis of their own are left alone, because reading them would decide
         what they mean.
@@ -181,7 +199,7 @@ class Tracer(TorchDispatchMode):
         if not any(f.is_split for axis in axes for f in axis):
             places = [i for i, a in enumerate(axes) if i and has_labels(a) and axis_size(a) == width]
             if places:
-                self.facts.features[key] = self.ledger.read(self.tag(tensor), places[0])
+                self.facts.counted[key] = self.ledger.read(self.tag(tensor), places[0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -11,8 +11,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from plasticnet.tracing.branches import freeze_for_other_branches
+from plasticnet.tracing.counts import attach_counts
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.features import attach_features
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
@@ -87,7 +87,7 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
     _attach_consumers(facts, trace)
     for units in trace.sites.values():
         units.norms.extend(n for n in facts.norms if (n.tensor, n.dim) in {(s.tensor, s.dim) for s in units.slices})
-    attach_features(facts, trace)
+    attach_counts(facts, trace)
     return trace
 
 
