@@ -110,6 +110,8 @@ class ByWidth(Piece):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self.width, self.how = place.width, place.pick("shape", "attribute", "numel", "view", "tuple")
+        if self.how == "view" and place.width % 2:
+            self.how = "shape"
         self.scale, self.ones = (
             nn.Parameter(torch.ones(place.width)),
             (-1, *place.per_channel(torch.ones(place.width)).shape),
