@@ -42,6 +42,7 @@ gates: $(VENV)/.installed
 	$(BIN)/python benchmarks/variance.py --data-dir $(DATA)
 	$(BIN)/python experiments/interpolation.py
 	$(BIN)/python experiments/budgets.py
+	$(BIN)/python experiments/half_precision.py
 	$(BIN)/python experiments/ablation.py --data-dir $(DATA)
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
 	$(BIN)/python experiments/gates_table.py

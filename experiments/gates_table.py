@@ -128,6 +128,30 @@ def budgets(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def precisions(content: Mapping[str, Any]) -> list[str]:
+    """Accuracy and cost of every network in every precision, and how far half precision is from single precision."""
+    cells = []
+    of = grouped(content["results"], "network", "precision")
+    for (network, precision), rows in of.items():
+        single = {r["seed"]: r["test_accuracy"] for r in of[network, "float32"]}
+        differences = [100 * (r["test_accuracy"] - single[r["seed"]]) for r in rows if r["seed"] in single]
+        met = all(r["finite"] and r["reached"] <= r["target"] for r in rows)
+        cells.append(
+            [
+                f"{network}, {precision}", str(len(rows)), spread([100 * r["test_accuracy"] for r in rows]),
+                "" if precision == "float32" else spread(differences), ", ".join(f"{r['reached']:,}" for r in rows),
+                f"{rows[0]['target']:,.0f}", "met" if met else "**missed**",
+                ", ".join("-".join(map(str, r["units"])) for r in rows), str(sum(r["skipped"] for r in rows)),
+                spread([r["cpu_seconds"] for r in rows], 0),
+            ]
+        )  # fmt: skip
+    header = [
+        "network, precision", "seeds", "test accuracy, %", "less float32, points", "multiply-adds", "at most", "",
+        "units", "steps skipped", "CPU s",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
 def targets(content: Mapping[str, Any]) -> list[str]:
     """The operating points on MNIST: every seed, and the mean beside what it must reach."""
     cells = []
@@ -229,6 +253,7 @@ PARTS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], list[str]]]] = {
     "ideas": (RESULTS / "ablation.json", runs("ideas")),
     "targets": (RESULTS / "lenet_targets.json", targets),
     "budgets": (RESULTS / "budgets.json", budgets),
+    "precisions": (RESULTS / "half_precision.json", precisions),
     "interpolation": (RESULTS / "interpolation.json", interpolation),
 }
 
