@@ -8,6 +8,7 @@ are shared by both models. Everything else is copied as ``deepcopy`` does it.
 from __future__ import annotations
 
 import copyreg
+from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -84,6 +85,13 @@ class _Copier:
             for key, value in x.items():
                 new[self.copy(key)] = self.copy(value)
             return new
+        if kind is OrderedDict and not vars(x):  # every module has a dozen of these, and a set
+            self._memo[id(x)] = new = OrderedDict()
+            for key, value in x.items():
+                new[self.copy(key)] = self.copy(value)
+            return new
+        if kind is set and all(type(value) in _PLAIN for value in x):
+            return set(x)
         if kind is tuple:
             parts = tuple([self.copy(value) for value in x])
             return self._memo.get(id(x), parts if any(a is not b for a, b in zip(x, parts, strict=True)) else x)

@@ -147,12 +147,16 @@ def _sites_of(
         trace: The trace to add to.
     """
     groups: dict[tuple[int, ...], list[np.ndarray]] = {}
+    unread: dict[tuple[int, ...], bool] = {}  # for all units that lie in the same dimensions at once
     for c in mine:
-        members = classes.members(c)
-        born_in = tuple(origin_of[members].tolist())
         reason = reasons.get(c)
-        if reason is None and not any(names[o] in facts.consumers or names[o][0] in facts.inputs for o in born_in):
-            reason = "nothing that can be cut reads it"
+        members = classes.members(c)
+        born_in = tuple(origin_of[members].tolist()) if reason is None else ()
+        if reason is None:
+            if born_in not in unread:
+                unread[born_in] = not any(names[o] in facts.consumers or names[o][0] in facts.inputs for o in born_in)
+            if unread[born_in]:
+                reason = "nothing that can be cut reads it"
         if reason is not None:
             trace.frozen.setdefault(_free_name(name, trace, reason), reason)
         else:
@@ -195,15 +199,17 @@ def _pieces(matrix: np.ndarray) -> list[int]:
     Returns:
         The bounds of the pieces, from 0 to the number of units.
     """
+    steps = np.diff(matrix, axis=0)
+    turns = np.flatnonzero((steps[1:] != steps[:-1]).any(1)) + 2  # units whose step is not that of the unit before
     cuts, first = [0], 0
-    for u in range(1, len(matrix)):
-        step = matrix[u] - matrix[u - 1]
-        regular = (
-            _is_regular(matrix[u - 1], step) if u == first + 1 else (step == matrix[first + 1] - matrix[first]).all()
-        )
-        if not regular:
-            cuts.append(u)
-            first = u
+    while first + 1 < len(matrix):
+        if _is_regular(matrix[first], steps[first]):
+            turn = np.searchsorted(turns, first + 2)
+            first = int(turns[turn]) if turn < len(turns) else len(matrix)
+        else:
+            first += 1
+        if first < len(matrix):
+            cuts.append(first)
     return [*cuts, len(matrix)]
 
 

@@ -138,13 +138,16 @@ def explore(
 
 def _idle(model: nn.Module, seen: set[str]) -> dict[str, str]:
     """Return the outermost modules of which no parameter was used, and single parameters, with the reason."""
-    parameters = {name: name in seen for name, _ in model.named_parameters()}
+    used: dict[str, bool] = {}  # for each part of the model that has parameters, whether any of them was used
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        for part in (".".join(parts[: n + 1]) for n in range(len(parts))):
+            used[part] = used.get(part, False) or name in seen
     idle: dict[str, str] = {}
-    for module, _ in [*model.named_modules(), *model.named_parameters()]:
-        inside = [used for name, used in parameters.items() if f"{name}.".startswith(f"{module}.")]
-        within = any(f"{module}.".startswith(f"{outer}.") for outer in idle)
-        if module and inside and not any(inside) and not within:
-            idle[module] = f"{IDLE}: nothing is known of what reads it; give inputs that reach it, too: {MORE}"
+    for part, _ in [*model.named_modules(), *model.named_parameters()]:
+        within = any(f"{part}.".startswith(f"{outer}.") for outer in idle)
+        if not used.get(part, True) and not within:
+            idle[part] = f"{IDLE}: nothing is known of what reads it; give inputs that reach it, too: {MORE}"
     return idle
 
 
