@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,31 @@ RESULT = HERE / "results" / "zoo.json"
 PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript", "torch-pruning", "peft")
 
 
-def child(name: str, options: argparse.Namespace) -> None:
+def preload() -> None:
+    """Import what the models need, once, before the processes are forked: imports take longer than most models."""
+    import torch
+    import zoo_measure  # noqa: F401
+
+    torch.set_num_threads(1)
+    for package in ("timm", "transformers", "onnxruntime", "onnxscript", "torch._dynamo"):
+        with suppress(ImportError):
+            importlib.import_module(package)
+
+
+def child(name: str, part: str, out: Path, errors: Path, options: argparse.Namespace) -> None:
     """Measure one model; called in a process of its own."""
     import torch
 
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.set_num_threads(options.threads)
 
     def report(row: dict[str, Any]) -> None:
-        options.out.write_text(json.dumps(row))
+        out.write_text(json.dumps(row))
 
-    if options.part == "plasticnet":
+    if part == "plasticnet":
         from zoo_measure import measure
 
         measure(name, options.seed, report, not options.skip_onnx, options.residual)
@@ -51,23 +66,23 @@ def child(name: str, options: argparse.Namespace) -> None:
 def part_of_row(name: str, part: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run a child with a time limit; what it had reported when it crashed or ran out of time counts."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "row.json"
-        command = [sys.executable, __file__, "--child", name, "--part", part, "--out", str(out)]
-        command += ["--seed", str(options.seed), *(["--skip-onnx"] if options.skip_onnx else [])]
-        command += ["--residual"] if options.residual else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-        trouble = None
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.timeout)
-            if done.returncode:
-                trouble = f"crash: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1][:300]}"
-        except subprocess.TimeoutExpired:
+        out, errors = Path(folder) / "row.json", Path(folder) / "errors.txt"
+        process = multiprocessing.get_context("fork").Process(target=child, args=(name, part, out, errors, options))
+        process.start()
+        process.join(options.timeout)
+        trouble, said = None, ""
+        if process.exitcode is None:
+            process.kill()
+            process.join()
             trouble = f"timeout after {options.timeout:.0f} s"
+        elif process.exitcode:
+            said = errors.read_text(errors="replace") if errors.exists() else ""
+            trouble = f"crash: {(said.strip().splitlines() or [f'exit {process.exitcode}'])[-1][:300]}"
         row = json.loads(out.read_text()) if out.exists() else {}
         if trouble and "status" not in row:
             row["status"] = trouble
-        if trouble and trouble.startswith("crash"):
-            row["traceback"] = done.stderr[-3000:]
+        if said:
+            row["traceback"] = said[-3000:]
         return row
 
 
@@ -138,19 +153,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--part", default="plasticnet", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out is None:
         options.out = RESULT if options.only == "*" and not options.fast else RESULT.with_name("zoo_part.json")
-    if options.child:
-        child(options.child, options)
-        return 0
-
-    import torch
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}  # before torch is imported
+    preload()
     from common import environment
 
-    torch.set_num_threads(options.threads)
     head = {"environment": {**environment(), "packages": packages()}, "settings": settings(options)}
     rows: dict[str, dict[str, Any]] = {}
     if options.resume and options.out.exists():
@@ -158,7 +167,7 @@ def main() -> int:
         rows = {r["name"]: {"commit": before["environment"]["commit"], **r} for r in before["results"]}
     names = chosen(options)
     missing = [n for n in names if n not in rows]
-    with ThreadPoolExecutor(options.jobs) as pool:  # each only waits for its process
+    with ThreadPoolExecutor(options.jobs) as pool:  # each only forks a process and waits for it
         for i, row in enumerate(pool.map(lambda name: measured(name, options), missing)):
             rows[row["name"]] = {**row, "commit": head["environment"]["commit"]}
             write(options.out, head, rows.values())
