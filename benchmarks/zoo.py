@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -94,6 +94,20 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def carried(row: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what was skipped in it taken from an earlier result file, and the commit and the date of that."""
+    before = next((r for r in earlier["results"] if r["name"] == row["name"]), {})
+    row = {**row, "carried": dict(row.get("carried", {}))}
+    for part in ("onnx", "torch_pruning"):
+        if part not in row and part in before:
+            commit = before.get("commit", earlier["environment"]["commit"])
+            row[part] = before[part]
+            row["carried"][part] = before.get("carried", {}).get(
+                part, {"commit": commit, "date": earlier["environment"]["date"]}
+            )
+    return row
+
+
 def chosen(options: argparse.Namespace) -> list[str]:
     """The names asked for."""
     from zoo_models import FAST, MODELS
@@ -149,6 +163,7 @@ def main() -> int:
     parser.add_argument("--residual", action="store_true", help="gate what LayerNorms normalise, too")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model and library")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file has already")
+    parser.add_argument("--carry", type=Path, help="an earlier result, from which what is skipped is taken in the end")
     parser.add_argument("--out", type=Path, help="default: results/zoo.json, or zoo_part.json for a part of the zoo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -172,6 +187,10 @@ def main() -> int:
             rows[row["name"]] = {**row, "commit": head["environment"]["commit"]}
             write(options.out, head, rows.values())
             print(f"{i + 1:3}/{len(missing)}  {line(row)}", flush=True)
+    if options.carry:
+        earlier = json.loads(options.carry.read_text())
+        rows = {n: carried(row, earlier) for n, row in rows.items()}
+        write(options.out, head, rows.values())
     wrong = [n for n in names if not rows[n].get("status", "").startswith(("ok", "nothing to gate"))]
     print(f"{len(names) - len(wrong)} of {len(names)} as they should be")
     return int(bool(wrong))

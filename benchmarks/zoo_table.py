@@ -38,6 +38,8 @@ two. `make zoo` measures them again (benchmarks/zoo.py; it takes hours) and writ
 {summary}
 """
 
+PARTS = {"onnx": "ONNX", "torch_pruning": "torch-pruning"}  # what may be left out of a run
+
 HEADER = [
     "model", "sites", "units", "prunable, %", "frozen", "error, 30 %", "error, 80 %", "checks", "ONNX", "seconds",
     "torch-pruning", "its seconds",
@@ -58,7 +60,8 @@ def page(content: Mapping[str, Any]) -> str:
             environment=f"plasticnet {environment['plasticnet']}, torch {environment['torch']}, {packages}; "
             f"Python {environment['python']}, {environment['device']}, {environment['threads']} thread, load "
             f"{environment['load']:.1f}; seed {settings['seed']} (one), at most {settings['timeout']:.0f} s a model; "
-            f"{environment['date']}, `{environment['command']}`; rows by commit: {commits(rows, environment)}.",
+            f"{environment['date']}, `{environment['command']}`; rows by commit: {commits(rows, environment)}."
+            + "".join(earlier(rows, part, name) for part, name in PARTS.items()),
         )
     ]
     for library, members in by_library(rows).items():
@@ -78,6 +81,15 @@ def commits(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -
     """How many rows were measured at which commit: a run may have been resumed."""
     found = Counter(row.get("commit", environment["commit"]) for row in rows)
     return ", ".join(f"{n} at {commit}" for commit, n in found.most_common())
+
+
+def earlier(rows: Sequence[Mapping[str, Any]], part: str, name: str) -> str:
+    """In how many rows a part is the result of an earlier run, and of which; nothing where there is none."""
+    found = Counter(
+        (r["carried"][part]["date"], r["carried"][part]["commit"]) for r in rows if part in r.get("carried", {})
+    )
+    runs = ", ".join(f"{n} of {date} at {commit}" for (date, commit), n in found.most_common())
+    return f" {name} was not run again in {found.total()} rows: {runs}." if found else ""
 
 
 def attach_section(content: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("torchvision")
 
+import zoo
 import zoo_table
 from zoo_measure import CLOSED_SHARES, TOLERANCE, measure
 from zoo_models import FAST, MODELS
@@ -55,5 +56,27 @@ def test_the_table_shows_what_was_measured() -> None:
     text = zoo_table.page(content)
     assert "| fine | 2 | 1,200 | 50 | 3: 2 x; 1 reaches the model's output | 1e-16 | 2e-16 | ok | equal |" in text
     assert "crash: RuntimeError: a / b" in text
+    assert "not run again" not in text
     assert "**1 of 2 pass everything**" in text
     assert "1 inexact, 1 exact" in text
+
+
+def test_what_was_skipped_is_taken_from_an_earlier_result_and_the_page_says_so() -> None:
+    environment = {"commit": "new", "date": "2"}
+    earlier = {
+        "environment": {"commit": "old", "date": "1"},
+        "results": [
+            {"name": "a", "commit": "older", "onnx": "equal", "torch_pruning": {"status": "exact"}},
+            {"name": "b", "onnx": "equal", "carried": {"onnx": {"commit": "first", "date": "0"}}},
+        ],
+    }
+    rows = [{"name": "a", "onnx": "failed: x"}, {"name": "b"}, {"name": "c"}]
+    found = [zoo.carried(row, earlier) for row in rows]
+    assert found[0]["onnx"] == "failed: x"  # measured now
+    assert found[0]["torch_pruning"] == {"status": "exact"}
+    assert found[0]["carried"] == {"torch_pruning": {"commit": "older", "date": "1"}}
+    assert found[1]["carried"] == {"onnx": {"commit": "first", "date": "0"}}
+    assert found[2] == {"name": "c", "carried": {}}
+    assert zoo_table.commits(rows, environment) == "3 at new"
+    assert zoo_table.earlier(found, "onnx", "ONNX") == " ONNX was not run again in 1 rows: 1 of 0 at first."
+    assert zoo_table.earlier(rows, "onnx", "ONNX") == ""
