@@ -91,7 +91,8 @@ class _Copier:
                 new[self.copy(key)] = self.copy(value)
             return new
         if kind is set and all(type(value) in _PLAIN for value in x):
-            return set(x)
+            self._memo[id(x)] = plain = set(x)
+            return plain
         if kind is tuple:
             parts = tuple([self.copy(value) for value in x])
             return self._memo.get(id(x), parts if any(a is not b for a, b in zip(x, parts, strict=True)) else x)
@@ -102,7 +103,8 @@ class _Copier:
             return x
         size = len(self._memo)
         try:
-            return kind.__deepcopy__(x, self._memo) if hasattr(kind, "__deepcopy__") else self._by_parts(x)
+            own = getattr(kind, "__deepcopy__", None)
+            return self._by_parts(x) if own is None else own(x, self._memo)
         except (PlasticError, *_EXHAUSTED):
             raise
         except Exception as error:
