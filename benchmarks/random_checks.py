@@ -175,7 +175,7 @@ def all_open(site: pn.Site, net: pn.PlasticNet) -> bool:
     """
     needed = torch.zeros(len(site), dtype=torch.bool)
     for s in site.units.slices:
-        if s.virtual:
+        if s.virtual is not None:
             lost = s.index[~site.open.numpy()]
             features = net.sites[s.tensor].features.numpy()
             if np.isin(features, lost).all():

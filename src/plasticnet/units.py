@@ -69,7 +69,8 @@ class Slice:
             new unit is inserted.
         consumed: Whether a contraction sums over this dimension. If not, it produces the units.
         group: For dimension 0 of the weight of a grouped convolution, the number of rows of one group, else 0.
-        virtual: Whether the tensor is the input axis of an input site (`InputUnits`), and so no parameter or buffer.
+        virtual: Where the tensor is the input axis of an input site (`InputUnits`), and so no parameter or buffer: the
+            dimension (tensor, dim) of the consumer that reads this axis. Else None.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -87,7 +88,7 @@ class Slice:
     runs: tuple[int, ...]
     consumed: bool = False
     group: int = 0
-    virtual: bool = False
+    virtual: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -228,10 +229,9 @@ def without_lost_inputs(sites: Mapping[str, Units]) -> dict[str, Units]:
     """
     found: dict[str, Units] = {}
     for name, u in sites.items():
-        dims = {f"{c.module}.input": (c.tensor, c.dim) for c in u.consumers}
         slices = [
-            replace(s, tensor=dims[s.tensor][0], dim=dims[s.tensor][1], virtual=False)
-            if s.virtual and s.tensor not in sites
+            replace(s, tensor=s.virtual[0], dim=s.virtual[1], virtual=None)
+            if s.virtual is not None and s.tensor not in sites
             else s
             for s in u.slices
         ]

@@ -89,3 +89,59 @@ def test_an_error_of_cutting_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("plasticnet.checking.compare.cut", broken)
     with pytest.raises(KeyError, match="broken"):
         PlasticNet(model, (X,))
+
+
+class Sequence(nn.Module):
+    """A recurrent layer, all of whose weights lie in one module, behind features that a norm-free chain makes."""
+
+    def __init__(self, kind: type[nn.RNNBase], layers: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(2, 6, 1), nn.Conv1d(2, 5, 1)
+        self.rnn, self.head = kind(22, 4, num_layers=layers, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = x.view(len(x) * 3, 2, 2)
+        h = torch.cat([self.a(pairs).flatten(1), self.b(pairs).flatten(1)], 1)
+        return self.head(self.rnn(h.view(len(x), 3, -1).tanh())[0][:, -1])
+
+
+@pytest.mark.parametrize("exclude", [(), "rnn.input", "a", "b"])
+@pytest.mark.parametrize(("kind", "layers"), [(nn.LSTM, 2), (nn.GRU, 1), (nn.RNN, 3)])
+def test_a_consumer_with_other_weights(kind: type[nn.RNNBase], layers: int, exclude: str | tuple[()]) -> None:
+    x = torch.randn(4, 3, 4, dtype=torch.float64)
+    net = PlasticNet(Sequence(kind, layers).double(), (x,), inputs=["*"], exclude=exclude).eval()
+    assert "rnn" in net.sites
+    assert ("rnn.input" in net.sites) == (exclude != "rnn.input")
+    read = {c.tensor for n in ("a", "b") if n in net.sites for c in net.sites[n].units.consumers}
+    assert read == {"rnn.weight_ih_l0"}
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi.uniform_(-1, 1)
+    assert (net(x) - net.compact()(x)).abs().max() <= 1e-12
+
+
+class Twice(nn.Module):
+    """A weight that is read through its module, and once more by another one or by a function."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(2, 4, 1), nn.Conv1d(2, 4, 1)
+        self.first, self.second, self.head, self.way = nn.Linear(12, 5), nn.Linear(12, 5), nn.Linear(5, 2), way
+        if way != "function":
+            self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (layer(x).tanh().flatten(1) for layer in (self.a, self.b))
+        if self.way == "function":
+            h = self.first(a) + nn.functional.linear(b, self.first.weight)
+        else:
+            h = self.first(a) + self.second(b) if self.way == "module" else self.second(b) + self.first(a)
+        return self.head(h.tanh())
+
+
+@pytest.mark.parametrize("way", ["function", "module", "module, in the other order"])
+def test_a_weight_that_is_read_in_two_ways(way: str) -> None:
+    net = PlasticNet(Twice(way).double(), (X,), inputs=["*"])
+    assert not any("('" in reason or "out of bounds" in reason for reason in net.frozen.values()), net.frozen
+    assert "first" in net.sites
+    assert_exact(net)

@@ -173,8 +173,9 @@ def _sites_of(
             for origin in dict.fromkeys(born_in):
                 columns = [i for i, o in enumerate(born_in) if o == origin]
                 index = part[:, columns] - starts[origin]
-                virtual = names[origin][0] in facts.inputs
-                consumed = names[origin] in facts.consumers or virtual
+                reader = facts.inputs.get(names[origin][0])
+                virtual = None if reader is None else (reader.tensor, reader.dim)
+                consumed = names[origin] in facts.consumers or reader is not None
                 group = facts.grouped.get(names[origin][0], 0) if names[origin][1] == 0 else 0
                 slices.append(Slice(*names[origin], index, _runs(index), consumed, group, virtual))
             site = _free_name(name, trace)
@@ -260,7 +261,7 @@ def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
     full = next(len(labels) for tensor, _, labels in facts.ledger.origins() if tensor == virtual)
     if len(owners) == 1 and owners[0][1].index.shape == (full, 1):
         (_, columns) = owners[0]
-        columns.tensor, columns.dim, columns.virtual = consumer.tensor, consumer.dim, False
+        columns.tensor, columns.dim, columns.virtual = consumer.tensor, consumer.dim, None
         return
     columns = Slice(consumer.tensor, consumer.dim, np.arange(full)[:, None], (1,), consumed=True)
     trace.sites[virtual] = InputUnits(virtual, full, [columns], [consumer], np.arange(full), full)
@@ -270,6 +271,7 @@ def _attach_consumers(facts: Facts, trace: Trace) -> None:
     """Give every site the consumers that read its units."""
     for units in trace.sites.values():
         read = {(s.tensor, s.dim) for s in units.slices}
-        for (tensor, dim), consumers in facts.consumers.items():
-            if (tensor, dim) in read or any((c.module + ".input", 0) in read for c in consumers):
+        read |= {s.virtual for s in units.slices if s.virtual is not None}
+        for key, consumers in facts.consumers.items():
+            if key in read:
                 units.consumers.extend(c for c in consumers if c not in units.consumers)
