@@ -125,3 +125,46 @@ def test_all_blocks_closed_is_checked() -> None:
             with torch.no_grad():
                 site.phi.fill_(-1.0)
     torch.testing.assert_close(net.compact()(x), net.eval()(x))
+
+
+class Neighbours(nn.Module):
+    """Layers of one width, which is read where another layer is meant, or which is divided with that of others."""
+
+    def __init__(self, how: str, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(layers))
+        self.out, self.how = nn.Linear(6 * layers if "side" in how else 6, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers[0], self.layers[1]
+        match self.how:
+            case "view":
+                h = first(x).tanh()
+                return self.out(second(h).view(-1, h.shape[1]))
+            case "slice":
+                h = first(x).tanh()
+                return self.out(second(h)[:, : h.shape[1]])
+            case "scale":
+                h = first(x).tanh()
+                return self.out(second(h) * h.shape[1])
+            case _:
+                h = torch.cat([layer(x) for layer in self.layers], 1)
+                return self.out(h.unflatten(1, (2, h.shape[1] // 2)).tanh().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "layers"), [("view", 2), ("slice", 2), ("scale", 2), ("side by side", 2), ("side by side", 3)]
+)
+def test_layers_that_agree_only_as_long_as_they_lose_alike(how: str, layers: int) -> None:
+    try:
+        net = PlasticNet(Neighbours(how, layers).double(), (x := torch.randn(4, 6).double(),)).eval()
+    except PlasticError as error:
+        assert "nothing to gate" in str(error)  # noqa: PT017
+        return
+    for kept in ([0], [0, 1], [0, 1, 2, 3]):
+        twin = copy.deepcopy(net)
+        twin.resize({next(iter(net.sites)): kept})
+        before = copy.deepcopy(net)
+        with torch.no_grad():
+            before.sites[next(iter(net.sites))].phi.fill_(-1.0)[kept] = 1.0
+        assert (twin(x) - before(x)).abs().max() <= 1e-12

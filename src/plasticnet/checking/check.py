@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing
+from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing, Pattern
 from plasticnet.checking.culprits import culprits
 from plasticnet.checking.reached import reaching, unsure
 from plasticnet.checking.twins import in_precision, random_twin
@@ -75,7 +75,7 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
     twin, calls = random_twin(model, calls, seed)
     sites = dict(traced.sites)
     if is_large(twin):
-        rough = Comparing(twin, calls[:1], ROUGH, [partial(random_gates, share=CLOSED_SHARES[-1])], vouch=False)
+        rough = Comparing(twin, calls[:1], ROUGH, [partial(_alike, share=CLOSED_SHARES[-1])], vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
@@ -111,7 +111,7 @@ def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, 
 
 def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace) -> Comparing:
     """Return the comparison in double precision, or in the model's own precision where it does not run in double."""
-    patterns = [partial(random_gates, share=share) for share in CLOSED_SHARES]
+    patterns: list[Pattern] = [_falling, _rising, partial(_alike, share=CLOSED_SHARES[-1])]
     if traced.positional:  # closing one unit shifts the others by one, which shows what takes units by their position
         patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
@@ -145,7 +145,34 @@ def random_gates(units: int, share: float) -> Tensor:
     return gates
 
 
-def _one_closed(units: int, place: int) -> Tensor:
+def _alike(units: int, _: int, share: float) -> Tensor:
+    """Return random gates that close about a share of the units, of as many in all sites of a size."""
+    return random_gates(units, share)
+
+
+def _falling(units: int, site: int) -> Tensor:
+    """Return random gates of which fewer are open the later a site comes, and then as many as at first again.
+
+    Were they as many in all sites of a size, and always an odd number, a model could read the width of one layer from
+    another one, or halve the width of two layers together, without a difference.
+
+    Args:
+        units: The number of units of the site.
+        site: The place of the site among those that are compared.
+    """
+    most = int(random_gates(units, CLOSED_SHARES[0]).sum())
+    counts = [*range(most, 0, -1)] if most > 1 or units == 1 else [1, 2]
+    gates = torch.zeros(units)
+    gates[torch.randperm(units)[: counts[site % len(counts)]]] = 1.0
+    return gates
+
+
+def _rising(units: int, site: int) -> Tensor:
+    """Return what `_falling` does in the other order, because a slice may be too short and never too long."""
+    return _falling(units, -1 - site)
+
+
+def _one_closed(units: int, _: int, place: int) -> Tensor:
     """Return gates of which only the one at ``place`` is 0; the only unit of a site stays open."""
     gates = torch.ones(units)
     if units > 1:

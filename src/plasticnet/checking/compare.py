@@ -30,6 +30,8 @@ _DISAGREE = "cutting its units changes the output: the model uses its width in a
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
 BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 
+Pattern = Callable[[int, int], Tensor]  # the gates of a site, for its number of units and its place among the sites
+
 
 class Comparing:
     """A model with random parameters and its inputs, on which masking and cutting are compared.
@@ -38,8 +40,8 @@ class Comparing:
         model: The model, in evaluation mode. It is left as it was.
         calls: How it is called.
         tolerance: The largest relative difference of outputs that counts as rounding.
-        patterns: Functions that give the gates of a site, shape (units,), for its number of units. All sites are
-            compared under the first one, then under the next.
+        patterns: Functions that give the gates of a site, shape (units,), for its number of units and its place among
+            the sites. All sites are compared under the first one, then under the next.
         stateful: Whether the model keeps something from one call to the next. It is then called twice in a row.
         vouch: Whether sites fail when closing their units under the last pattern does not change the output.
     """
@@ -49,7 +51,7 @@ class Comparing:
         model: nn.Module,
         calls: Sequence[Call],
         tolerance: float,
-        patterns: list[Callable[[int], Tensor]],
+        patterns: list[Pattern],
         stateful: bool = False,
         vouch: bool = True,
     ) -> None:
@@ -131,8 +133,9 @@ class Comparing:
         """
         device = next(self.model.parameters()).device
 
-        def gates(pattern: Callable[[int], Tensor], blocks: Callable[[int], Tensor]) -> dict[str, Tensor]:
-            drawn = {n: (blocks if isinstance(u, BlockUnits) else pattern)(u.size) for n, u in sites.items()}
+        def gates(pattern: Pattern, blocks: Callable[[int], Tensor]) -> dict[str, Tensor]:
+            numbered = enumerate(sites.items())
+            drawn = {n: blocks(u.size) if isinstance(u, BlockUnits) else pattern(u.size, i) for i, (n, u) in numbered}
             return {n: z.to(device) for n, z in drawn.items()}
 
         last = self.patterns[-1]
