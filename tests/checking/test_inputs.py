@@ -79,16 +79,20 @@ def test_an_input_site_that_fails() -> None:
     assert_exact(net)
 
 
-def test_an_error_of_cutting_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails in the library itself must not be taken for a fault of the model."""
+class Stubborn(nn.Linear):
+    """Its width cannot be changed once it is built."""
 
-    def broken(*_: object) -> None:
-        raise KeyError("broken")
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "out_features" and "_parameters" in vars(self) and self._parameters:
+            raise KeyError(name)
+        super().__setattr__(name, value)
 
-    model = Chain().double()
-    monkeypatch.setattr("plasticnet.checking.compare.cut", broken)
-    with pytest.raises(KeyError, match="broken"):
-        PlasticNet(model, (X,))
+
+def test_what_cannot_be_changed_is_frozen_with_a_reason_of_its_own() -> None:
+    layers = nn.Linear(4, 6), nn.Tanh(), Stubborn(6, 5), nn.Tanh(), nn.Linear(5, 3)
+    net = PlasticNet(nn.Sequential(*layers).double(), (torch.randn(3, 4).double(),))
+    assert list(net.sites) == ["0"]
+    assert "cannot be changed: KeyError('out_features')" in net.frozen["2"]
 
 
 class Sequence(nn.Module):
