@@ -72,7 +72,8 @@ def update_attributes(
     for name in dict.fromkeys(owner(tensor) for tensor, _ in takes):
         module = model.get_submodule(name)
         for attribute, value in _expected(module, weights.get(name)):
-            if type(getattr(module, attribute, None)) is type(value):
+            old = getattr(module, attribute, None)
+            if type(old) is type(value) and old != value:
                 setattr(module, attribute, value)
         for attention in (module, model.get_submodule(name.rpartition(".")[0])):
             size = head_size(attention)
