@@ -23,6 +23,8 @@ from plasticnet.oneshot.prune import prune_once  # cut it to a budget at once
 from plasticnet.oneshot.scores import scores  # what each unit is worth
 from plasticnet.oneshot.sensitivity import sensitivity  # how much each site can lose
 from plasticnet.oneshot.sensitivity import Sensitivity, SiteSensitivity  # what sensitivity returns
+from plasticnet.repairing.repair import repair  # refit what reads closed units, before they are cut
+from plasticnet.repairing.report import Repaired, RepairedReader  # what repair returns
 from plasticnet.files.pretrained import equalise  # give the layers of a transformers model equal widths
 from plasticnet.layers.sparse import sparsify  # make linear layers with many zeros sparse
 
@@ -62,7 +64,8 @@ from plasticnet.version import __version__
 __all__ = [
     "PlasticNet", "Schedule", "Stage", "Change", "Budget", "distillation", "ESTIMATORS",
     "narrow", "Growth",
-    "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "equalise", "sparsify",
+    "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "repair", "Repaired", "RepairedReader",
+    "equalise", "sparsify",
     "save", "load", "save_checkpoint", "load_checkpoint", "export", "Exported", "save_pretrained",
     "Site", "WeightSite", "Summary", "SiteSummary", "profile", "Profile", "ModuleProfile", "Latency", "Term",
     "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "Slice", "Consumer", "Norm", "Width",

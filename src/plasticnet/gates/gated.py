@@ -24,7 +24,16 @@ from plasticnet.cost.model import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.gates.living import check_free, register
 from plasticnet.gates.run import Gating
-from plasticnet.gates.site import Site, WeightSite, buffer_key, gate_key, mean_gates, refuse_nan, weight_key
+from plasticnet.gates.site import (
+    INITIAL_LOGIT,
+    Site,
+    WeightSite,
+    buffer_key,
+    gate_key,
+    mean_gates,
+    refuse_nan,
+    weight_key,
+)
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import buffers_of, buffers_stay_shared, unsaved_buffers, version
@@ -336,3 +345,21 @@ def at_k(net: GatedModel, k: float) -> Iterator[None]:
         net.k = before
         for phi, gradient in gradients:
             phi.grad = gradient
+
+
+@contextmanager
+def own_gates(net: GatedModel) -> Iterator[None]:
+    """Give the units of a network other gates in this context, all open, which may be closed and opened at will.
+
+    Args:
+        net: The network.
+    """
+    before = [(site, site.phi, site.grace) for site in net.sites.values()]
+    try:
+        for site, phi, grace in before:
+            site.phi = nn.Parameter(torch.full_like(phi, INITIAL_LOGIT), requires_grad=False)
+            site.grace = torch.zeros_like(grace)
+        yield
+    finally:
+        for site, phi, grace in before:
+            site.phi, site.grace = phi, grace

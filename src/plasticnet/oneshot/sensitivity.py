@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.gates.gated import at_k
+from plasticnet.gates.gated import at_k, own_gates
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, resolve
@@ -132,7 +131,7 @@ def sensitivity(
         return float(value)
 
     rows = []
-    with net.lock, left_as_it_was(net, training=False), at_k(net, math.inf), _own_gates(net):
+    with net.lock, left_as_it_was(net, training=False), at_k(net, math.inf), own_gates(net):
         whole = measured()
         for name, site in net.sites.items():
             closed = [min(round(share * len(site)), len(site) - site.usual_minimum) for share in shares]
@@ -145,17 +144,3 @@ def sensitivity(
                     site.phi.fill_(INITIAL_LOGIT)
             rows.append(SiteSensitivity(name, len(site), tuple(closed), tuple(losses[n] for n in closed)))
     return Sensitivity(whole, shares, tuple(rows))
-
-
-@contextmanager
-def _own_gates(net: PlasticNet) -> Iterator[None]:
-    """Give the network other gates in this context, all of them open, which may be closed and opened at will."""
-    before = [(site, site.phi, site.grace) for site in net.sites.values()]
-    try:
-        for site, phi, grace in before:
-            site.phi = nn.Parameter(torch.full_like(phi, INITIAL_LOGIT), requires_grad=False)
-            site.grace = torch.zeros_like(grace)
-        yield
-    finally:
-        for site, phi, grace in before:
-            site.phi, site.grace = phi, grace

@@ -1,0 +1,163 @@
+"""Batches of data as people have them: reads them, splits them, and runs a model on one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from plasticnet.errors import PlasticError
+
+Forward = Callable[[Any, Any], Any]  # runs a model on a batch and returns its output
+LABELS = ("labels", "label")  # keys of a batch that are no inputs where nothing is learned from them
+_PARTS = 5  # one of so many parts is held out
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Inputs that were read once, so that every pass sees the same ones.
+
+    Attributes:
+        fitted: The batches to estimate from.
+        held_out: The batches to judge by, a fifth of the inputs.
+        inputs: The number of inputs in both.
+    """
+
+    fitted: list[Any]
+    held_out: list[Any]
+    inputs: int
+
+
+def calibration(batches: Iterable[Any], most: int) -> Calibration:
+    """Read inputs, and hold a fifth of them out.
+
+    Every fifth batch is held out. Where there are fewer than five, their rows are split, if all their tensors have the
+    same length; else the last batch is held out.
+
+    Args:
+        batches: The batches, which can be read again and again.
+        most: The number of inputs at which reading stops; the last batch is shortened if its rows can be split.
+
+    Raises:
+        PlasticError: The batches are a one-shot iterator or empty, or are a single one that cannot be split.
+    """
+    check_batches(batches)
+    read, inputs = list[Any](), 0
+    for batch in batches:
+        n = rows(batch)
+        if inputs + n > most and (n := splittable(batch) or 0):
+            n = most - inputs
+            batch = some_rows(batch, slice(0, n))
+        read.append(batch)
+        inputs += n or rows(batch)
+        if inputs >= most:
+            break
+    if not read:
+        raise PlasticError("there are no batches to read")
+    if len(read) < _PARTS and all((splittable(b) or 0) >= _PARTS for b in read):
+        held = [some_rows(b, slice(_PARTS - 1, None, _PARTS)) for b in read]
+        return Calibration([some_rows(b, _but_every(_PARTS, rows(b))) for b in read], held, inputs)
+    if len(read) < 2:
+        raise PlasticError(
+            "a fifth of the inputs is held out, so there must be two batches, or one of five inputs or more, all of "
+            "whose tensors have one row for each input"
+        )
+    step = min(_PARTS, len(read))
+    return Calibration([b for i, b in enumerate(read) if (i + 1) % step], read[step - 1 :: step], inputs)
+
+
+def check_batches(batches: Any) -> None:
+    """Raise `PlasticError` unless the batches can be read again and again."""
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise PlasticError(
+            f"batches are a list of batches, a DataLoader or the like, not a {type(batches).__name__}; a single batch "
+            "goes into a list: [batch]"
+        )
+    if iter(batches) is batches:
+        raise PlasticError(
+            f"batches={type(batches).__name__} is an iterator, which can be read only once; give a list or a DataLoader"
+        )
+
+
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, *, drop: tuple[str, ...] = LABELS) -> Any:
+    """Run a model on a batch and return its output.
+
+    Args:
+        model: The model.
+        batch: A tensor; a tuple or list whose first element is the input, which is itself a tuple of arguments or a
+            mapping where the model takes several; or a mapping, of which the keys that forward names are passed. Its
+            tensors move to the device and the floating dtype of the model.
+        forward: What runs the model on the batch instead, where that does not fit.
+        drop: Keys of a mapping that are not passed.
+
+    Raises:
+        PlasticError: The batch has none of these forms, or the model rejects it.
+    """
+    batch = like_model(model, batch)
+    if forward is not None:
+        return forward(model, batch)
+    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(given, Mapping):
+        return model(**_named(model, given, drop))
+    if isinstance(given, tuple | list):
+        return model(*given)
+    if isinstance(given, Tensor):
+        return model(given)
+    raise PlasticError(
+        f"a batch is a tensor, a tuple whose first element is the input, or a mapping, not a {type(given).__name__}; "
+        "forward=lambda model, batch: ... runs the model on anything else"
+    )
+
+
+def _named(model: nn.Module, given: Mapping[str, Any], drop: tuple[str, ...]) -> dict[str, Any]:
+    """Return the entries of a mapping that the forward of a model names."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    everything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    found = {k: v for k, v in given.items() if k not in drop and (everything or k in names)}
+    if not found:
+        raise PlasticError(f"forward takes {sorted(names)}, and the batch has only {sorted(given)}")
+    return found
+
+
+def like_model(model: nn.Module, batch: Any) -> Any:
+    """Return a batch on the device of a model, with its floating tensors in the dtype of the model's parameters."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return batch
+
+    def moved(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device)
+
+    return tree_map(moved, batch)
+
+
+def rows(batch: Any) -> int:
+    """Return how many inputs a batch has: the length of its first tensor, or 1 where there is none."""
+    return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def splittable(batch: Any) -> int | None:
+    """Return how many rows a batch can be split into, or None where its tensors do not all have one for each input."""
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    lengths = {len(t) if t.dim() else None for t in tensors}
+    plain = all(isinstance(t, Tensor | int | float | str | bool | None) for t in tree_leaves(batch))
+    return lengths.pop() if plain and len(lengths) == 1 else None
+
+
+def some_rows(batch: Any, which: slice | Tensor) -> Any:
+    """Return some of the rows of a batch that can be split."""
+    return tree_map(lambda t: t[which] if isinstance(t, Tensor) else t, batch)
+
+
+def _but_every(step: int, n: int) -> Tensor:
+    """Return all indices up to a number but every n-th one."""
+    index = torch.arange(n)
+    return index[(index + 1) % step != 0]

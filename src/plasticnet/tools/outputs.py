@@ -1,0 +1,46 @@
+"""Finds in a model's output what counts: classes, or all floating tensors with a batch dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+from plasticnet.tools.trees import tensors_within
+
+Outputs = Callable[[Any], Any]  # chooses what counts in the output of a model
+
+
+def counted(output: Any, outputs: Outputs | None = None) -> list[Tensor]:
+    """Return the floating tensors with a batch dimension in what a model returned.
+
+    Args:
+        output: What the model returned.
+        outputs: Chooses what counts in it; None for all.
+
+    Raises:
+        PlasticError: There are none.
+    """
+    found = tensors_within(output if outputs is None else outputs(output))
+    found = [t for t in found if t.is_floating_point() and t.dim()]
+    if not found:
+        raise PlasticError("the output has no floating tensor with a batch dimension; outputs=... chooses what counts")
+    return found
+
+
+def classes_of(output: Any, outputs: Outputs | None = None) -> Tensor | None:
+    """Return the logits of a classifier's output, or None where it is something else.
+
+    Logits are an output, or its attribute or key ``logits``, of shape (batch, classes) with two classes or more.
+
+    Args:
+        output: What the model returned.
+        outputs: Chooses what counts in it; None for all.
+    """
+    chosen = output if outputs is None else outputs(output)
+    if not isinstance(chosen, Tensor):
+        chosen = chosen.get("logits") if isinstance(chosen, dict) else getattr(chosen, "logits", None)
+    two = isinstance(chosen, Tensor) and chosen.dim() == 2 and chosen.shape[1] > 1 and chosen.is_floating_point()
+    return chosen if two else None
