@@ -318,7 +318,7 @@ def test_what_is_refused() -> None:
             pn.scores(net, kind, lambda: loss().detach())
         with pytest.raises(PlasticError, match="never called the network"):
             pn.scores(net, kind, lambda: torch.ones(3, requires_grad=True))
-    with pytest.raises(PlasticError, match="choose one of magnitude, taylor, gate"):
+    with pytest.raises(PlasticError, match="choose one of fisher, magnitude, taylor, gate"):
         pn.scores(net, "size")
     with pytest.raises(PlasticError, match="1 or more"):
         pn.scores(net, "taylor", loss, batches=0)

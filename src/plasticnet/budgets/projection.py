@@ -59,6 +59,27 @@ def project(
     return units.by_site(z)
 
 
+def prices(net: GatedModel, targets: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Return what each unit costs in the network as it is, as the sum of its shares of all targets.
+
+    Args:
+        net: The network.
+        targets: The most that the network may cost, by the names of costs.
+
+    Returns:
+        For every site the prices of its units, shape (units,), above 0.
+    """
+    units = sum(len(site) for site in net.sites.values())
+    one = torch.ones(units, dtype=torch.float64, device=net.like.device, requires_grad=True)
+    weights = torch.from_numpy(net.open_weights().astype(np.float64)).to(one.device)
+    with torch.enable_grad():
+        shares = [net.cost.expected(torch.cat([one, weights]), cost) / target for cost, target in targets.items()]
+        found = torch.autograd.grad(torch.stack(shares).sum(), one)[0].cpu().numpy()
+    found = np.maximum(found, 1e-12)
+    ends = np.cumsum([len(site) for site in net.sites.values()])[:-1]
+    return dict(zip(net.sites, np.split(found, ends), strict=True))
+
+
 class _Units:
     """All units in one vector, in the order of their sites, with the channels and features that depend on each other.
 

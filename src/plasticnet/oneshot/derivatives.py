@@ -21,7 +21,8 @@ from plasticnet.tools.statistics import uses_batch_statistics
 def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
     """Return the squared sums of gradient times weight over the parameters of each unit.
 
-    This is the estimate of Molchanov et al., arXiv 1906.10771, of how much the loss changes without the unit.
+    This is the estimate of Molchanov et al., arXiv 1906.10771, of how much the loss changes without the unit. A
+    convolution and the scale and shift behind it say the same, so only the last of them counts.
 
     Args:
         net: The network.
@@ -39,7 +40,7 @@ def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
         for p in fixed:
             p.requires_grad_(True)
         with torch.enable_grad():
-            f = _dependent(run_closure(net, net.sampler, loss, Pass()))
+            f = dependent(run_closure(net, net.sampler, loss, Pass()))
             gradients = torch.autograd.grad(f.mean(), parameters, allow_unused=True)
     finally:
         for p in fixed:
@@ -50,7 +51,7 @@ def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
         g = of.get(p)
         return torch.zeros_like(in_double(p)) if g is None else in_double(g) * in_double(p)
 
-    return sums_by_unit(net, product).square()
+    return sums_by_unit(net, product, once=True).square()
 
 
 def gate_squares(net: PlasticNet, loss: Loss) -> Tensor:
@@ -70,32 +71,94 @@ def gate_squares(net: PlasticNet, loss: Loss) -> Tensor:
     Raises:
         PlasticError: The loss does not depend on the network.
     """
-    if all(net.gating.per_sample.values()) and net.sampler.mode != "batch" and not uses_batch_statistics(net.model):
+    if draws_apart(net):
         try:
-            return _gate_squares(net, loss, apart=True)
+            return derivatives(net, loss, apart=True).square().mean(0)
         except PlasticError:  # The rows may not be samples. Any other error will be raised again below.
             pass
-    return _gate_squares(net, loss, apart=False)
+    return derivatives(net, loss, apart=False).square().mean(0)
 
 
-def _gate_squares(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
-    """Return the squared derivatives with respect to the gates, for each sample apart or for the batch as a whole."""
-    now, weights, calls = net.mean_gates()[0], net.mean_weights(), list[Tensor]()
+def draws_apart(net: PlasticNet) -> bool:
+    """Return whether samples can have gates of their own, as far as is known before the network runs."""
+    own = all(net.gating.per_sample.values()) and net.sampler.mode != "batch"
+    return own and not uses_batch_statistics(net.model)
+
+
+def derivatives(net: PlasticNet, loss: Loss, *, apart: bool) -> Tensor:
+    """Return each gate times the derivative of the losses with respect to it, in double precision.
+
+    Args:
+        net: The network.
+        loss: A function without arguments that returns losses, shape (batch,), or their mean. It is called once.
+        apart: Whether every sample has gates of its own, as far as it can be seen that there is a loss for each.
+
+    Returns:
+        The derivatives of every sample's loss, shape (samples, units), or that of the mean loss, shape (1, units).
+
+    Raises:
+        PlasticError: The loss does not depend on the network, or the rows of its inputs are not samples.
+    """
+    with _with_gates(net, apart) as calls:
+        f = dependent(_closure(net, loss, calls, apart))
+        found = _slopes(f.sum(), calls)
+    if apart and f.dim():
+        if all(len(g) == len(f) for g in found):  # All calls of the network were on the same samples.
+            return torch.stack(found).sum(0)
+        if sum(len(g) for g in found) == len(f):
+            return torch.cat(found)
+    return torch.cat(found).sum(0, keepdim=True) / f.numel()
+
+
+def signed_derivatives(net: PlasticNet, loss: Loss, draws: int, generator: torch.Generator) -> Tensor:
+    """Return the derivatives of sums of the losses with random signs, over the root of their number.
+
+    The samples share their gates. The mean square of such a sum is the mean square of the samples' own derivatives.
+
+    Args:
+        net: The network.
+        loss: A function without arguments that returns losses, shape (batch,), or their mean. It is called once.
+        draws: How often signs are drawn.
+        generator: What draws them.
+
+    Returns:
+        Shape (draws, units), or (1, units) for a mean loss.
+
+    Raises:
+        PlasticError: The loss does not depend on the network.
+    """
+    with _with_gates(net, False) as calls:
+        f = dependent(_closure(net, loss, calls, False))
+        if not f.dim():
+            return torch.cat(_slopes(f, calls)).sum(0, keepdim=True)
+        signs = torch.randint(2, (draws, len(f)), generator=generator).to(f) * 2 - 1
+        sums = (signs * f).sum(1) / len(f) ** 0.5
+        return torch.stack([torch.cat(_slopes(s, calls, again=True)).sum(0) for s in sums])
+
+
+@contextmanager
+def _with_gates(net: PlasticNet, apart: bool) -> Iterator[list[Tensor]]:
+    """Take gradients in this context, and give the gates that each call of the network has used."""
+    calls = list[Tensor]()
+    with torch.enable_grad(), _gated_blocks(net, lambda: calls[-1][0]):
+        yield calls
+
+
+def _closure(net: PlasticNet, loss: Loss, calls: list[Tensor], apart: bool) -> Tensor:
+    """Return the losses at the mean gates; each call of the network adds the gates that it has used to ``calls``."""
+    now = net.mean_gates()[0]
 
     def gates(rows: int) -> Tensor:
         calls.append(now.expand(rows if apart else 1, -1).clone().requires_grad_())
         return calls[-1]
 
-    with torch.enable_grad(), _gated_blocks(net, lambda: calls[-1][0]):
-        f = _dependent(run_closure(net, net.sampler, loss, Pass("probe", probe=gates, weights=weights)))
-        found = torch.autograd.grad(f.sum(), calls, materialize_grads=True)
-    found = [(g * z.detach())[:, :-1].double() for g, z in zip(found, calls, strict=True)]
-    if apart and f.dim():
-        if all(len(g) == len(f) for g in found):  # All calls of the network were on the same samples.
-            return torch.stack(found).sum(0).square().mean(0)
-        if sum(len(g) for g in found) == len(f):
-            return torch.cat(found).square().mean(0)
-    return (torch.cat(found).sum(0) / f.numel()).square()
+    return run_closure(net, net.sampler, loss, Pass("probe", probe=gates, weights=net.mean_weights()))
+
+
+def _slopes(f: Tensor, calls: list[Tensor], again: bool = False) -> list[Tensor]:
+    """Return each gate of each call times the derivative of a sum of losses, shape (rows, units)."""
+    found = torch.autograd.grad(f, calls, materialize_grads=True, retain_graph=again)
+    return [(g * z.detach())[:, :-1].double() for g, z in zip(found, calls, strict=True)]
 
 
 @contextmanager
@@ -120,7 +183,7 @@ def _gated_blocks(net: PlasticNet, gates: Callable[[], Tensor]) -> Iterator[None
             handle.remove()
 
 
-def _dependent(f: Tensor) -> Tensor:
+def dependent(f: Tensor) -> Tensor:
     """Return the losses, or raise `PlasticError` where they do not depend on the network."""
     if not f.requires_grad:
         raise PlasticError("scores that follow a gradient need a loss that depends on the network: from net(x)")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from plasticnet.budgets.budget import Budget
-from plasticnet.budgets.projection import most, project, ranks
+from plasticnet.budgets.projection import most, prices, project, ranks
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, resolve
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.survivors import survivors
+from plasticnet.tools.batches import Forward
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.outputs import Outputs
 
 
 def prune_once(
@@ -25,24 +27,38 @@ def prune_once(
     budget: Budget,
     optimizer: Optimizers = None,
     *,
-    scores: Scores = "magnitude",
+    scores: Scores = "auto",
     scope: Literal["global", "uniform"] = "global",
     loss: Loss | None = None,
+    batches: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    outputs: Outputs | None = None,
+    per_cost: bool | None = None,
+    cut: bool = True,
 ) -> dict[str, int]:
     """Cut a trained network to a budget at once.
 
-    Units are cut by `PlasticNet.resize`. Blocks are only closed, and `PlasticNet.compact` removes them.
+    Units are cut by `PlasticNet.resize`, unless they are only to be closed. Blocks are only closed, and
+    `PlasticNet.compact` removes them.
 
     Args:
         net: The network, at k = infinity.
         budget: The targets on costs, as shares of the network's present costs or as absolute numbers.
         optimizer: The optimizer, or all of those, that hold the parameters, if training goes on.
         scores: A kind of score as in `pn.scores`, or for each site the scores of its units, shape (units,), such as
-            `pn.scores` returned. The units with the highest scores stay.
+            `pn.scores` returned. The units with the highest scores stay. "auto" is "fisher" where there is a loss or
+            there are batches, and "magnitude" where there is neither.
         scope: "global" compares scores across sites, so that the best units of the network stay, as many as the budget
             allows. "uniform" compares them within each site: all sites keep the same share of their units, the largest
             that the budget allows, and at least `Site.minimum` of them.
         loss: The loss for kinds of score that follow a gradient, as in `pn.scores`.
+        batches: Inputs for "fisher" without labels, as in `pn.scores`.
+        forward: What runs the network on a batch, as in `pn.scores`.
+        outputs: What counts in the output, as in `pn.scores`.
+        per_cost: Whether scores are divided by what a unit costs, in the costs of the budget, before they are compared
+            across sites. By default those of "fisher" are.
+        cut: Whether closed units are cut. If not, they are only closed, so that `pn.repair` can mend the network before
+            `PlasticNet.prune` cuts them.
 
     Returns:
         How many units were closed, for each site that lost some.
@@ -67,17 +83,27 @@ def prune_once(
     targets = budget.targets(net) if isinstance(budget, Budget) else {}
     if not targets:
         raise PlasticError(f"prune_once takes a budget of costs, such as pn.Budget(macs=0.3), not {budget!r}")
-    worth = resolve(net, scores, loss)
+    if isinstance(scores, str) and scores == "auto":
+        scores = "magnitude" if loss is None and batches is None else "fisher"
+    worth = resolve(net, scores, loss, **_data(batches, forward, outputs))
+    if scope == "global" and (scores == "fisher" if per_cost is None and isinstance(scores, str) else per_cost):
+        worth = {n: worth[n] / price for n, price in prices(net, targets).items()}
     keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)
-    sources = _sources(net, keep, worth)
+    sources = _sources(net, keep, worth) if cut else {}
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
-    net.resize(sources, optimizer)
+    if cut:
+        net.resize(sources, optimizer)
     with torch.no_grad():
         for name, site in net.sites.items():
             closed = ~keep[name][sources.get(name, slice(None))]
             if closed.any():
                 site.phi[torch.from_numpy(closed).to(site.phi.device)] = -INITIAL_LOGIT
     return {n: before[n] - now for n, s in net.sites.items() if (now := int(s.open.sum())) < before[n]}
+
+
+def _data(batches: Iterable[Any] | None, forward: Forward | None, outputs: Outputs | None) -> dict[str, Any]:
+    """Return the arguments of `pn.scores` for inputs without labels."""
+    return {} if batches is None else {"batches": batches, "forward": forward, "outputs": outputs}
 
 
 def _sources(net: PlasticNet, keep: Mapping[str, np.ndarray], worth: Mapping[str, np.ndarray]) -> dict[str, list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,47 +12,69 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.derivatives import gate_squares, taylor_squares, without_cudnn
+from plasticnet.oneshot.fisher import fisher_of_loss, fisher_of_outputs
+from plasticnet.oneshot.minimum import Watched
 from plasticnet.oneshot.sums import in_double, sums_by_unit
+from plasticnet.tools.batches import Forward
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.outputs import Outputs
 from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
-KINDS = ("magnitude", "taylor", "gate")
+KINDS = ("fisher", "magnitude", "taylor", "gate")
+_OF_BATCH = {"fisher": fisher_of_loss, "taylor": taylor_squares, "gate": gate_squares}
 
 
-def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int = 1) -> dict[str, Tensor]:
+def scores(
+    net: PlasticNet,
+    kind: str = "fisher",
+    loss: Loss | None = None,
+    *,
+    batches: int | Iterable[Any] = 1,
+    forward: Forward | None = None,
+    outputs: Outputs | None = None,
+    calibrate: int = 2048,
+) -> dict[str, Tensor]:
     """Return what each unit of a network is worth.
 
     The kinds of score are:
 
+    - "fisher": by how much the loss grows without the unit, to second order: half the mean of the squared derivatives
+      of the samples' losses with respect to the gate (Theis et al., arXiv 1801.05787). It needs no labels: without
+      ``loss``, targets are drawn from the model's own outputs for ``batches``.
     - "magnitude": the L2 norm of the parameters that produce a unit. These are rows of weights, the bias, and the scale
       and shift of its norms. For a feature of an input site it is the norm of its column, and for a block that of all
       its parameters.
     - "taylor": an estimate of how much the loss changes without the unit, the sum of gradient times weight over the
-      same parameters (Molchanov et al., arXiv 1906.10771).
+      same parameters (Molchanov et al., arXiv 1906.10771); of a layer and the BatchNorm behind it, over those of the
+      latter.
     - "gate": another such estimate, the derivative of the loss with respect to the gate (Theis et al., arXiv
       1801.05787). The gate acts where units are read, and the statistics of norms stay as they are.
 
     The squares of the latter two are averaged over the mini-batches. Those of "gate" are averaged over samples too,
     where ``loss`` returns losses of samples and all gates can be drawn per sample.
 
-    The scores of a site are divided by their root mean square, so that they compare across sites. Without this, their
-    scale would differ from layer to layer, and all but one unit of a layer might close.
+    Those of "fisher" compare across sites as they are. Other scores of a site are divided by their root mean square.
+    Without this, their scale would differ from layer to layer, and all but one unit of a layer might close.
 
     Args:
         net: The network. It is run in evaluation mode and left exactly as it was, gradients and random numbers
             included.
-        kind: "magnitude", "taylor" or "gate".
+        kind: "fisher", "magnitude", "taylor" or "gate".
         loss: A function without arguments that runs the network on some data and returns its losses, shape (batch,), or
-            their mean. "magnitude" does not need it.
-        batches: How often the loss is called, each time with another mini-batch.
+            their mean. "magnitude" does not need it, and neither does "fisher" with inputs.
+        batches: How often the loss is called, each time with another mini-batch. For "fisher" without a loss: the
+            inputs, as for `repair`.
+        forward: What runs the network on a batch of inputs, as for `repair`.
+        outputs: What counts in the output, as for `repair`.
+        calibrate: The number of inputs at which reading stops.
 
     Returns:
         For each site the scores of its units, shape (units,). Those of closed units are 0.
 
     Raises:
         PlasticError: The kind is unknown; the network has no units with gates; the loss is missing, does not depend on
-            the network or is not finite; or the scores are not finite, or all 0.
+            the network, is not finite or is at its minimum; or the scores are not finite, or all 0.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -67,16 +90,19 @@ def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
     if not net.sites:
         raise PlasticError("there are no units to score: only single weights have gates")
-    if type(batches) is not int or batches < 1:
-        raise PlasticError(f"batches={batches!r}: how often the loss is called, 1 or more")
     if kind == "magnitude":
         squares = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
-    elif loss is None:
-        raise PlasticError(f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data")
     else:
-        of_batch = taylor_squares if kind == "taylor" else gate_squares
         with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
-            squares = torch.stack([of_batch(net, loss) for _ in range(batches)]).mean(0)
+            if loss is not None:
+                squares = _of_loss(net, kind, loss, batches)
+            elif kind == "fisher" and not isinstance(batches, int):
+                squares = fisher_of_outputs(net, batches, calibrate, forward, outputs)
+            else:
+                more = ", or batches=[...], inputs without labels" if kind == "fisher" else ""
+                raise PlasticError(
+                    f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}"
+                )
         squares = net.ranks.average(squares)
     if not bool(squares.any()):
         raise PlasticError(f"scores={kind!r} are all 0: no unit moves the loss (a last layer of zeros, say)")
@@ -84,22 +110,34 @@ def scores(net: PlasticNet, kind: str, loss: Loss | None = None, *, batches: int
     for (name, site), part in zip(net.sites.items(), squares.split([len(s) for s in net.sites.values()]), strict=True):
         if not bool(torch.isfinite(part).all()):
             raise PlasticError(f"site {name!r}: its scores are not finite; look for NaN in the weights or gradients")
-        found[name] = (part / part.mean().clamp(min=1e-300)).sqrt().to(site.phi.dtype)
+        even = part if kind == "fisher" else (part / part.mean().clamp(min=1e-300)).sqrt()
+        found[name] = even.to(site.phi.dtype)
     return found
 
 
-def resolve(net: PlasticNet, given: Scores, loss: Loss | None) -> dict[str, np.ndarray]:
+def _of_loss(net: PlasticNet, kind: str, loss: Loss, batches: int | Iterable[Any]) -> Tensor:
+    """Return the squares of a kind of score that follows a gradient, averaged over mini-batches, shape (units,)."""
+    if type(batches) is not int or batches < 1:
+        raise PlasticError(f"batches={batches!r}: with a loss, how often it is called, 1 or more")
+    watched = Watched(net, loss)
+    squares = torch.stack([_OF_BATCH[kind](net, watched) for _ in range(batches)]).mean(0)
+    watched.check()
+    return squares
+
+
+def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -> dict[str, np.ndarray]:
     """Return the scores of all units as arrays of shape (units,), by site.
 
     Args:
         net: The network.
         given: A kind of score, which is computed by `scores`, or the scores themselves.
         loss: The loss for `scores`.
+        options: Its other arguments.
 
     Raises:
         PlasticError: The given scores do not have shape (units,) or are not finite; or `scores` raises it.
     """
-    found = given if isinstance(given, Mapping) else scores(net, given, loss)
+    found = given if isinstance(given, Mapping) else scores(net, given, loss, **options)
     worth: dict[str, np.ndarray] = {}
     for name, site in net.sites.items():
         values = torch.as_tensor(found[name]).detach().cpu().double() if name in found else torch.zeros(0)
