@@ -56,7 +56,7 @@ def prune_once(
         forward: What runs the network on a batch, as in `pn.scores`.
         outputs: What counts in the output, as in `pn.scores`.
         per_cost: Whether scores are divided by what a unit costs, in the costs of the budget, before they are compared
-            across sites. By default those of "fisher" are.
+            across sites. By default those of "fisher" and "repair" are.
         cut: Whether closed units are cut. If not, they are only closed, so that `pn.repair` can mend the network before
             `PlasticNet.prune` cuts them.
 
@@ -86,7 +86,9 @@ def prune_once(
     if isinstance(scores, str) and scores == "auto":
         scores = "magnitude" if loss is None and batches is None else "fisher"
     worth = resolve(net, scores, loss, **_data(batches, forward, outputs))
-    if scope == "global" and (scores == "fisher" if per_cost is None and isinstance(scores, str) else per_cost):
+    if scope == "global" and (
+        scores in ("fisher", "repair") if per_cost is None and isinstance(scores, str) else per_cost
+    ):
         worth = {n: worth[n] / price for n, price in prices(net, targets).items()}
     keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)
     sources = _sources(net, keep, worth) if cut else {}

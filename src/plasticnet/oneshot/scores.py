@@ -14,6 +14,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.oneshot.derivatives import gate_squares, taylor_squares, without_cudnn
 from plasticnet.oneshot.fisher import fisher_of_loss, fisher_of_outputs
 from plasticnet.oneshot.minimum import Watched
+from plasticnet.oneshot.replaceable import unreplaceable
 from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.batches import Forward
 from plasticnet.tools.inputs import Loss
@@ -21,7 +22,8 @@ from plasticnet.tools.outputs import Outputs
 from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
-KINDS = ("fisher", "magnitude", "taylor", "gate")
+KINDS = ("fisher", "repair", "magnitude", "taylor", "gate")
+_WITHOUT_LABELS = ("fisher", "repair")
 _OF_BATCH = {"fisher": fisher_of_loss, "taylor": taylor_squares, "gate": gate_squares}
 
 
@@ -42,6 +44,8 @@ def scores(
     - "fisher": by how much the loss grows without the unit, to second order: half the mean of the squared derivatives
       of the samples' losses with respect to the gate (Theis et al., arXiv 1801.05787). It needs no labels: without
       ``loss``, targets are drawn from the model's own outputs for ``batches``.
+    - "repair": the same after `repair`, for ``batches`` without labels: the part of it that those units of the site
+      which stay longer cannot replace when what reads them is refitted.
     - "magnitude": the L2 norm of the parameters that produce a unit. These are rows of weights, the bias, and the scale
       and shift of its norms. For a feature of an input site it is the norm of its column, and for a block that of all
       its parameters.
@@ -54,13 +58,14 @@ def scores(
     The squares of the latter two are averaged over the mini-batches. Those of "gate" are averaged over samples too,
     where ``loss`` returns losses of samples and all gates can be drawn per sample.
 
-    Those of "fisher" compare across sites as they are. Other scores of a site are divided by their root mean square.
-    Without this, their scale would differ from layer to layer, and all but one unit of a layer might close.
+    Those of "fisher" and "repair" compare across sites as they are. Other scores of a site are divided by their root
+    mean square. Without this, their scale would differ from layer to layer, and all but one unit of a layer might
+    close.
 
     Args:
         net: The network. It is run in evaluation mode and left exactly as it was, gradients and random numbers
             included.
-        kind: "fisher", "magnitude", "taylor" or "gate".
+        kind: "fisher", "repair", "magnitude", "taylor" or "gate".
         loss: A function without arguments that runs the network on some data and returns its losses, shape (batch,), or
             their mean. "magnitude" does not need it, and neither does "fisher" with inputs.
         batches: How often the loss is called, each time with another mini-batch. For "fisher" without a loss: the
@@ -94,12 +99,14 @@ def scores(
         squares = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
     else:
         with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
-            if loss is not None:
+            if loss is not None and kind != "repair":
                 squares = _of_loss(net, kind, loss, batches)
-            elif kind == "fisher" and not isinstance(batches, int):
+            elif kind in _WITHOUT_LABELS and not isinstance(batches, int):
                 squares = fisher_of_outputs(net, batches, calibrate, forward, outputs)
+                if kind == "repair":
+                    squares = unreplaceable(net, squares, batches, calibrate, forward)
             else:
-                more = ", or batches=[...], inputs without labels" if kind == "fisher" else ""
+                more = ", or batches=[...], inputs without labels" if kind in _WITHOUT_LABELS else ""
                 raise PlasticError(
                     f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}"
                 )
@@ -110,7 +117,7 @@ def scores(
     for (name, site), part in zip(net.sites.items(), squares.split([len(s) for s in net.sites.values()]), strict=True):
         if not bool(torch.isfinite(part).all()):
             raise PlasticError(f"site {name!r}: its scores are not finite; look for NaN in the weights or gradients")
-        even = part if kind == "fisher" else (part / part.mean().clamp(min=1e-300)).sqrt()
+        even = part if kind in _WITHOUT_LABELS else (part / part.mean().clamp(min=1e-300)).sqrt()
         found[name] = even.to(site.phi.dtype)
     return found
 

@@ -1,0 +1,70 @@
+"""Scores that know of repair: what others can replace is worth nothing, and what is left of a pair is worth all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import plasticnet as pn
+from plasticnet import PlasticError, PlasticNet
+from tests.kit.networks import ConvNet, images, mlp
+
+
+class Doubled(nn.Module):
+    """Every unit of the first layer is there twice, the second time scaled by 2."""
+
+    def __init__(self, convolution: bool) -> None:
+        super().__init__()
+        self.a: nn.Module = nn.Conv2d(3, 8, 3, padding=1) if convolution else nn.Linear(12, 8)
+        self.b = nn.Conv2d(8, 5, 3) if convolution else nn.Linear(8, 5)
+        with torch.no_grad():
+            for p in self.a.parameters():
+                p[4:] = 2 * p[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        return y.mean((2, 3)) if y.dim() == 4 else y
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_one_of_each_pair_is_worth_little_and_the_other_all(convolution: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 3, 6, 6) if convolution else torch.randn(400, 12)
+    net = PlasticNet(Doubled(convolution), (x[:2],))
+    fisher, found = pn.scores(net, "fisher", batches=[x])["a"], pn.scores(net, "repair", batches=[x])["a"]
+    share = (found / fisher).view(2, 4)
+    assert (share <= 1).all()
+    assert (share.min(0).values < 0.25).all()
+    assert (share.max(0).values > 2 * share.min(0).values).all()
+
+
+def test_independent_units_are_worth_what_they_are() -> None:
+    x = torch.randn(4000, 6)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Identity(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(6))
+    net = PlasticNet(model, (x[:2],))
+    fisher, found = pn.scores(net, "fisher", batches=[x])["0"], pn.scores(net, "repair", batches=[x])["0"]
+    torch.testing.assert_close(found, fisher, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": ("fc1",)}, {"residual": True}])
+def test_all_sites_have_scores_and_the_budget_is_met(options: dict[str, object]) -> None:
+    x = images(60)
+    net = PlasticNet(ConvNet(), (x[:2],), **options)  # pyright: ignore[reportArgumentType]
+    found = pn.scores(net, "repair", batches=x.split(20))
+    fisher = pn.scores(net, "fisher", batches=x.split(20))
+    for name, site in net.sites.items():
+        assert found[name].shape == (len(site),)
+        assert (found[name] <= fisher[name] * 1.0001).all()
+    whole = net.summary().macs
+    pn.prune_once(net, pn.Budget(macs=0.5), scores="repair", batches=x.split(20))
+    assert net.summary().macs <= 0.5 * whole
+
+
+def test_it_needs_inputs() -> None:
+    x = torch.randn(10, 4)
+    net = PlasticNet(mlp(4, 6, 3), (x,))
+    with pytest.raises(PlasticError, match="inputs without labels"):
+        pn.scores(net, "repair", lambda: net(x).square().mean(1))
