@@ -19,6 +19,8 @@ from plasticnet.training.growth import narrow  # make an untrained network narro
 from plasticnet.training.growth import Growth  # when a schedule grows, and how much
 
 # -- Shrink a network that is trained ----------------------------------------------------------
+from plasticnet.shrinking.shrink import shrink  # all of this in one call
+from plasticnet.shrinking.report import Milestone, Report, SiteChange  # what shrink reports
 from plasticnet.oneshot.prune import prune_once  # cut it to a budget at once
 from plasticnet.oneshot.scores import scores  # what each unit is worth
 from plasticnet.oneshot.sensitivity import sensitivity  # how much each site can lose
@@ -64,6 +66,7 @@ from plasticnet.version import __version__
 __all__ = [
     "PlasticNet", "Schedule", "Stage", "Change", "Budget", "distillation", "ESTIMATORS",
     "narrow", "Growth",
+    "shrink", "Report", "Milestone", "SiteChange",
     "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "repair", "Repaired", "RepairedReader",
     "equalise", "sparsify",
     "save", "load", "save_checkpoint", "load_checkpoint", "export", "Exported", "save_pretrained",

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from plasticnet.apps.console import console
+from plasticnet.apps.console import console, print_line
 from plasticnet.apps.inspecting import inspect_model, print_inspection
 from plasticnet.apps.models import IMAGE, example_inputs, factory
+from plasticnet.apps.own_data import KNOWN, Reading
 from plasticnet.apps.runs import holds_demo, rewrite_report, train_modes
 from plasticnet.apps.settings import MODES, Config
+from plasticnet.apps.shrinking import LOSSES, Options, shrink_model
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.files.exporting import export
@@ -111,6 +113,53 @@ def demo_command(
     torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
     run = "digits", "mlp:256-128", MODES["both"], config
     train_modes(*run, out, overwrite=overwrite or holds_demo(out, *run), command="demo")
+
+
+@app.command("shrink")
+def shrink_command(
+    model: Annotated[str, typer.Argument(help=f"The trained model: {NAMES}.")],
+    data: Annotated[str, typer.Option(help=f"The data: {KNOWN}.")],
+    budget: Annotated[str, typer.Option(help="The most that it may cost, as in macs=0.5,params=5000, or loss=0.02.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The state dict of the model: a .safetensors file, or one that torch.save wrote."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="How often the data are trained on after the cut.")] = 0,
+    loss: Annotated[
+        str, typer.Option(help=f"What is trained on: {', '.join(LOSSES)}. To imitate the model takes no labels.")
+    ] = "imitate",
+    batch: Annotated[int, typer.Option(help="The batch size.")] = 64,
+    target: Annotated[str | None, typer.Option(help="The column of a table that is to be predicted.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="The height and width that images are brought to.")] = None,
+    mean: Annotated[float, typer.Option(help="What is subtracted from pixels between 0 and 1.")] = 0.0,
+    std: Annotated[float, typer.Option(help="What they are then divided by.")] = 1.0,
+    calibrate: Annotated[int, typer.Option(help="How many inputs are read to score units and repair layers.")] = 2048,
+    exclude: Annotated[list[str] | None, typer.Option(help="A name pattern of sites to leave alone.")] = None,
+    residual: Annotated[bool, typer.Option(help="Cut also what LayerNorm and RMSNorm normalise.")] = False,
+    blocks: Annotated[
+        list[str] | None, typer.Option(help="A name pattern of modules that may be removed as a whole.")
+    ] = None,
+    multiple_of: Annotated[int, typer.Option(help="What widths are multiples of.")] = 1,
+    classes: Annotated[int | None, typer.Option(help="The number of outputs of an mlp.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of all draws.")] = 0,
+    data_dir: Annotated[Path | None, typer.Option(help="The folder that holds MNIST/raw.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for compact.safetensors and report.json.")] = Path(
+        "runs/shrink"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds of these files.")] = False,
+) -> None:
+    """Make a trained model smaller in one go, without labels unless they are asked for."""
+    if (out / "compact.safetensors").exists() and not overwrite:
+        raise PlasticError(f"--out {out} holds a compact.safetensors: give another folder, or --overwrite")
+    asked = _budget(budget)
+    assert asked is not None
+    options = Options(
+        epochs, loss, calibrate, tuple(exclude or ()), residual, tuple(blocks or ()), multiple_of, classes, seed
+    )
+    how = Reading(batch, target, image_size, mean, std, data_dir)
+    report = shrink_model(model, data, how, asked, weights, out, options)
+    print_line(str(report))
+    print_line(f"written {out / 'compact.safetensors'}; load it with plasticnet.load and the factory of the model")
 
 
 @app.command("inspect")

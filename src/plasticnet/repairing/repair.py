@@ -27,7 +27,7 @@ from plasticnet.tools.snapshot import left_as_it_was
 
 def repair(
     net: GatedModel,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Calibration,
     *,
     forward: Forward | None = None,
     outputs: Outputs | None = None,

@@ -33,19 +33,21 @@ class Calibration:
     inputs: int
 
 
-def calibration(batches: Iterable[Any], most: int) -> Calibration:
+def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
     """Read inputs, and hold a fifth of them out.
 
     Every fifth batch is held out. Where there are fewer than five, their rows are split, if all their tensors have the
     same length; else the last batch is held out.
 
     Args:
-        batches: The batches, which can be read again and again.
+        batches: The batches, which can be read again and again, or what was read of them before.
         most: The number of inputs at which reading stops; the last batch is shortened if its rows can be split.
 
     Raises:
         PlasticError: The batches are a one-shot iterator or empty, or are a single one that cannot be split.
     """
+    if isinstance(batches, Calibration):
+        return batches
     check_batches(batches)
     read, inputs = list[Any](), 0
     for batch in batches:

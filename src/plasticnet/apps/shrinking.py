@@ -1,0 +1,128 @@
+"""Does what the command shrink asks for: reads a model and data, shrinks the model, and writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plasticnet.apps.models import IMAGE, factory
+from plasticnet.apps.own_data import Reading, read_batches
+from plasticnet.budgets.budget import Budget
+from plasticnet.errors import PlasticError
+from plasticnet.files.modules import save
+from plasticnet.files.weights import load_weights
+from plasticnet.shrinking.report import Report
+from plasticnet.shrinking.shrink import Loss, shrink
+from plasticnet.tools.batches import rows
+from plasticnet.tools.outputs import classes_of
+
+LOSSES = ("imitate", "cross-entropy", "squared")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command.
+
+    Attributes:
+        epochs: How often the data are trained on.
+        loss: One of `LOSSES`.
+        calibrate: How many inputs are read for scores and repair.
+        exclude: An option of `shrink`.
+        residual: An option of `shrink`.
+        blocks: An option of `shrink`.
+        multiple_of: An option of `shrink`.
+        classes: The number of outputs of an mlp; by default that of the labels.
+        seed: The seed of random weights and draws.
+    """
+
+    epochs: int = 0
+    loss: str = "imitate"
+    calibrate: int = 2048
+    exclude: Sequence[str] = ()
+    residual: bool = False
+    blocks: Sequence[str] = ()
+    multiple_of: int = 1
+    classes: int | None = None
+    seed: int = 0
+
+
+def shrink_model(
+    name: str, source: str, how: Reading, budget: Budget, weights: Path | None, out: Path, options: Options
+) -> Report:
+    """Shrink the model of a name, and write it into a folder, with the report beside it.
+
+    Args:
+        name: A name of `factory`.
+        source: Where the data are.
+        how: How they are read.
+        budget: What the small network may cost.
+        weights: A file with the state dict of the model; without it, what the factory builds is used as it is.
+        out: The folder, in which ``compact.safetensors`` and ``report.json`` appear.
+        options: The other options.
+
+    Raises:
+        PlasticError: The model, its weights, the data or an option do not exist or do not fit.
+    """
+    if options.loss not in LOSSES:
+        raise PlasticError(f"--loss {options.loss}: choose one of {', '.join(LOSSES)}")
+    torch.manual_seed(options.seed)
+    batches = read_batches(source, how)
+    shape, classes = _shapes(batches)
+    model = factory(name, shape, options.classes or classes)()
+    if weights is not None:
+        load_weights(model, weights)
+    small, report = shrink(
+        model, batches, budget, epochs=options.epochs, loss=_loss(options.loss), calibrate=options.calibrate,
+        exclude=tuple(options.exclude), residual=options.residual, blocks=tuple(options.blocks),
+        multiple_of=options.multiple_of,
+    )  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save(small, out / "compact.safetensors")
+        (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise PlasticError(f"--out {out}: {error}") from error
+    return report
+
+
+def _shapes(batches: Iterable[Any]) -> tuple[Sequence[int], int]:
+    """Return the shape of one input and the number of classes, as far as the batches say."""
+    shape, classes = IMAGE[1:], 1
+    for batch in batches:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        x, y = batch if pair else (batch, None)
+        if isinstance(x, Tensor):
+            shape = tuple(x.shape[1:])
+        if isinstance(y, Tensor) and not y.is_floating_point() and len(y) == rows(x):
+            classes = max(classes, int(y.max()) + 1)
+    return shape, classes
+
+
+def _loss(name: str) -> Loss | None:
+    """Return the loss of a name, which reads the labels that come second in a batch."""
+    if name == "imitate":
+        return None
+
+    def labels_of(batch: Any) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+            raise PlasticError(f"--loss {name}: the data have no labels; leave it at imitate, or give --target")
+        return batch[1]
+
+    def cross_entropy(output: Any, batch: Any) -> Tensor:
+        logits = classes_of(output)
+        if logits is None:
+            raise PlasticError("--loss cross-entropy: the model returns no logits of shape (batch, classes)")
+        return F.cross_entropy(logits, labels_of(batch).long(), reduction="none")
+
+    def squared(output: Any, batch: Any) -> Tensor:
+        wanted = labels_of(batch).to(output)
+        return (output.reshape(wanted.shape) - wanted).square().flatten(1 if wanted.dim() > 1 else 0)
+
+    return cross_entropy if name == "cross-entropy" else squared

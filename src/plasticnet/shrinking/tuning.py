@@ -1,0 +1,89 @@
+"""Trains a network that was cut for some epochs, and ends early, with what is there, when it is interrupted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from plasticnet.errors import PlasticError
+from plasticnet.tools.progress import Progress
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+_LR, _DECAY = 1e-3, 1e-4
+_WARM = 0.05  # the share of the steps in which the learning rate rises to its full size
+_GRADIENT = 1.0  # the largest norm of the gradient
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained.
+
+    Raises:
+        PlasticError: There are none.
+    """
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
+        raise PlasticError(
+            f"epochs: no parameter of {type(model).__name__} requires a gradient, so that it cannot learn; call "
+            "model.requires_grad_(True) before, or leave epochs at 0"
+        )
+    return found
+
+
+def tune(
+    network: nn.Module,
+    batches: Iterable[Any],
+    losses: Callable[[Any], Tensor],
+    epochs: int,
+    make_optimizer: MakeOptimizer | None,
+) -> Iterator[float]:
+    """Train a network, which is in evaluation mode between the epochs, and yield the mean loss of each.
+
+    The learning rate rises for a moment, and then falls along a cosine to 0 (Loshchilov & Hutter, arXiv 1608.03983,
+    equation 5).
+
+    Args:
+        network: The network.
+        batches: The batches of an epoch.
+        losses: Runs the network on a batch, and returns the losses of its samples or their mean.
+        epochs: The number of epochs.
+        make_optimizer: Makes an optimizer for the parameters; AdamW by default.
+
+    Raises:
+        PlasticError: No parameter requires a gradient, or a loss is not finite.
+    """
+    parameters = trainable(network)
+    optimizer = AdamW(parameters, lr=_LR, weight_decay=_DECAY) if make_optimizer is None else make_optimizer(parameters)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    length = len(batches) if isinstance(batches, Sized) else 0  # where it is unknown, the first epoch tells
+    progress = Progress("training", max(length, 1) * epochs)
+    try:
+        for epoch in range(epochs):
+            network.train()
+            total, n = 0.0, 0
+            for place, batch in enumerate(batches):
+                share = (epoch + place / max(length, place + 1)) / epochs
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(share / _WARM + 0.01, 1.0) * (0.5 + 0.5 * math.cos(math.pi * share))
+                loss = losses(batch).mean()
+                if not bool(loss.isfinite()):
+                    raise PlasticError(
+                        f"the loss is {float(loss.detach())} in epoch {epoch + 1}; a lower learning rate may help"
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, _GRADIENT)
+                optimizer.step()
+                total, n = total + float(loss.detach()), n + 1
+                progress.advance(f"epoch {epoch + 1} of {epochs}, loss {total / n:.4g}")
+            length = length or n
+            progress.total = max(length * epochs, 1)
+            network.eval()
+            yield total / max(n, 1)
+    finally:
+        progress.close()
+        network.eval()
+        network.zero_grad(set_to_none=True)

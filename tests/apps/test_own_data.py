@@ -1,0 +1,144 @@
+"""The user's own data for the command line: tables, arrays, images, and what functions return."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plasticnet.apps.own_data import Reading, read_batches
+from plasticnet.errors import PlasticError
+
+HOW = Reading(batch=4)
+
+
+def joined(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = zip(*batches, strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
+def test_arrays(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(10, 3, 2)), np.arange(10) % 3
+    np.savez(tmp_path / "both.npz", x=x, y=y)
+    found, labels = joined(read_batches(str(tmp_path / "both.npz"), HOW))
+    torch.testing.assert_close(found, torch.from_numpy(x).float())
+    assert labels.tolist() == y.tolist()
+    np.savez(tmp_path / "one.npz", images=x.astype(np.float32))
+    batches = list(read_batches(str(tmp_path / "one.npz"), HOW))
+    assert [len(b) for b in batches] == [4, 4, 2]
+    for arrays, message in (
+        ({"a": x, "b": y}, "must be named x"),
+        ({"x": x, "y": y[:3]}, "10 rows, and y has 3"),
+        ({"x": np.zeros((0, 3))}, "not a single input"),
+        ({"x": np.array([{}], dtype=object)}, "allow_pickle"),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(PlasticError, match=message):
+            read_batches(str(tmp_path / "bad.npz"), HOW)
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    with pytest.raises(PlasticError, match="broken"):
+        read_batches(str(tmp_path / "broken.npz"), HOW)
+
+
+def test_tables(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a, b,kind\n1,2.5,cat\n3,4,dog\n5,6,cat\n")
+    x, y = joined(read_batches(str(path), Reading(batch=2, target="kind")))
+    assert x.tolist() == [[1, 2.5], [3, 4], [5, 6]]
+    assert y.tolist() == [0, 1, 0]
+    path.write_text("a,b\n1,2.5\n3,4\n")
+    (only,) = read_batches(str(path), HOW)
+    assert only.shape == (2, 2)
+    x, y = joined(read_batches(str(path), Reading(target="b")))
+    assert y.dtype == torch.float32
+    assert y.tolist() == [2.5, 4]
+    for text, how, message in (
+        ("a,b\n1,x\n", HOW, "column 'b' does not hold numbers only"),
+        ("a,b\n1,2\n1\n", HOW, "line 3 has not 2 columns"),
+        ("a,b\n", HOW, "a head and a row"),
+        ("a,b\n1,2\n", Reading(target="c"), "no column 'c', only a, b"),
+        ("a\n1\n", Reading(target="a"), "no column beside the target"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PlasticError, match=message):
+            read_batches(str(path), how)
+
+
+def picture(path: Path, size: int = 6, mode: str = "RGB", value: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (size, size), value if mode == "L" else (value, 0, 255)).save(path)
+
+
+def test_folders_of_images(tmp_path: Path) -> None:
+    for name in ("cats/1.png", "cats/2.png", "dogs/1.PNG"):
+        picture(tmp_path / name)
+    x, y = joined(read_batches(str(tmp_path), Reading(mean=0.5, std=0.5)))
+    assert x.shape == (3, 3, 6, 6)
+    assert y.tolist() == [0, 0, 1]
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([100 / 255, 0, 1]) * 2 - 1)
+    picture(tmp_path / "dogs" / "large.png", size=9)
+    with pytest.raises(PlasticError, match="--image-size"):
+        read_batches(str(tmp_path), HOW)
+    x, y = joined(read_batches(str(tmp_path), Reading(size=4)))
+    assert x.shape == (4, 3, 4, 4)
+    picture(tmp_path / "plain" / "a.png", mode="L")
+    (batch,) = read_batches(str(tmp_path / "plain"), HOW)
+    assert batch.shape == (1, 1, 6, 6)
+    (tmp_path / "plain" / "b.png").write_bytes(b"no image")
+    with pytest.raises(PlasticError, match="identify"):
+        read_batches(str(tmp_path / "plain"), HOW)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PlasticError, match="no images"):
+        read_batches(str(tmp_path / "empty"), HOW)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": [1.0, 2.0], "b": [3, 4], "y": ["n", "m"]}), tmp_path / "t.parquet")
+    x, y = joined(read_batches(str(tmp_path / "t.parquet"), Reading(target="y")))
+    assert x.tolist() == [[1, 3], [2, 4]]
+    assert y.tolist() == [1, 0]
+    picture(tmp_path / "one.png")
+    encoded = (tmp_path / "one.png").read_bytes()
+    images = {"img": [{"bytes": encoded, "path": None}] * 3, "label": [2, 0, 1]}
+    parquet.write_table(pyarrow.table(images), tmp_path / "i.parquet")
+    x, y = joined(read_batches(str(tmp_path / "i.parquet"), HOW))
+    assert x.shape == (3, 3, 6, 6)
+    assert y.tolist() == [2, 0, 1]
+    with pytest.raises(PlasticError, match="no column 'c'"):
+        read_batches(str(tmp_path / "i.parquet"), Reading(target="c"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PlasticError, match=r"bad\.parquet"):
+        read_batches(str(tmp_path / "bad.parquet"), HOW)
+
+
+def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_batches.py").write_text(
+        "import torch\ndef good(): return [torch.ones(3, 2)]\ndef once(): return iter([1])\ndef fails(): 1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert read_batches("own_batches:good", HOW)[0].shape == (3, 2)  # pyright: ignore[reportIndexIssue]
+    for source, message in (
+        ("own_batches:once", "only once"),
+        ("own_batches:fails", "ZeroDivisionError"),
+        ("own_batches:nothing", "AttributeError"),
+        ("no_such_package:f", "ModuleNotFoundError"),
+        ("nothing", "PACKAGE:FUNCTION"),
+        ("nothing.csv", "no such file"),
+    ):
+        with pytest.raises(PlasticError, match=message):
+            read_batches(source, HOW)
+    sys.modules.pop("own_batches", None)
+
+
+def test_known_data() -> None:
+    x, y = joined(read_batches("digits", HOW))
+    assert x.shape == (1077, 1, 8, 8)
+    assert len(y) == 1077
