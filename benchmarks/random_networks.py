@@ -211,12 +211,13 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
         "counts": {},
         "failures": [],
     }
+    now = content["environment"]
     if (options.resume or options.again) and out.exists():
         before = json.loads(out.read_text())
-        content = {**before, "environment": content["environment"]}
+        content = {**before, "environment": before["environment"] if options.again else now}
         content["totals"] = {**dict.fromkeys(TOTALS, 0), **before["totals"]}
     if options.again:
-        return again(content, options, out)
+        return again(content, now, options, out)
     begun = {d["seeds"][0] for d in content["done"]}
     chunks = [seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)]
     chunks = [c for c in chunks if c.start not in begun]
@@ -240,9 +241,9 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
     return int(any(r["status"] in BAD for r in content["failures"]))
 
 
-def again(content: dict[str, Any], options: argparse.Namespace, out: Path) -> int:
+def again(content: dict[str, Any], environment: dict[str, Any], options: argparse.Namespace, out: Path) -> int:
     """Run the networks that have failed once more, and note beside each failure what was found now."""
-    commit, date = content["environment"]["commit"], content["environment"]["date"]
+    commit, date = environment["commit"], environment["date"]
     for failure in content["failures"]:
         (row,) = rows_of(range(failure["seed"], failure["seed"] + 1), options)
         found = {key: row[key] for key in ("status", "step", "what")}
