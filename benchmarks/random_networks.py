@@ -130,7 +130,7 @@ def tally(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     content["totals"]["seconds"] += round(sum(r["seconds"] for r in rows))
     content["counts"] = {key: dict(found.most_common()) for key, found in counts.items()}
     bad = [r for r in rows if r["status"] in BAD]
-    content["failures"] += [{k: v for k, v in r.items() if k != "frozen"} for r in bad]
+    content["failures"] += [{k: v for k, v in r.items() if k not in ("frozen", "traceback")} for r in bad]
 
 
 def reason(text: str) -> str:
