@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 
 import plasticnet as pn
 from plasticnet.tools.trees import tensors_within
 
-PLAIN = {"weights": None, "weights_backbone": None, "num_classes": 4}
-SMALL = {"min_size": 64, "max_size": 96}
-FEW = {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20, "box_score_thresh": 0.0}
-DETECTORS = {
+PLAIN: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 4}
+SMALL: dict[str, Any] = {"min_size": 64, "max_size": 96}
+FEW: dict[str, Any] = {
+    "rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20, "rpn_pre_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_train": 20, "box_batch_size_per_image": 16, "box_score_thresh": 0.0,
+    "box_detections_per_img": 10,
+}  # fmt: skip
+
+
+SITES = {"ssdlite": 37, "fasterrcnn": 33, "retinanet": 47, "fcos": 47, "maskrcnn": 20, "keypointrcnn": 20}  # at least
+
+
+def small_backbone() -> nn.Module:
+    """The backbone of Mask R-CNN and Keypoint R-CNN, with ResNet-18 in the place of ResNet-50."""
+    return resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+
+
+DETECTORS: dict[str, Callable[[], nn.Module]] = {
     "ssdlite": lambda: detection.ssdlite320_mobilenet_v3_large(**PLAIN, score_thresh=0.0, detections_per_img=20),
     "fasterrcnn": lambda: detection.fasterrcnn_mobilenet_v3_large_320_fpn(**PLAIN, **SMALL, **FEW),
     "retinanet": lambda: detection.retinanet_resnet50_fpn(**PLAIN, **SMALL, score_thresh=0.0, detections_per_img=20),
-}
+    "fcos": lambda: detection.fcos_resnet50_fpn(**PLAIN, **SMALL, score_thresh=0.0, detections_per_img=20),
+    "maskrcnn": lambda: detection.MaskRCNN(small_backbone(), 4, **SMALL, **FEW),
+    "keypointrcnn": lambda: detection.KeypointRCNN(
+        small_backbone(), 4, keypoint_head=KeypointRCNNHeads(256, (64,) * 8),
+        keypoint_predictor=KeypointRCNNPredictor(64, 5), **SMALL, **FEW,
+    ),
+}  # fmt: skip
 
 
 def example(dtype: torch.dtype) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images, and everything that some detector wants to know of them in training."""
     images = [torch.rand(3, 64, 64, dtype=dtype), torch.rand(3, 64, 80, dtype=dtype)]
     boxes = torch.tensor([[5.0, 5.0, 40.0, 40.0], [10.0, 20.0, 50.0, 60.0]], dtype=dtype)
-    return images, [{"boxes": boxes + i, "labels": torch.tensor([1, 2])} for i in range(2)]
+    targets = [
+        {
+            "boxes": boxes + i,
+            "labels": torch.tensor([1, 2]),
+            "masks": torch.randint(0, 2, (2, *image.shape[1:]), dtype=torch.uint8),
+            "keypoints": torch.cat([20 + 10 * torch.rand(2, 5, 2), torch.ones(2, 5, 1)], 2),  # in no other precision
+        }
+        for i, image in enumerate(images)
+    ]
+    return images, targets
 
 
 def attached(name: str, targets: bool, dtype: torch.dtype) -> tuple[pn.PlasticNet, nn.Module, Any]:
@@ -47,7 +80,7 @@ def attached(name: str, targets: bool, dtype: torch.dtype) -> tuple[pn.PlasticNe
 @pytest.mark.parametrize("name", DETECTORS)
 def test_compact_is_exact(name: str, targets: bool) -> None:
     net, small, (images, given) = attached(name, targets, torch.float64)
-    assert len(net.sites) > 30
+    assert len(net.sites) >= SITES[name]
     assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in net.model.parameters())
     with torch.no_grad():
         out, found = tensors_within(net(images)), tensors_within(small(images))
@@ -60,6 +93,39 @@ def test_compact_is_exact(name: str, targets: bool) -> None:
                 torch.manual_seed(0)  # some detectors sample what they train on
                 losses.append(module(images, given))
             torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_training_to_a_budget(name: str) -> None:
+    """Both passes of a plastic step, the cut that hardening makes, and the network that comes out."""
+    images, targets = example(torch.float64)
+    net = pn.PlasticNet(DETECTORS[name]().double(), (images,), more_inputs=[(images, targets)])
+    optimizer = torch.optim.SGD(net.param_groups(1e-5))
+    schedule = pn.Schedule(net, optimizer, [pn.Stage(1, k=7.0), pn.Stage(1)], budget=pn.Budget(params=0.5))
+    before = sum(p.numel() for p in net.model.parameters())
+    for _ in range(schedule.epochs):
+        plastic = net.k == 7.0
+        net.train()
+
+        def losses() -> Tensor:
+            return torch.stack(list(net(images, targets).values())).sum()
+
+        loss = net.expected_loss(losses) + schedule.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        assert loss.isfinite()
+        if plastic:
+            slopes = [site.phi.grad for site in net.sites.values()]
+            assert all(s is not None and s.isfinite().all() for s in slopes)
+            assert any(s is not None and (s != 0).any() for s in slopes)
+        optimizer.step()
+        schedule.step()
+    assert sum(p.numel() for p in net.model.parameters()) <= 0.5 * before
+    small = net.eval().compact()
+    with torch.no_grad():
+        for a, b in zip(tensors_within(net(images)), tensors_within(small(images)), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
