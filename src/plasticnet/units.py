@@ -280,6 +280,7 @@ class Trace:
         positional: Whether the model tells units apart by their position, as ``x[:, :3]`` does.
         steered: Whether values steer the model, as in ``if x.sum() > 0`` or a mixture of experts.
         stateful: Whether the model keeps something from one call to the next.
+        random: Whether the model draws random numbers in evaluation mode.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -296,3 +297,4 @@ class Trace:
     positional: bool = False
     steered: bool = False
     stateful: bool = False
+    random: bool = False

@@ -75,7 +75,8 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
     twin, calls = random_twin(model, calls, seed)
     sites = dict(traced.sites)
     if is_large(twin):
-        rough = Comparing(twin, calls[:1], ROUGH, [partial(_alike, share=CLOSED_SHARES[-1])], vouch=False)
+        all_alike = partial(_alike, share=CLOSED_SHARES[-1])
+        rough = Comparing(twin, calls[:1], ROUGH, [all_alike], random=traced.random, vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
@@ -116,11 +117,11 @@ def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace) -> Comparing
         patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
 
     try:
-        run = Comparing(*in_precision(twin, calls, torch.float64), FINE, patterns, traced.stateful)
+        run = Comparing(*in_precision(twin, calls, torch.float64), FINE, patterns, traced.stateful, traced.random)
         run.reference = run.outputs(run.model)
         return run
     except Exception:  # a model may refuse double precision in any way; it is then compared in its own
-        return Comparing(twin, calls, ROUGH, patterns, traced.stateful)
+        return Comparing(twin, calls, ROUGH, patterns, traced.stateful, traced.random)
 
 
 def random_gates(units: int, share: float) -> Tensor:
@@ -160,8 +161,8 @@ def _falling(units: int, site: int) -> Tensor:
         units: The number of units of the site.
         site: The place of the site among those that are compared.
     """
-    most = int(random_gates(units, CLOSED_SHARES[0]).sum())
-    counts = [*range(most, 0, -1)] if most > 1 or units == 1 else [1, 2]
+    most, least = (int(random_gates(units, share).sum()) for share in CLOSED_SHARES)
+    counts = [*range(most, least - 1, -1)] if most > 1 or units == 1 else [1, 2]
     gates = torch.zeros(units)
     gates[torch.randperm(units)[: counts[site % len(counts)]]] = 1.0
     return gates

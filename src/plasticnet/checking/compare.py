@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from plasticnet.checking.draws import EvenDraws
 from plasticnet.gates.run import Gating
 from plasticnet.surgery.compact import cut
 from plasticnet.surgery.plan import lengths, plan_resize
@@ -19,7 +20,7 @@ from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.precision import HALF
 from plasticnet.tools.snapshot import left_as_it_was, sharing
 from plasticnet.tools.torch_private import Dropout
-from plasticnet.tools.trees import tensors_within
+from plasticnet.tools.trees import numbers_within
 from plasticnet.units import BlockUnits, InputUnits, Units, without_lost_inputs
 
 # The relative tolerances in double precision, in which some norms still compute in single, and in other precisions.
@@ -28,6 +29,11 @@ FINE, ROUGH = 2e-6, 1e-3
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
+_REPEATS = 4  # how often a model is called again to find out whether it repeats itself
+_UNSTEADY = (
+    "the model gives other outputs whenever it is called, so that nothing can be compared: it draws random numbers "
+    "that are not torch's, or reads a clock; switch that off in evaluation mode, or seed it in forward"
+)
 BLIND = "closing its units does not move the output, so that the check cannot vouch for it"
 
 Pattern = Callable[[int, int], Tensor]  # the gates of a site, for its number of units and its place among the sites
@@ -43,6 +49,7 @@ class Comparing:
         patterns: Functions that give the gates of a site, shape (units,), for its number of units and its place among
             the sites. All sites are compared under the first one, then under the next.
         stateful: Whether the model keeps something from one call to the next. It is then called twice in a row.
+        random: Whether the model draws random numbers in evaluation mode. Draws are then made comparable.
         vouch: Whether sites fail when closing their units under the last pattern does not change the output.
     """
 
@@ -53,10 +60,12 @@ class Comparing:
         tolerance: float,
         patterns: list[Pattern],
         stateful: bool = False,
+        random: bool = False,
         vouch: bool = True,
     ) -> None:
         self.model, self.calls, self.tolerance = model, calls, tolerance
         self.patterns, self.stateful, self.vouch = patterns, stateful, vouch
+        self.random = random or any(call.training for call in calls)
 
     @cached_property
     def reference(self) -> list[Tensor]:
@@ -78,14 +87,15 @@ class Comparing:
         return self._called(self.model, lambda run, args, kwargs: Gating(sites, run).run(z, args, kwargs))
 
     def _called(self, model: nn.Module, run: Callable[..., Any]) -> list[Tensor]:
-        """Return the outputs in all calls, each of which begins with the same state and the same random numbers."""
+        """Return the outputs in all calls, each of which begins with the same state and draws the same numbers."""
         found: list[Tensor] = []
         for call in self.calls:
             twin = sharing(model) if self.stateful else model  # because a state need not lie in a buffer
             with left_as_it_was(twin), _mode(twin, call.training):
                 for _ in range(2 if self.stateful else 1):
                     args, kwargs = copy_inputs((call.args, call.kwargs))
-                    found += _comparable(call.read(run(twin, args, kwargs)))
+                    with EvenDraws() if self.random else nullcontext():
+                        found += _comparable(call.read(run(twin, args, kwargs)))
         return found
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
@@ -106,13 +116,19 @@ class Comparing:
                 return f"the model does not run when units are cut: {what}"
             masked = self.masked(sites, factors)
             if relative_difference(masked, compared) > self._allowed(masked):
-                return _DISAGREE
+                return self._unsteady() or _DISAGREE
             if not masked:
                 return "the model has no floating-point output to compare"
             closed = any((f == 0).any() for f in factors.values())
             if telling and self.vouch and closed and all(map(torch.equal, self.reference, masked)):
                 return BLIND
         return None
+
+    def _unsteady(self) -> str | None:
+        """Return that the model itself gives other outputs when it is called again, or None if it does not."""
+        allowed = self._allowed(self.reference)
+        again = (relative_difference(self.reference, self.outputs(self.model)) for _ in range(_REPEATS))
+        return _UNSTEADY if any(difference > allowed for difference in again) else None
 
     def _allowed(self, outputs: Sequence[Tensor]) -> float:
         """Return the largest relative difference that counts as rounding, which is more in half precision.
@@ -182,8 +198,8 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _comparable(tree: Any) -> list[Tensor]:
-    """Return the real and complex tensors in what a model returned.
+    """Return the real and complex numbers in what a model returned: in tensors, and in arrays of numpy.
 
     Integers are left out, and so are other objects, such as a cache of keys and values.
     """
-    return [t.detach() for t in tensors_within(tree) if t.is_floating_point() or t.is_complex()]
+    return [t.detach() for t in numbers_within(tree)]

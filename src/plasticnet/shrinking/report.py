@@ -16,6 +16,11 @@ class SiteChange:
         name: The name of the site.
         before: The number of its units at first.
         after: The number that is left.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> pn.SiteChange("conv1", before=20, after=6)
+        SiteChange(name='conv1', before=20, after=6)
     """
 
     name: str
@@ -33,6 +38,11 @@ class Milestone:
         parameters: The number of parameters.
         macs: The multiply-adds for one sample.
         seconds: How long the step took.
+
+    Example:
+        >>> import plasticnet as pn
+        >>> pn.Milestone("cut", error=0.25, parameters=34, macs=28, seconds=0.1).name
+        'cut'
     """
 
     name: str

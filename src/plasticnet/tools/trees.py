@@ -30,7 +30,6 @@ _TORCH = (torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_form
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, slice, type(...), *_TORCH})
 _CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, partial, GeneratorType, CoroutineType)
 _CLOSED = (nn.Module, torch.Generator, CodeType, FrameType, *_CODE)
-_LAZY = (GeneratorType, map, filter, zip)  # what computes its elements when they are read
 _VIEWS = tuple(type(v) for d in ({}, OrderedDict()) for v in (d.values(), d.items()))
 
 
@@ -53,16 +52,11 @@ def tensors_within(tree: Any) -> list[Tensor]:
 
 
 def numbers_within(tree: Any) -> list[Tensor]:
-    """Return the real and complex numbers in what a model returned, as tensors: also those of numpy and of Python."""
-    found = _values_within(tree, (Tensor, np.ndarray, np.generic, float, complex))
-    arrays = [v for v in found if isinstance(v, Tensor) or np.asarray(v).dtype.kind in "fc"]
+    """Return the real and complex numbers in what a model returned, as tensors: also those in arrays of numpy."""
+    found = _values_within(tree, (Tensor, np.ndarray, np.generic))
+    arrays = [v for v in found if isinstance(v, Tensor) or v.dtype.kind in "fc"]
     tensors = [v if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for v in arrays]
     return [t for t in tensors if t.is_floating_point() or t.is_complex()]
-
-
-def lazy_within(tree: Any) -> list[Any]:
-    """Return the generators and their like, whose elements will be computed only when somebody reads them."""
-    return _values_within(tree, _LAZY)
 
 
 def _values_within(tree: Any, wanted: type | tuple[type, ...]) -> list[Any]:
@@ -97,7 +91,9 @@ def _reader(kind: type) -> Callable[[Any], list[Any]] | None:
         return lambda held: list(held.values())
     if kind is list:
         return list
-    slots = [d for c in kind.__mro__ for d in vars(c).values() if isinstance(d, MemberDescriptorType)]
+    slots = [
+        d for c in kind.__mro__ for n, d in vars(c).items() if isinstance(d, MemberDescriptorType) and n[:2] != "__"
+    ]
     return lambda held: _parts(held, slots)
 
 

@@ -26,6 +26,7 @@ class Facts:
             shape depends on values.
         routed: Whether which modules run depends on values, as in a mixture of experts.
         stateful: Whether the model keeps something from one call to the next.
+        random: Whether the model draws random numbers in evaluation mode.
         unskippable: The blocks that return something else in training than a tensor like their first input.
         means: The modules, each with an axis, that take a mean over an axis without units.
         embeddings: The tables of embeddings whose own units get no gates.
@@ -44,6 +45,7 @@ class Facts:
     steered: bool = False
     routed: bool = False
     stateful: bool = False
+    random: bool = False
     unskippable: set[str] = field(default_factory=set)
     means: set[tuple[str, int]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)

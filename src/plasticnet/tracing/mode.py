@@ -147,6 +147,8 @@ class Tracer(TorchDispatchMode):
             self._note_described(("", ATTRIBUTE, place), tensor, width)
         for tensor in tensors_within(read):
             self.freeze(tensor, "reaches the model's output")
+        for tensor in tensors_within((args, kwargs)):  # the inputs themselves have no labels
+            self.freeze(tensor, "the model puts it into one of its arguments, which the caller reads")
 
     def _count_channels(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note which channels a norm counts by an attribute, where it has no tensor whose shape says so."""
@@ -222,7 +224,9 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _note_steering(self, func: Any, tensors: Sequence[Tensor]) -> None:
-        """Note an operation whose result has a shape that depends on values, because the model can branch on shapes."""
+        """Note draws, and shapes that depend on values, because the model can branch on these."""
+        if torch.Tag.nondeterministic_seeded in func.tags and not self.model.training:
+            self.facts.random = True
         if torch.Tag.dynamic_output_shape in func.tags:
             masks = any(t.dtype in (torch.bool, torch.uint8) for t in tensors)
             if masks or schema_name(func) != "aten::index":

@@ -17,7 +17,8 @@ from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
 
 @rule("pointwise", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "log_sigmoid_forward", "masked_fill",
       "masked_fill_", "where", "lerp", "addcmul", "addcdiv", "_to_copy", "native_dropout", "clamp", "fill_", "zero_",
-      "bernoulli_", "uniform_", "normal_", "rand_like", "randn_like", "celu", "clone", "complex", "polar")  # fmt: skip
+      "bernoulli", "bernoulli_", "uniform_", "normal_", "exponential_", "log_normal_", "cauchy_", "geometric_",
+      "random_", "rand_like", "randn_like", "randint_like", "celu", "clone", "complex", "polar")  # fmt: skip
 def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Join aligned axes of equal length, index by index."""
     if schema_name(func) == "aten::copy_" and write(tracer, args[0], args[1]):
@@ -129,6 +130,12 @@ def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
 def _constant(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Mark all axes as having equal entries, any subset of which will do; dropout fills such a tensor with noise."""
     tracer.put(out, Tag(tuple(plain(n, Mark.SAME) for n in out.shape), blank=True))
+
+
+@rule("rand", "randn", "randint")
+def _draw(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Mark all axes like those with equal entries, since any subset of draws will do as well."""
+    tracer.put(out, Tag(tuple(plain(n, Mark.SAME) for n in out.shape)))
 
 
 @rule("_local_scalar_dense", "item", "equal", "_assert_async", "_assert_scalar", "_is_all_true")
