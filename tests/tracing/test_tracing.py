@@ -101,7 +101,7 @@ FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "sort": (lambda x: x.sort(1).values, "no rule"),
     "matmul of activations": (lambda x: x @ x.transpose(2, 3) if x.dim() == 2 else torch.cdist(x, x), "no rule"),
     "data-dependent control flow": (lambda x: x if x.amax() > 0 else -x, "reduced|read"),
-    "noise of fixed width": (lambda x: x + torch.randn(x.shape), "nothing to cut"),
+    "noise of fixed width": (lambda x: x + torch.randn(1, 8, 1, 1), "does not run when units are cut"),
     "hard-coded divisor": (lambda x: x / x.shape[1], "way that tracing cannot see"),
     "hard-coded width": (lambda x: x.reshape(-1, 8, 16).reshape(x.shape), "does not run|no rule|cannot"),
 }
