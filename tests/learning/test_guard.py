@@ -200,3 +200,78 @@ def test_no_losses_at_all() -> None:
     net = network(3.0, gates="batch")
     with pytest.raises(PlasticError, match=r"shape \(0,\)"):
         net.expected_loss(lambda: losses(net)[:0])
+
+
+# -- what a closure must leave alone ----------------------------------------------------------
+
+
+def _evaluating(net: PlasticNet) -> Tensor:
+    net.eval()
+    return losses(net)
+
+
+def _evaluating_after(net: PlasticNet) -> Tensor:
+    found = losses(net)
+    net.eval()
+    return found
+
+
+def _at_another_k(net: PlasticNet) -> Tensor:
+    found = losses(net)
+    net.k = 5.0
+    return found
+
+
+def _at_infinity(net: PlasticNet) -> Tensor:
+    net.k = math.inf
+    return losses(net)
+
+
+@pytest.mark.parametrize("closure", [_evaluating, _evaluating_after, _at_another_k, _at_infinity])
+@pytest.mark.parametrize("estimator", ["bitflip-cv", "arm", "straight-through", "disarm-mean"])
+def test_a_closure_that_changes_the_mode_or_k(closure: Callable[[PlasticNet], Tensor], estimator: str) -> None:
+    net = network(7.0, estimator=estimator)
+    with pytest.raises(PlasticError, match="changed the mode or the k"):
+        net.expected_loss(lambda: closure(net))
+    net.train()
+    net.k = 7.0
+    net.expected_loss(lambda: losses(net)).backward()
+
+
+def test_a_closure_that_goes_back() -> None:
+    net = network(7.0)
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            wanted = net.eval()(X)
+        net.train()
+        return (net(X) - wanted).square().sum(1)
+
+    net.expected_loss(closure).backward()
+    assert all(g.phi.grad is not None for g in net.all_gates())
+
+
+def test_a_second_plastic_network_in_a_closure() -> None:
+    a, b = network(7.0), network(7.0)
+
+    def both() -> Tensor:
+        return (a(X) - b(X)).square().sum(1)
+
+    with pytest.raises(PlasticError, match="another plastic network"):
+        a.expected_loss(both)
+    a.expected_loss(lambda: b.expected_loss(both)).backward()
+    assert all(g.phi.grad is not None for net in (a, b) for g in net.all_gates())
+    for k in (0.0, math.inf):
+        b.k = k
+        a.expected_loss(both).backward()
+    b.k = 7.0
+    b.eval()
+    a.expected_loss(both).backward()
+    b.train()
+
+    def as_teacher() -> Tensor:
+        with torch.no_grad():
+            wanted = b(X)
+        return (a(X) - wanted).square().sum(1)
+
+    a.expected_loss(as_teacher).backward()

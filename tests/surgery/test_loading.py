@@ -232,3 +232,26 @@ def test_a_state_whose_features_lie_elsewhere() -> None:
     fresh.resize({"fc1.input": [37, 39]})  # both of a channel that `net` does not have
     fresh.load_state_dict(net.state_dict())
     assert torch.equal(fresh.eval()(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("k", [7.0, float("inf")])
+def test_a_state_of_another_size_while_an_old_loss_is_still_there(k: float) -> None:
+    """Its graph remembers the shapes that were."""
+    net = PlasticNet(mlp(4, 8, 6, 3), (torch.randn(2, 4),), weights=("2",))
+    small = PlasticNet(mlp(4, 8, 6, 3), (torch.randn(2, 4),), weights=("2",))
+    small.resize({"0": [0, 3], "2": [1, 2, 5]})
+    x, kept = torch.randn(5, 4), []
+    optimizer = torch.optim.Adam(net.param_groups(1e-2))
+    for state in (small.state_dict(), PlasticNet(mlp(4, 8, 6, 3), (x,), weights=("2",)).state_dict()):
+        net.k = k
+        kept.append(net.train().expected_loss(lambda: net(x).square().sum(1)) + net.penalty(0.1))
+        kept[-1].backward()
+        before = list(net.parameters())
+        net.load_state_dict(state)
+        assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
+        net.k = k
+        kept.append(net.train().expected_loss(lambda: net(x).square().sum(1)) + net.penalty(0.1))
+        kept[-1].backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in net.model.parameters())
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in net.parameters()}

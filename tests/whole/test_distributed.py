@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         deep_within_what_is_wrapped,
         gradients_deep_within,
         normalised_deep_within,
+        states_of_another_size,
     )
 
 
@@ -353,3 +355,50 @@ def normalised_deep_within(rank: int) -> None:
             net.grow({"conv1": 1}, optimizer, init="random")
         step(net, ddp, optimizer, images(6))
         assert_same(*everywhere(dict(net.named_parameters())))
+
+
+def states_of_another_size(rank: int) -> None:
+    """Loaded after wrapping, through the parent or not, before and after a step: the gradients of a DDP built then."""
+    x = torch.randn(6, 4)
+
+    def built(*kept: int) -> Task:
+        torch.manual_seed(0)
+        task = Task(PlasticNet(mlp(4, 8, 6, 3), (torch.randn(2, 4),)))
+        if kept:
+            cast(PlasticNet, task.inner["net"]).resize({"0": list(kept)})
+        return task
+
+    state = built(0, 2, 5).state_dict()
+    for through_parent in (True, False):
+        for stepped in (True, False):
+            found = []
+            for wrapped_first in (True, False):
+                task = built()
+                ddp = DDP(task) if wrapped_first else None
+                net = next(m for m in task.modules() if isinstance(m, PlasticNet))
+                kept_alive = []
+                if ddp is not None and stepped:
+                    net.k = 7.0
+                    kept_alive.append(task_loss(net, ddp.train(), x))  # its graph remembers the old shapes
+                    kept_alive[-1].backward()
+                own = {
+                    n.removeprefix(prefix): t
+                    for prefix in [_prefix(task, net)]
+                    for n, t in state.items()
+                    if n.startswith(prefix)
+                }
+                (task if through_parent else net).load_state_dict(state if through_parent else own)
+                ddp = ddp or DDP(task)
+                net.k = 7.0
+                torch.manual_seed(rank + 1)
+                task.zero_grad()
+                task_loss(net, ddp.train(), x).backward()
+                found.append({n: p.grad for n, p in net.named_parameters()})
+                assert_same(*everywhere(found[-1]))
+                assert len(net.sites["0"]) == 3
+            for name, gradient in found[0].items():
+                torch.testing.assert_close(gradient, found[1][name])
+
+
+def _prefix(parent: nn.Module, net: PlasticNet) -> str:
+    return next(f"{name}." for name, module in parent.named_modules() if module is net)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +28,19 @@ from plasticnet.tools.gradients import wants_gradients
 from plasticnet.tools.snapshot import Snapshot, left_as_it_was
 from plasticnet.tools.statistics import running_statistics
 from plasticnet.tools.trees import tensors_within
+
+
+class ModeChanged(PlasticError):
+    """A closure has left the network in another mode, or at another k."""
+
+
+class _Running(threading.local):
+    """How many closures of `expected_loss` this thread runs, one within the other."""
+
+    closures = 0
+
+
+_RUNNING = _Running()
 
 
 def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,6 +79,13 @@ def _drawn(net: GatedModel, sampler: Sampler, args: Any, kwargs: Any) -> Any:
     """Run the network under gates that are drawn, as a call within the pass that is running, and return its output."""
     now = sampler.running
     if now.role == "free":
+        if _RUNNING.closures and net.k and torch.is_grad_enabled():
+            raise PlasticError(
+                "another plastic network is called in the closure of expected_loss, so that its gates would get no "
+                "gradient. Take the expected losses of both, one within the other: "
+                "a.expected_loss(lambda: b.expected_loss(lambda: ...)); or put the other one into evaluation mode, "
+                "under torch.no_grad, or at k = 0 or infinity"
+            )
         now = Pass()
     z = gates_of_call(net, sampler, now, args, kwargs)
     number = now.calls
@@ -102,6 +123,8 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
         PlasticError: The closure never calls the network or returns something else, or a loss is not finite.
     """
     sampler.running = now
+    mode = net.training, net.k
+    _RUNNING.closures += 1
     try:
         with (
             checkpoints_by(partial(_again, net, sampler, now, net.lock.hold)),
@@ -109,7 +132,13 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
         ):
             f = closure()
     finally:
+        _RUNNING.closures -= 1
         sampler.running = Pass()
+    if (net.training, net.k) != mode:
+        raise ModeChanged(
+            "the closure of expected_loss has changed the mode or the k of the network, as net.eval() does, and so its "
+            "passes cannot be compared; change them outside of the closure, or back before it ends"
+        )
     _check_losses(net, sampler, f, now)
     check_loss(sampler, f.detach())
     return f

@@ -10,7 +10,7 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.learning.draws import shared
-from plasticnet.learning.passes import run_aside
+from plasticnet.learning.passes import ModeChanged, run_aside
 from plasticnet.learning.sampler import Pass, Sampler
 from plasticnet.tools.precision import widened
 from plasticnet.tools.snapshot import RandomState
@@ -39,6 +39,8 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
 
     try:
         reference = run_aside(net, sampler, closure, Pass("probe", probe=opened))
+    except ModeChanged:
+        raise
     except PlasticError:  # a layer's rows are not the samples; any other error will be raised again by the step itself
         sampler.samples_apart = False
         return
@@ -50,6 +52,8 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
         return
     try:
         moved = run_aside(net, sampler, closure, Pass("probe", probe=lambda rows: _half_random(net, rows)))
+    except ModeChanged:
+        raise
     except PlasticError:  # rows are not samples, or a loss overflows: one draw per batch is always safe
         sampler.samples_apart = False
         return

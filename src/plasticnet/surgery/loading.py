@@ -21,6 +21,7 @@ from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.resize import adopt
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors, rewrite
 from plasticnet.tools.inputs import MORE
+from plasticnet.tools.torch_private import give_shape
 from plasticnet.units import IDLE, InputUnits, Units
 
 
@@ -295,15 +296,12 @@ def _uniform(t: Tensor, dim: int) -> bool:
 
 
 def _resize_in_place(net: GatedModel, planned: Plan) -> None:
-    """Apply a plan, and keep every Parameter the same object.
-
-    This is possible because no autograd graph remembers the old shapes: either nothing was run yet, or the run is over.
-    """
+    """Apply a plan, and keep every Parameter the same object, because an optimizer may hold it."""
     sites = net.sites.values()
     logits = {s.name: (s.phi, 0.0) for s in sites}
     moved = apply_plan(net.model, planned, logits, weights={w.name: (w.phi, 0.0) for w in net.weights.values()})
     for old, new in moved.items():
-        old.data, old.grad = new.data, None
+        give_shape(old, new)
     replace_tensors(net.model, [(new, old) for old, new in moved.items()])
     for site in sites:
         if site.name in planned.sources:

@@ -36,6 +36,7 @@ class Ranks:
         self.aside = False
         self._asked = False  # Somebody, DDP most likely, has asked for the names that it is to ignore.
         self._ddp: weakref.ref[nn.Module] | None = None
+        self._outgrown = False  # Shapes have changed since a DDP may have been built.
         self._watched: set[int] = set()  # The ids of the parameters whose gradients DDP averages.
 
     def __reduce__(self) -> tuple[type[Ranks], tuple[()]]:
@@ -74,11 +75,15 @@ class Ranks:
         if ddp is not self.ddp:
             self._ddp, self.fresh = weakref.ref(ddp), True
             self._watched = watched_by_ddp(ddp)
-        if self.fresh and unwatched(ddp):
+        if self.fresh and (self._outgrown or unwatched(ddp)):
             self.outgrow()
 
     def outgrow(self) -> None:
-        """Let DDP watch the parameters that have taken the place of others; its hooks hang on the old ones."""
+        """Let DDP watch the parameters that have taken the place of others; its hooks hang on the old ones.
+
+        Where the network has not run in a DDP yet, there may be one, and it is told when the network does.
+        """
+        self._outgrown = self.ddp is None
         if self.ddp is not None:
             watch_again(self.ddp)
             self._watched = watched_by_ddp(self.ddp)

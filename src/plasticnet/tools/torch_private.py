@@ -218,6 +218,18 @@ def unwatched(ddp: nn.Module) -> list[str]:
     return [n for n, p in named if p.requires_grad and n not in ignored and id(p) not in watched]
 
 
+def give_shape(parameter: nn.Parameter, new: Tensor) -> None:
+    """Let a parameter hold other data, of any shape, and no gradient.
+
+    What accumulates the gradients of a parameter remembers its shape, and lives on in graphs and in a
+    `DistributedDataParallel`. Autograd makes another one when the type of the data changes, so it does for a moment.
+    """
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.grad = None
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = new.data
+
+
 def watch_again(ddp: nn.Module) -> None:
     """Let a `DistributedDataParallel` watch the parameters that its module has now, as if it were built anew.
 
