@@ -544,3 +544,25 @@ def test_the_shape_of_an_unflatten(tmp_path: Path) -> None:
     assert tuple(small[1].unflattened_size) == (-1, 3)
     save(small, tmp_path / "m")
     assert torch.equal(load(tmp_path / "m", make)(x), small(x))
+
+
+@pytest.mark.parametrize("which", [("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_layers_that_torch_prunes(which: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    """Their weight or bias is computed at every call, and until then that of the architecture is there."""
+
+    def build() -> nn.Module:
+        if kind == "linear":
+            layers = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+        else:
+            layers = nn.Sequential(nn.Conv1d(4, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+        for name in which:
+            torch.nn.utils.prune.random_unstructured(layers[0], name, 0.3)
+        return layers
+
+    x = torch.randn(5, 4) if kind == "linear" else torch.randn(5, 4, 2)
+    net = PlasticNet(build(), (x,))
+    net.resize({"0": [0, 3, 4, 7, 11]})
+    small = net.compact()
+    save(small, tmp_path / "small.safetensors")
+    torch.testing.assert_close(load(tmp_path / "small.safetensors", build)(x), small(x))

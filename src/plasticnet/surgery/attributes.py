@@ -268,9 +268,11 @@ def mismatches(module: nn.Module, group: int | None, weight: str | None) -> Iter
     expected = dict(_expected(module, weight))
     outputs = next((v for n, v in expected.items() if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
     for leaf in ("bias", "running_mean", "running_var"):
-        vector = getattr(module, leaf, None)
-        if outputs is not None and vector is not None and vector.shape != (outputs,):
-            yield f"{leaf} has shape {tuple(vector.shape)}, for {outputs} outputs"
+        held = {**parameters_of(module), **buffers_of(module)}
+        for name in (leaf, f"{leaf}_orig"):  # the latter where torch.nn.utils.prune computes it, at the next call only
+            vector = held.get(name)
+            if outputs is not None and vector is not None and vector.shape != (outputs,):
+                yield f"{name} has shape {tuple(vector.shape)}, for {outputs} outputs"
     if isinstance(module, Conv) and weight == "weight":
         groups = module.weight.shape[0] // group if group else 1
         if module.groups != groups:
