@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint zoo cost gates random clean
+.PHONY: demo test quick lint zoo cost gates random detectors clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ gates: $(VENV)/.installed
 random: $(VENV)/.installed
 	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM); code=$$?; \
 		$(BIN)/python benchmarks/random_table.py && exit $$code
+
+# All detectors of torchvision; the heavy ones are left out of `make test`.
+detectors: $(VENV)/.installed
+	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_detectors.py
 
 clean:
 	rm -rf $(VENV) runs

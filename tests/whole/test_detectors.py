@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,9 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 
+_HEAVY = pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes minutes: make detectors")
+NAMES = [n if n in ("ssdlite", "fasterrcnn") else pytest.param(n, marks=_HEAVY) for n in DETECTORS]
+
 
 def example(dtype: torch.dtype) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Images, and everything that some detector wants to know of them in training."""
@@ -77,7 +81,7 @@ def attached(name: str, targets: bool, dtype: torch.dtype) -> tuple[pn.PlasticNe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", [False, True])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_compact_is_exact(name: str, targets: bool) -> None:
     net, small, (images, given) = attached(name, targets, torch.float64)
     assert len(net.sites) >= SITES[name]
@@ -96,7 +100,7 @@ def test_compact_is_exact(name: str, targets: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_training_to_a_budget(name: str) -> None:
     """Both passes of a plastic step, the cut that hardening makes, and the network that comes out."""
     images, targets = example(torch.float64)
