@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -369,7 +370,7 @@ def states_of_another_size(rank: int) -> None:
         return task
 
     state = built(0, 2, 5).state_dict()
-    for through_parent in (True, False):
+    for through_parent, assign in product((True, False), repeat=2):
         for stepped in (True, False):
             found = []
             for wrapped_first in (True, False):
@@ -387,7 +388,9 @@ def states_of_another_size(rank: int) -> None:
                     for n, t in state.items()
                     if n.startswith(prefix)
                 }
-                (task if through_parent else net).load_state_dict(state if through_parent else own)
+                given = state if through_parent else own
+                given = {n: t.clone() for n, t in given.items()}
+                (task if through_parent else net).load_state_dict(given, assign=assign)
                 ddp = ddp or DDP(task)
                 net.k = 7.0
                 torch.manual_seed(rank + 1)
