@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "experiments"))
+from common import publish  # noqa: E402
+
 RESULT = HERE / "results" / "random_networks.json"
 PAGE = HERE.parent / "docs" / "random.md"
 GOOD = ("ok", "refused")
@@ -150,11 +153,7 @@ def plain(text: str) -> str:
 
 def main() -> int:
     """Write the page, or compare it with --check."""
-    text = page(json.loads(RESULT.read_text()))
-    if "--check" in sys.argv:
-        return int(not PAGE.exists() or PAGE.read_text() != text)
-    PAGE.write_text(text)
-    return 0
+    return publish({PAGE: page(json.loads(RESULT.read_text()))})
 
 
 if __name__ == "__main__":

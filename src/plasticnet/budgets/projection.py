@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plasticnet.budgets.ordered import most, ranks
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.surgery.survivors import by_features_only, read
@@ -69,15 +70,10 @@ def prices(net: GatedModel, targets: Mapping[str, float]) -> dict[str, np.ndarra
     Returns:
         For every site the prices of its units, shape (units,), above 0.
     """
-    units = sum(len(site) for site in net.sites.values())
-    one = torch.ones(units, dtype=torch.float64, device=net.like.device, requires_grad=True)
-    weights = torch.from_numpy(net.open_weights().astype(np.float64)).to(one.device)
-    with torch.enable_grad():
-        shares = [net.cost.expected(torch.cat([one, weights]), cost) / target for cost, target in targets.items()]
-        found = torch.autograd.grad(torch.stack(shares).sum(), one)[0].cpu().numpy()
-    found = np.maximum(found, 1e-12)
-    ends = np.cumsum([len(site) for site in net.sites.values()])[:-1]
-    return dict(zip(net.sites, np.split(found, ends), strict=True))
+    units = _Units(net, {name: site.phi for name, site in net.sites.items()}, targets, net.open_weights())
+    every = np.ones(units.n, dtype=bool)
+    found = sum((units.prices(every, cost) / target for cost, target in targets.items()), np.zeros(units.n))
+    return units.by_site(np.maximum(found, 1e-12))
 
 
 class _Units:
@@ -350,22 +346,3 @@ def _checked(name: str, scores: Mapping[str, Tensor | np.ndarray], units: int) -
         what = "are not all finite" if array.shape == (units,) else f"have shape {array.shape}"
         raise PlasticError(f"site {name!r}: the scores {what}; needed is a number for each unit, shape ({units},)")
     return array
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value: 0 for the highest, 1 for the next, and so on."""
-    return np.argsort(np.argsort(-values, kind="stable"))
-
-
-def most(fits: Callable[[int], bool], n: int) -> int:
-    """Return the largest number up to ``n`` that fits, where every number below one that fits does, too.
-
-    Args:
-        fits: Whether a number fits. It is not asked for 0, which is taken to fit.
-        n: The largest number to try.
-    """
-    low, high = 0, n
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -51,10 +51,8 @@ def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
     tensors = [*model.parameters(), *model.buffers()]
     if not traced.sites or any(t.is_meta for t in tensors):
         return traced
-    with (
-        left_as_it_was(model),
-        full_precision(tensors[0].device.type),
-    ):  # because autocast rounds as half precision does
+    # Autocast is off, because it rounds as half precision does.
+    with left_as_it_was(model), full_precision(tensors[0].device.type):
         found = _trial(model, traced, calls, seed=0)
         for seed in range(1, _ATTEMPTS):
             if BLIND in found.frozen.values():

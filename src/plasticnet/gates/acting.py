@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.gates.readers import Reader, multiplied
 from plasticnet.layers.skip import Skip
+from plasticnet.tools.lending import lend
 from plasticnet.tools.shapes import along
 from plasticnet.tools.torch_private import (
     flat_names,
     flat_weights,
     is_scripted,
     is_transformed,
-    lend,
     parameters_of,
     set_flat_weights,
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from numbers import Real
@@ -24,16 +23,7 @@ from plasticnet.cost.model import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.gates.living import check_free, register
 from plasticnet.gates.run import Gating
-from plasticnet.gates.site import (
-    INITIAL_LOGIT,
-    Site,
-    WeightSite,
-    buffer_key,
-    gate_key,
-    mean_gates,
-    refuse_nan,
-    weight_key,
-)
+from plasticnet.gates.site import Site, WeightSite, buffer_key, gate_key, mean_gates, refuse_nan, weight_key
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import buffers_of, buffers_stay_shared, unsaved_buffers, version
@@ -325,41 +315,3 @@ def _versions(tensors: Sequence[Tensor]) -> _Versions:
 def _unchanged(before: _Versions, now: _Versions) -> bool:
     """Return whether these are the same tensors, and none was changed in between."""
     return len(before) == len(now) and all(t is u and v == w for (t, v), (u, w) in zip(before, now, strict=True))
-
-
-@contextmanager
-def at_k(net: GatedModel, k: float) -> Iterator[None]:
-    """Put the network at another k within this context.
-
-    Afterwards the network has its own k, and its gates have the gradients that they had before.
-
-    Args:
-        net: The network.
-        k: The k within the context.
-    """
-    before, gradients = net.k, [(g.phi, g.phi.grad) for g in net.all_gates()]
-    net.k = k
-    try:
-        yield
-    finally:
-        net.k = before
-        for phi, gradient in gradients:
-            phi.grad = gradient
-
-
-@contextmanager
-def own_gates(net: GatedModel) -> Iterator[None]:
-    """Give the units of a network other gates in this context, all open, which may be closed and opened at will.
-
-    Args:
-        net: The network.
-    """
-    before = [(site, site.phi, site.grace) for site in net.sites.values()]
-    try:
-        for site, phi, grace in before:
-            site.phi = nn.Parameter(torch.full_like(phi, INITIAL_LOGIT), requires_grad=False)
-            site.grace = torch.zeros_like(grace)
-        yield
-    finally:
-        for site, phi, grace in before:
-            site.phi, site.grace = phi, grace

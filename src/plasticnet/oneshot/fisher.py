@@ -17,8 +17,8 @@ from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.derivatives import derivatives, draws_apart, signed_derivatives
 from plasticnet.tools.batches import Forward, check_batches, rows, run_batch, some_rows, splittable
-from plasticnet.tools.inputs import Loss
-from plasticnet.tools.outputs import Outputs, classes_of, counted
+from plasticnet.tools.inputs import Loss, Outputs
+from plasticnet.tools.outputs import classes_of, counted
 
 _DRAWS = 8  # so many signs or targets are drawn where samples share their gates
 _SEED = 0

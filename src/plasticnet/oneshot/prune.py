@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from plasticnet.budgets.budget import Budget
-from plasticnet.budgets.projection import most, prices, project, ranks
+from plasticnet.budgets.ordered import most, ranks
+from plasticnet.budgets.projection import prices, project
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
-from plasticnet.oneshot.scores import Scores, resolve
+from plasticnet.oneshot.scores import OF_LOSS, Scores, resolve
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.survivors import survivors
 from plasticnet.tools.batches import Forward
-from plasticnet.tools.inputs import Loss
-from plasticnet.tools.outputs import Outputs
+from plasticnet.tools.inputs import Loss, Outputs
 
 
 def prune_once(
@@ -86,9 +86,9 @@ def prune_once(
     if isinstance(scores, str) and scores == "auto":
         scores = "magnitude" if loss is None and batches is None else "fisher"
     worth = resolve(net, scores, loss, **_data(batches, forward, outputs))
-    if scope == "global" and (
-        scores in ("fisher", "repair") if per_cost is None and isinstance(scores, str) else per_cost
-    ):
+    if per_cost is None:
+        per_cost = isinstance(scores, str) and scores in OF_LOSS
+    if scope == "global" and per_cost:
         worth = {n: worth[n] / price for n, price in prices(net, targets).items()}
     keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)
     sources = _sources(net, keep, worth) if cut else {}

@@ -17,13 +17,12 @@ from plasticnet.oneshot.minimum import Watched
 from plasticnet.oneshot.replaceable import unreplaceable
 from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.batches import Forward
-from plasticnet.tools.inputs import Loss
-from plasticnet.tools.outputs import Outputs
+from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
 KINDS = ("fisher", "repair", "magnitude", "taylor", "gate")
-_WITHOUT_LABELS = ("fisher", "repair")
+OF_LOSS = ("fisher", "repair")  # how much the loss grows: these need no labels, and compare across sites as they are
 _OF_BATCH = {"fisher": fisher_of_loss, "taylor": taylor_squares, "gate": gate_squares}
 
 
@@ -101,12 +100,12 @@ def scores(
         with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
             if loss is not None and kind != "repair":
                 squares = _of_loss(net, kind, loss, batches)
-            elif kind in _WITHOUT_LABELS and not isinstance(batches, int):
+            elif kind in OF_LOSS and not isinstance(batches, int):
                 squares = fisher_of_outputs(net, batches, calibrate, forward, outputs)
                 if kind == "repair":
                     squares = unreplaceable(net, squares, batches, calibrate, forward)
             else:
-                more = ", or batches=[...], inputs without labels" if kind in _WITHOUT_LABELS else ""
+                more = ", or batches=[...], inputs without labels" if kind in OF_LOSS else ""
                 raise PlasticError(
                     f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}"
                 )
@@ -117,7 +116,7 @@ def scores(
     for (name, site), part in zip(net.sites.items(), squares.split([len(s) for s in net.sites.values()]), strict=True):
         if not bool(torch.isfinite(part).all()):
             raise PlasticError(f"site {name!r}: its scores are not finite; look for NaN in the weights or gradients")
-        even = part if kind in _WITHOUT_LABELS else (part / part.mean().clamp(min=1e-300)).sqrt()
+        even = part if kind in OF_LOSS else (part / part.mean().clamp(min=1e-300)).sqrt()
         found[name] = even.to(site.phi.dtype)
     return found
 

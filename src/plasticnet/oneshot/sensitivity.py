@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.gates.gated import at_k, own_gates
+from plasticnet.gates.meanwhile import at_k, own_gates
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, resolve

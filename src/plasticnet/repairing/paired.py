@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.gates.acting import places_of, swapped
-from plasticnet.gates.gated import GatedModel, own_gates
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.meanwhile import own_gates
 from plasticnet.repairing.errors import OutputErrors
 from plasticnet.repairing.products import Product
 from plasticnet.repairing.readers import Reader
@@ -18,8 +19,8 @@ from plasticnet.repairing.resuming import Diverged, Record
 from plasticnet.repairing.sums import Sums
 from plasticnet.repairing.watching import Seen, watching
 from plasticnet.tools.batches import Calibration, Forward, like_model, run_batch
-from plasticnet.tools.inputs import copy_inputs
-from plasticnet.tools.outputs import Outputs, counted
+from plasticnet.tools.inputs import Outputs, copy_inputs
+from plasticnet.tools.outputs import counted
 from plasticnet.tools.snapshot import RandomState
 
 _ROWS, _LEAST = 32, 8192  # so many rows are read for each input of a reader, but at least so many in all

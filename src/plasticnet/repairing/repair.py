@@ -20,7 +20,7 @@ from plasticnet.repairing.report import Repaired, RepairedReader
 from plasticnet.repairing.ridge import Fit, refit
 from plasticnet.tools.batches import Calibration, Forward, calibration
 from plasticnet.tools.gradients import with_gradients_if_needed
-from plasticnet.tools.outputs import Outputs
+from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.precision import full_precision
 from plasticnet.tools.snapshot import left_as_it_was
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet.tools.batches import Forward, run_batch
-from plasticnet.tools.outputs import Outputs, classes_of, counted
+from plasticnet.tools.inputs import Outputs
+from plasticnet.tools.outputs import classes_of, counted
 
 _TEMPERATURE = 2.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +18,27 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, Site, set_logits
 from plasticnet.net import Patterns, PlasticNet
 from plasticnet.oneshot.prune import prune_once
-from plasticnet.oneshot.scores import Scores
+from plasticnet.oneshot.scores import OF_LOSS, Scores
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
 from plasticnet.shrinking.tuning import MakeOptimizer, trainable, tune
 from plasticnet.surgery.survivors import check_multiple
-from plasticnet.tools.batches import Calibration, Forward, calibration, like_model, run_batch, some_rows, splittable
-from plasticnet.tools.outputs import Outputs
+from plasticnet.tools.batches import (
+    Calibration,
+    Forward,
+    arguments_of,
+    calibration,
+    like_model,
+    run_batch,
+    some_rows,
+    splittable,
+)
+from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.progress import Progress
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
+from plasticnet.units import BlockUnits
 
 Loss = Callable[[Any, Any], Tensor]
 Validate = Callable[[nn.Module], float]
@@ -116,7 +125,7 @@ def shrink(
     if epochs:
         trainable(model)
     data = calibration(batches, calibrate)
-    first = next(iter(batches))
+    first = data.first
     twin = duplicate(model).eval()
     few = some_rows(first, slice(0, 2)) if splittable(first) else first
     example = arguments_of(twin, few, forward) if example_inputs is None else example_inputs
@@ -144,30 +153,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def arguments_of(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
-    """Return what a model is called with for a batch, as `PlasticNet` takes it: a tuple, or a dict by keyword.
-
-    Args:
-        model: The model. It is left as it was.
-        batch: The batch.
-        forward: What runs the model on the batch, where its form does not fit.
-
-    Raises:
-        PlasticError: The batch has no form that is known, or the model does not run on it, or is not called.
-    """
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
-        with left_as_it_was(model, training=False):
-            run_batch(model, batch, forward)
-    finally:
-        handle.remove()
-    if not calls:
-        raise PlasticError("forward=... has not called the model that it was given")
-    args, kwargs = calls[0]
-    return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs} if kwargs else args
 
 
 def _check(model: nn.Module, budget: Budget, epochs: int, calibrate: int, multiple_of: int) -> None:
@@ -215,7 +200,7 @@ class _Work:
         self.left_out: dict[str, str] = {}
         self._begun = time.monotonic()
         imitation.fit(data.fitted)
-        self.per_cost = isinstance(scores, str) and scores in ("fisher", "repair")
+        self.per_cost = isinstance(scores, str) and scores in OF_LOSS
         self.worth = self._scored(scores)
 
     def _scored(self, scores: Scores) -> Mapping[str, Tensor]:
@@ -256,7 +241,8 @@ class _Work:
         """
         prune_once(net, budget, scores=self.worth, per_cost=self.per_cost, cut=False)
         for name, site in net.sites.items():
-            _close_to_multiple(site, self.worth[name], self.multiple_of)
+            if not isinstance(site.units, BlockUnits):  # whose number is no width
+                _close_to_multiple(site, self.worth[name], self.multiple_of)
         note("cut", net)
         if self.repair:
             found = repaired(net, self.data, forward=self.imitation.forward, outputs=self.imitation.outputs)
@@ -322,8 +308,8 @@ class _Work:
 def _close_to_multiple(site: Site, worth: Tensor, multiple_of: int) -> None:
     """Close the least useful open units of a site until their number is a multiple; one multiple of them stays."""
     count = int(site.open.sum())
-    wanted = min(max(count // multiple_of, 1) * multiple_of, count)
-    if wanted < count < len(site) or (count == len(site) and wanted < count and count > multiple_of):
+    wanted = max(count // multiple_of, 1) * multiple_of
+    if wanted < count:
         order = worth.to(site.phi.device).masked_fill(~site.open, -torch.inf).argsort(descending=True)
         set_logits(site, order[wanted:], -INITIAL_LOGIT)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from plasticnet.cost.names import check_names
 from plasticnet.errors import PlasticError
-from plasticnet.gates.gated import GatedModel, at_k
+from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.meanwhile import at_k
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.resize import check_counts, grow, resize
 from plasticnet.surgery.survivors import alive

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.snapshot import left_as_it_was
 
 Forward = Callable[[Any, Any], Any]  # runs a model on a batch and returns its output
 LABELS = ("labels", "label")  # keys of a batch that are no inputs where nothing is learned from them
@@ -26,11 +27,13 @@ class Calibration:
         fitted: The batches to estimate from.
         held_out: The batches to judge by, a fifth of the inputs.
         inputs: The number of inputs in both.
+        first: The first batch, whole.
     """
 
     fitted: list[Any]
     held_out: list[Any]
     inputs: int
+    first: Any
 
 
 def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
@@ -49,8 +52,9 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
     if isinstance(batches, Calibration):
         return batches
     check_batches(batches)
-    read, inputs = list[Any](), 0
+    read, inputs, first = list[Any](), 0, None
     for batch in batches:
+        first = batch if first is None else first
         n = rows(batch)
         if inputs + n > most and (n := splittable(batch) or 0):
             n = most - inputs
@@ -63,14 +67,14 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
         raise PlasticError("there are no batches to read")
     if len(read) < _PARTS and all((splittable(b) or 0) >= _PARTS for b in read):
         held = [some_rows(b, slice(_PARTS - 1, None, _PARTS)) for b in read]
-        return Calibration([some_rows(b, _but_every(_PARTS, rows(b))) for b in read], held, inputs)
+        return Calibration([some_rows(b, _but_every(_PARTS, rows(b))) for b in read], held, inputs, first)
     if len(read) < 2:
         raise PlasticError(
             "a fifth of the inputs is held out, so there must be two batches, or one of five inputs or more, all of "
             "whose tensors have one row for each input"
         )
     step = min(_PARTS, len(read))
-    return Calibration([b for i, b in enumerate(read) if (i + 1) % step], read[step - 1 :: step], inputs)
+    return Calibration([b for i, b in enumerate(read) if (i + 1) % step], read[step - 1 :: step], inputs, first)
 
 
 def check_batches(batches: Any) -> None:
@@ -114,6 +118,30 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, *, d
         f"a batch is a tensor, a tuple whose first element is the input, or a mapping, not a {type(given).__name__}; "
         "forward=lambda model, batch: ... runs the model on anything else"
     )
+
+
+def arguments_of(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    """Return what a model is called with for a batch, as `PlasticNet` takes it: a tuple, or a dict by keyword.
+
+    Args:
+        model: The model. It is left as it was.
+        batch: The batch.
+        forward: What runs the model on the batch, where its form does not fit.
+
+    Raises:
+        PlasticError: The batch has no form that is known, or the model does not run on it, or is not called.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        with left_as_it_was(model, training=False):
+            run_batch(model, batch, forward)
+    finally:
+        handle.remove()
+    if not calls:
+        raise PlasticError("forward=... has not called the model that it was given")
+    args, kwargs = calls[0]
+    return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs} if kwargs else args
 
 
 def _named(model: nn.Module, given: Mapping[str, Any], drop: tuple[str, ...]) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.trees import tensors_within
-
-Outputs = Callable[[Any], Any]  # chooses what counts in the output of a model
 
 
 def counted(output: Any, outputs: Outputs | None = None) -> list[Tensor]:

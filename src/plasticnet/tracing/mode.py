@@ -14,11 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from plasticnet.tools.feature_info import ATTRIBUTE, described_modules, described_outputs
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.torch_private import (
-    BatchOrInstanceNorm,
     Conv,
     differentiates_now,
     flat_names,
@@ -26,8 +24,9 @@ from plasticnet.tools.torch_private import (
     schema_name,
 )
 from plasticnet.tools.trees import tensors_within
+from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
 from plasticnet.units import SCRIPTED, Consumer
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
@@ -123,16 +122,12 @@ class Tracer(TorchDispatchMode):
                 self.batch = self.batch or tensor.shape[0]
                 mark = Mark.BATCH if tensor.shape[0] == self.batch else Mark.NONE
                 self.tags[tensor] = Tag((plain(tensor.shape[0], mark), *map(plain, tensor.shape[1:])))
-        handles: list[Any] = []
+        counting = Counting(self.facts, self.tag)
+        handles: list[Any] = counting.hooks(self.model)
         for name, module in self.model.named_modules():
             if next(module.parameters(recurse=False), None) is not None and not is_scripted(module):
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
-            if isinstance(module, BatchOrInstanceNorm | nn.GroupNorm) and not module.state_dict():
-                handles.append(module.register_forward_pre_hook(partial(self._count_channels, name)))
-        for holder, place, name, width in described_modules(self.model):
-            described = self.model.get_submodule(name)
-            handles.append(described.register_forward_hook(self._describe((holder, ATTRIBUTE, place), width)))
         for name in self.skipped:
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
@@ -143,21 +138,11 @@ class Tracer(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
-        for place, tensor, width in described_outputs(self.model, out):
-            self._note_described(("", ATTRIBUTE, place), tensor, width)
+        counting.note_outputs(self.model, out)
         for tensor in tensors_within(read):
             self.freeze(tensor, "reaches the model's output")
         for tensor in tensors_within((args, kwargs)):  # the inputs themselves have no labels
             self.freeze(tensor, "the model puts it into one of its arguments, which the caller reads")
-
-    def _count_channels(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note which channels a norm counts by an attribute, where it has no tensor whose shape says so."""
-        attribute = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
-        count = getattr(module, attribute, None)
-        if args and isinstance(x := args[0], Tensor):
-            axis = next((a for a in (1, 0) if x.dim() > a and x.shape[a] == count), None)  # 0 without a batch
-            if axis is not None:
-                self.facts.counted[name, attribute, None] = self.ledger.read(self.tag(x), axis)
 
     def _enter(self, name: str) -> Callable[..., None]:
         """Return a hook that notes that the module of this name begins to run."""
@@ -182,27 +167,6 @@ class Tracer(TorchDispatchMode):
         for i in range(out.dim()):
             self.meet(self.ledger.read(a, i), self.ledger.read(b, i), "a block hands on something that cannot be cut")
 
-    def _describe(self, key: tuple[str, str, int], width: int) -> Callable[..., None]:
-        """Return a hook that notes which channels a ``feature_info`` describes."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            for tensor in tensors_within(out)[:1]:
-                self._note_described(key, tensor, width)
-
-        return hook
-
-    def _note_described(self, key: tuple[str, str, int], tensor: Tensor, width: int) -> None:
-        """Note which channels of a tensor a ``feature_info`` describes.
-
-        Labels that were split and do not lie on an axis of their own are left alone, because reading them would decide
-        what they mean.
-        """
-        axes = self.tag(tensor).axes
-        if not any(f.is_split for axis in axes for f in axis):
-            places = [i for i, a in enumerate(axes) if i and has_labels(a) and axis_size(a) == width]
-            if places:
-                self.facts.counted[key] = self.ledger.read(self.tag(tensor), places[0])
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -210,6 +174,7 @@ class Tracer(TorchDispatchMode):
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
         if differentiates_now():  # The model takes a gradient. Whatever gates do to its function, they do to that, too.
             return out
+        self.facts.random |= torch.Tag.nondeterministic_seeded in func.tags and not self.model.training
         self._note_steering(func, tensors)
         found = RULES.get(schema_name(func))
         if found is None and torch.Tag.pointwise in func.tags:
@@ -224,9 +189,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _note_steering(self, func: Any, tensors: Sequence[Tensor]) -> None:
-        """Note draws, and shapes that depend on values, because the model can branch on these."""
-        if torch.Tag.nondeterministic_seeded in func.tags and not self.model.training:
-            self.facts.random = True
+        """Note an operation whose result has a shape that depends on values, because the model can branch on shapes."""
         if torch.Tag.dynamic_output_shape in func.tags:
             masks = any(t.dtype in (torch.bool, torch.uint8) for t in tensors)
             if masks or schema_name(func) != "aten::index":
