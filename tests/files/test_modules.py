@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from torch.nn.utils import prune, weight_norm
 
 from plasticnet import PlasticError, PlasticNet, Take, load, load_checkpoint, save, save_checkpoint
 from plasticnet.apps.models import MLP
@@ -145,6 +146,81 @@ def test_equal_modules_give_equal_bytes(tmp_path: Path) -> None:
     assert a == c
     save(ConvNet(), tmp_path / "d")
     assert a != (tmp_path / "d").read_bytes()
+
+
+def pruned(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        prune.random_unstructured(layer, name, 0.3)
+    return layer
+
+
+PRUNED: dict[str, tuple[tuple[int, ...], Factory]] = {
+    "bias of linear": ((4, 6), lambda: nn.Sequential(pruned(nn.Linear(6, 12), "bias"), nn.ReLU(), nn.Linear(12, 3))),
+    "both of linear": (
+        (4, 6),
+        lambda: nn.Sequential(pruned(nn.Linear(6, 12), "weight", "bias"), nn.ReLU(), nn.Linear(12, 3)),
+    ),
+    "bias of convolution": (
+        (4, 3, 5, 5),
+        lambda: nn.Sequential(pruned(nn.Conv2d(3, 12, 3), "bias"), nn.ReLU(), nn.Conv2d(12, 3, 3)),
+    ),
+    "bias of transposed convolution": (
+        (4, 3, 5, 5),
+        lambda: nn.Sequential(pruned(nn.ConvTranspose2d(3, 12, 3), "bias", "weight"), nn.ReLU(), nn.Conv2d(12, 3, 3)),
+    ),
+    "bias of BatchNorm": (
+        (4, 3, 5, 5),
+        lambda: nn.Sequential(nn.Conv2d(3, 12, 3), pruned(nn.BatchNorm2d(12), "bias"), nn.ReLU(), nn.Conv2d(12, 3, 3)),
+    ),
+    "bias of GroupNorm": (
+        (4, 3, 5, 5),
+        lambda: nn.Sequential(nn.Conv2d(3, 12, 3), pruned(nn.GroupNorm(4, 12), "bias"), nn.ReLU(), nn.Conv2d(12, 3, 3)),
+    ),
+    "bias beside weight_norm": (
+        (4, 6),
+        lambda: nn.Sequential(pruned(weight_norm(nn.Linear(6, 12)), "bias"), nn.ReLU(), nn.Linear(12, 3)),
+    ),
+    "weight_norm of the bias": (
+        (4, 6),
+        lambda: nn.Sequential(weight_norm(nn.Linear(6, 12), "bias"), nn.ReLU(), nn.Linear(12, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PRUNED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_a_hook_computes_from_other_parameters(case: str, tmp_path: Path) -> None:
+    """The fresh module has a bias of the old shape until it runs, which says nothing about the file."""
+    shape, make = PRUNED[case]
+    x = torch.randn(shape)
+    net = PlasticNet(make(), (x,)).eval()
+    (site,) = net.sites.values()
+    with torch.no_grad():
+        site.phi[:4] = -1.0
+    compact = net.compact()
+    save(compact, tmp_path / "m")
+    again = load(tmp_path / "m", make)
+    assert torch.equal(again(x), compact(x))
+    torch.testing.assert_close(again(x), net(x))
+    assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in make().parameters())
+
+
+@pytest.mark.parametrize("name", ["bias_orig", "bias_mask"])
+def test_a_pruned_bias_of_another_length_is_refused(name: str, tmp_path: Path) -> None:
+    module = PRUNED["bias of linear"][1]()
+    layer = module[0]  # pyright: ignore[reportIndexIssue]
+    wrong = torch.ones(7)
+    setattr(layer, name, nn.Parameter(wrong) if name == "bias_orig" else wrong)
+    save(module, tmp_path / "m")
+    with pytest.raises(PlasticError, match=rf"0: {name} has shape \(7,\), for 12 outputs"):
+        load(tmp_path / "m", PRUNED["bias of linear"][1])
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_only_what_there_is_is_named(file: bool, tmp_path: Path) -> None:
+    save(nn.Linear(4, 3, bias=file), tmp_path / "m")
+    with pytest.raises(PlasticError, match=rf"only the {'file' if file else 'model'} has \['bias'\]$"):
+        load(tmp_path / "m", lambda: nn.Linear(4, 3, bias=not file))
 
 
 # -- files that are not right -----------------------------------------------------------------

@@ -41,7 +41,10 @@ def test_forms_of_state_dicts(tmp_path: Path) -> None:
 def test_what_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save(mlp(4, 6, 3).state_dict(), path)
-    for other, message in ((mlp(4, 7, 3), r"shape \(6, 4\) in the file"), (mlp(4, 6, 5, 3), "only the model has")):
+    for other, message in (
+        (mlp(4, 7, 3), r"shape \(6, 4\) in the file"),
+        (mlp(4, 6, 5, 3), r"only the model has [^\]]*\]$"),
+    ):
         before = {n: t.clone() for n, t in other.state_dict().items()}
         with pytest.raises(PlasticError, match=message):
             load_weights(other, path)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,37 @@ def test_damaged_state_changes_nothing(changes: dict[str, Tensor | None]) -> Non
         (name,) = [n for n in state if n.endswith(ending)]
         state[name] = value
     assert_refused_and_unchanged(net, {n: t for n, t in state.items() if t is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("_extra_state", np.array(5.0), r"_extra_state \(k\): the state has a ndarray here.*torch\.from_numpy"),
+        ("_extra_state", 5.0, r"_extra_state \(k\): the state has a float here, and the network a tensor$"),
+        ("_extra_state", torch.tensor(5.0, device="meta"), r"_extra_state \(k\): .* on the meta device"),
+        ("model.0.weight", np.zeros((6, 4), np.float32), r"model\.0\.weight: the state has a ndarray .*from_numpy"),
+        ("model.0.weight", [1.0], r"model\.0\.weight: the state has a list here, and the network a tensor$"),
+    ],
+)
+def test_what_is_no_tensor_with_values_is_named_by_its_type(name: str, value: Any, message: str) -> None:
+    net, _ = small()
+    with pytest.raises(PlasticError, match=message):
+        net.load_state_dict({**net.state_dict(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("lost", "added", "message"),
+    [
+        (["model.0.bias"], [], r"it lacks \['model\.0\.bias'\]$"),
+        ([], ["model.9.bias"], r"it also has \['model\.9\.bias'\]$"),
+        (["model.0.bias"], ["model.9.bias"], r"it lacks \['model\.0\.bias'\] and also has \['model\.9\.bias'\]$"),
+    ],
+)
+def test_only_the_keys_that_differ_are_named(lost: list[str], added: list[str], message: str) -> None:
+    net, _ = small()
+    state = {name: t for name, t in net.state_dict().items() if name not in lost}
+    with pytest.raises(PlasticError, match=message):
+        net.load_state_dict({**state, **dict.fromkeys(added, torch.zeros(1))})
 
 
 def test_a_state_whose_features_lie_elsewhere() -> None:

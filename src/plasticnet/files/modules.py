@@ -252,9 +252,9 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
     own = _tensors(model)
     extra, missing = sorted(tensors.keys() - own.keys())[:5], sorted(own.keys() - tensors.keys())[:5]
     if extra or missing:
+        found = [f"only the {what} has {names}" for what, names in (("file", extra), ("model", missing)) if names]
         raise PlasticError(
-            f"{path} belongs to another architecture than {type(model).__name__}: "
-            f"only the file has {extra}, only the model {missing}"
+            f"{path} belongs to another architecture than {type(model).__name__}: {', and '.join(found)}"
         )
     pairs: list[tuple[Tensor, Tensor]] = []
     derived = {f"{prefix}.{leaf}".lstrip(".") for prefix, m in model.named_modules() for leaf in unsaved_buffers(m)}

@@ -38,9 +38,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
-        raise PlasticError(
-            f"{path} does not fit {type(model).__name__}: only the model has {missing[:5]}, only the file {extra[:5]}"
-        )
+        found = [f"only the {what} has {names[:5]}" for what, names in (("model", missing), ("file", extra)) if names]
+        raise PlasticError(f"{path} does not fit {type(model).__name__}: {', and '.join(found)}")
     for name, value in own.items():
         if isinstance(value, Tensor) and value.shape != state[name].shape:
             raise PlasticError(

@@ -269,7 +269,8 @@ def mismatches(module: nn.Module, group: int | None, weight: str | None) -> Iter
     outputs = next((v for n, v in expected.items() if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
     for leaf in ("bias", "running_mean", "running_var"):
         held = {**parameters_of(module), **buffers_of(module)}
-        for name in (leaf, f"{leaf}_orig"):  # the latter where torch.nn.utils.prune computes it, at the next call only
+        # torch.nn.utils.prune computes the bias from the other two, at the next call only
+        for name in (leaf, f"{leaf}_orig", f"{leaf}_mask"):
             vector = held.get(name)
             if outputs is not None and vector is not None and vector.shape != (outputs,):
                 yield f"{name} has shape {tuple(vector.shape)}, for {outputs} outputs"

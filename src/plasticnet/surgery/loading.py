@@ -106,8 +106,9 @@ def _compare_keys(net: GatedModel, state: Mapping[str, Any]) -> None:
     own, optional = net.state_dict().keys(), {buffer_key(name) for name in net.unsaved()}
     missing, extra = sorted(set(own) - set(state) - optional), sorted(set(state) - set(own))
     if missing or extra:
+        found = [f"{what} {keys[:5]}" for what, keys in (("lacks", missing), ("also has", extra)) if keys]
         raise PlasticError(
-            f"the state belongs to another architecture: it lacks {missing[:5]}, and has {extra[:5]} on top"
+            f"the state belongs to another architecture: it {' and '.join(found)}"
             f"{_cause(net, [*missing, *extra], extra)}"
         )
 
@@ -136,7 +137,11 @@ def _cause(net: GatedModel, keys: Sequence[str], extra: Sequence[str]) -> str:
 
 def _check_k(k: Any) -> None:
     """Raise `PlasticError` unless this is what `PlasticNet` saves of k: one number, 0 or more."""
-    if not isinstance(k, Tensor) or k.numel() != 1 or k.is_complex() or k.is_meta or not float(k) >= 0:
+    if not isinstance(k, Tensor):
+        raise PlasticError(_no_tensor("_extra_state (k)", k))
+    if k.is_meta:
+        raise PlasticError("_extra_state (k): the state has a tensor on the meta device here, which holds no number")
+    if k.numel() != 1 or k.is_complex() or not float(k) >= 0:
         raise PlasticError(f"the state has k={k!r}; k is one number from 0 to infinity")
 
 
@@ -154,7 +159,7 @@ def _check_entries(net: GatedModel, state: Mapping[str, Any]) -> None:
             continue
         found = state[name]
         if not isinstance(found, Tensor):
-            raise PlasticError(f"{name}: the state has a {type(found).__name__} here, and the network a tensor")
+            raise PlasticError(_no_tensor(name, found))
         if (_kind(found), found.layout) != (_kind(own), own.layout) or (found.is_meta and not own.is_meta):
             place = ", on the meta device" if found.is_meta else ""
             raise PlasticError(
@@ -169,6 +174,12 @@ def _check_entries(net: GatedModel, state: Mapping[str, Any]) -> None:
         other = first.setdefault(id(own), name)
         if other != name and not _equal(found, state[other]):
             raise PlasticError(f"{name} and {other} are one tensor in the network, but differ in the state")
+
+
+def _no_tensor(name: str, found: Any) -> str:
+    """Return what is wrong with an entry of a state that is no tensor."""
+    hint = "; torch.from_numpy makes one of it" if isinstance(found, np.ndarray) else ""
+    return f"{name}: the state has a {type(found).__name__} here, and the network a tensor{hint}"
 
 
 def _kind(t: Tensor) -> str:
