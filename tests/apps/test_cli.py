@@ -117,7 +117,8 @@ def test_resume(stop: int, tmp_path: Path, finished: Path, monkeypatch: pytest.M
 def test_resume_of_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no run in" in fail(monkeypatch, capsys, *MOONS, "--out", tmp_path, "--resume")
+    line = fail(monkeypatch, capsys, *MOONS, "--out", tmp_path, "--resume")
+    assert f"there is no run in {tmp_path}, which has no config.json: start one without --resume" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,15 +163,46 @@ def test_resume_with_another_model_or_data_is_refused(
     assert (started / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["", "{}", "[]"],
-)
-def test_resume_of_a_damaged_run_is_refused(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+DAMAGED = [b"", b"{}", b"[]", b"not json", b'{\n  "data": "moons",\n  "mod', b"\xff\xfe\x00", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_resume_of_a_damaged_run_names_the_file_and_a_way_out(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text(content)
-    fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", tmp_path, "--resume")
+    config = tmp_path / "config.json"
+    config.write_bytes(content)
+    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", tmp_path, "--resume")
+    assert f"--resume: {config} " in line
+    assert "is damaged" in line or "does not hold the settings of a run" in line
+    assert not re.search(r"no run|Expecting|Errno|codec", line)
+    if "--overwrite" not in line:  # as where nothing shows that the file was of a run
+        assert "move it" in line
+        config.unlink()
+    succeed(*MOONS, "--mode", "prune", "--out", tmp_path, "--overwrite")
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "summary.json", "prune/checkpoint.safetensors"])
+def test_resume_of_what_is_left_of_a_run(
+    left: str, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in [p for p in started.rglob("*") if p.is_file() and p != started / left]:
+        path.unlink()
+    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume")
+    assert f"there is no run in {started}, which has no config.json: replace what is left" in line
+    succeed(*MOONS, "--mode", "prune", "--out", started, "--overwrite")
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100, None])
+def test_resume_with_a_damaged_checkpoint_names_the_file_and_a_way_out(
+    content: bytes | None, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = started / "prune" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume")
+    assert f"{path} is not a plasticnet file, or is damaged or cut off; remove this file to start this run anew" in line
+    path.unlink()
+    succeed(*MOONS, "--mode", "prune", "--out", started, "--resume")
 
 
 # -- report, export --------------------------------------------------------------------------
@@ -280,6 +312,34 @@ def test_report_of_a_damaged_run(
     for name in ("config.json", "summary.json", "metrics.jsonl"):
         (tmp_path / name).write_text(content)
     assert str(tmp_path) in fail(monkeypatch, capsys, "report", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [None, b"{", b'{"a": 1}', b"\xff"], ids=["gone", "cut", "other", "bytes"])
+def test_report_names_the_file_and_a_way_out(
+    name: str, content: bytes | None, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is None:
+        (started / name).unlink()
+    else:
+        (started / name).write_bytes(content)
+    line = fail(monkeypatch, capsys, "report", started)
+    assert name in line
+    assert str(started) in line
+    assert "train --resume" in line
+    assert not re.search(r"Expecting|Errno|codec|Error", line)
+    succeed(*MOONS, "--mode", "prune", "--out", started, "--resume")
+    succeed("report", started)
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_report_with_damaged_settings(
+    content: bytes, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (started / "config.json").write_bytes(content)
+    line = fail(monkeypatch, capsys, "report", started)
+    assert line.startswith(f"plasticnet: {started / 'config.json'} ")
+    assert "--overwrite" in line or "move it" in line
 
 
 def test_export_of_another_architecture(

@@ -46,14 +46,58 @@ _TENSORS = b'{"__metadata__":{"plasticnet":'  # after the eight bytes in which s
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in a folder. Raises `PlasticError` where there is none."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlasticError(f"--resume: there is no run in {folder}: {error}") from error
+    """Return the settings of the run in a folder, which is to go on. Raises `PlasticError` where there is none."""
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        held = _held(folder)
+        way_out = "replace what is left of one by --overwrite" if held else "start one without --resume"
+        raise PlasticError(f"--resume: there is no run in {folder}, which has no {CONFIG}: {way_out}")
+    return read_settings(folder, f"--resume: {path}")
+
+
+def read_settings(folder: Path, what: str) -> dict[str, Any]:
+    """Return what config.json holds. Raises `PlasticError` where this is not what a run writes there.
+
+    Args:
+        folder: The folder of a run.
+        what: What the message begins with.
+    """
+    path = folder / CONFIG
+    if _replaceable(path):
+        way_out = "replace the run by train --overwrite, or choose another folder"
+    else:
+        way_out = "move it, or choose another folder"
+    (config,) = read_json(path, what, way_out)
     if not isinstance(config, dict) or not {"data", "model", "modes"} <= config.keys():
-        raise PlasticError(f"--resume: there is no run in {folder}: its {CONFIG} is of something else")
+        raise PlasticError(f"{what} does not hold the settings of a run: {way_out}")
     return config
+
+
+def read_json(path: Path, what: str, way_out: str) -> list[Any]:
+    """Return the JSON values in a file of a run: one for each line of metrics.jsonl, and a single one of the others.
+
+    Args:
+        path: The file.
+        what: What the message begins with.
+        way_out: What the user can do where the file is damaged.
+
+    Raises:
+        PlasticError: The file cannot be read, or is no JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlasticError(f"{what} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PlasticError(f"{what} is damaged (it holds bytes that are no text): {way_out}") from error
+    values: list[Any] = []
+    for number, part in enumerate(text.splitlines() if path.name == METRICS else [text], start=1):
+        try:
+            values.append(json.loads(part))
+        except (ValueError, RecursionError) as error:
+            line = error.lineno if isinstance(error, json.JSONDecodeError) and path.name != METRICS else number
+            raise PlasticError(f"{what} is damaged (it is no JSON, as line {line} shows): {way_out}") from error
+    return values
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -31,6 +31,8 @@ from plasticnet.apps.folder import (
     locked,
     make_folder,
     read_config,
+    read_json,
+    read_settings,
     write_text,
 )
 from plasticnet.apps.loop import prepare_run, train_run
@@ -140,16 +142,20 @@ def holds_demo(folder: Path, data_name: str, model_name: str, modes: tuple[Mode,
 
 def rewrite_report(folder: Path) -> None:
     """Write the report of a folder again. Raises `PlasticError` where the folder does not hold a finished run."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        results = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        metrics = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise PlasticError(f"{folder} is not a finished run: {error}") from error
+    for name in (CONFIG, SUMMARY, METRICS):
+        if not (folder / name).exists():
+            way_out = "train --resume goes on with it" if name != CONFIG else "name the --out of a train"
+            raise PlasticError(f"{folder} is not a finished run, since it has no {name}: {way_out}")
+    config = read_settings(folder, str(folder / CONFIG))
+    way_out = "train --resume, with the options of the run, writes it anew"
+    (results,) = read_json(folder / SUMMARY, str(folder / SUMMARY), way_out)
+    metrics = read_json(folder / METRICS, str(folder / METRICS), way_out)
     try:
         _write_page(folder, config, results, metrics)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise PlasticError(f"{folder} is not a finished run: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise PlasticError(
+            f"{SUMMARY} or {METRICS} in {folder} is damaged, as it lacks what a report shows: {way_out}"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

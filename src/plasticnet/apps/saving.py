@@ -63,9 +63,13 @@ def restore_run(
     Raises:
         PlasticError: The file is damaged, is of another run, or holds numbers that are not finite.
     """
-    saved = load_checkpoint(path)
+    way_out = "remove this file to start this run anew"
+    try:
+        saved = load_checkpoint(path)
+    except PlasticError as error:
+        raise PlasticError(f"{error}; {way_out}") from error
     if not isinstance(saved, dict) or saved.keys() != _KEYS:
-        raise PlasticError(f"{path} is not a checkpoint of a training run, or one of another version")
+        raise PlasticError(f"{path} is not a checkpoint of a training run, or one of another version; {way_out}")
     changed = differences(_flat(saved), _flat(identity))
     if changed:
         raise PlasticError(

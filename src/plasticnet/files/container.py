@@ -85,12 +85,12 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
             for name in recipe.get("complex", []) if isinstance(recipe, dict) else []:
                 tensors[name] = torch.view_as_complex(tensors[name])
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
-        raise PlasticError(f"{path} is not a plasticnet file, or is damaged or truncated: {error}") from error
+        raise PlasticError(f"{path} is not a plasticnet file, or is damaged or cut off") from error
     except OSError as error:
-        raise PlasticError(f"{path} cannot be read: {error}") from error
+        raise PlasticError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or recipe.get("kind") != kind:
-        found = (recipe.get("kind"), recipe.get("format")) if isinstance(recipe, dict) else "none"
-        raise PlasticError(f"{path} holds {found}; expected ({kind!r}, {FORMAT})")
+        found = f"{recipe.get('kind')!r} of format {recipe.get('format')}" if isinstance(recipe, dict) else "no recipe"
+        raise PlasticError(f"{path} holds {found}; expected {kind!r} of format {FORMAT}")
     return tensors, recipe
 
 
