@@ -281,7 +281,8 @@ def test_resuming_where_no_run_was(content: dict[str, str], tmp_path: Path, fail
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     before = snapshot(tmp_path)
-    assert "no run in" in failing(*PRUNE, "--out", tmp_path, "--resume")
+    message = "config.json does not hold the settings of a run: move it" if "config.json" in content else "no run in"
+    assert message in failing(*PRUNE, "--out", tmp_path, "--resume")
     assert "no run in" in failing(*PRUNE, "--out", tmp_path / "new", "--resume")
     assert not (tmp_path / "new").exists()
     assert snapshot(tmp_path) == before
