@@ -55,7 +55,7 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
     _resize_in_place(net, planned)
     adopt(net, planned)
     _load_unsaved(net, state, prefix, assign)
-    if assign:  # DDP is told when torch has put the tensors of the state in their place, see `settle`.
+    if assign:  # torch puts the tensors of the state in their place afterwards, see `settle`
         _prepare_assignment(net, state, prefix)
     elif before != [p.shape for p in net.parameters()]:
         net.ranks.outgrow()
@@ -93,12 +93,12 @@ def _load_unsaved(net: GatedModel, state: MutableMapping[str, Any], prefix: str,
 
 
 def settle(net: GatedModel) -> None:
-    """Let the gates act on the tensors that a network holds after torch has loaded it, and let DDP watch them."""
+    """Let the gates act on the tensors that a network holds after torch has loaded it, and let DDP know of them."""
     known, now = net.gating.known, [*net.model.parameters(), *net.model.buffers()]
     if len(known) != len(now) or any(t is not u for t, u in zip(known, now, strict=True)):
         net.refresh()
         if {id(t) for t in now if isinstance(t, nn.Parameter)} - {id(t) for t in known}:
-            net.ranks.outgrow()
+            net.ranks.replaced()
 
 
 def _compare_keys(net: GatedModel, state: Mapping[str, Any]) -> None:

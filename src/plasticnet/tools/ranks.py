@@ -88,6 +88,13 @@ class Ranks:
             watch_again(self.ddp)
             self._watched = watched_by_ddp(self.ddp)
 
+    def replaced(self) -> None:
+        """Note that parameters have taken the place of others, perhaps also outside of the network.
+
+        DDP is told when the network runs in it for the next time, since others may still be replaced now.
+        """
+        self.fresh = self._outgrown = True
+
     def watches(self, parameter: nn.Parameter) -> bool:
         """Return whether DDP averages the gradients of a parameter."""
         return self.ddp is not None and id(parameter) in self._watched
