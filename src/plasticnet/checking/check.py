@@ -28,7 +28,7 @@ from plasticnet.units import BlockUnits, Trace, Units, without_lost_inputs
 # Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
 # That may happen by chance, for example where a ReLU gives only zeros.
 _ATTEMPTS = 3
-_FEW = 3  # the fewest units to which a site of a large model is cut before the precise comparison
+_FEW, _MANY = 3, 32  # to how many units a site of a large model is cut at least and at most, for the precise comparison
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
 
@@ -79,11 +79,12 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
         calls, reached = reaching(twin, calls, sites, traced.steered)
-        run = _precise(twin, calls, traced)
+        run = _precise(twin, calls, traced, [_falling, _rising])
         bad |= culprits(run.cut_differs, dict(current))
     else:
         calls, reached = reaching(twin, calls, sites, traced.steered)
-        run, current = _precise(twin, calls, traced), sites
+        patterns = [_falling, _rising, partial(_alike, share=CLOSED_SHARES[-1])]
+        run, current = _precise(twin, calls, traced, patterns), sites
         bad = culprits(run.cut_differs, sites, partial(repaired, run.model))
     bad |= unsure(sites, reached, bad)
     good = without_lost_inputs({n: sites[n] for n in traced.sites if n in sites and n not in bad})
@@ -98,7 +99,7 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
 def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, dict[str, Units]]:
     """Return a copy of the model from which most units of every site were cut, and the sites of this copy."""
     kept = {
-        n: sorted(torch.randperm(u.size)[: max(_FEW, u.size // 20)].tolist())
+        n: sorted(torch.randperm(u.size)[: min(max(_FEW, u.size // 20), _MANY)].tolist())
         for n, u in sites.items()
         if not isinstance(u, BlockUnits)
     }
@@ -108,12 +109,10 @@ def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, 
     return small, planned.units
 
 
-def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace) -> Comparing:
+def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace, patterns: list[Pattern]) -> Comparing:
     """Return the comparison in double precision, or in the model's own precision where it does not run in double."""
-    patterns: list[Pattern] = [_falling, _rising, partial(_alike, share=CLOSED_SHARES[-1])]
     if traced.positional:  # closing one unit shifts the others by one, which shows what takes units by their position
-        patterns[:0] = [partial(_one_closed, place=0), partial(_one_closed, place=-1)]
-
+        patterns = [partial(_one_closed, place=0), partial(_one_closed, place=-1), *patterns]
     try:
         run = Comparing(*in_precision(twin, calls, torch.float64), FINE, patterns, traced.stateful, traced.random)
         run.reference = run.outputs(run.model)

@@ -30,10 +30,11 @@ def random_parameter(p: nn.Parameter) -> nn.Parameter:
         drawn.normal_(0, (p.shape[0] / max(p.numel(), 1)) ** 0.5)
     else:
         drawn.uniform_(0.5, 1.5)
-    drawn = drawn.to(p.device)
-    values = drawn.repeat(-(-p.numel() // max(len(drawn), 1)))[: p.numel()].view(p.shape)
-    new = torch.empty_like(p, requires_grad=False).copy_(values)  # empty_like keeps the memory format
-    return nn.Parameter(new, requires_grad=p.requires_grad)
+    new = torch.empty_like(p, requires_grad=False)  # which keeps the memory format
+    in_order = new if new.is_contiguous() else new.new_empty(p.shape)
+    for part in in_order.view(-1).split(max(len(drawn), 1)):
+        part.copy_(drawn[: len(part)])
+    return nn.Parameter(new.copy_(in_order), requires_grad=p.requires_grad)
 
 
 def random_inputs(tree: Any, shift: float = 0.0) -> Any:
