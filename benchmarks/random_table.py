@@ -37,7 +37,8 @@ equal where they differ by at most {tolerance:.0e}. Each network goes through th
 - Attaching leaves parameters and buffers as they were, and gives the same sites and reasons for an equal network. No
   reason is an error of the library itself.
 - Under random gates `net.compact()` gives what `net.eval()` gives, call after call, at k = 0, 0.5, 7 and infinity, then
-  after three steps of training, after a resize that cuts and adds units, a step more, `prune`, and another step.
+  after three steps of training, after a resize that cuts and adds units, a step more, `prune`, and another step. Where
+  a network draws random numbers in evaluation, all entries of a draw are made one number for this.
 - At three of these moments `copy.deepcopy`, `save` and `load`, and `state_dict` loaded into a fresh network give the
   same outputs. `prune` leaves no closed unit that could go.
 - Steps leave all parameters finite, and the optimizer holds all of them after each change of size.
