@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from cifar import BATCH, accuracy, images, published
 from common import write, written
 from torch import Tensor, nn
 
@@ -28,56 +27,7 @@ import plasticnet as pn
 from plasticnet.apps.models import LeNet5
 
 KINDS = ("magnitude", "gate", "fisher", "repair")
-CALIBRATE, BATCH = 2048, 128
-
-
-class Block(nn.Module):
-    """Two convolutions with a shortcut that pads with zeros (option A)."""
-
-    def __init__(self, into: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
-        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
-        self.more = out - into
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, into, h, w) to (batch, out, h / stride, w / stride)."""
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        if self.more:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more // 2))
-        return (x + y).relu()
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for CIFAR: (batch, 3, 32, 32) to (batch, 10)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = [(16, 16), (16, 32), (32, 64)]
-        for i, (into, out) in enumerate(widths, 1):
-            blocks = [Block(into if j == 0 else out, out, 2 if j == 0 and i > 1 else 1) for j in range(3)]
-            self.add_module(f"layer{i}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, 3, 32, 32) to (batch, 10)."""
-        x = self.bn1(self.conv1(x)).relu()
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-        return self.linear(x.mean((2, 3)))
-
-
-def cifar(folder: Path, part: str, n: int) -> tuple[Tensor, Tensor]:
-    """Images and labels from ``PART.parquet``."""
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    table = pq.read_table(folder / "cifar10" / f"{part}.parquet").slice(0, n).to_pydict()
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB")) for i in table["img"]])
-    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = (torch.from_numpy(pixels).float() / 255 - mean) / deviation
-    return x.permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
+CALIBRATE = 2048
 
 
 def fashion(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -92,11 +42,7 @@ def prepared(network: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor, Ten
     """A trained network, images to calibrate with and their labels, and test images and labels."""
     torch.manual_seed(0)
     if network == "resnet20":
-        from safetensors.torch import load_file
-
-        model = ResNet20()
-        model.load_state_dict(load_file(folder / "weights" / "resnet20.safetensors"), strict=False)
-        return model.eval(), *cifar(folder, "train", CALIBRATE), *cifar(folder, "test", 10_000)
+        return published(20, folder), *images(folder, "train", CALIBRATE), *images(folder, "test", 10_000)
     x, y = (t[:20_000] for t in fashion(folder, train=True))
     model = LeNet5()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -106,13 +52,6 @@ def prepared(network: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor, Ten
             F.cross_entropy(model(x[i]), y[i]).backward()
             optimizer.step()
     return model.eval(), x[:CALIBRATE], y[:CALIBRATE], *fashion(folder, train=False)
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The share of right answers, in percent."""
-    model.eval()
-    return 100 * torch.cat([model(b).argmax(1) for b in x.split(500)]).eq(y).float().mean().item()
 
 
 def row(model: nn.Module, kind: str, share: float, x: Tensor, y: Tensor, test: tuple[Tensor, Tensor]) -> dict[str, Any]:

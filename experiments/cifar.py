@@ -1,0 +1,127 @@
+"""CIFAR-10 and its ResNets, for the experiments: images from Parquet files, networks with published weights, training.
+
+The images need ``pyarrow`` and ``pillow``, the weights ``safetensors``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BATCH = 128
+
+
+class Block(nn.Module):
+    """Two convolutions with a shortcut that pads with zeros (option A)."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.more = out - into
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, into, h, w) to (batch, out, h / stride, w / stride)."""
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.more:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more // 2))
+        return (x + y).relu()
+
+
+class ResNet(nn.Module):
+    """A ResNet for CIFAR: (batch, 3, 32, 32) to (batch, 10).
+
+    Args:
+        depth: The number of its layers, 2 more than a multiple of 6.
+    """
+
+    def __init__(self, depth: int = 20) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        for i, (into, out) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
+            count = range((depth - 2) // 6)
+            blocks = [Block(out if j else into, out, 1 if j or i == 1 else 2) for j in count]
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, 32, 32) to (batch, 10)."""
+        x = self.bn1(self.conv1(x)).relu()
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def published(depth: int, folder: Path) -> ResNet:
+    """A ResNet with the weights of https://github.com/akamaster/pytorch_resnet_cifar10, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    model = ResNet(depth)
+    model.load_state_dict(load_file(folder / "weights" / f"resnet{depth}.safetensors"), strict=False)
+    return model.eval()
+
+
+def images(folder: Path, part: str, n: int) -> tuple[Tensor, Tensor]:
+    """The first images, normalised, and their labels, from ``PART.parquet``."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    table = pq.read_table(folder / "cifar10" / f"{part}.parquet").slice(0, n).to_pydict()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(i["bytes"])).convert("RGB")) for i in table["img"]])
+    x = (torch.from_numpy(pixels).float() / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+    return x.permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of right answers, in percent."""
+    model.eval()
+    return 100 * torch.cat([model(b).argmax(1) for b in x.split(500)]).eq(y).float().mean().item()
+
+
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Images moved by up to four pixels, each in its own way, half of them mirrored; beyond the edge is zero."""
+    n, _, height, width = x.shape
+    padded = F.pad(x, (4, 4, 4, 4))
+    down, right = (torch.randint(0, 9, (n, 1), generator=generator) for _ in range(2))
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    one = torch.arange(n)[:, None, None]
+    return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def epochs(model: nn.Module, x: Tensor, y: Tensor, count: int, rate: float, seed: int) -> Iterator[int]:
+    """Train a model, and yield the number of each epoch after it; the learning rate falls to 0 along a cosine.
+
+    SGD has momentum 0.9 and weight decay 1e-4.
+
+    Args:
+        model: The model.
+        x: Images.
+        y: Their labels.
+        count: The number of epochs.
+        rate: The learning rate at first.
+        seed: The order of the images and what is done to them follow from it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    steps = count * math.ceil(len(x) / BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(count):
+        model.train()
+        for i in torch.randperm(len(x), generator=generator).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(augmented(x[i], generator)), y[i]).backward()
+            optimizer.step()
+            schedule.step()
+        yield epoch + 1
+    model.eval()

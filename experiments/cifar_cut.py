@@ -1,0 +1,147 @@
+"""CIFAR-10 ResNets cut at once, repaired, and trained further, against the network as it was with as much training.
+
+The images are JPEG files, on which the published weights are some ten points worse than on the original ones. So the
+network is first trained on them, epoch by epoch, until an epoch brings less than 0.1 points on 5,000 training images
+that are held out; this network is "dense". A cut network is what `pn.shrink` makes of it without labels. The dense one
+and the cut ones then get the same further epochs with labels, once from where the cut left them with BatchNorm
+statistics estimated anew, and once from the repaired network. All 10,000 test images are read at the end of each row,
+and decide nothing. A seed draws the 2,048 images of scores and repair, and the order of training.
+
+    python experiments/cifar_cut.py --data-dir DIR --cache DIR
+
+takes some two hours on one core for ResNet-20 and one further epoch. It adds rows to results/cifar_cut.json; what is
+there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import BATCH, accuracy, epochs, images, published
+from common import write, written
+from torch import Tensor, nn
+
+import plasticnet as pn
+
+CALIBRATE, HELD_OUT = 2048, 5000
+RATE, FURTHER = 0.01, 0.01  # the learning rates of the first training and of what follows a cut
+NAME = "cifar_cut"
+Data = tuple[Tensor, Tensor]
+
+
+def cached(path: Path, make: Any) -> Any:
+    """What is in a file, or what a function makes, which is then kept there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), path)
+    return torch.load(path, weights_only=True)
+
+
+def tuned(depth: int, folder: Path, train: Data, held_out: Data) -> dict[str, Any]:
+    """The state of a network that was trained on these files until it gets no better, and how that went."""
+    model, generator_seed = published(depth, folder), 0
+    found = [accuracy(model, *held_out)]
+    best = copy.deepcopy(model.state_dict())
+    while len(found) < 2 or found[-1] - max(found[:-1]) >= 0.1:
+        best = copy.deepcopy(model.state_dict())
+        for _ in epochs(model, *train, 1, RATE, generator_seed + len(found)):
+            found.append(accuracy(model, *held_out))
+            print(f"trained for epoch {len(found) - 1}: {found[-1]:.2f} % of the images held out", flush=True)
+    if found[-1] > max(found[:-1]):
+        best = model.state_dict()
+    return {"state": best, "held out": found}
+
+
+def reestimated(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy whose BatchNorm statistics are those of these images."""
+    twin = copy.deepcopy(model)
+    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    twin.train()
+    with torch.no_grad():
+        for batch in x.split(BATCH):
+            twin(batch)
+    for norm in norms:
+        norm.momentum = 0.1
+    return twin.eval()
+
+
+def cut(model: nn.Module, share: float, x: Tensor) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """The network cut and not repaired, the same repaired, and what came out: the steps of `pn.shrink` one by one."""
+    net, begun = pn.PlasticNet(copy.deepcopy(model), (x[:2],)), time.process_time()
+    found = pn.scores(net, "repair", batches=x.split(BATCH))
+    pn.prune_once(net, pn.Budget(macs=share), scores=found, per_cost=True, cut=False)
+    at_once, scored = net.compact(), time.process_time()
+    pn.repair(net, x.split(BATCH))
+    seconds = {"scores and cut": scored - begun, "repair": time.process_time() - scored}
+    units = {name: int(site.open.sum()) for name, site in net.sites.items()}
+    return at_once, net.compact(), {"seconds": seconds, "units": units, "macs": net.summary().open_macs}
+
+
+def main() -> None:
+    """Measure one depth at all shares and seeds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="where decoded images and the dense network are kept")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.73, 0.5, 0.4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, nargs="*", default=[1], help="further epochs, each number in its own row")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    x, y = cached(options.cache / "train.pt", lambda: images(options.data_dir, "train", 50_000))
+    test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
+    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
+    first = cached(
+        options.cache / f"dense{options.depth}.pt", lambda: tuned(options.depth, options.data_dir, train, held_out)
+    )
+    dense = published(options.depth, options.data_dir)
+    dense.load_state_dict(first["state"])
+
+    def known(**what: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in what.items()) for row in written(NAME))
+
+    def add(row: dict[str, Any]) -> None:
+        print({k: v for k, v in row.items() if k != "units"}, flush=True)
+        settings = {"calibrate": CALIBRATE, "batch": BATCH, "held out": HELD_OUT, "rate": RATE, "further rate": FURTHER}
+        write(NAME, settings, [*written(NAME), row])
+
+    def further(model: nn.Module, count: int, key: dict[str, Any]) -> None:
+        if known(**key, epochs=count):
+            return
+        begun, twin = time.process_time(), copy.deepcopy(model)
+        for _ in epochs(twin, *train, count, FURTHER, key["seed"]):
+            pass
+        seconds = time.process_time() - begun
+        add({**key, "epochs": count, "accuracy": accuracy(twin, *test), "seconds": {"training": seconds}})
+
+    base = {"depth": options.depth}
+    if not known(**base, network="dense", epochs=0):
+        row = {"accuracy": accuracy(dense, *test), "held out": first["held out"]}
+        add({**base, "network": "dense", "share": 1.0, "seed": 0, "epochs": 0, **row})
+    for seed in options.seeds:
+        chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))[:CALIBRATE]
+        networks: dict[tuple[str, float], nn.Module] = {("dense", 1.0): dense}
+        for share in options.shares:
+            at_once, repaired, how = cut(dense, share, train[0][chosen])
+            networks["re-estimated", share] = reestimated(at_once, train[0][chosen])
+            networks["repaired", share] = repaired
+            for name, network in (("cut", at_once), *((n, m) for (n, s), m in networks.items() if s == share)):
+                key = {**base, "network": name, "share": share, "seed": seed, "epochs": 0}
+                if not known(**key):
+                    add({**key, "accuracy": accuracy(network, *test), **how})
+        for count in options.epochs:
+            for (name, share), network in networks.items():
+                further(network, count, {**base, "network": name, "share": share, "seed": seed})
+
+
+if __name__ == "__main__":
+    main()
