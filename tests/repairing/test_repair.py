@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -500,3 +501,51 @@ def test_nothing_is_done_where_nothing_is_closed() -> None:
     found = pn.repair(net, [x])
     assert found.readers == ()
     assert (found.before, found.after) == (0, 0)
+
+
+# -- towards another network ------------------------------------------------------------------
+
+
+def test_towards_a_network_that_had_closed_units_already() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 6).double()
+    net = PlasticNet(mlp(6, 20, 12, 3).double(), (x[:2],))
+    close(net, "0", 0, 1, 2)
+    were, aim = {n: s.open for n, s in net.sites.items()}, outputs(net, x[300:])
+    close_some(net)
+    lost = far(aim, outputs(net, x[300:]))
+    other = PlasticNet(copy.deepcopy(net.model), (x[:2],))
+    other.load_state_dict(net.state_dict())
+    found = pn.repair(net, x[:300].split(50), towards=were)
+    pn.repair(other, x[:300].split(50))
+    assert found.after < found.before
+    mended, towards_all = (far(aim, outputs(n, x[300:])) for n in (net, other))
+    assert mended < 0.5 * lost
+    assert mended < towards_all
+
+
+def test_towards_itself_changes_nothing() -> None:
+    x = torch.randn(60, 6)
+    net = PlasticNet(mlp(6, 20, 12, 3), (x[:2],))
+    close_some(net)
+    before = copy.deepcopy(net.state_dict())
+    found = pn.repair(net, x.split(20), towards={n: s.open for n, s in net.sites.items()})
+    assert found.before == found.after == 0
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("towards", "message"),
+    [
+        ({}, "nothing for 0, and should have a boolean for each of its 20 units"),
+        ({"0": torch.ones(20), "2": torch.ones(12, dtype=torch.bool)}, "for 0"),
+        ({"0": torch.ones(20, dtype=torch.bool), "2": torch.ones(3, dtype=torch.bool)}, "12 units"),
+        ({"0": [True] * 20, "2": torch.ones(12, dtype=torch.bool)}, "for 0"),
+        ({"x": torch.ones(2, dtype=torch.bool)}, "no such site|20 units"),
+    ],
+)
+def test_towards_what_does_not_fit(towards: Any, message: str) -> None:
+    x = torch.randn(60, 6)
+    net = PlasticNet(mlp(6, 20, 12, 3), (x[:2],))
+    with pytest.raises(PlasticError, match=message):
+        pn.repair(net, x.split(20), towards=towards)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import INITIAL_LOGIT
@@ -33,16 +33,20 @@ def at_k(net: GatedModel, k: float) -> Iterator[None]:
 
 
 @contextmanager
-def own_gates(net: GatedModel) -> Iterator[None]:
-    """Give the units of a network other gates in this context, all open, which may be closed and opened at will.
+def own_gates(net: GatedModel, opened: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Give the units of a network other gates in this context, which may be closed and opened at will.
 
     Args:
         net: The network.
+        opened: Which units are open at first, shape (units,), for each site; by default all are.
     """
     before = [(site, site.phi, site.grace) for site in net.sites.values()]
     try:
         for site, phi, grace in before:
-            site.phi = nn.Parameter(torch.full_like(phi, INITIAL_LOGIT), requires_grad=False)
+            logits = torch.full_like(phi, INITIAL_LOGIT)
+            if opened is not None:
+                logits[~opened[site.name]] = -INITIAL_LOGIT
+            site.phi = nn.Parameter(logits, requires_grad=False)
             site.grace = torch.zeros_like(grace)
         yield
     finally:

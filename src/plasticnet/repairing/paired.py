@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,20 +81,28 @@ class _Meeting:
 
 
 class Paired:
-    """The gated network, and what it was with all units open.
+    """The gated network, and what it was with more units open.
 
     Args:
         net: The network, in evaluation mode.
         data: The inputs.
         forward: What runs the network on a batch, where its form does not fit.
         outputs: What counts in the output.
+        towards: Which units were open then, shape (units,), for each site; None stands for all.
 
     Attributes:
         original: The parameters and buffers that were changed, as they were before, by name.
     """
 
-    def __init__(self, net: GatedModel, data: Calibration, forward: Forward | None, outputs: Outputs | None) -> None:
-        self.net, self.data, self.forward, self.outputs = net, data, forward, outputs
+    def __init__(
+        self,
+        net: GatedModel,
+        data: Calibration,
+        forward: Forward | None,
+        outputs: Outputs | None,
+        towards: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.net, self.data, self.forward, self.outputs, self._towards = net, data, forward, outputs, towards
         self.original: dict[str, Tensor] = {}
         self._recurrent = [m for m in net.model.modules() if isinstance(m, nn.RNNBase)]
         self._held = {**dict(net.model.named_parameters()), **dict(net.model.named_buffers())}
@@ -115,11 +123,14 @@ class Paired:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Let the network be what it was with all units open, within this context."""
+        """Let the network be what it was with more units open, within this context."""
         parameters = {n: t for n, t in self.original.items() if isinstance(self._held[n], nn.Parameter)}
         buffers = {n: t for n, t in self.original.items() if n not in parameters}
         now = {n: self._held[n].clone() for n in buffers}
-        with own_gates(self.net), swapped(places_of(self.net.model, set(parameters)), parameters, self._recurrent):
+        with (
+            own_gates(self.net, self._towards),
+            swapped(places_of(self.net.model, set(parameters)), parameters, self._recurrent),
+        ):
             for name, tensor in buffers.items():
                 self._held[name].copy_(tensor)
             try:

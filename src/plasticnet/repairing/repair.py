@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ def repair(
     forward: Forward | None = None,
     outputs: Outputs | None = None,
     calibrate: int = 2048,
+    towards: Mapping[str, Tensor] | None = None,
 ) -> Repaired:
     """Refit what reads closed units, in place, so that the network computes what it did with all units open.
 
@@ -54,13 +55,16 @@ def repair(
         outputs: ``outputs(output)`` returns what counts in the output for the errors that are reported; by default all
             floating tensors.
         calibrate: The number of inputs at which reading stops.
+        towards: Which units are open in the network that is to be imitated, shape (units,) of booleans, for each site,
+            where it is not the one with all units open: ``{name: site.open.clone() for name, site in
+            net.sites.items()}`` before units were closed.
 
     Returns:
         The errors before and after, of the outputs and of each reader, and what was left out.
 
     Raises:
-        PlasticError: k is not infinity, a batch has none of these forms, the batches are a one-shot iterator, or there
-            is nothing to hold out. Nothing was changed.
+        PlasticError: k is not infinity, a batch has none of these forms, the batches are a one-shot iterator, there is
+            nothing to hold out, or ``towards`` does not fit the sites. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -79,15 +83,36 @@ def repair(
         raise PlasticError(f"calibrate={calibrate!r}: the number of inputs to read, 2 or more")
     data = calibration(batches, calibrate)
     with net.lock:
-        found = with_gradients_if_needed(lambda: _repaired(net, data, forward, outputs))
+        aim = None if towards is None else _checked(net, towards)
+        found = with_gradients_if_needed(lambda: _repaired(net, data, forward, outputs, aim))
         if net.ranks.count > 1:
             net.ranks.broadcast([*net.model.parameters(), *net.model.buffers()])
     return found
 
 
-def _repaired(net: GatedModel, data: Calibration, forward: Forward | None, outputs: Outputs | None) -> Repaired:
+def _checked(net: GatedModel, towards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return which units are to be open, on the device of the network, or raise `PlasticError` if that is unclear."""
+    sizes = {name: len(site) for name, site in net.sites.items()}
+    found = {n: tuple(t.shape) if isinstance(t, Tensor) and t.dtype == torch.bool else t for n, t in towards.items()}
+    wrong = {n: found.get(n, "nothing") for n in {**sizes, **found} if found.get(n) != (sizes.get(n),)}
+    if wrong:
+        name, got = next(iter(wrong.items()))
+        wanted = (
+            f"a boolean for each of its {sizes[name]} units" if name in sizes else "nothing, as there is no such site"
+        )
+        raise PlasticError(f"towards has {got} for {name}, and should have {wanted}")
+    return {n: t.to(net.like.device) for n, t in towards.items()}
+
+
+def _repaired(
+    net: GatedModel,
+    data: Calibration,
+    forward: Forward | None,
+    outputs: Outputs | None,
+    towards: Mapping[str, Tensor] | None,
+) -> Repaired:
     """Do what `repair` does, in a network that is locked."""
-    pair = Paired(net, data, forward, outputs)
+    pair = Paired(net, data, forward, outputs, towards)
     try:
         with left_as_it_was(net, training=False), _one_by_one(net):
             report = _refitted(pair)

@@ -9,16 +9,20 @@ units are cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.optim import Optimizer
 
 from plasticnet.budgets.projection import decide, missing, project
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, set_logits
 from plasticnet.net import PlasticNet
+from plasticnet.repairing.repair import repair
 from plasticnet.surgery.optimizers import forget
 from plasticnet.surgery.survivors import survivors, to_keep
 from plasticnet.training.controller import Controller
@@ -132,7 +136,11 @@ def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
 
 
 def harden(
-    net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller | None, multiple_of: int
+    net: PlasticNet,
+    optimizers: Sequence[Optimizer],
+    controller: Controller | None,
+    multiple_of: int,
+    batches: Iterable[Any] | None,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Cut all closed units of a network at k = infinity.
 
@@ -144,6 +152,7 @@ def harden(
         optimizers: The optimizers that hold its parameters.
         controller: The controller of the budget, or None.
         multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
+        batches: Inputs on which the network is repaired where the targets have closed units, or None.
 
     Returns:
         How many units were cut, and how many were added, each for the sites where there were any.
@@ -152,7 +161,10 @@ def harden(
     for site in net.sites.values():
         site.grace.zero_()
     if controller is not None and controller.targets:
+        were = {name: site.open for name, site in net.sites.items()}
         _open_the_wanted(net, optimizers, controller)
+        if batches is not None:
+            _mend(net, were, batches)
     net.prune(0.5, optimizers, multiple_of)
     for site in net.sites.values():  # A site has a minimum so that these units are used, not only kept.
         if int(site.open.sum()) < site.minimum:
@@ -174,6 +186,19 @@ def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controlle
         stays = torch.from_numpy(wanted[g.name]).to(g.phi.device)
         set_logits(g, stays & ~g.open, INITIAL_LOGIT)
         set_logits(g, ~stays & g.open, -INITIAL_LOGIT)
+
+
+def _mend(net: PlasticNet, were: Mapping[str, Tensor], batches: Iterable[Any]) -> None:
+    """Refit what reads the units that the targets have closed, so that the network computes what it did before.
+
+    Args:
+        net: The network.
+        were: Which units were open before, for each site. Units that were added since come last.
+        batches: The inputs.
+    """
+    towards = {n: F.pad(were[n], (0, len(site) - len(were[n]))) for n, site in net.sites.items()}
+    if any((was & ~net.sites[n].open).any() for n, was in towards.items()):
+        repair(net, batches, towards=towards)
 
 
 def _add_last(net: PlasticNet, optimizers: Sequence[Optimizer], counts: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, probabilities, set_
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
+from plasticnet.tools.batches import check_batches
 from plasticnet.training.controller import Controller
 from plasticnet.training.cutting import cut_hibernating, forget_gates, harden, kept_to_loss, recover
 from plasticnet.training.growth import Growth
@@ -50,6 +51,8 @@ class Schedule:
         growth: How the network grows, or None.
         budget: What the network may cost or lose in the end, or None.
         multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`, also by `PlasticNet.compact`.
+        repair: Inputs, in a form that `pn.repair` takes, or None. Where the budget closes units that were open, as the
+            network hardens, what reads them is then refitted on these inputs.
         on_resize: A function that is called with the network at the end of a `step` in which sizes changed. It should
             renew whatever refers to the old parameters, such as a copy for an average of the weights. A
             `DistributedDataParallel` follows by itself.
@@ -88,6 +91,7 @@ class Schedule:
         growth: Growth | None = None,
         budget: Budget | None = None,
         multiple_of: int = 1,
+        repair: Iterable[Any] | None = None,
         on_resize: Callable[[PlasticNet], object] | None = None,
     ) -> None:
         self.timeline = Timeline(stages)
@@ -98,7 +102,9 @@ class Schedule:
             raise PlasticError(f"hibernate={hibernate}: the probability below which a unit is cut, from 0 to 1")
         check_multiple(multiple_of)
         self.hibernate, self.growth = hibernate, growth
-        self.multiple_of, self.on_resize = multiple_of, on_resize
+        self.multiple_of, self.repair, self.on_resize = multiple_of, repair, on_resize
+        if repair is not None:
+            check_batches(repair)
         if growth is not None:
             present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
         if budget is not None:
@@ -163,8 +169,9 @@ class Schedule:
 
         Raises:
             PlasticError: The schedule is over; a validation loss is needed in a plastic stage and is missing or NaN;
-                gates are not finite; the optimizers no longer fit the network; the budget has become impossible; or the
-                loss of a `Growth` does not depend on the network, or is not finite. Nothing was changed.
+                gates are not finite; the optimizers no longer fit the network; the budget has become impossible; the
+                loss of a `Growth` does not depend on the network, or is not finite; or the inputs to repair it on have
+                no form that is known. Nothing was changed.
         """
         with self.net.lock:
             return self._ended(val_loss)
@@ -182,9 +189,10 @@ class Schedule:
                 decide(net, controller.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
-        # Only the loss of growth can fail from here on. Undoing takes memory, so that it is prepared for that only.
-        growing = stage.plastic and self.growth is not None and self.growth.loss is not None
-        with self._undone_on_error() if growing else nullcontext():
+        # Only what runs the network can fail from here on. Undoing takes memory, so that it is prepared for that only.
+        growing = self.growth is not None and self.growth.loss is not None
+        running = stage.plastic and (growing or (self.repair is not None and timeline.ends_stage))
+        with self._undone_on_error() if running else nullcontext():
             cut, grown = self._end_epoch(loss)
         rebuilt = any(p is not q for p, q in zip(parameters, net.model.parameters(), strict=True))
         if self.on_resize is not None and (cut or grown or rebuilt):
@@ -261,7 +269,7 @@ class Schedule:
         if self.net.k == before:
             return changed
         if math.isinf(self.net.k):
-            changed = harden(self.net, self.optimizers, self.controller, self.multiple_of)
+            changed = harden(self.net, self.optimizers, self.controller, self.multiple_of, self.repair)
         elif self.net.k and (before == 0 or math.isinf(before)):
             self._open()
         forget_gates(self.net, self.optimizers)
