@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import plasticnet as pn
+from plasticnet.tools.copying import deep_copy
 
 
 class Keeping(nn.Module):
@@ -256,3 +257,105 @@ def test_blocks_with_inputs_that_have_a_graph() -> None:
     x = torch.randn(5, 6, requires_grad=True) * 2
     model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3))
     assert "depth" in pn.PlasticNet(model, (x,), blocks="1").sites
+
+
+# -- functions that have hold of the model ----------------------------------------------------
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def hook_on_the_root(model: Three) -> None:
+    model.c.register_forward_hook(lambda module, args, out: out * model.c.bias.mean())
+
+
+def hook_on_a_sibling(model: Three) -> None:
+    other = model.c
+    model.b.register_forward_pre_hook(lambda module, args: (args[0] + other.bias.sum(),))
+
+
+def another_forward(model: Three) -> None:
+    before = model.forward
+    model.forward = lambda x: before(x) * 2  # type: ignore[method-assign]
+
+
+def a_default(model: Three) -> None:
+    def hook(module: nn.Module, args: Any, out: Tensor, *, root: Three = model) -> Tensor:
+        return out + root.c.bias.sum()
+
+    model.a.register_forward_hook(hook)
+
+
+def in_a_list(model: Three) -> None:
+    layers = [model.c, model.c]
+    model.a.register_forward_hook(lambda module, args, out: out * layers[0].bias.mean())
+
+
+def a_function_of_a_function(model: Three) -> None:
+    def scale() -> Tensor:
+        return model.c.bias.mean()
+
+    model.a.register_forward_hook(lambda module, args, out: out * scale())
+
+
+def a_function_of_itself(model: Three) -> None:
+    def again(n: int) -> Tensor:
+        return again(n - 1) if n else model.c.bias.mean()
+
+    model.a.register_forward_hook(lambda module, args, out: out * again(2))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        hook_on_the_root, hook_on_a_sibling, another_forward, a_default, in_a_list, a_function_of_a_function,
+        a_function_of_itself,
+    ],
+)  # fmt: skip
+def test_functions_of_a_copy_know_the_copy(hold: Callable[[Three], None]) -> None:
+    torch.manual_seed(0)
+    model, x = Three().double(), torch.randn(5, 4).double()
+    hold(model)
+    whole = model(x)
+    net = pn.PlasticNet(model, (x,))
+    assert {"a", "b"} & set(net.sites)
+    assert torch.equal(net.model(x), whole)
+    with torch.no_grad():
+        for site in net.sites.values():
+            site.phi[:2] = -1.0
+    small = net.eval().compact()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(x), net(x))
+    kept = small(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(small(x), kept)
+
+
+def test_what_a_function_holds_of_something_else_is_shared() -> None:
+    model, teacher, seen = Three(), nn.Linear(3, 3), []
+
+    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        seen.append(len(out))
+        return out + teacher(model.c.bias)
+
+    model.c.register_forward_hook(hook)
+    copied = deep_copy(model)
+    new = next(iter(copied.c._forward_hooks.values()))
+    cells = dict(zip(new.__code__.co_freevars, (c.cell_contents for c in new.__closure__), strict=True))
+    assert cells["teacher"] is teacher
+    assert cells["seen"] is seen
+    assert cells["model"] is copied
+
+
+def test_functions_without_the_model_are_shared() -> None:
+    model, factor = Three(), 2.0
+    model.c.register_forward_hook(hook := lambda module, args, out: out * factor)
+    assert next(iter(deep_copy(model).c._forward_hooks.values())) is hook

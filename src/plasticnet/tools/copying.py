@@ -2,19 +2,29 @@
 
 ``copy.deepcopy`` gives up on a model that keeps results of a computation, such as attention maps in a list, and on one
 that holds a lock, an open file, a generator or a socket. Here the former are copied without their graph, and the latter
-are shared by both models. Everything else is copied as ``deepcopy`` does it.
+are shared by both models. A function that has hold of a part of the model, such as a hook or a forward that was put in
+the place of another, has hold of the part of the copy in the copy. Everything else is copied as ``deepcopy`` does it.
 """
 
 from __future__ import annotations
 
 import copyreg
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from copy import deepcopy
 from threading import Thread
-from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NotImplementedType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    EllipsisType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NotImplementedType,
+)
 from typing import Any
 from weakref import ref
 
@@ -27,7 +37,7 @@ from plasticnet.tools.torch_private import is_transformed
 # Values of these types have no parts that could differ between two copies.
 _PLAIN = {
     type(None), EllipsisType, NotImplementedType, bool, int, float, complex, bytes, str, range, property, CodeType,
-    FunctionType, BuiltinFunctionType,
+    BuiltinFunctionType,
 }  # fmt: skip
 _SHARED = (type, ModuleType, ref, Thread, Executor)  # the classes of what copies of a model share
 _NOTHING = object()
@@ -44,7 +54,8 @@ def deep_copy(value: Any, known: Mapping[int, Any] | None = None) -> Any:
     Raises:
         PlasticError: A module refuses to be copied.
     """
-    return _Copier(known or {}).copy(value)
+    own = [*value.modules(), *value.parameters(), *value.buffers()] if isinstance(value, nn.Module) else []
+    return _Copier(known or {}, own).copy(value)
 
 
 class _Copier:
@@ -52,10 +63,12 @@ class _Copier:
 
     Args:
         known: Copies of some parts, by the ids of the parts.
+        own: The modules and tensors of which a function in the copy must have hold of the copies.
     """
 
-    def __init__(self, known: Mapping[int, Any]) -> None:
+    def __init__(self, known: Mapping[int, Any], own: Iterable[Any]) -> None:
         self._memo: dict[Any, Any] = dict(known)  # in the form that ``__deepcopy__`` takes
+        self._own = {id(part) for part in own}
         self._alive: list[Any] = []  # keeps what was copied alive, so that ids stay unique
 
     def copy(self, x: Any) -> Any:
@@ -98,6 +111,8 @@ class _Copier:
             return self._memo.get(id(x), parts if any(a is not b for a, b in zip(x, parts, strict=True)) else x)
         if kind is MethodType:
             return MethodType(x.__func__, self.copy(x.__self__))
+        if kind is FunctionType:
+            return self._function(x) if self._holds_own(x, set()) else x
         owner = hasattr(kind, "__del__") and not isinstance(x, nn.Module)
         if owner or isinstance(x, _SHARED):  # A copy that is deleted would close what its owner still uses.
             return x
@@ -123,6 +138,47 @@ class _Copier:
         for value in vars(x).values():
             self.copy(value)
         return deepcopy(x, self._memo)
+
+    def _holds_own(self, x: Any, seen: set[int]) -> bool:
+        """Return whether a value is a part of the model, or has hold of one.
+
+        Args:
+            x: The value. Functions, methods and containers are searched, and other objects are not.
+            seen: The ids of what was searched before.
+        """
+        if id(x) in self._own:
+            return True
+        if type(x) in _PLAIN or id(x) in seen:
+            return False
+        seen.add(id(x))
+        if type(x) is MethodType:
+            return self._holds_own(x.__self__, seen)
+        parts: Iterable[Any] = ()
+        if type(x) is FunctionType:
+            parts = [*_contents(x), *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()]
+        elif isinstance(x, dict):
+            parts = x.values()
+        elif isinstance(x, (list, tuple, set, frozenset)):
+            parts = x
+        return any(self._holds_own(part, seen) for part in parts)
+
+    def _function(self, x: FunctionType) -> FunctionType:
+        """Return a function that has hold of the copies of what a function has hold of, as far as that is the model."""
+        cells = tuple(CellType() for _ in x.__closure__ or ())
+        self._memo[id(x)] = new = FunctionType(x.__code__, x.__globals__, x.__name__, None, cells)
+
+        def held(part: Any) -> Any:
+            return self.copy(part) if self._holds_own(part, set()) else part
+
+        for cell, old in zip(cells, x.__closure__ or (), strict=True):
+            with suppress(ValueError):  # The cell is still empty.
+                cell.cell_contents = held(old.cell_contents)
+        new.__defaults__ = x.__defaults__ and tuple(held(part) for part in x.__defaults__)
+        new.__kwdefaults__ = x.__kwdefaults__ and {name: held(part) for name, part in x.__kwdefaults__.items()}
+        new.__qualname__, new.__module__, new.__doc__ = x.__qualname__, x.__module__, x.__doc__
+        new.__annotations__ = dict(x.__annotations__)
+        new.__dict__.update({name: held(part) for name, part in vars(x).items()})
+        return new
 
     def _by_parts(self, x: Any) -> Any:
         """Return an object made anew from the parts that pickle would save."""
@@ -180,6 +236,15 @@ class _Copier:
                     new[self.copy(key)] = self.copy(value)
                 return new
         return x
+
+
+def _contents(function: FunctionType) -> list[Any]:
+    """Return what lies in the cells of a function's closure; a cell may still be empty."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def _refusal(module: nn.Module, error: Exception) -> PlasticError:
