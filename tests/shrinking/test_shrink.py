@@ -296,6 +296,15 @@ def one_shot() -> Iterator[Tensor]:
         ({"batches": []}, "no batches"),
         ({"batches": [X[:1]]}, "held out"),
         ({"batches": [("text", 1)] * 5}, "forward=lambda"),
+        ({"batches": torch.utils.data.TensorDataset(X, Y)}, "DataLoader"),
+        ({"batches": list(zip(X, Y, strict=True))}, "looks like one sample.*DataLoader"),
+        ({"batches": (X, Y)}, r"\[\(x, y\)\]"),
+        ({"batches": [X.numpy()]}, "from_numpy"),
+        ({"batches": [(X.numpy(), Y.numpy())] * 2}, "from_numpy"),
+        ({"batches": [{"x": X, "y": Y}]}, r"takes \['input'\].*forward=lambda"),
+        ({"batches": [(X, X, Y)], "model": nn.Bilinear(6, 6, 3)}, r"float32\[320, 6\].*\(\(a, b\), labels\)"),
+        ({"batches": [(X[:, :5], Y)]}, r"does not run on the first batch, \(float32\[320, 5\], int64\[320\]\)"),
+        ({"batches": [X.byte()]}, "uint8.*floating before"),
         ({"budget": 0.5}, r"pn\.Budget\(macs=0\.5\)"),
         ({"budget": Budget(macs=1e-6)}, "smallest network"),
         ({"model": "resnet"}, "plain trained module"),
@@ -306,6 +315,10 @@ def one_shot() -> Iterator[Tensor]:
         ({"scores": "best"}, "scores='best'"),
         ({"exclude": "nothing"}, "exclude='nothing'"),
         ({"forward": lambda model, batch: batch}, "has not called the model"),
+        ({"validate": lambda network: None}, "returned NoneType"),
+        ({"loss": F.cross_entropy}, r"loss= raises TypeError.*batch\[1\]"),
+        ({"loss": lambda output, batch: output.sum().item()}, "returned float"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(X)], 0.1)}, "optimizer=lambda p"),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:
@@ -322,6 +335,37 @@ def test_a_model_that_cannot_learn() -> None:
     model = trained(1).requires_grad_(False)
     shrink(model, BATCHES, Budget(macs=0.5))
     with pytest.raises(PlasticError, match="requires_grad_"):
+        shrink(model, BATCHES, Budget(macs=0.5), epochs=1)
+
+
+def test_contexts_of_the_caller() -> None:
+    model = trained()
+    with torch.no_grad():
+        _, report = shrink(model, BATCHES, Budget(macs=0.2), epochs=5)
+    assert report.steps[-1].error < report.steps[1].error
+    with torch.inference_mode():
+        batches = [x + 0 for x in X.split(64)]
+        with pytest.raises(PlasticError, match="inference_mode"):
+            shrink(model, batches, Budget(macs=0.2))
+    shrink(model, batches, Budget(macs=0.2), epochs=1)
+
+
+def test_batches_of_one_input() -> None:
+    normed = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    odd = [X[:64], X[64:128], X[128:129]]
+    for loss in (None, lambda output, _: output.square().mean()):
+        with pytest.raises(PlasticError, match="drop_last=True"):
+            shrink(normed, odd, Budget(macs=0.5), epochs=1, loss=loss)
+        with pytest.raises(PlasticError, match="drop_last=True"):
+            shrink(normed, list(X[:20].split(1)), Budget(macs=0.5), epochs=1, loss=loss)
+    shrink(normed, odd, Budget(macs=0.5))
+    shrink(trained(), list(X[:20].split(1)), Budget(macs=0.5), epochs=1)
+
+
+def test_half_precision_learns_in_full_one() -> None:
+    model = trained().half()
+    shrink(model, BATCHES, Budget(macs=0.5))
+    with pytest.raises(PlasticError, match=r"model\.float\(\)"):
         shrink(model, BATCHES, Budget(macs=0.5), epochs=1)
 
 

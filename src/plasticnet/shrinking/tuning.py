@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -68,13 +69,14 @@ def tune(
                 share = (epoch + place / max(length, place + 1)) / epochs
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(share / _WARM + 0.01, 1.0) * (0.5 + 0.5 * math.cos(math.pi * share))
-                loss = losses(batch).mean()
-                if not bool(loss.isfinite()):
-                    raise PlasticError(
-                        f"the loss is {float(loss.detach())} in epoch {epoch + 1}; a lower learning rate may help"
-                    )
                 optimizer.zero_grad()
-                loss.backward()
+                with torch.enable_grad():
+                    loss = _loss(losses, batch)
+                    if not bool(loss.isfinite()):
+                        raise PlasticError(
+                            f"the loss is {float(loss.detach())} in epoch {epoch + 1}; {_way_out(parameters)}"
+                        )
+                    loss.backward()
                 nn.utils.clip_grad_norm_(parameters, _GRADIENT)
                 optimizer.step()
                 total, n = total + float(loss.detach()), n + 1
@@ -87,3 +89,23 @@ def tune(
         progress.close()
         network.eval()
         network.zero_grad(set_to_none=True)
+
+
+def _loss(losses: Callable[[Any], Tensor], batch: Any) -> Tensor:
+    """Return the mean loss of a batch. Raises `PlasticError` where BatchNorm has a single value to learn from."""
+    try:
+        return losses(batch).mean()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise PlasticError(
+            f"a batch of one input is too small for BatchNorm to learn from ({error}): drop_last=True leaves out the "
+            "last batch of a DataLoader where it is smaller; or make batches larger"
+        ) from error
+
+
+def _way_out(parameters: Iterable[nn.Parameter]) -> str:
+    """Return what helps where a loss is not finite."""
+    if any(p.dtype == torch.float16 for p in parameters):
+        return "float16 is too coarse for most optimizers: shrink model.float(), and call .half() on what it returns"
+    return "a lower learning rate may help"

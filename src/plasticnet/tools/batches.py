@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.snapshot import left_as_it_was
@@ -17,6 +19,7 @@ from plasticnet.tools.snapshot import left_as_it_was
 Forward = Callable[[Any, Any], Any]  # runs a model on a batch and returns its output
 LABELS = ("labels", "label")  # keys of a batch that are no inputs where nothing is learned from them
 _PARTS = 5  # one of so many parts is held out
+_FORWARD = "forward=lambda model, batch: ... runs the model on anything else"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
     if len(read) < 2:
         raise PlasticError(
             "a fifth of the inputs is held out, so there must be two batches, or one of five inputs or more, all of "
-            "whose tensors have one row for each input"
+            f"whose tensors have one row for each input{_if_numpy(read)}"
         )
     step = min(_PARTS, len(read))
     return Calibration([b for i, b in enumerate(read) if (i + 1) % step], read[step - 1 :: step], inputs, first)
@@ -79,11 +82,23 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
 
 def check_batches(batches: Any) -> None:
     """Raise `PlasticError` unless the batches can be read again and again."""
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise PlasticError(
+            f"batches={type(batches).__name__} gives one sample after the other; a DataLoader makes batches of them: "
+            "torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise PlasticError(
             f"batches are a list of batches, a DataLoader or the like, not a {type(batches).__name__}; a single batch "
             "goes into a list: [batch]"
         )
+    if isinstance(batches, tuple | list) and len(batches) == 2 and all(isinstance(t, Tensor) for t in batches):
+        x, y = batches
+        if len(x.shape) and x.shape[:1] == y.shape[:1] and x.dim() != y.dim():
+            raise PlasticError(
+                f"batches are {_shown(batches)}, which look like all inputs and their labels; a single batch goes into "
+                "a list: [(x, y)], and list(zip(x.split(64), y.split(64))) makes several"
+            )
     if iter(batches) is batches:
         raise PlasticError(
             f"batches={type(batches).__name__} is an iterator, which can be read only once; give a list or a DataLoader"
@@ -115,8 +130,8 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, *, d
     if isinstance(given, Tensor):
         return model(given)
     raise PlasticError(
-        f"a batch is a tensor, a tuple whose first element is the input, or a mapping, not a {type(given).__name__}; "
-        "forward=lambda model, batch: ... runs the model on anything else"
+        f"a batch is a tensor, a tuple whose first element is the input, or a mapping, not a {type(given).__name__}"
+        f"{_if_numpy(given)}; {_FORWARD}"
     )
 
 
@@ -144,6 +159,63 @@ def arguments_of(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs} if kwargs else args
 
 
+def first_arguments(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    """Return what a model is called with for a few rows of the first batch, and explain why it rejects them.
+
+    Args:
+        model: The model. It is left as it was.
+        batch: The batch.
+        forward: What runs the model on the batch, where its form does not fit. Its own errors are passed on.
+
+    Raises:
+        PlasticError: What should be a batch is a single sample, or the model does not run on it.
+    """
+    few = some_rows(batch, slice(0, 2)) if splittable(batch) else batch
+    if forward is not None:
+        return arguments_of(model, few, forward)
+    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[0], Tensor) and _is_number(batch[1]):
+        raise PlasticError(
+            f"the first batch is {_shown(batch)}, which looks like one sample with its label; a DataLoader makes "
+            "batches of samples: torch.utils.data.DataLoader(samples, batch_size=64)"
+        )
+    try:
+        return arguments_of(model, few, None)
+    except PlasticError:
+        raise
+    except Exception as error:  # a model can raise anything
+        what = (str(error).splitlines() or [repr(error)])[0]
+        given = few[0] if isinstance(few, tuple | list) and few else few
+        whole = any(isinstance(t, Tensor) and not t.is_floating_point() for t in tree_leaves(given))
+        raise PlasticError(
+            f"{type(model).__name__} does not run on the first batch, {_shown(batch)}: {what}. Of a tuple or list the "
+            "first element is the input, and several inputs are a tuple in it, as in ((a, b), labels)"
+            f"{'; whole numbers are passed as they are, so make those of images floating before' if whole else ''}; "
+            f"{_FORWARD}"
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is one number, as the label of a single sample."""
+    return type(value) in (int, float) or (isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0)
+
+
+def _shown(batch: Any) -> str:
+    """Return a batch in a few words: the dtypes and shapes of its tensors, in its containers."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k!r}: {_shown(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, tuple | list):
+        return "(" + ", ".join(map(_shown, batch[:4])) + (", ...)" if len(batch) > 4 else ")")
+    return type(batch).__name__
+
+
+def _if_numpy(batch: Any) -> str:
+    """Return the way out for arrays of numpy, where there are some in a batch."""
+    arrays = any(isinstance(value, np.ndarray) for value in tree_leaves(batch))
+    return ", and torch.from_numpy makes a tensor of an array" if arrays else ""
+
+
 def _named(model: nn.Module, given: Mapping[str, Any], drop: tuple[str, ...]) -> dict[str, Any]:
     """Return the entries of a mapping that the forward of a model names."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -151,7 +223,10 @@ def _named(model: nn.Module, given: Mapping[str, Any], drop: tuple[str, ...]) ->
     names = {p.name for p in parameters}
     found = {k: v for k, v in given.items() if k not in drop and (everything or k in names)}
     if not found:
-        raise PlasticError(f"forward takes {sorted(names)}, and the batch has only {sorted(given)}")
+        raise PlasticError(
+            f"forward takes {sorted(names)}, and the batch has only {sorted(given)}; name the keys so, or say it: "
+            f"{_FORWARD}"
+        )
     return found
 
 
@@ -164,6 +239,8 @@ def like_model(model: nn.Module, batch: Any) -> Any:
     def moved(t: Any) -> Any:
         if not isinstance(t, Tensor):
             return t
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            t = t.clone()  # which gradients can flow beside
         return t.to(like.device, like.dtype) if t.is_floating_point() else t.to(like.device)
 
     return tree_map(moved, batch)

@@ -41,7 +41,7 @@ def find_blocks(model: nn.Module, patterns: Sequence[str], calls: Sequence[Call]
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             known = ", ".join(n for n, m in model.named_modules() if n and next(m.children(), None) is not None)
-            raise PlasticError(f"blocks={pattern!r} matches no module; those with parts are: {known}")
+            raise PlasticError(f"blocks={pattern!r} matches no module; those with parts are: {known or 'none'}")
     if not names:
         return [], {}
     noted: dict[str, list[str]] = {n: [] for n in names}
