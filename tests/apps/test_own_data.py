@@ -36,10 +36,15 @@ def test_arrays(tmp_path: Path) -> None:
         ({"x": x, "y": y[:3]}, "10 rows, and y has 3"),
         ({"x": np.zeros((0, 3))}, "not a single input"),
         ({"x": np.array([{}], dtype=object)}, "allow_pickle"),
+        ({"x": np.array(["a", "b"])}, "x does not hold numbers"),
+        ({"x": np.array(3.0)}, "no rows"),
+        ({"x": x, "y": np.array(3.0)}, "y has none"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(PlasticError, match=message):
             read_batches(str(tmp_path / "bad.npz"), HOW)
+    np.savez(tmp_path / "named.npz", x=x, y=np.array(["dog", "cat"] * 5))
+    assert joined(read_batches(str(tmp_path / "named.npz"), HOW))[1].tolist() == [1, 0] * 5
     (tmp_path / "broken.npz").write_bytes(b"no archive")
     with pytest.raises(PlasticError, match="broken"):
         read_batches(str(tmp_path / "broken.npz"), HOW)
@@ -63,6 +68,9 @@ def test_tables(tmp_path: Path) -> None:
         ("a,b\n", HOW, "a head and a row"),
         ("a,b\n1,2\n", Reading(target="c"), "no column 'c', only a, b"),
         ("a\n1\n", Reading(target="a"), "no column beside the target"),
+        ("0.5,-1.25\n1,2\n", HOW, "a head with the names"),
+        ("a,b\n1,2\n", Reading(batch=0), "--batch 0"),
+        ("a,b\n1,2\n", Reading(std=0.0), r"--std 0\.0"),
     ):
         path.write_text(text)
         with pytest.raises(PlasticError, match=message):

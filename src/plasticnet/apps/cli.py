@@ -85,8 +85,8 @@ def train_command(
     train_modes(data, model, MODES[mode], config, out, data_dir=data_dir, resume=resume, overwrite=overwrite)
 
 
-def _budget(text: str | None) -> Budget | None:
-    """Return the budget that the text of --budget describes."""
+def _budget(text: str | None, *, latency: bool = False) -> Budget | None:
+    """Return the budget that the text of --budget describes; with a time among its targets only where that is said."""
     if text is None:
         return None
     try:
@@ -94,7 +94,7 @@ def _budget(text: str | None) -> Budget | None:
         budget = Budget(**targets)
     except (ValueError, TypeError):
         raise PlasticError(f"--budget {text}: write targets as in macs=0.3,params=5000; or loss=0.02") from None
-    if budget.latency_ms is not None:
+    if budget.latency_ms is not None and not latency:
         raise PlasticError("--budget latency_ms: latency is measured in Python, by net.measure_latency(...)")
     return budget
 
@@ -151,12 +151,14 @@ def shrink_command(
     """Make a trained model smaller in one go, without labels unless they are asked for."""
     if (out / "compact.safetensors").exists() and not overwrite:
         raise PlasticError(f"--out {out} holds a compact.safetensors: give another folder, or --overwrite")
-    asked = _budget(budget)
+    asked = _budget(budget, latency=True)
     assert asked is not None
     options = Options(
         epochs, loss, calibrate, tuple(exclude or ()), residual, tuple(blocks or ()), multiple_of, classes, seed
     )
     how = Reading(batch, target, image_size, mean, std, data_dir)
+    if weights is None and model.partition(":")[0] in ("mlp", "lenet5", "torchvision", "timm", "transformers"):
+        print_line(f"the weights of {model} are random: --weights names those of a trained model")
     report = shrink_model(model, data, how, asked, weights, out, options)
     print_line(str(report))
     print_line(f"written {out / 'compact.safetensors'}; load it with plasticnet.load and the factory of the model")

@@ -56,6 +56,9 @@ def read_batches(source: str, how: Reading) -> Iterable[Any]:
     Raises:
         PlasticError: There are no such data, they cannot be read, or a package for it is missing.
     """
+    for option, value in (("--batch", how.batch), ("--image-size", how.size), ("--std", how.std)):
+        if value is not None and not value > 0:
+            raise PlasticError(f"{option} {value}: a number above 0")
     path = Path(source)
     if source in DATASETS:
         train = load_data(source, how.data_dir).train
@@ -103,10 +106,23 @@ def _arrays(path: Path, _: Reading) -> tuple[Tensor, Tensor | None]:
         arrays = {"x": next(iter(arrays.values()))}
     if "x" not in arrays:
         raise PlasticError(f"--data {path}: it has the arrays {', '.join(arrays)}; the inputs must be named x")
-    x, y = torch.from_numpy(arrays["x"]), arrays.get("y")
-    if y is not None and len(y) != len(x):
-        raise PlasticError(f"--data {path}: x has {len(x)} rows, and y has {len(y)}")
-    return x.float() if x.dtype == torch.float64 else x, None if y is None else torch.from_numpy(y)
+    x, y = _tensor(path, "x", arrays["x"]), arrays.get("y")
+    if y is not None and (y.ndim == 0 or len(y) != len(x)):
+        raise PlasticError(f"--data {path}: x has {len(x)} rows, and y has {len(y) if y.ndim else 'none'}")
+    named = y is not None and y.dtype.kind in "US"  # names of classes
+    labels = None if y is None else _classes(y.tolist()) if named else _tensor(path, "y", y)
+    return x.float() if x.dtype == torch.float64 else x, labels
+
+
+def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
+    """Return an array as a tensor. Raises `PlasticError` where it holds no numbers, or is a single one."""
+    try:
+        found = torch.from_numpy(array)
+    except TypeError as error:
+        raise PlasticError(f"--data {path}: {name} does not hold numbers: {error}") from error
+    if not found.dim():
+        raise PlasticError(f"--data {path}: {name} is a single number, and has no rows")
+    return found
 
 
 def _csv(path: Path, how: Reading) -> tuple[Tensor, Tensor | None]:
@@ -116,9 +132,20 @@ def _csv(path: Path, how: Reading) -> tuple[Tensor, Tensor | None]:
     if len(rows) < 2:
         raise PlasticError(f"--data {path}: a head and a row are needed")
     head = [name.strip() for name in rows[0]]
+    if all("." in name and _is_number(name) for name in head):
+        raise PlasticError(f"--data {path}: the first line holds numbers; write a head with the names of the columns")
     if uneven := next((i for i, row in enumerate(rows, 1) if len(row) != len(head)), None):
         raise PlasticError(f"--data {path}: line {uneven} has not {len(head)} columns")
     return _table(path, {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(head)}, how)
+
+
+def _is_number(text: str) -> bool:
+    """Return whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parquet(path: Path, how: Reading) -> tuple[Tensor, Tensor | None]:

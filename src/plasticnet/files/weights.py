@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,8 +57,9 @@ def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise PlasticError(f"{path} holds more than tensors, or is damaged; save model.state_dict()") from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise PlasticError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
+        what = (str(error).splitlines() or [repr(error)])[0]
+        raise PlasticError(f"{path} cannot be read as a state dict: {what}") from error
     for key in _NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
