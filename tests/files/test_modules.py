@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.nn.utils import prune, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from plasticnet import PlasticError, PlasticNet, Take, load, load_checkpoint, save, save_checkpoint
 from plasticnet.apps.models import MLP
@@ -221,6 +222,48 @@ def test_only_what_there_is_is_named(file: bool, tmp_path: Path) -> None:
     save(nn.Linear(4, 3, bias=file), tmp_path / "m")
     with pytest.raises(PlasticError, match=rf"only the {'file' if file else 'model'} has \['bias'\]$"):
         load(tmp_path / "m", lambda: nn.Linear(4, 3, bias=not file))
+
+
+class Normed(nn.Module):
+    """Layers without a bias, each with a BatchNorm that can be folded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.up, self.norm2 = nn.ConvTranspose2d(8, 6, 2, bias=False), nn.BatchNorm2d(6)
+        self.fc, self.norm3 = nn.Linear(6, 10, bias=False), nn.BatchNorm1d(10)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.up(self.norm1(self.conv(x)).relu())).relu().mean((2, 3))
+        return self.out(self.norm3(self.fc(x)).relu())
+
+    def folded(self) -> nn.Module:
+        self.eval()
+        self.conv = fuse_conv_bn_eval(self.conv, self.norm1)
+        self.up = fuse_conv_bn_eval(self.up, self.norm2, transpose=True)
+        self.fc = fuse_linear_bn_eval(self.fc, self.norm3)
+        self.norm1 = self.norm2 = self.norm3 = nn.Identity()
+        return self
+
+
+def test_norms_folded_after_the_cut(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(50, 3, 6, 6)
+    model(x)
+    net = PlasticNet(model, (x[:2],))
+    net.resize({"conv": [0, 2, 5], "up": [1, 2], "fc": [0, 3, 6, 7]})
+    small = net.compact()
+    expected = small(x)
+    folded = small.folded()
+    torch.testing.assert_close(folded(x), expected)
+    save(folded, tmp_path / "folded.safetensors")
+    with pytest.raises(PlasticError, match=r"only the file has \['conv.bias'"):
+        load(tmp_path / "folded.safetensors", Normed)
+    loaded = load(tmp_path / "folded.safetensors", lambda: Normed().folded())
+    assert torch.equal(loaded(x), folded(x))
+    save(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "folded.safetensors").read_bytes()
 
 
 # -- files that are not right -----------------------------------------------------------------

@@ -23,14 +23,15 @@ from plasticnet.net import PlasticNet
 from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches, weights_of
 from plasticnet.surgery.rewrite import replace_tensors
 from plasticnet.tools.feature_info import feature_widths, with_feature_widths
-from plasticnet.tools.torch_private import unsaved_buffers
+from plasticnet.tools.torch_private import Conv, ConvTranspose, unsaved_buffers
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a compact module, or any other plain module, so that `load` can build it again.
 
     The file holds the tensors, and what a module of the original architecture needs to take this shape. Equal modules
-    give equal bytes. The file appears whole or not at all.
+    give equal bytes. The file appears whole or not at all. Where the module was changed in another way after the cut,
+    such as by folding each BatchNorm into its convolution, the factory for `load` must do the same.
 
     Args:
         module: A plain module, such as `PlasticNet.compact` returns.
@@ -62,11 +63,13 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(child, Take):
             takes[name.rpartition(".")[0]] = child.axis
         own = [a for a in WIDTHS if a in child.__dict__] + [a for m, a in record.get("widths", []) if m == name]
-        widths = {a: _plain(child.__dict__[a]) for a in own if _is_width(child.__dict__[a])}
+        widths = {a: _plain(child.__dict__[a]) for a in own if _is_width(child.__dict__.get(a))}
         if widths:
             attributes[name] = widths
     recipe = {"format": FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
     recipe.update((key, record[key]) for key in ("resized", "removed") if key in record)
+    if "resized" in record:
+        recipe["resized"] = [*record["resized"], *_new_biases(module, record["resized"])]
     write_file(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
 
 
@@ -149,6 +152,25 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
                 f"{path}: damaged ({len(take.indices)} features are taken before {name!r}, {width} are read)"
             )
     return model
+
+
+def _new_biases(module: nn.Module, resized: list[list[Any]]) -> list[list[Any]]:
+    """Return the biases that layers have got since they were cut, as from a BatchNorm folded into them.
+
+    They are as long as the outputs of the layer, so that a file may resize them with it.
+
+    Args:
+        module: The compact module.
+        resized: Pairs of a tensor's name and a dimension, in which the cut has resized it.
+    """
+    found = list[list[Any]]()
+    for name, layer in module.named_modules():
+        prefix = f"{name}." if name else ""
+        outputs = 1 if isinstance(layer, ConvTranspose) else 0
+        new = [f"{prefix}bias", 0] not in resized and [f"{prefix}weight", outputs] in resized
+        if new and isinstance(layer, nn.Linear | Conv) and layer.bias is not None:
+            found.append([f"{prefix}bias", 0])
+    return found
 
 
 def _is_number(value: Any) -> bool:
