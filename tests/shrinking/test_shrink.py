@@ -272,6 +272,23 @@ def test_regression_and_several_outputs() -> None:
     assert last < cut
 
 
+def test_outputs_that_differ_in_training() -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 3), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.body(x).relu()
+            return (self.a(h), self.b(h)) if self.training else self.a(h)
+
+    model, batches = Aside(), list(X.split(64))
+    with pytest.raises(PlasticError, match=r"\(64, 3\), \(64, 4\) in training.*loss=\.\.\."):
+        shrink(model, batches, Budget(macs=0.5), epochs=1)
+    shrink(model, batches, Budget(macs=0.5), epochs=1, outputs=lambda out: out[0] if isinstance(out, tuple) else out)
+    shrink(model, batches, Budget(macs=0.5), epochs=1, loss=lambda out, _: out[0].square().mean())
+
+
 def test_images() -> None:
     model = ConvNet().eval()
     images = torch.randn(80, 3, 4, 4)

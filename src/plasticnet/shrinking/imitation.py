@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import Forward, run_batch
 from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.outputs import classes_of, counted
@@ -63,7 +64,13 @@ class Imitation:
         if logits is not None and teacher is not None:
             own, other = (F.log_softmax(t.float() / temperature, 1) for t in (logits, teacher))
             return F.kl_div(own, other, reduction="none", log_target=True).sum(1) * temperature**2
-        pairs = zip(counted(output, self.outputs), counted(wanted, self.outputs), self._variances, strict=True)
+        own, other = counted(output, self.outputs), counted(wanted, self.outputs)
+        if [t.shape for t in own] != [t.shape for t in other]:
+            raise PlasticError(
+                f"the network returns tensors of the shapes {_shapes(own)} in training, and {_shapes(other)} are what "
+                "it should imitate; loss=... says what is trained on, or outputs=... what counts"
+            )
+        pairs = zip(own, other, self._variances, strict=True)
         errors = [(a.float() - b.float()).square() / v for a, b, v in pairs]
         if len({len(e) for e in errors}) == 1:
             return torch.stack([e.flatten(1).mean(1) if e.dim() > 1 else e for e in errors]).mean(0)
@@ -82,3 +89,8 @@ class Imitation:
             found = self.losses(run_batch(network, batch, self.forward), self.wanted(batch), temperature=1.0)
             total, n = total + float(found.sum()), n + found.numel()
         return total / n
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    """Return the shapes of tensors."""
+    return ", ".join(str(tuple(t.shape)) for t in tensors)
