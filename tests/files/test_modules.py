@@ -21,6 +21,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.nn.utils import prune, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.testing._internal.two_tensor import TwoTensor  # a tensor of two tensors, as quantised ones are
 
 from plasticnet import PlasticError, PlasticNet, Take, load, load_checkpoint, save, save_checkpoint
 from plasticnet.apps.models import MLP
@@ -245,6 +246,13 @@ class Normed(nn.Module):
         self.fc = fuse_linear_bn_eval(self.fc, self.norm3)
         self.norm1 = self.norm2 = self.norm3 = nn.Identity()
         return self
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(TwoTensor(model.weight.detach(), model.weight.detach()))
+    with pytest.raises(PlasticError, match=r"weight is a TwoTensor.*before it is quantised"):
+        save(model, tmp_path / "q.safetensors")
 
 
 def test_norms_folded_after_the_cut(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches, weights_of
 from plasticnet.surgery.rewrite import replace_tensors
 from plasticnet.tools.feature_info import feature_widths, with_feature_widths
-from plasticnet.tools.torch_private import Conv, ConvTranspose, unsaved_buffers
+from plasticnet.tools.torch_private import Conv, ConvTranspose, made_of_tensors, unsaved_buffers
 
 
 def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -38,7 +38,8 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         path: The file, which is replaced if it exists; it is in the safetensors format.
 
     Raises:
-        PlasticError: The module is a `PlasticNet` or holds one, has layers that `sparsify` made, or cannot be written.
+        PlasticError: The module is a `PlasticNet` or holds one, has layers that `sparsify` made or weights
+            that were quantised, or cannot be written.
 
     Example:
         >>> import tempfile, torch, plasticnet as pn
@@ -56,6 +57,12 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
     if sparse := sparse_layers(module):
         raise PlasticError(f"{sparse[0]!r} is sparse; save what was given to sparsify, and sparsify what load gives")
+    for name, tensor in _tensors(module).items():
+        if made_of_tensors(tensor):
+            raise PlasticError(
+                f"{name} is a {type(tensor).__name__}, and not a plain tensor; save the module before it is quantised, "
+                "and quantise what load gives"
+            )
     record: dict[str, Any] = getattr(module, RECORD, {})
     attributes: dict[str, dict[str, Any]] = {}
     takes: dict[str, int] = {}

@@ -20,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # -- base classes of layers -------------------------------------------------------------------
 
@@ -28,6 +29,14 @@ BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
 Conv = nn.modules.conv._ConvNd
 ConvTranspose = nn.modules.conv._ConvTransposeNd
 Dropout = nn.modules.dropout._DropoutNd
+
+
+# -- tensors ----------------------------------------------------------------------------------
+
+
+def made_of_tensors(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory of its own but holds other tensors, as the int8 weights of torchao do."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 # -- what a module holds ----------------------------------------------------------------------
