@@ -31,14 +31,6 @@ ConvTranspose = nn.modules.conv._ConvTransposeNd
 Dropout = nn.modules.dropout._DropoutNd
 
 
-# -- tensors ----------------------------------------------------------------------------------
-
-
-def made_of_tensors(tensor: Tensor) -> bool:
-    """Return whether a tensor has no memory of its own but holds other tensors, as the int8 weights of torchao do."""
-    return is_traceable_wrapper_subclass(tensor)
-
-
 # -- what a module holds ----------------------------------------------------------------------
 
 
@@ -236,6 +228,11 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Return the indices and the values of a sparse tensor (COO), which need not be coalesced."""
     return tensor._indices(), tensor._values()
+
+
+def made_of_tensors(tensor: Tensor) -> bool:
+    """Return whether a tensor has no memory of its own but holds other tensors, as the int8 weights of torchao do."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 # -- operations -------------------------------------------------------------------------------
