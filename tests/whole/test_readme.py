@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from plasticnet.apps.data import load_data
+from plasticnet.apps.models import factory
+from tests.kit.commands import succeed
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,12 +27,64 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = blocks_of("README.md", "python")
     assert len(blocks) >= 3
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "small.safetensors").exists()
+
+
+def blocks_of(page: str, kind: str) -> list[str]:
+    """The blocks of code of one kind in a page."""
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def write_own_data(folder: Path) -> None:
+    """What the commands of docs/shrink.md read: images in folders, arrays, tables, and the weights for these."""
+    digits = load_data("digits").train
+    for i, (x, y) in enumerate(zip(digits.x[:40], digits.y[:40], strict=True)):
+        file = folder / "photos" / str(int(y)) / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((x[0].numpy() + 1) * 127).astype(np.uint8)).save(file)
+    np.savez(folder / "digits.npz", x=digits.x.numpy(), y=digits.y.numpy())
+    rooms = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    columns = {**{name: rooms[:, i] for i, name in enumerate("abcd")}, "price": rooms.sum(1)}
+    rows = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    (folder / "houses.csv").write_text("\n".join(rows) + "\n")
+    parquet.write_table(pyarrow.table(columns), folder / "houses.parquet")
+    torch.save(factory("mlp:64-32", (4,), 1)().state_dict(), folder / "houses.pt")
+
+
+@pytest.mark.slow
+def test_code_of_the_page_about_shrinking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    python, page = blocks_of("docs/shrink.md", "python"), (ROOT / "docs" / "shrink.md").read_text()
+    (tmp_path / "own.py").write_text(python[0])
+    names: dict[str, object] = {}
+    printed = []
+    for block in python:
+        exec(compile(block, "docs/shrink.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    (report,) = re.findall(r"<!-- report:begin -->\n+```text\n(.*?)```", page, re.DOTALL)
+
+    def wordless(text: str) -> list[str]:
+        return [re.sub(r"[\d.,e%-]*\d[\d.,e%-]*", "#", " ".join(line.split())) for line in text.splitlines()]
+
+    assert wordless(report) in [wordless(text) for text in printed]  # numbers are not those of every machine
+    write_own_data(tmp_path)
+    (commands,) = blocks_of("docs/shrink.md", "sh")
+    lines = commands.replace("\\\n", " ").splitlines()
+    assert len(lines) >= 5
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "plasticnet"
+        succeed(*arguments)
+        assert (tmp_path / arguments[arguments.index("--out") + 1] / "compact.safetensors").exists()
+    sys.modules.pop("own", None)
 
 
 SCRIPTS = [
