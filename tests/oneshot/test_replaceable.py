@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from plasticnet import PlasticError, PlasticNet
+from plasticnet.oneshot.replaceable import _Leaving  # pyright: ignore[reportPrivateUsage]
 from tests.kit.networks import ConvNet, images, mlp
 
 
@@ -61,6 +62,26 @@ def test_all_sites_have_scores_and_the_budget_is_met(options: dict[str, object])
     whole = net.summary().macs
     pn.prune_once(net, pn.Budget(macs=0.5), scores="repair", batches=x.split(20))
     assert net.summary().macs <= 0.5 * whole
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_is_left_is_the_inverse_of_what_is_left(width: int) -> None:
+    torch.manual_seed(0)
+    n = 200 // width  # so many that the columns are subtracted in several blocks
+    x = torch.randn(1000, n * width, dtype=torch.float64) @ torch.randn(n * width, n * width, dtype=torch.float64)
+    covariance = x.mT @ x / len(x)
+    covariance += torch.diag(0.1 * covariance.diagonal())
+    weight, where = torch.randn(n * width, 4, dtype=torch.float64), torch.randperm(n * width).view(n, width)
+    reader = _Leaving(covariance, weight, where)
+    for unit in range(0, n - 5):
+        reader.remove(unit)
+    for unit in range(n - 5, n):
+        others = torch.cat([where[i] for i in range(n - 5, n) if i != unit])
+        own = where[unit]
+        part = covariance[own][:, others]
+        missing = covariance[own][:, own] - part @ torch.linalg.solve(covariance[others][:, others], part.mT)
+        expected = (weight[own] * (missing @ weight[own])).sum()
+        torch.testing.assert_close(reader.rest()[unit], expected)
 
 
 def test_it_needs_inputs() -> None:

@@ -9,7 +9,8 @@ given what is left. So of two units that do the same the first one costs nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from plasticnet.repairing.products import Place, Product
 from plasticnet.repairing.watching import watching
 from plasticnet.tools.batches import Forward, rows, run_batch
 
-_ROWS, _LEAST = 4, 1024  # so many rows of each batch are read for each input of a reader, but at least so many
+_ROWS, _LEAST = 4, 16384  # so many rows are read for each input of a reader, but at least so many in all
 _RIDGE = 0.1  # as a share of the variance of each input
+_BLOCK = 128  # so many columns are gathered before they are subtracted
 
 
 class _Moments:
@@ -44,11 +46,11 @@ class _Moments:
 
     def covariance(self) -> Tensor:
         """Return the mean products around the means, with a ridge."""
-        mean = self.x / self.n
-        found = self.xx / self.n - torch.outer(mean, mean)
-        return found + torch.diag_embed(
-            _RIDGE * found.diagonal().clamp(min=1e-12 * float(found.diagonal().mean()) + 1e-30)
-        )
+        mean, squares = self.x / self.n, self.xx / self.n
+        found = squares - torch.outer(mean, mean)
+        # What is far from 0 and hardly moves has a variance that is no more than the rounding of its square.
+        least = 1e-6 * squares.diagonal() + 1e-12 * found.diagonal().mean().clamp(min=0) + 1e-30
+        return found + torch.diag_embed(torch.maximum(_RIDGE * found.diagonal(), least))
 
 
 def unreplaceable(
@@ -66,7 +68,7 @@ def unreplaceable(
     moments = _moments(net, batches, most, forward)
     found, start = list[Tensor](), 0
     for site in net.sites.values():
-        readers = list[tuple[Tensor, Tensor, Tensor]]()  # inverse covariance, weights, and the inputs of each unit
+        readers = list[_Leaving]()
         for r in net.gating.readers:
             place = next((p for p in moments if p.tensor == r.tensor), None)
             units = r.units - start
@@ -78,7 +80,7 @@ def unreplaceable(
             wide = units.repeat_interleave(len(weight) // len(units))
             where = [(wide == i).nonzero()[:, 0] for i in range(len(site))]
             if len({len(w) for w in where}) == 1:
-                readers.append((torch.linalg.inv(moments[place].covariance()), weight, torch.stack(where)))
+                readers.append(_Leaving(moments[place].covariance(), weight, torch.stack(where)))
         own = fisher[start : start + len(site)]
         start += len(site)
         found.append(own * _shares(readers, own).to(own) if readers else own)
@@ -88,13 +90,14 @@ def unreplaceable(
 def _moments(net: PlasticNet, batches: Iterable[Any], most: int, forward: Forward | None) -> dict[Place, _Moments]:
     """Return the sums for every part of a parameter that is multiplied with activations in one group."""
     found, generator, left = dict[Place, _Moments](), torch.Generator().manual_seed(0), most
+    share = 1.0  # of the inputs, in the batch that is read
 
     def notice(product: Product) -> None:
         if product.place.groups > 1 or product.place.kind == "stack":
             return
         inputs = product.place.matrices(product.place.of(net.model.get_parameter(product.place.tensor))).shape[1]
-        n = product.rows
-        pick = torch.randperm(n, generator=generator)[: max(_ROWS * inputs, _LEAST)].to(product.out.device)
+        wanted = math.ceil(share * max(_ROWS * inputs, _LEAST))
+        pick = torch.randperm(product.rows, generator=generator)[:wanted].to(product.out.device)
         x = product.inputs(pick)[0]
         found.setdefault(product.place, _Moments()).add(x if x.dtype == torch.float64 else x.float())
 
@@ -102,38 +105,73 @@ def _moments(net: PlasticNet, batches: Iterable[Any], most: int, forward: Forwar
         for batch in batches:
             if left <= 0:
                 break
+            n = rows(batch)
+            share = min(n / min(most, len(batches) * n if isinstance(batches, Sized) else most), 1.0)
             run_batch(net, batch, forward)
-            left -= rows(batch)
+            left -= n
     return found
 
 
-def _shares(readers: list[tuple[Tensor, Tensor, Tensor]], fisher: Tensor) -> Tensor:
+class _Leaving:
+    """What of each unit a reader cannot predict, as units of the site go one by one.
+
+    The inverse covariance of the inputs left is the one before minus a product of columns. These products are gathered
+    and subtracted in blocks, because only the blocks of the diagonal are needed at every step, and those are kept.
+
+    Args:
+        covariance: The covariance of the inputs.
+        weight: The reader's weights, shape (inputs, outputs).
+        where: The inputs of each unit, shape (units, width).
+    """
+
+    def __init__(self, covariance: Tensor, weight: Tensor, where: Tensor) -> None:
+        self._where = where
+        self._effects = weight[where] @ weight[where].mT  # (units, width, width)
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        self._blocks = self._inverse[where[:, :, None], where[:, None, :]]
+        self._columns = covariance.new_zeros(len(covariance), max(_BLOCK, where.shape[1]))
+        self._used = 0
+        self.whole = (covariance[where[:, :, None], where[:, None, :]] * self._effects).sum((1, 2))
+
+    def rest(self) -> Tensor:
+        """Return for each unit the effect on the reader that the units left cannot replace, shape (units,)."""
+        if self._where.shape[1] == 1:
+            return (self._effects / self._blocks)[:, 0, 0]
+        return torch.linalg.solve(self._blocks, self._effects).diagonal(dim1=1, dim2=2).sum(1)
+
+    def remove(self, unit: int) -> None:
+        """Let a unit go."""
+        gone = self._where[unit]
+        width, before = len(gone), self._columns[:, : self._used]
+        columns = self._inverse[:, gone] - before @ before[gone].mT
+        factor = torch.linalg.cholesky(self._blocks[unit])
+        columns = torch.linalg.solve_triangular(factor, columns.mT, upper=False).mT
+        columns[gone] = factor
+        own = columns[self._where]
+        self._blocks -= own @ own.mT
+        self._blocks[unit] = torch.eye(width, dtype=factor.dtype, device=factor.device)
+        self._columns[:, self._used : self._used + width] = columns
+        self._used += width
+        if self._used + width > self._columns.shape[1]:
+            self._inverse.addmm_(self._columns[:, : self._used], self._columns[:, : self._used].mT, alpha=-1)
+            self._used = 0
+
+
+def _shares(readers: list[_Leaving], fisher: Tensor) -> Tensor:
     """Return for each unit the share of its effect on its readers that the units that stay longer cannot replace.
 
     Args:
-        readers: The inverse covariances, weights and the inputs of each unit, shape (units, width), of each reader.
+        readers: The readers.
         fisher: The Fisher scores, by which the unit that goes next is chosen.
     """
     n = len(fisher)
-    whole = torch.zeros(n, dtype=torch.float64, device=fisher.device)
-    for inverse, weight, where in readers:
-        blocks = torch.linalg.inv(inverse)[where[:, :, None], where[:, None, :]]
-        whole += (weight[where] * (blocks @ weight[where])).sum((1, 2))
-    inverses = [inverse.clone() for inverse, _, _ in readers]
+    whole = torch.stack([r.whole for r in readers]).sum(0).clamp(min=1e-30)
     left = torch.ones(n, dtype=torch.bool, device=fisher.device)
     shares = torch.ones(n, dtype=torch.float64, device=fisher.device)
     for _ in range(n - 1):
-        rest = torch.zeros_like(whole)
-        for inverse, (_, weight, where) in zip(inverses, readers, strict=True):
-            index = where[left]
-            blocks = inverse[index[:, :, None], index[:, None, :]]
-            rest[left] += (weight[index] * torch.linalg.solve(blocks, weight[index])).sum((1, 2))
-        share = (rest / whole.clamp(min=1e-30)).clamp(max=1)
+        share = (torch.stack([r.rest() for r in readers]).sum(0) / whole).clamp(max=1)
         i = int(torch.where(left, share * fisher.double(), torch.inf).argmin())
         shares[i], left[i] = share[i], False
-        for inverse, (_, _, where) in zip(inverses, readers, strict=True):
-            gone = where[i]
-            inverse -= inverse[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-            inverse[gone], inverse[:, gone] = 0.0, 0.0
-            inverse[gone, gone] = 1.0
+        for reader in readers:
+            reader.remove(i)
     return shares
