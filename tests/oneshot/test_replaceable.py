@@ -84,6 +84,18 @@ def test_what_is_left_is_the_inverse_of_what_is_left(width: int) -> None:
         torch.testing.assert_close(reader.rest()[unit], expected)
 
 
+def test_inputs_that_hardly_move_are_no_trouble() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 3))
+    with torch.no_grad():
+        model[0].bias[:150] = 1.5  # most units are nearly constant, and far from 0
+        model[0].weight[:150] *= 1e-4
+    net = PlasticNet(model, (torch.randn(2, 6),))
+    found = pn.scores(net, "repair", batches=[torch.randn(50, 6) for _ in range(3)])["0"]
+    assert found.isfinite().all()
+    assert (found >= 0).all()
+
+
 def test_it_needs_inputs() -> None:
     x = torch.randn(10, 4)
     net = PlasticNet(mlp(4, 6, 3), (x,))

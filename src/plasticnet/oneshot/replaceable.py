@@ -27,20 +27,25 @@ _BLOCK = 128  # so many columns are gathered before they are subtracted
 
 
 class _Moments:
-    """Sums over the rows that a reader sees.
+    """Sums over the rows that a reader sees, less the mean of the first ones, so that small variances survive.
 
     Attributes:
         n: The number of rows.
+        start: The mean of the first rows, shape (inputs,).
         x: Their sum, shape (inputs,).
         xx: Their products, shape (inputs, inputs).
     """
 
     def __init__(self) -> None:
         self.n = 0
+        self.start = torch.zeros(())
         self.x = self.xx = torch.zeros((), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         """Add rows, shape (rows, inputs)."""
+        if not self.n:
+            self.start = x.mean(0)
+        x = x - self.start
         self.n += len(x)
         self.x, self.xx = self.x + x.double().sum(0), self.xx + (x.mT @ x).double()
 
@@ -48,7 +53,7 @@ class _Moments:
         """Return the mean products around the means, with a ridge."""
         mean, squares = self.x / self.n, self.xx / self.n
         found = squares - torch.outer(mean, mean)
-        # What is far from 0 and hardly moves has a variance that is no more than the rounding of its square.
+        # An input that hardly moves has a variance that is no more than rounding.
         least = 1e-6 * squares.diagonal() + 1e-12 * found.diagonal().mean().clamp(min=0) + 1e-30
         return found + torch.diag_embed(torch.maximum(_RIDGE * found.diagonal(), least))
 
@@ -127,7 +132,10 @@ class _Leaving:
     def __init__(self, covariance: Tensor, weight: Tensor, where: Tensor) -> None:
         self._where = where
         self._effects = weight[where] @ weight[where].mT  # (units, width, width)
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if bool(info.any()):  # by rounding only
+            factor = torch.linalg.cholesky(covariance + torch.diag_embed(covariance.diagonal()))
+        self._inverse = torch.cholesky_inverse(factor)
         self._blocks = self._inverse[where[:, :, None], where[:, None, :]]
         self._columns = covariance.new_zeros(len(covariance), max(_BLOCK, where.shape[1]))
         self._used = 0
