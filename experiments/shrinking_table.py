@@ -1,0 +1,145 @@
+"""Write the tables of docs/shrinking.md from the committed results; --check only says whether they are up to date."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import RESULTS, between, how, publish, spread
+from gates_table import Rows, grouped, table
+from scipy.stats import spearmanr
+
+PAGE = Path(__file__).parent.parent / "docs" / "shrinking.md"
+TITLES = {
+    "lenet": "LeNet-5, Fashion-MNIST", "resnet20": "ResNet-20, CIFAR-10", "vit": "ViT, Fashion-MNIST",
+    "bert": "BERT, SST-2", "gpt2": "GPT-2, tiny Shakespeare", "llama": "Llama, tiny Shakespeare",
+}  # fmt: skip
+LANGUAGE = ("gpt2", "llama")  # networks that predict the next character
+LEAST = 8  # so many units of a site must have been measured for a correlation within it
+
+
+def emptied(rows: Rows) -> str:
+    """In how many of the sites one unit or none is left, which had more."""
+    sites = [(name, kept, all_) for r in rows for name, (kept, all_) in r["units"].items() if all_ > 1]
+    few = [name for name, kept, _ in sites if kept <= 1]
+    return f"{len(few) / len(rows):g} of {len(sites) // len(rows)}"
+
+
+def one_shot(content: Mapping[str, Any]) -> list[str]:
+    """The rows of repair.py."""
+    cells = []
+    for row in sorted(content["results"], key=lambda r: (r["network"], -r["share"])):
+        few = sum(n <= 1 for n in row["units"].values())
+        cells.append(
+            [
+                f"{TITLES[row['network']]}, {row['share']:.0%}", row["scores"], f"{row['dense']:.1f}",
+                *(f"{row['accuracy'][step]:.1f}" for step in ("at once", "repaired")),
+                *(f"{row['error'][step]:.3f}" for step in ("at once", "repaired")), f"{few} of {len(row['units'])}",
+                *(f"{row['seconds'][step]:.0f}" for step in ("scores", "repair")),
+            ]
+        )  # fmt: skip
+    header = [
+        "network, share", "scores", "accuracy, %, whole", "cut", "repaired", "error, cut", "repaired", "emptied",
+        "CPU s, scores", "repair",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
+def transformers(content: Mapping[str, Any]) -> list[str]:
+    """The rows of transformers_cut.py: a row for each network, share and kind of score, over its seeds."""
+    cells = []
+    ordered = sorted(content["results"], key=lambda r: (list(TITLES).index(r["network"]), -r["share"]))
+    for (name, share, kind, blocks), rows in grouped(ordered, "network", "share", "scores", "blocks").items():
+        quality, digits = (perplexity, 2) if name in LANGUAGE else (accuracy, 1)
+        cells.append(
+            [
+                f"{TITLES[name]}, {share:.0%}", f"{kind}, layers too" if blocks else kind, str(len(rows)),
+                *(spread([quality(r[step]) for r in rows], digits) for step in ("whole", "at once", "repaired")),
+                *(f"{fmean(r[step]['error'] for r in rows):.3f}" for step in ("at once", "repaired")), emptied(rows),
+                *(f"{fmean(r[f'{step}_cpu_seconds'] for r in rows):.1f}" for step in ("score", "repair")),
+            ]
+        )  # fmt: skip
+    header = [
+        "network, share", "scores", "seeds", "accuracy, %, or perplexity, whole", "cut", "repaired", "error, cut",
+        "repaired", "emptied", "CPU s, scores", "repair",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
+def accuracy(measured: Mapping[str, float]) -> float:
+    """The share of right answers, in percent."""
+    return measured["accuracy"]
+
+
+def perplexity(measured: Mapping[str, float]) -> float:
+    """The exponential of the mean loss of a character."""
+    return math.exp(measured["loss"])
+
+
+def correlation(rows: Rows, kind: str, after: str, what: str) -> float:
+    """The rank correlation of a score with what closing a unit does."""
+    return float(spearmanr([r["scores"][kind] for r in rows], [r[after][what] for r in rows]).statistic)
+
+
+def ranks(content: Mapping[str, Any]) -> list[str]:
+    """The rank correlations of each score: over all sites, and the mean over sites of those within."""
+    cells = []
+    for (name,), rows in grouped(content["results"], "network").items():
+        sites = [found for found in grouped(rows, "site").values() if len(found) >= LEAST]
+        for kind in rows[0]["scores"]:
+            found = [f"{TITLES[name]} ({len(rows)} units, {len(sites)} sites)", kind]
+            for what in ("loss", "divergence"):
+                for after in ("closed", "repaired"):
+                    found.append(f"{fmean(correlation(r, kind, after, what) for r in sites):.2f}")
+                    found.append(f"{correlation(rows, kind, after, what):.2f}")
+            cells.append(found)
+    columns = [
+        f"{what}{after}, {where}" for what in ("loss", "divergence") for after in ("", " after repair")
+        for where in ("within sites", "all sites")
+    ]  # fmt: skip
+    return table(["network", "scores", *columns], cells)
+
+
+def latency(content: Mapping[str, Any]) -> list[str]:
+    """The ratio of times beside that of the multiply-adds, over the runs."""
+    cells = []
+    for (name, multiple, batch), rows in grouped(content["results"], "network", "multiple_of", "batch").items():
+        before, after = rows[0]["macs"]
+        cells.append(
+            [
+                f"{TITLES[name].split(',')[0]}, batch {batch}", f"{multiple}", f"{after / before:.3f}",
+                spread([r["milliseconds"][1] / r["milliseconds"][0] for r in rows], 3),
+                *(spread([r["milliseconds"][i] for r in rows]) for i in (0, 1)), f"{max(r['load'] for r in rows):.1f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "network", "widths are multiples of", "multiply-adds, cut / whole", "time, cut / whole", "whole, ms", "cut, ms",
+        "load, at most",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
+PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
+    "one-shot": ("repair", one_shot),
+    "transformers": ("transformers_cut", transformers),
+    "ranks": ("score_ranks", ranks),
+    "latency": ("shrink_latency", latency),
+}
+
+
+def main() -> int:
+    """Fill the page; or compare with --check."""
+    text = PAGE.read_text()
+    for name, (path, make) in PARTS.items():
+        content = json.loads((RESULTS / f"{path}.json").read_text())
+        text = between(text, name, "\n".join([*make(content), "", how(content["environment"])]))
+    return publish({PAGE: text})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
