@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import plasticnet as pn
 
 KINDS = ("repair", "fisher", "fisher, loss", "gate", "magnitude")
-SHARES = (0.75, 0.5)
+SHARES = (0.75, 0.5, 0.25)
 LENGTH, CONTEXT, PADDING, UNKNOWN = 40, 64, 0, 1  # words of a sentence, characters of a window, and two words
 NAME = "transformers_cut"
 
@@ -180,8 +180,8 @@ def characters(folder: Path, test: tuple[float, float] = (0.95, 1.0)) -> Data:
 TASKS = {
     "vit": Task(vit, images, "network.vit.layers.?", 2500, 128, 2e-3, 2048),
     "bert": Task(bert, sentences, "network.bert.encoder.layer.?", 500, 64, 1e-3, 2048),
-    "gpt2": Task(gpt2, characters, "network.transformer.h.?", 1500, 32, 3e-3, 512),
-    "llama": Task(llama, characters, "network.model.layers.?", 1500, 32, 3e-3, 512),
+    "gpt2": Task(gpt2, characters, "network.transformer.h.?", 1000, 32, 3e-3, 512),
+    "llama": Task(llama, characters, "network.model.layers.?", 1000, 32, 3e-3, 512),
 }
 
 
