@@ -39,7 +39,7 @@ def one_shot(content: Mapping[str, Any]) -> list[str]:
             [
                 f"{TITLES[row['network']]}, {row['share']:.0%}", row["scores"], f"{row['dense']:.1f}",
                 *(f"{row['accuracy'][step]:.1f}" for step in ("at once", "repaired")),
-                *(f"{row['error'][step]:.3f}" for step in ("at once", "repaired")), f"{few} of {len(row['units'])}",
+                *(f"{row['error'][step]:.2g}" for step in ("at once", "repaired")), f"{few} of {len(row['units'])}",
                 *(f"{row['seconds'][step]:.0f}" for step in ("scores", "repair")),
             ]
         )  # fmt: skip
@@ -60,7 +60,7 @@ def transformers(content: Mapping[str, Any]) -> list[str]:
             [
                 f"{TITLES[name]}, {share:.0%}", f"{kind}, layers too" if blocks else kind, str(len(rows)),
                 *(spread([quality(r[step]) for r in rows], digits) for step in ("whole", "at once", "repaired")),
-                *(f"{fmean(r[step]['error'] for r in rows):.3f}" for step in ("at once", "repaired")), emptied(rows),
+                *(f"{fmean(r[step]['error'] for r in rows):.2g}" for step in ("at once", "repaired")), emptied(rows),
                 *(f"{fmean(r[f'{step}_cpu_seconds'] for r in rows):.1f}" for step in ("score", "repair")),
             ]
         )  # fmt: skip
