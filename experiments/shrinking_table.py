@@ -19,32 +19,37 @@ TITLES = {
     "lenet": "LeNet-5, Fashion-MNIST", "resnet20": "ResNet-20, CIFAR-10", "vit": "ViT, Fashion-MNIST",
     "bert": "BERT, SST-2", "gpt2": "GPT-2, tiny Shakespeare", "llama": "Llama, tiny Shakespeare",
 }  # fmt: skip
+WIDTHS = {  # of the networks of repair.py
+    "lenet": {"conv1": 20, "conv2": 50, "fc1": 500},
+    "resnet20": {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64},
+}
 LANGUAGE = ("gpt2", "llama")  # networks that predict the next character
 LEAST = 8  # so many units of a site must have been measured for a correlation within it
 
 
-def emptied(rows: Rows) -> str:
-    """In how many of the sites one unit or none is left, which had more."""
-    sites = [(name, kept, all_) for r in rows for name, (kept, all_) in r["units"].items() if all_ > 1]
-    few = [name for name, kept, _ in sites if kept <= 1]
-    return f"{len(few) / len(rows):g} of {len(sites) // len(rows)}"
+def thinnest(rows: Rows) -> str:
+    """What is left of the site that has lost the largest share of its units, in any of the rows."""
+    sites = [found for r in rows for found in r["units"].values()]
+    kept, units = min(sites, key=lambda found: (found[0] / found[1], found[0]))
+    return f"{kept} of {units}"
 
 
 def one_shot(content: Mapping[str, Any]) -> list[str]:
     """The rows of repair.py."""
     cells = []
     for row in sorted(content["results"], key=lambda r: (r["network"], -r["share"])):
-        few = sum(n <= 1 for n in row["units"].values())
+        widths = WIDTHS[row["network"]]
+        units = {n: (kept, widths[n.split(".")[0]]) for n, kept in row["units"].items()}
         cells.append(
             [
                 f"{TITLES[row['network']]}, {row['share']:.0%}", row["scores"], f"{row['dense']:.1f}",
                 *(f"{row['accuracy'][step]:.1f}" for step in ("at once", "repaired")),
-                *(f"{row['error'][step]:.2g}" for step in ("at once", "repaired")), f"{few} of {len(row['units'])}",
+                *(f"{row['error'][step]:.2g}" for step in ("at once", "repaired")), thinnest([{"units": units}]),
                 *(f"{row['seconds'][step]:.0f}" for step in ("scores", "repair")),
             ]
         )  # fmt: skip
     header = [
-        "network, share", "scores", "accuracy, %, whole", "cut", "repaired", "error, cut", "repaired", "emptied",
+        "network, share", "scores", "accuracy, %, whole", "cut", "repaired", "error, cut", "repaired", "fewest left",
         "CPU s, scores", "repair",
     ]  # fmt: skip
     return table(header, cells)
@@ -60,13 +65,13 @@ def transformers(content: Mapping[str, Any]) -> list[str]:
             [
                 f"{TITLES[name]}, {share:.0%}", f"{kind}, layers too" if blocks else kind, str(len(rows)),
                 *(spread([quality(r[step]) for r in rows], digits) for step in ("whole", "at once", "repaired")),
-                *(f"{fmean(r[step]['error'] for r in rows):.2g}" for step in ("at once", "repaired")), emptied(rows),
+                *(f"{fmean(r[step]['error'] for r in rows):.2g}" for step in ("at once", "repaired")), thinnest(rows),
                 *(f"{fmean(r[f'{step}_cpu_seconds'] for r in rows):.1f}" for step in ("score", "repair")),
             ]
         )  # fmt: skip
     header = [
         "network, share", "scores", "seeds", "accuracy, %, or perplexity, whole", "cut", "repaired", "error, cut",
-        "repaired", "emptied", "CPU s, scores", "repair",
+        "repaired", "fewest left", "CPU s, scores", "repair",
     ]  # fmt: skip
     return table(header, cells)
 
