@@ -57,8 +57,8 @@ def resnet20(folder: Path, _: Path) -> tuple[nn.Module, Part, Part]:
 
     model = ResNet20()
     model.load_state_dict(load_file(folder / "weights" / "resnet20.safetensors"), strict=False)
-    x, y = cifar(folder, "train", 2048)
-    return model.eval(), (x[:1024], y[:1024]), (x[1024:], y[1024:])
+    x, y = cifar(folder, "train", 1024)  # few, because it is the slowest of the three
+    return model.eval(), (x[:384], y[:384]), (x[384:], y[384:])
 
 
 NETWORKS: dict[str, Callable[[Path, Path], tuple[nn.Module, Part, Part]]] = {
@@ -105,9 +105,12 @@ def measure(name: str, most: int, folder: Path, cache: Path) -> None:
     found = {kind: scored(net, kind, x, y, BATCH) for kind in KINDS}
     whole = outputs(net, other_x)
     generator = torch.Generator().manual_seed(0)
-    drawn = {n: sorted(torch.randperm(len(s), generator=generator)[:most].tolist()) for n, s in net.sites.items()}
+    drawn = {n: torch.randperm(len(s), generator=generator)[:most].tolist() for n, s in net.sites.items()}
     done = {(r["network"], r["site"], r["unit"]) for r in written(NAME)}
-    for site, unit in ((s, u) for s, units in drawn.items() for u in units if (name, s, u) not in done):
+    places = [(i, s, units[i]) for s, units in drawn.items() for i in range(len(units))]
+    for _, site, unit in sorted(places):  # sites take turns, so that a run that is cut short has some units of each
+        if (name, site, unit) in done:
+            continue
         begun = time.process_time()
         with closed(net, site, unit):
             without = compared(outputs(net, other_x), whole, other_y)

@@ -24,7 +24,7 @@ WIDTHS = {  # of the networks of repair.py
     "resnet20": {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64},
 }
 LANGUAGE = ("gpt2", "llama")  # networks that predict the next character
-LEAST = 8  # so many units of a site must have been measured for a correlation within it
+LEAST = 5  # so many units of a site must have been measured for a correlation within it
 
 
 def thinnest(rows: Rows) -> str:
@@ -100,7 +100,8 @@ def ranks(content: Mapping[str, Any]) -> list[str]:
             found = [f"{TITLES[name]} ({len(rows)} units, {len(sites)} sites)", kind]
             for what in ("loss", "divergence"):
                 for after in ("closed", "repaired"):
-                    found.append(f"{fmean(correlation(r, kind, after, what) for r in sites):.2f}")
+                    within = [correlation(r, kind, after, what) for r in sites]
+                    found.append(f"{fmean(within):.2f}" if within else "")
                     found.append(f"{correlation(rows, kind, after, what):.2f}")
             cells.append(found)
     columns = [
