@@ -308,8 +308,8 @@ def crystals(n: int, seed: int) -> Iterator[Any]:
             for element in {e.symbol for e in s.composition} & set(group):
                 if rng.random() < 0.5:
                     s.replace_species({element: rng.choice(group)})
-        s.apply_strain(numbers.uniform(-0.02, 0.03, 3))
-        s.perturb(float(numbers.uniform(0, 0.08)))
+        s.apply_strain(numbers.uniform(-0.05, 0.08, 3))
+        s.perturb(float(numbers.uniform(0, 0.15)))
         yield s
 
 

@@ -97,7 +97,7 @@ def targets(rows: Sequence[Row]) -> list[str]:
             found = [r["error"][s] for r in ways.get(method, []) if "failed" not in r for s in steps if s in r["error"]]
             return fmean(found) if found else float("inf")
 
-        if not any("error" in r for r in ways.get("repair", [])):
+        if len(ways) < 2 or not any("error" in r for r in ways.get("repair", [])):
             continue
         ours, tuned = error("repair", "repaired"), error("repair", "tuned")
         found = [
