@@ -130,9 +130,20 @@ def latency(content: Mapping[str, Any]) -> list[str]:
     return table(header, cells)
 
 
+def starts(content: Mapping[str, Any]) -> list[str]:
+    """The rows of gates_from_scores.py: a row for each share and way, over its seeds."""
+    cells = []
+    for (share, way), rows in grouped(content["results"], "share", "way").items():
+        lost = [r["accuracy"] - r["dense"] for r in rows]
+        figures = [spread([r["accuracy"] for r in rows], 2), spread(lost, 2), spread([r["seconds"] for r in rows], 0)]
+        cells.append([f"{share:.0%}", way, str(len(rows)), *figures])
+    return table(["share", "way", "seeds", "accuracy, %", "to the whole network", "CPU s"], cells)
+
+
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "one-shot": ("repair", one_shot),
     "transformers": ("transformers_cut", transformers),
+    "starts": ("gates_from_scores", starts),
     "ranks": ("score_ranks", ranks),
     "latency": ("shrink_latency", latency),
 }
