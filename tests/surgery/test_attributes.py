@@ -274,3 +274,41 @@ def test_norms_that_count_channels(name: str, beside: int, tmp_path: Path) -> No
     assert getattr(small.norm, attribute) == left == small.out.in_channels
     pn.save(small, tmp_path / "small")
     assert repr(pn.load(tmp_path / "small", Network)) == repr(small)
+
+
+TWICE: dict[str, tuple[Any, nn.Module]] = {  # how 4 channels become 8, and a norm without parameters of them
+    "joined": (lambda h: torch.cat([h, h], 1), nn.GroupNorm(4, 8, affine=False)),
+    "joined after pooling": (
+        lambda h: torch.cat([h.mean(2), h.amax(2)], 1)[:, :, None],
+        nn.GroupNorm(4, 8, affine=False),
+    ),
+    "joined, each channel": (lambda h: torch.cat([h, -h], 1), nn.GroupNorm(8, 8, affine=False)),
+    "joined, in a batch": (lambda h: torch.cat([h, h.relu()], 1), nn.BatchNorm1d(8, affine=False)),
+    "repeated": (lambda h: h.repeat(1, 2, 1), nn.BatchNorm1d(8, affine=False)),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_channels_that_a_norm_sees_twice(name: str, tmp_path: Path) -> None:
+    join, norm = TWICE[name]
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Conv1d(3, 4, 1), copy.deepcopy(norm), nn.Conv1d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(join(self.a(x))))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5).double()
+    net = pn.PlasticNet(Network().double(), (x,)).eval()
+    units = len(net.sites["a"])
+    net.resize({"a": range(units // 2)})
+    small = net.compact()
+    width = getattr(small.norm, "num_channels", None) or small.norm.num_features
+    assert width == 4 == small.out.in_channels
+    torch.testing.assert_close(small(x), net(x))
+    pn.save(small, tmp_path / "small")
+    again = pn.load(tmp_path / "small", lambda: Network().double())
+    assert torch.equal(again(x), small(x))

@@ -85,6 +85,13 @@ def attach_counts(facts: Facts, trace: Trace) -> None:
         slices = [facts.ledger.fresh(s.tensor, s.dim, length[s.tensor, s.dim])[s.index] for s in u.slices]
         labels = np.concatenate(slices, 1)
         for (module, attribute, place), counted in facts.counted.items():
-            per_unit = np.isin(labels, counted).sum(1)
+            per_unit = _times(labels, counted).sum(1)
             if per_unit[0] and (per_unit == per_unit[0]).all():
                 u.widths += (Width(module, attribute, int(per_unit[0]), place),)
+
+
+def _times(labels: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Return how often each label is counted: channels that were joined with themselves count twice."""
+    known, times = np.unique(counted, return_counts=True)
+    places = np.searchsorted(known, labels).clip(max=len(known) - 1)
+    return np.where(known[places] == labels, times[places], 0)
