@@ -246,3 +246,22 @@ def test_taylor_counts_all_producers_of_a_sum() -> None:
     parts = [m.bn1.weight, m.bn1.bias, m.conv2.weight, m.conv2.bias]
     total = sum((p.grad * p).reshape(6, -1).sum(1) for p in parts)
     torch.testing.assert_close(found, total.square().div(total.square().mean()).sqrt().detach())
+
+
+@pytest.mark.parametrize("kind", ["fisher", "repair", "magnitude"])
+def test_scores_that_were_returned_do_what_their_name_does(kind: str) -> None:
+    """They know their kind, so that those that are divided by costs are so, too; a plain dict of them is not."""
+    torch.manual_seed(0)
+    x = images(60).double()
+    nets = [PlasticNet(ConvNet().double(), (x[:2],)) for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    batches = x.split(20)
+    found = pn.scores(nets[0], kind, batches=1 if kind == "magnitude" else batches)
+    by_name = {} if kind == "magnitude" else {"batches": batches}
+    closed = [
+        pn.prune_once(nets[0], pn.Budget(macs=0.4), scores=kind, **by_name),
+        pn.prune_once(nets[1], pn.Budget(macs=0.4), scores=found),
+        pn.prune_once(nets[2], pn.Budget(macs=0.4), scores=dict(found), per_cost=kind != "magnitude"),
+    ]
+    assert closed[0] == closed[1] == closed[2]

@@ -15,7 +15,7 @@ from plasticnet.budgets.projection import prices, project
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
-from plasticnet.oneshot.scores import OF_LOSS, Scores, resolve
+from plasticnet.oneshot.scores import Scores, by_cost, resolve
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.surgery.survivors import survivors
 from plasticnet.tools.batches import Forward
@@ -56,7 +56,7 @@ def prune_once(
         forward: What runs the network on a batch, as in `pn.scores`.
         outputs: What counts in the output, as in `pn.scores`.
         per_cost: Whether scores are divided by what a unit costs, in the costs of the budget, before they are compared
-            across sites. By default those of "fisher" and "repair" are.
+            across sites. By default those of "fisher" and "repair" are, also where `pn.scores` has returned them.
         cut: Whether closed units are cut. If not, they are only closed, so that `pn.repair` can mend the network before
             `PlasticNet.prune` cuts them.
 
@@ -87,7 +87,7 @@ def prune_once(
         scores = "magnitude" if loss is None and batches is None else "fisher"
     worth = resolve(net, scores, loss, **_data(batches, forward, outputs))
     if per_cost is None:
-        per_cost = isinstance(scores, str) and scores in OF_LOSS
+        per_cost = by_cost(scores)
     if scope == "global" and per_cost:
         worth = {n: worth[n] / price for n, price in prices(net, targets).items()}
     keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)

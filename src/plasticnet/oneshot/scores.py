@@ -22,8 +22,20 @@ from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
 KINDS = ("fisher", "repair", "magnitude", "taylor", "gate")
-OF_LOSS = ("fisher", "repair")  # how much the loss grows: these need no labels, and compare across sites as they are
+_OF_LOSS = ("fisher", "repair")  # how much the loss grows: these need no labels, and compare across sites as they are
 _OF_BATCH = {"fisher": fisher_of_loss, "taylor": taylor_squares, "gate": gate_squares}
+
+
+class UnitScores(dict[str, Tensor]):
+    """For each site the scores of its units, shape (units,), and what kind they are.
+
+    Attributes:
+        kind: The kind of score.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
 
 
 def scores(
@@ -35,7 +47,7 @@ def scores(
     forward: Forward | None = None,
     outputs: Outputs | None = None,
     calibrate: int = 2048,
-) -> dict[str, Tensor]:
+) -> UnitScores:
     """Return what each unit of a network is worth.
 
     The kinds of score are:
@@ -74,7 +86,8 @@ def scores(
         calibrate: The number of inputs at which reading stops.
 
     Returns:
-        For each site the scores of its units, shape (units,). Those of closed units are 0.
+        A dict with the scores of the units of each site, shape (units,). Those of closed units are 0. It knows its
+        ``kind``, so that `prune_once` does with it what it does with the name of the kind.
 
     Raises:
         PlasticError: The kind is unknown; the network has no units with gates; the loss is missing, does not depend on
@@ -100,23 +113,23 @@ def scores(
         with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
             if loss is not None and kind != "repair":
                 squares = _of_loss(net, kind, loss, batches)
-            elif kind in OF_LOSS and not isinstance(batches, int):
+            elif kind in _OF_LOSS and not isinstance(batches, int):
                 squares = fisher_of_outputs(net, batches, calibrate, forward, outputs)
                 if kind == "repair":
                     squares = unreplaceable(net, squares, batches, calibrate, forward)
             else:
-                more = ", or batches=[...], inputs without labels" if kind in OF_LOSS else ""
+                more = ", or batches=[...], inputs without labels" if kind in _OF_LOSS else ""
                 raise PlasticError(
                     f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}"
                 )
         squares = net.ranks.average(squares)
     if not bool(squares.any()):
         raise PlasticError(f"scores={kind!r} are all 0: no unit moves the loss (a last layer of zeros, say)")
-    found: dict[str, Tensor] = {}
+    found = UnitScores(kind)
     for (name, site), part in zip(net.sites.items(), squares.split([len(s) for s in net.sites.values()]), strict=True):
         if not bool(torch.isfinite(part).all()):
             raise PlasticError(f"site {name!r}: its scores are not finite; look for NaN in the weights or gradients")
-        even = part if kind in OF_LOSS else (part / part.mean().clamp(min=1e-300)).sqrt()
+        even = part if kind in _OF_LOSS else (part / part.mean().clamp(min=1e-300)).sqrt()
         found[name] = even.to(site.phi.dtype)
     return found
 
@@ -129,6 +142,11 @@ def _of_loss(net: PlasticNet, kind: str, loss: Loss, batches: int | Iterable[Any
     squares = torch.stack([_OF_BATCH[kind](net, watched) for _ in range(batches)]).mean(0)
     watched.check()
     return squares
+
+
+def by_cost(given: Scores) -> bool:
+    """Return whether scores are to be divided by what a unit costs, as those are that say how much the loss grows."""
+    return (given if isinstance(given, str) else getattr(given, "kind", None)) in _OF_LOSS
 
 
 def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -> dict[str, np.ndarray]:

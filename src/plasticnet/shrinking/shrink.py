@@ -18,7 +18,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, Site, set_logits
 from plasticnet.net import Patterns, PlasticNet
 from plasticnet.oneshot.prune import prune_once
-from plasticnet.oneshot.scores import OF_LOSS, Scores
+from plasticnet.oneshot.scores import Scores, by_cost
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
 from plasticnet.shrinking.imitation import Imitation
@@ -235,7 +235,7 @@ class _Work:
         self.left_out: dict[str, str] = {}
         self._begun = time.monotonic()
         imitation.fit(data.fitted)
-        self.per_cost = isinstance(scores, str) and scores in OF_LOSS
+        self.per_cost = by_cost(scores)
         self.worth = self._scored(scores)
 
     def _scored(self, scores: Scores) -> Mapping[str, Tensor]:
