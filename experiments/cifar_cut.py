@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from cifar import BATCH, accuracy, epochs, images, published
-from common import write, written
+from common import known, write, written
+from norms import reestimated
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -55,22 +56,6 @@ def tuned(depth: int, folder: Path, train: Data, held_out: Data) -> dict[str, An
     if found[-1] > max(found[:-1]):
         best = model.state_dict()
     return {"state": best, "held out": found}
-
-
-def reestimated(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy whose BatchNorm statistics are those of these images."""
-    twin = copy.deepcopy(model)
-    norms = [m for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    twin.train()
-    with torch.no_grad():
-        for batch in x.split(BATCH):
-            twin(batch)
-    for norm in norms:
-        norm.momentum = 0.1
-    return twin.eval()
 
 
 def cut(model: nn.Module, share: float, x: Tensor) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
@@ -106,16 +91,13 @@ def main() -> None:
     dense = published(options.depth, options.data_dir)
     dense.load_state_dict(first["state"])
 
-    def known(**what: Any) -> bool:
-        return any(all(row.get(k) == v for k, v in what.items()) for row in written(NAME))
-
     def add(row: dict[str, Any]) -> None:
         print({k: v for k, v in row.items() if k != "units"}, flush=True)
         settings = {"calibrate": CALIBRATE, "batch": BATCH, "held out": HELD_OUT, "rate": RATE, "further rate": FURTHER}
         write(NAME, settings, [*written(NAME), row])
 
     def further(model: nn.Module, count: int, key: dict[str, Any]) -> None:
-        if known(**key, epochs=count):
+        if known(NAME, **key, epochs=count):
             return
         begun, twin = time.process_time(), copy.deepcopy(model)
         for _ in epochs(twin, *train, count, FURTHER, key["seed"]):
@@ -124,7 +106,7 @@ def main() -> None:
         add({**key, "epochs": count, "accuracy": accuracy(twin, *test), "seconds": {"training": seconds}})
 
     base = {"depth": options.depth}
-    if not known(**base, network="dense", epochs=0):
+    if not known(NAME, **base, network="dense", epochs=0):
         row = {"accuracy": accuracy(dense, *test), "held out": first["held out"]}
         add({**base, "network": "dense", "share": 1.0, "seed": 0, "epochs": 0, **row})
     for seed in options.seeds:
@@ -132,11 +114,12 @@ def main() -> None:
         networks: dict[tuple[str, float], nn.Module] = {("dense", 1.0): dense}
         for share in options.shares:
             at_once, repaired, how = cut(dense, share, train[0][chosen])
-            networks["re-estimated", share] = reestimated(at_once, train[0][chosen])
+            batches = train[0][chosen].split(BATCH)
+            networks["re-estimated", share] = reestimated(at_once, batches, nn.Module.__call__) or at_once
             networks["repaired", share] = repaired
             for name, network in (("cut", at_once), *((n, m) for (n, s), m in networks.items() if s == share)):
                 key = {**base, "network": name, "share": share, "seed": seed, "epochs": 0}
-                if not known(**key):
+                if not known(NAME, **key):
                     add({**key, "accuracy": accuracy(network, *test), **how})
         for count in options.epochs:
             for (name, share), network in networks.items():

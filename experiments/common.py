@@ -66,6 +66,11 @@ def written(name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["results"] if path.exists() else []
 
 
+def known(name: str, **what: Any) -> bool:
+    """Whether ``results/NAME.json`` has a row with these values."""
+    return any(all(row.get(k) == v for k, v in what.items()) for row in written(name))
+
+
 def between(text: str, name: str, content: str) -> str:
     """``text`` with this content between its markers of this name."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

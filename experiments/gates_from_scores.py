@@ -30,31 +30,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cifar import accuracy
-from common import write, written
-from repair import BATCH, CALIBRATE, fashion
+from common import known, write, written
+from repair import BATCH, CALIBRATE, fashion, trained
 from torch import Tensor, nn
 
 import plasticnet as pn
-from plasticnet.apps.models import LeNet5
 from plasticnet.budgets.projection import prices
 
 NAME, K, TEMPERATURE = "gates_from_scores", 7.0, 4.0
+DENSE = 6  # epochs with labels of the whole network
 EPOCHS, PLASTIC, AFTER = 5, 2, 1  # of the cut network; and of the gates, plastic and at k = infinity
 RATE, GATE_RATE = 1e-3, 2e-2
 SPREAD = 1.0  # the logarithm of score over threshold at which a gate starts at sigmoid(3) = 0.95
-
-
-def trained(x: Tensor, y: Tensor, seed: int) -> nn.Module:
-    """A LeNet-5 after six epochs with labels."""
-    torch.manual_seed(seed)
-    model = LeNet5()
-    optimizer = torch.optim.Adam(model.parameters(), RATE)
-    for _ in range(6):
-        for i in torch.randperm(len(x)).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[i]), y[i]).backward()
-            optimizer.step()
-    return model.eval()
 
 
 def imitation(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -154,11 +141,12 @@ def main() -> None:
     x, y = (t[:20_000] for t in fashion(options.data_dir, train=True))
     test = fashion(options.data_dir, train=False)
     for seed in options.seeds:
-        model = trained(x, y, seed)
+        torch.manual_seed(seed)
+        model = trained(x, y, DENSE)
         for share in options.shares:
             for way in ("at once", "gates", "gates from scores"):
                 key = {"way": way, "share": share, "seed": seed}
-                if any(all(r[k] == v for k, v in key.items()) for r in written(NAME)):
+                if known(NAME, **key):
                     continue
                 torch.manual_seed(seed)
                 found = {**key, "dense": accuracy(model, *test), **row(model, way, share, x, test)}

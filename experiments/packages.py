@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import write, written
+from norms import reestimated
 from packages_models import MODELS, Case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,21 +112,9 @@ def operations(case: Case, model: nn.Module) -> int:
 def with_norms(case: Case, errors: Errors, model: nn.Module) -> tuple[nn.Module, float]:
     """The model with the statistics of its BatchNorms estimated anew if that is better, and its error to choose by."""
     before = errors.of(model, case.validation)
-    other = copy.deepcopy(model)
-    norms = [m for m in other.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
+    other = reestimated(model, case.fitted, case.run)
+    if other is None:
         return model, before
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in case.fitted:
-            case.run(other, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
     after = errors.of(other, case.validation)
     return (other, after) if after < before else (model, before)
 

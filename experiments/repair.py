@@ -38,20 +38,25 @@ def fashion(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     return ((data.data.float() / 255 - 0.2860) / 0.3530)[:, None], data.targets
 
 
+def trained(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+    """A LeNet-5 in evaluation mode, after some epochs of Adam on images and labels."""
+    model = LeNet5()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(epochs):
+        for i in torch.randperm(len(x)).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[i]), y[i]).backward()
+            optimizer.step()
+    return model.eval()
+
+
 def prepared(network: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor, Tensor, Tensor]:
     """A trained network, images to calibrate with and their labels, and test images and labels."""
     torch.manual_seed(0)
     if network == "resnet20":
         return published(20, folder), *images(folder, "train", CALIBRATE), *images(folder, "test", 10_000)
     x, y = (t[:20_000] for t in fashion(folder, train=True))
-    model = LeNet5()
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for _ in range(3):
-        for i in torch.randperm(len(x)).split(BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[i]), y[i]).backward()
-            optimizer.step()
-    return model.eval(), x[:CALIBRATE], y[:CALIBRATE], *fashion(folder, train=False)
+    return trained(x, y, 3), x[:CALIBRATE], y[:CALIBRATE], *fashion(folder, train=False)
 
 
 def row(model: nn.Module, kind: str, share: float, x: Tensor, y: Tensor, test: tuple[Tensor, Tensor]) -> dict[str, Any]:

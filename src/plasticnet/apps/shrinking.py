@@ -18,8 +18,9 @@ from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.files.modules import save
 from plasticnet.files.weights import load_weights
+from plasticnet.shrinking.given import Loss
 from plasticnet.shrinking.report import Report
-from plasticnet.shrinking.shrink import Loss, shrink
+from plasticnet.shrinking.shrink import shrink
 from plasticnet.tools.batches import rows
 from plasticnet.tools.outputs import classes_of
 

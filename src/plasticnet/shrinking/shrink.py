@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -21,10 +21,10 @@ from plasticnet.oneshot.prune import prune_once
 from plasticnet.oneshot.scores import Scores, by_cost
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
+from plasticnet.shrinking.given import Loss, check_options, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
 from plasticnet.shrinking.tuning import MakeOptimizer, trainable, tune
-from plasticnet.surgery.survivors import check_multiple
 from plasticnet.tools.batches import (
     Calibration,
     Forward,
@@ -39,7 +39,6 @@ from plasticnet.tools.progress import Progress
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
 from plasticnet.units import BlockUnits
 
-Loss = Callable[[Any, Any], Tensor]
 Validate = Callable[[nn.Module], float]
 _HALVINGS = 7  # how often the range of sizes is halved to meet a budget of loss
 _RUNS = 6  # how often the time is taken; the first does not count
@@ -120,7 +119,7 @@ def shrink(
         >>> [step.name for step in report.steps]
         ['whole', 'cut', 'repaired']
     """
-    _check(model, budget, epochs, calibrate, multiple_of, optimizer)
+    check_options(model, budget, epochs, calibrate, multiple_of, optimizer)
     if epochs:
         trainable(model)
     data = calibration(batches, calibrate)
@@ -128,7 +127,7 @@ def shrink(
     twin = duplicate(model).eval()
     example = first_arguments(twin, first, forward) if example_inputs is None else example_inputs
     if loss is not None:
-        _try_loss(loss, twin, first, forward)
+        try_loss(loss, twin, first, forward)
     read = outputs if forward is None else None  # what a forward of the user's reads of the model is unknown
     net = PlasticNet(twin, example, outputs=read, exclude=exclude, residual=residual, blocks=blocks)
     with _evaluating(model):
@@ -153,54 +152,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _check(
-    model: nn.Module, budget: Budget, epochs: int, calibrate: int, multiple_of: int, optimizer: MakeOptimizer | None
-) -> None:
-    """Raise `PlasticError` where an option of `shrink` is out of range."""
-    if torch.is_inference_mode_enabled():
-        raise PlasticError("shrink takes gradients, which torch.inference_mode() forbids: call it outside of that")
-    if not isinstance(model, nn.Module) or isinstance(model, PlasticNet):
-        raise PlasticError(f"shrink takes a plain trained module, not a {type(model).__name__}")
-    if not isinstance(budget, Budget):
-        raise PlasticError(f"budget={budget!r}: say what the small network may cost, as in pn.Budget(macs=0.5)")
-    if type(epochs) is not int or epochs < 0:
-        raise PlasticError(f"epochs={epochs!r}: a whole number, 0 or more")
-    if type(calibrate) is not int or calibrate < 10:
-        raise PlasticError(f"calibrate={calibrate!r}: a whole number of inputs, 10 or more")
-    if optimizer is not None and not callable(optimizer):
-        raise PlasticError(
-            f"optimizer={type(optimizer).__name__}(...) holds parameters of the model; give what makes one for those "
-            "of the small network: optimizer=lambda p: torch.optim.SGD(p, lr=0.01)"
-        )
-    check_multiple(multiple_of)
-
-
-def _try_loss(loss: Loss, twin: nn.Module, batch: Any, forward: Forward | None) -> None:
-    """Call a loss once, as in training, so that a wrong one is noticed before the work begins."""
-    with left_as_it_was(twin, training=True), torch.enable_grad():
-        batch, output = like_model(twin, batch), None
-        with suppress(Exception):  # a batch of one input under BatchNorm, which training will name
-            output = run_batch(twin, batch, forward)
-        if output is not None:
-            _loss_of(loss, output, batch)
-
-
-def _loss_of(loss: Loss, output: Any, batch: Any) -> Tensor:
-    """Return the losses of an output. Raises `PlasticError` where the function does not take it."""
-    way_out = "it gets an output and its batch, as in loss=lambda output, batch: F.cross_entropy(output, batch[1])"
-    try:
-        found = loss(output, batch)
-    except PlasticError:
-        raise
-    except Exception as error:  # a function of the user's can raise anything
-        raise PlasticError(
-            f"loss= raises {error!r} on an output, {described(output)}, and its batch, {described(batch)}; {way_out}"
-        ) from error
-    if not isinstance(found, Tensor):
-        raise PlasticError(f"loss= returned {described(found)}, and not a tensor with the losses; {way_out}")
-    return found
 
 
 class _Work:
@@ -249,7 +200,7 @@ class _Work:
 
         def losses() -> Tensor:
             batch = like_model(self.net.model, next(one))
-            return _loss_of(loss, run_batch(self.net, batch, forward), batch)
+            return loss_of(loss, run_batch(self.net, batch, forward), batch)
 
         return scores_of(self.net, scores, losses, batches=len(batches))
 
@@ -316,7 +267,7 @@ class _Work:
             batch = like_model(small, batch)
             output = run_batch(small, batch, self.imitation.forward)
             if self.loss is not None:
-                return _loss_of(self.loss, output, batch)
+                return loss_of(self.loss, output, batch)
             return self.imitation.losses(output, self.imitation.wanted(batch))
 
         done = 0
