@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar import images, published
 from common import write, written
-from repair import ResNet20, cifar, fashion, prepared
+from repair import fashion, prepared
 from torch import Tensor, nn
 from transformers_cut import TASKS, chosen, scored, sentences, trained
 
@@ -53,12 +54,8 @@ def bert(folder: Path, cache: Path) -> tuple[nn.Module, Part, Part]:
 
 def resnet20(folder: Path, _: Path) -> tuple[nn.Module, Part, Part]:
     """The same for ResNet-20."""
-    from safetensors.torch import load_file
-
-    model = ResNet20()
-    model.load_state_dict(load_file(folder / "weights" / "resnet20.safetensors"), strict=False)
-    x, y = cifar(folder, "train", 1024)  # few, because it is the slowest of the three
-    return model.eval(), (x[:384], y[:384]), (x[384:], y[384:])
+    x, y = images(folder, "train", 1024)  # few, because it is the slowest of the three
+    return published(20, folder), (x[:384], y[:384]), (x[384:], y[384:])
 
 
 NETWORKS: dict[str, Callable[[Path, Path], tuple[nn.Module, Part, Part]]] = {

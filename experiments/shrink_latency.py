@@ -18,8 +18,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from cifar import images, published
 from common import write, written
-from repair import ResNet20, cifar, prepared
+from repair import prepared
 from torch import Tensor, nn
 from transformers_cut import TASKS, chosen, trained
 
@@ -37,11 +38,7 @@ def lenet(folder: Path, _: Path) -> tuple[nn.Module, Tensor]:
 
 def resnet20(folder: Path, _: Path) -> tuple[nn.Module, Tensor]:
     """ResNet-20 and images."""
-    from safetensors.torch import load_file
-
-    model = ResNet20()
-    model.load_state_dict(load_file(folder / "weights" / "resnet20.safetensors"), strict=False)
-    return model.eval(), cifar(folder, "train", CALIBRATE)[0]
+    return published(20, folder), images(folder, "train", CALIBRATE)[0]
 
 
 def vit(folder: Path, cache: Path) -> tuple[nn.Module, Tensor]:
