@@ -99,10 +99,13 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def epochs(model: nn.Module, x: Tensor, y: Tensor, count: int, rate: float, seed: int) -> Iterator[int]:
+def epochs(
+    model: nn.Module, x: Tensor, y: Tensor, count: int, rate: float, seed: int, kept: Path | None = None
+) -> Iterator[int]:
     """Train a model, and yield the number of each epoch after it; the learning rate falls to 0 along a cosine.
 
-    SGD has momentum 0.9 and weight decay 1e-4.
+    SGD has momentum 0.9 and weight decay 1e-4. Weights and images are stored with channels last, which takes a fifth of
+    the time off.
 
     Args:
         model: The model.
@@ -111,17 +114,33 @@ def epochs(model: nn.Module, x: Tensor, y: Tensor, count: int, rate: float, seed
         count: The number of epochs.
         rate: The learning rate at first.
         seed: The order of the images and what is done to them follow from it.
+        kept: A file in which the training is kept after each epoch, and from which it goes on; removed at the end.
     """
     generator = torch.Generator().manual_seed(seed)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=1e-4)
     steps = count * math.ceil(len(x) / BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for epoch in range(count):
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done = 0
+    if kept is not None and kept.exists():
+        state = torch.load(kept, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"])
+        done = state["done"]
+    for epoch in range(done, count):
         model.train()
         for i in torch.randperm(len(x), generator=generator).split(BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(augmented(x[i], generator)), y[i]).backward()
+            images = augmented(x[i], generator).contiguous(memory_format=torch.channels_last)
+            F.cross_entropy(model(images), y[i]).backward()
             optimizer.step()
             schedule.step()
+        if kept is not None:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**states, "generator": generator.get_state(), "done": epoch + 1}, kept)
         yield epoch + 1
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     model.eval()

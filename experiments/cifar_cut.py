@@ -9,8 +9,8 @@ and decide nothing. A seed draws the 2,048 images of scores and repair, and the 
 
     python experiments/cifar_cut.py --data-dir DIR --cache DIR
 
-takes some two hours on one core for ResNet-20 and one further epoch. It adds rows to results/cifar_cut.json; what is
-there is not run again.
+takes an hour and a half on one core for ResNet-20 and one further epoch. It adds rows to results/cifar_cut.json; what
+is there is not run again, and a training that was cut off goes on after its last epoch (its time is then not known).
 """
 
 from __future__ import annotations
@@ -43,19 +43,27 @@ def cached(path: Path, make: Any) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def tuned(depth: int, folder: Path, train: Data, held_out: Data) -> dict[str, Any]:
+def tuned(depth: int, folder: Path, cache: Path, train: Data, held_out: Data) -> dict[str, Any]:
     """The state of a network that was trained on these files until it gets no better, and how that went."""
-    model, generator_seed = published(depth, folder), 0
+    model = published(depth, folder)
     found = [accuracy(model, *held_out)]
     best = copy.deepcopy(model.state_dict())
     while len(found) < 2 or found[-1] - max(found[:-1]) >= 0.1:
         best = copy.deepcopy(model.state_dict())
-        for _ in epochs(model, *train, 1, RATE, generator_seed + len(found)):
-            found.append(accuracy(model, *held_out))
-            print(f"trained for epoch {len(found) - 1}: {found[-1]:.2f} % of the images held out", flush=True)
+        state = cached(cache / f"epoch{len(found)}-{depth}.pt", lambda: epoch(model, train, held_out, len(found)))
+        model.load_state_dict(state["state"])
+        found.append(state["held out"])
+        print(f"trained for epoch {len(found) - 1}: {found[-1]:.2f} % of the images held out", flush=True)
     if found[-1] > max(found[:-1]):
         best = model.state_dict()
     return {"state": best, "held out": found}
+
+
+def epoch(model: nn.Module, train: Data, held_out: Data, number: int) -> dict[str, Any]:
+    """The state of a network after one more epoch, and its accuracy on the images held out."""
+    for _ in epochs(model, *train, 1, RATE, number):
+        pass
+    return {"state": model.state_dict(), "held out": accuracy(model, *held_out)}
 
 
 def cut(model: nn.Module, share: float, x: Tensor) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
@@ -79,6 +87,9 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.73, 0.5, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, nargs="*", default=[1], help="further epochs, each number in its own row")
+    parser.add_argument(
+        "--networks", nargs="+", default=["dense", "re-estimated", "repaired"], help="those trained further"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -86,7 +97,8 @@ def main() -> None:
     test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
     train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
     first = cached(
-        options.cache / f"dense{options.depth}.pt", lambda: tuned(options.depth, options.data_dir, train, held_out)
+        options.cache / f"dense{options.depth}.pt",
+        lambda: tuned(options.depth, options.data_dir, options.cache, train, held_out),
     )
     dense = published(options.depth, options.data_dir)
     dense.load_state_dict(first["state"])
@@ -100,10 +112,12 @@ def main() -> None:
         if known(NAME, **key, epochs=count):
             return
         begun, twin = time.process_time(), copy.deepcopy(model)
-        for _ in epochs(twin, *train, count, FURTHER, key["seed"]):
+        kept = options.cache / "-".join(str(part) for part in ("further", *key.values(), f"{count}.pt"))
+        resumed = kept.exists()
+        for _ in epochs(twin, *train, count, FURTHER, key["seed"], kept):
             pass
-        seconds = time.process_time() - begun
-        add({**key, "epochs": count, "accuracy": accuracy(twin, *test), "seconds": {"training": seconds}})
+        seconds = {} if resumed else {"training": time.process_time() - begun}
+        add({**key, "epochs": count, "accuracy": accuracy(twin, *test), "seconds": seconds})
 
     base = {"depth": options.depth}
     if not known(NAME, **base, network="dense", epochs=0):
@@ -123,7 +137,8 @@ def main() -> None:
                     add({**key, "accuracy": accuracy(network, *test), **how})
         for count in options.epochs:
             for (name, share), network in networks.items():
-                further(network, count, {**base, "network": name, "share": share, "seed": seed})
+                if name in options.networks:
+                    further(network, count, {**base, "network": name, "share": share, "seed": seed})
 
 
 if __name__ == "__main__":
