@@ -243,26 +243,31 @@ class _Units:
         return {name: z[self.places(name)] for name in self.sites}
 
 
-def decide(net: GatedModel, targets: Mapping[str, float]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return which units and which single weights stay open, ranked by their logits.
+def decide(
+    net: GatedModel, targets: Mapping[str, float], given: Mapping[str, Tensor | np.ndarray] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return which units and which single weights stay open.
 
-    Without gates on single weights, this is `project` with the logits as scores. With them, units and weights are first
+    Without gates on single weights, this is `project`. With them, units and weights are first
     ranked together, and as many of the best gates as the targets allow decide which weights are open while the units
     are projected. Then as many of the best weights are opened as fit, and units that no open weight reads are closed.
 
     Args:
         net: The network.
         targets: The most that the network may cost, by the names of costs that `PlasticNet.penalty` takes.
+        given: Scores by which they are ranked, for every site a number for each unit, shape (units,), and for every
+            gated weight one for each entry, in its shape. By default these are the logits.
 
     Returns:
         A boolean mask of shape (units,) for every site; and one in the shape of the weight for every gated weight.
     """
-    scores = {name: site.phi for name, site in net.sites.items()}
     sites = net.weights.values()
+    found = {g.name: g.phi for g in net.all_gates()} if given is None else given
+    scores = {name: torch.as_tensor(found[name]) for name in net.sites}
     if not sites:
         return project(net, scores, targets), {}
-    phi = np.concatenate([w.phi.detach().flatten().cpu().double().numpy() for w in sites])
-    # Where logits are equal, all tensors lose the same share of their weights, and the smallest weights close first.
+    phi = np.concatenate([torch.as_tensor(found[w.name]).detach().flatten().cpu().double().numpy() for w in sites])
+    # Where scores are equal, all tensors lose the same share of their weights, and the smallest weights close first.
     sizes = [net.model.get_parameter(w.name).detach().abs().flatten().cpu().double().numpy() for w in sites]
     best = np.lexsort((np.concatenate([ranks(size) / size.size for size in sizes]), -phi))
     units = _Units(net, scores, targets, np.zeros(phi.size, dtype=bool))

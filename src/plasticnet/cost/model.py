@@ -147,6 +147,10 @@ class CostModel:
             found.append((whole - float(self.expected(fewer, cost))) / units)
         return found
 
+    def entry_costs(self, cost: str) -> list[float]:
+        """Return for each weight whose entries have gates what one entry costs; 0 where the cost does not know them."""
+        return self._entry_costs.get(cost, [0.0] * len(self.entries))
+
     def reached(self, z: Tensor) -> Tensor:
         """Return which entries of the gated weights belong to open units, a mask of shape (weights,).
 

@@ -20,7 +20,7 @@ from plasticnet.tools.batches import Forward, check_batches, rows, run_batch, so
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.outputs import classes_of, counted
 
-_DRAWS = 8  # so many signs or targets are drawn where samples share their gates
+DRAWS = 8  # so many signs or targets are drawn where samples share their gates
 _SEED = 0
 
 
@@ -44,7 +44,7 @@ def fisher_of_loss(net: PlasticNet, loss: Loss) -> Tensor:
                 return found.square().mean(0) / 2
         except PlasticError:  # The rows may not be samples. Any other error will be raised again below.
             pass
-    found = signed_derivatives(net, loss, _DRAWS, torch.Generator().manual_seed(_SEED))
+    found = signed_derivatives(net, loss, DRAWS, torch.Generator().manual_seed(_SEED))
     return found.square().mean(0) / 2
 
 
@@ -70,10 +70,10 @@ def fisher_of_outputs(
     check_batches(batches)
     apart, generator = draws_apart(net), torch.Generator().manual_seed(_SEED)
     total, n = torch.zeros((), dtype=torch.float64), 0
-    for batch in _up_to(batches, most):
+    for batch in up_to(batches, most):
 
         def drawn(batch: Any = batch) -> Tensor:
-            return _drawn(run_batch(net, batch, forward), rows(batch), outputs, generator)
+            return drawn_sums(run_batch(net, batch, forward), rows(batch), outputs, generator)
 
         found = None
         if apart:
@@ -83,7 +83,7 @@ def fisher_of_outputs(
                 apart = False
         if found is None:
             summed = lambda drawn=drawn: drawn().sum()  # noqa: E731
-            several = [derivatives(net, summed, apart=False).square().sum(0) for _ in range(_DRAWS)]
+            several = [derivatives(net, summed, apart=False).square().sum(0) for _ in range(DRAWS)]
             found = torch.stack(several).mean(0)
         total, n = total + found / 2, n + rows(batch)
     if not n:
@@ -91,7 +91,7 @@ def fisher_of_outputs(
     return total / n
 
 
-def _up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
+def up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
     """Yield batches up to a number of inputs; the last one is shortened if its rows can be split."""
     left = most
     for batch in batches:
@@ -102,7 +102,7 @@ def _up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
         left -= n
 
 
-def _drawn(output: Any, n: int, outputs: Outputs | None, generator: torch.Generator) -> Tensor:
+def drawn_sums(output: Any, n: int, outputs: Outputs | None, generator: torch.Generator) -> Tensor:
     """Return a sum of an output whose gradient has the mean square of that of the log likelihood of drawn targets.
 
     For classes that gradient is a class drawn, as 1 and 0, minus the probabilities p. Its products have the mean

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.ordered import most, ranks
-from plasticnet.budgets.projection import prices, project
+from plasticnet.budgets.projection import decide, prices
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
@@ -38,6 +39,9 @@ def prune_once(
 ) -> dict[str, int]:
     """Cut a trained network to a budget at once.
 
+    Where single weights have gates, their entries are ranked together with the units; those that do not stay are
+    closed, so that they are zero in the compact module.
+
     Units are cut by `PlasticNet.resize`, unless they are only to be closed. Blocks are only closed, and
     `PlasticNet.compact` removes them.
 
@@ -50,7 +54,7 @@ def prune_once(
             there are batches, and "magnitude" where there is neither.
         scope: "global" compares scores across sites, so that the best units of the network stay, as many as the budget
             allows. "uniform" compares them within each site: all sites keep the same share of their units, the largest
-            that the budget allows, and at least `Site.minimum` of them.
+            that the budget allows, and at least `Site.minimum` of them; single weights stay as they are.
         loss: The loss for kinds of score that follow a gradient, as in `pn.scores`.
         batches: Inputs for "fisher" without labels, as in `pn.scores`.
         forward: What runs the network on a batch, as in `pn.scores`.
@@ -89,18 +93,46 @@ def prune_once(
     if per_cost is None:
         per_cost = by_cost(scores)
     if scope == "global" and per_cost:
-        worth = {n: worth[n] / price for n, price in prices(net, targets).items()}
-    keep = project(net, worth, targets, net.open_weights()) if scope == "global" else _uniform(net, worth, targets)
+        costs = {**prices(net, targets), **_entry_prices(net, targets)}
+        worth = {n: value / costs[n] for n, value in worth.items()}
+    keep, left = decide(net, targets, worth) if scope == "global" else (_uniform(net, worth, targets), {})
     sources = _sources(net, keep, worth) if cut else {}
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
-    if cut:
-        net.resize(sources, optimizer)
+    with _closed_entries(net, left):
+        if cut:
+            net.resize(sources, optimizer)
     with torch.no_grad():
         for name, site in net.sites.items():
             closed = ~keep[name][sources.get(name, slice(None))]
             if closed.any():
                 site.phi[torch.from_numpy(closed).to(site.phi.device)] = -INITIAL_LOGIT
     return {n: before[n] - now for n, s in net.sites.items() if (now := int(s.open.sum())) < before[n]}
+
+
+@contextmanager
+def _closed_entries(net: PlasticNet, keep: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """Close the entries of weights that do not stay; if an error leaves the context, they are what they were."""
+    before = {name: net.weights[name].phi for name in keep}
+    logits = {name: phi.detach().clone() for name, phi in before.items()}
+    with torch.no_grad():
+        for name, phi in before.items():
+            phi[torch.from_numpy(~keep[name]).to(phi.device)] = -INITIAL_LOGIT
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, phi in before.items():
+                phi.copy_(logits[name])
+        raise
+
+
+def _entry_prices(net: PlasticNet, targets: Mapping[str, float]) -> dict[str, float]:
+    """Return what an entry of each gated weight costs, as the sum of its shares of all targets."""
+    each = {cost: net.cost.entry_costs(cost) for cost in targets}
+    return {
+        w.name: max(sum(each[cost][i] / target for cost, target in targets.items()), 1e-12)
+        for i, w in enumerate(net.weights.values())
+    }
 
 
 def _data(batches: Iterable[Any] | None, forward: Forward | None, outputs: Outputs | None) -> dict[str, Any]:

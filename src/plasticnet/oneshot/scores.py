@@ -12,6 +12,7 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.derivatives import gate_squares, taylor_squares, without_cudnn
+from plasticnet.oneshot.entries import entries_by_loss, entries_by_outputs, entries_by_size
 from plasticnet.oneshot.fisher import fisher_of_loss, fisher_of_outputs
 from plasticnet.oneshot.minimum import Watched
 from plasticnet.oneshot.replaceable import unreplaceable
@@ -28,6 +29,8 @@ _OF_BATCH = {"fisher": fisher_of_loss, "taylor": taylor_squares, "gate": gate_sq
 
 class UnitScores(dict[str, Tensor]):
     """For each site the scores of its units, shape (units,), and what kind they are.
+
+    Of each weight whose entries have gates, it holds the scores of these entries, in its shape, by its name.
 
     Attributes:
         kind: The kind of score.
@@ -73,6 +76,10 @@ def scores(
     mean square. Without this, their scale would differ from layer to layer, and all but one unit of a layer might
     close.
 
+    Where single weights have gates, each of their entries is scored by the same rule: it is a unit whose only parameter
+    is the entry. "taylor" and "gate" say the same of it, and "repair" is "fisher", because `repair` leaves such weights
+    as they are.
+
     Args:
         net: The network. It is run in evaluation mode and left exactly as it was, gradients and random numbers
             included.
@@ -86,11 +93,12 @@ def scores(
         calibrate: The number of inputs at which reading stops.
 
     Returns:
-        A dict with the scores of the units of each site, shape (units,). Those of closed units are 0. It knows its
+        A dict with the scores of the units of each site, shape (units,), and of the entries of each weight that has
+        gates, in its shape. Those of what is closed are 0. It knows its
         ``kind``, so that `prune_once` does with it what it does with the name of the kind.
 
     Raises:
-        PlasticError: The kind is unknown; the network has no units with gates; the loss is missing, does not depend on
+        PlasticError: The kind is unknown; the loss is missing, does not depend on
             the network, is not finite or is at its minimum; or the scores are not finite, or all 0.
 
     Example:
@@ -105,43 +113,69 @@ def scores(
     """
     if kind not in KINDS:
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
-    if not net.sites:
-        raise PlasticError("there are no units to score: only single weights have gates")
-    if kind == "magnitude":
-        squares = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
-    else:
-        with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
-            if loss is not None and kind != "repair":
-                squares = _of_loss(net, kind, loss, batches)
-            elif kind in _OF_LOSS and not isinstance(batches, int):
-                squares = fisher_of_outputs(net, batches, calibrate, forward, outputs)
-                if kind == "repair":
-                    squares = unreplaceable(net, squares, batches, calibrate, forward)
-            else:
-                more = ", or batches=[...], inputs without labels" if kind in _OF_LOSS else ""
-                raise PlasticError(
-                    f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}"
-                )
-        squares = net.ranks.average(squares)
-    if not bool(squares.any()):
+    with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
+        squares = [
+            net.ranks.average(t.contiguous()) for t in _squares(net, kind, loss, batches, calibrate, forward, outputs)
+        ]
+    if not any(bool(part.any()) for part in squares):
         raise PlasticError(f"scores={kind!r} are all 0: no unit moves the loss (a last layer of zeros, say)")
-    found = UnitScores(kind)
-    for (name, site), part in zip(net.sites.items(), squares.split([len(s) for s in net.sites.values()]), strict=True):
+    result = UnitScores(kind)
+    for gated, part in zip(net.all_gates(), squares, strict=True):
         if not bool(torch.isfinite(part).all()):
-            raise PlasticError(f"site {name!r}: its scores are not finite; look for NaN in the weights or gradients")
+            raise PlasticError(
+                f"site {gated.name!r}: its scores are not finite; look for NaN in the weights or gradients"
+            )
         even = part if kind in _OF_LOSS else (part / part.mean().clamp(min=1e-300)).sqrt()
-        found[name] = even.to(site.phi.dtype)
-    return found
+        result[gated.name] = even.to(gated.phi.dtype)
+    return result
 
 
-def _of_loss(net: PlasticNet, kind: str, loss: Loss, batches: int | Iterable[Any]) -> Tensor:
-    """Return the squares of a kind of score that follows a gradient, averaged over mini-batches, shape (units,)."""
+def _squares(
+    net: PlasticNet,
+    kind: str,
+    loss: Loss | None,
+    batches: int | Iterable[Any],
+    calibrate: int,
+    forward: Forward | None,
+    outputs: Outputs | None,
+) -> list[Tensor]:
+    """Return the squares of a kind of score for all gates, as `scores` describes them: of each site, of each weight."""
+    units, entries = torch.zeros(0, dtype=torch.float64, device=net.like.device), list[Tensor]()
+    if kind == "magnitude":
+        if net.sites:
+            units = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
+        entries = entries_by_size(net)
+    elif loss is not None and kind != "repair":
+        units, entries = _of_loss(net, kind, loss, batches)
+    elif kind in _OF_LOSS and not isinstance(batches, int):
+        if net.sites:
+            units = fisher_of_outputs(net, batches, calibrate, forward, outputs)
+            if kind == "repair":
+                units = unreplaceable(net, units, batches, calibrate, forward)
+        if net.weights:
+            entries = entries_by_outputs(net, batches, calibrate, forward, outputs)
+    else:
+        more = ", or batches=[...], inputs without labels" if kind in _OF_LOSS else ""
+        raise PlasticError(f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}")
+    return [*units.split([len(s) for s in net.sites.values()]), *entries] if net.sites else entries
+
+
+def _of_loss(net: PlasticNet, kind: str, loss: Loss, batches: int | Iterable[Any]) -> tuple[Tensor, list[Tensor]]:
+    """Return the squares of a score that follows a gradient, averaged over mini-batches: of units, and of weights."""
     if type(batches) is not int or batches < 1:
         raise PlasticError(f"batches={batches!r}: with a loss, how often it is called, 1 or more")
     watched = Watched(net, loss)
-    squares = torch.stack([_OF_BATCH[kind](net, watched) for _ in range(batches)]).mean(0)
+    units = torch.zeros(0, dtype=torch.float64, device=net.like.device)
+    entries = [torch.zeros((), dtype=torch.float64)] * len(net.weights)
+    for _ in range(batches):
+        if net.sites:
+            more = _OF_BATCH[kind](net, watched)
+            units = more / batches + (units if len(units) else 0)
+        if net.weights:
+            more = entries_by_loss(net, watched, kind)
+            entries = [t + g / batches for t, g in zip(entries, more, strict=True)]
     watched.check()
-    return squares
+    return units, entries
 
 
 def by_cost(given: Scores) -> bool:
@@ -150,7 +184,7 @@ def by_cost(given: Scores) -> bool:
 
 
 def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -> dict[str, np.ndarray]:
-    """Return the scores of all units as arrays of shape (units,), by site.
+    """Return the scores of all units as arrays of shape (units,), by site, and of single weights in their shapes.
 
     Args:
         net: The network.
@@ -163,12 +197,13 @@ def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -
     """
     found = given if isinstance(given, Mapping) else scores(net, given, loss, **options)
     worth: dict[str, np.ndarray] = {}
-    for name, site in net.sites.items():
+    for gated in net.all_gates():
+        name, shape = gated.name, tuple(gated.phi.shape)
         values = torch.as_tensor(found[name]).detach().cpu().double() if name in found else torch.zeros(0)
-        if values.shape != (len(site),) or not bool(torch.isfinite(values).all()):
+        if tuple(values.shape) != shape or not bool(torch.isfinite(values).all()):
             raise PlasticError(
                 f"site {name!r}: the scores have shape {tuple(values.shape)} or are not finite; needed is a number for "
-                f"each unit, shape ({len(site)},), as from pn.scores"
+                f"each unit, shape {shape}, as from pn.scores"
             )
         worth[name] = values.numpy()
     return worth
