@@ -425,7 +425,7 @@ def test_beginning_in_the_middle_is_the_same_as_from_the_start(kind: str, monkey
     x = torch.randn(60, *shape).double()
     found = list[dict[str, Tensor]]()
     for memory in (2**30, -1):
-        monkeypatch.setattr("plasticnet.repairing.paired.MEMORY", memory)
+        monkeypatch.setattr("plasticnet.repairing.onward.MEMORY", memory)
         torch.manual_seed(2)
         net, _ = lost(make().double(), x)
         pn.repair(net, x.split(20))

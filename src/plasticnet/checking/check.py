@@ -76,6 +76,7 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
         all_alike = partial(_alike, share=CLOSED_SHARES[-1])
         rough = Comparing(twin, calls[:1], ROUGH, [all_alike], random=traced.random, vouch=False)
         bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
+        del rough  # which holds the model at full size
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
         calls, reached = reaching(twin, calls, sites, traced.steered)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, swapped
 from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.norms import open_statistics
-from plasticnet.gates.readers import fold, multiplied, readers
+from plasticnet.gates.readers import Reader, fold, multiplied, readers
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.locks import Lock
-from plasticnet.tools.torch_private import is_compiled, parameters_of
+from plasticnet.tools.torch_private import is_compiled, parameters_of, version
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
 
@@ -100,6 +100,7 @@ class Gating:
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = places_of(model, {r.tensor for r in self.readers} | set(weights))
         self.keep_results = False
+        self._folded: _Folded | None = None
         self.known = [*model.parameters(), *model.buffers()]
         self.shapes = [t.shape for t in self.known]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
@@ -150,6 +151,21 @@ class Gating:
                 return run.watch.output(self.model(*args, **kwargs))
             return self.model(*args, **kwargs)
 
+    @contextmanager
+    def folding_once(self) -> Iterator[None]:
+        """Keep the weights that gates were multiplied into within this context, for runs under the same gates."""
+        before, self._folded = self._folded, _Folded()
+        try:
+            yield
+        finally:
+            self._folded = before
+
+    def folded(self, parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
+        """Return what `fold` does, from what is kept where that is still right."""
+        if self._folded is None or torch.is_grad_enabled():
+            return fold(parameters, found, z)
+        return self._folded.fold(parameters, found, z)
+
     def holds_what(self, before: Gating) -> bool:
         """Return whether the model has the parameters, in the same shapes, that it had when another gating was made."""
         now = zip(self.known, self.shapes, strict=True)
@@ -185,6 +201,27 @@ class Gating:
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that gates act on, by name, as they are now."""
         return {name: parameters_of(held[0][0])[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
+
+
+class _Folded:
+    """Weights that gates were multiplied into, kept for as long as neither changes."""
+
+    def __init__(self) -> None:
+        self._z: Tensor | None = None
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # of each weight what it was made of, and its version
+
+    def fold(self, parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
+        """Return what `fold` of the readers does."""
+        if self._z is None or not torch.equal(self._z, z):
+            self._z, self._kept = z.clone(), {}
+        names = {r.tensor for r in found}
+        for name in names & self._kept.keys():
+            of, then, _ = self._kept[name]
+            if of is not parameters[name] or version(of) != then:
+                del self._kept[name]
+        new = fold(parameters, [r for r in found if r.tensor not in self._kept], z)
+        self._kept |= {n: (parameters[n], version(parameters[n]), t) for n, t in new.items()}
+        return {n: self._kept[n][2] for n in dict.fromkeys(r.tensor for r in found)}
 
 
 class _Run:
@@ -226,7 +263,7 @@ class _Run:
         self.masks: list[tuple[nn.Module, int, Tensor]] = []
         self.skipped: list[nn.Module] = []
         if not all_open:
-            self.tensors |= fold({**parameters, **self.tensors}, folded, shared)
+            self.tensors |= gating.folded({**parameters, **self.tensors}, folded, shared)
             self.masks = gating.masks(shared, best)
             if gating.blocks:
                 closed = (shared == 0).tolist()

@@ -10,19 +10,24 @@ given what is left. So of two units that do the same the first one costs nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plasticnet.gates.site import Site
 from plasticnet.net import PlasticNet
+from plasticnet.repairing.onward import Enough, Onward
 from plasticnet.repairing.products import Place, Product
+from plasticnet.repairing.sums import added
 from plasticnet.repairing.watching import watching
 from plasticnet.tools.batches import Forward, rows, run_batch
+from plasticnet.tools.half import products_in_single
 
 _ROWS, _LEAST = 4, 16384  # so many rows are read for each input of a reader, but at least so many in all
 _RIDGE = 0.1  # as a share of the variance of each input
+MEMORY = 2**30  # the bytes of sums that are taken in one pass
 _BLOCK = 128  # so many columns are gathered before they are subtracted
 
 
@@ -47,15 +52,17 @@ class _Moments:
             self.start = x.mean(0)
         x = x - self.start
         self.n += len(x)
-        self.x, self.xx = self.x + x.double().sum(0), self.xx + (x.mT @ x).double()
+        self.x, self.xx = self.x + x.double().sum(0), added(self.xx, x.mT @ x)
 
     def covariance(self) -> Tensor:
         """Return the mean products around the means, with a ridge."""
-        mean, squares = self.x / self.n, self.xx / self.n
-        found = squares - torch.outer(mean, mean)
+        mean, found = self.x / self.n, self.xx / self.n
+        squares = found.diagonal().clone()
+        found -= torch.outer(mean, mean)
         # An input that hardly moves has a variance that is no more than rounding.
-        least = 1e-6 * squares.diagonal() + 1e-12 * found.diagonal().mean().clamp(min=0) + 1e-30
-        return found + torch.diag_embed(torch.maximum(_RIDGE * found.diagonal(), least))
+        least = 1e-6 * squares + 1e-12 * found.diagonal().mean().clamp(min=0) + 1e-30
+        found.diagonal().add_(torch.maximum(_RIDGE * found.diagonal(), least))
+        return found
 
 
 def unreplaceable(
@@ -70,51 +77,142 @@ def unreplaceable(
         most: The number of inputs at which reading stops.
         forward: What runs the network on a batch, where its form does not fit.
     """
-    moments = _moments(net, batches, most, forward)
     found, start = list[Tensor](), 0
-    for site in net.sites.values():
-        readers = list[_Leaving]()
-        for r in net.gating.readers:
-            place = next((p for p in moments if p.tensor == r.tensor), None)
-            units = r.units - start
-            if place is None or not bool(((units >= 0) & (units < len(site))).any()):
-                continue
-            weight = place.matrices(place.of(net.model.get_parameter(r.tensor).detach()))[0].double()
-            if len(weight) % len(units):
-                continue
-            wide = units.repeat_interleave(len(weight) // len(units))
-            where = [(wide == i).nonzero()[:, 0] for i in range(len(site))]
-            if len({len(w) for w in where}) == 1:
-                readers.append(_Leaving(moments[place].covariance(), weight, torch.stack(where)))
-        own = fisher[start : start + len(site)]
-        start += len(site)
-        found.append(own * _shares(readers, own).to(own) if readers else own)
+    for sites, moments in _moments(net, batches, most, forward):
+        for site in sites:
+            readers = list[_Leaving]()
+            for r in net.gating.readers:
+                place = next((p for p in moments if p.tensor == r.tensor), None)
+                units = r.units - start
+                if place is None or not bool(((units >= 0) & (units < len(site))).any()):
+                    continue
+                weight = place.matrices(place.of(net.model.get_parameter(r.tensor).detach()))[0].double()
+                if len(weight) % len(units):
+                    continue
+                wide = units.repeat_interleave(len(weight) // len(units))
+                where = [(wide == i).nonzero()[:, 0] for i in range(len(site))]
+                if len({len(w) for w in where}) == 1:
+                    readers.append(_Leaving(moments[place].covariance(), weight, torch.stack(where)))
+            own = fisher[start : start + len(site)]
+            start += len(site)
+            found.append(own * _shares(readers, own).to(own) if readers else own)
+        moments.clear()  # before those of the next sites are taken
     return torch.cat(found)
 
 
-def _moments(net: PlasticNet, batches: Iterable[Any], most: int, forward: Forward | None) -> dict[Place, _Moments]:
-    """Return the sums for every part of a parameter that is multiplied with activations in one group."""
-    found, generator, left = dict[Place, _Moments](), torch.Generator().manual_seed(0), most
-    share = 1.0  # of the inputs, in the batch that is read
+def _moments(
+    net: PlasticNet, batches: Iterable[Any], most: int, forward: Forward | None
+) -> Iterator[tuple[list[Site], dict[Place, _Moments]]]:
+    """Yield some sites after the other, with the sums for the parts of parameters that read their units.
 
-    def notice(product: Product) -> None:
-        if product.place.groups > 1 or product.place.kind == "stack":
-            return
-        inputs = product.place.matrices(product.place.of(net.model.get_parameter(product.place.tensor))).shape[1]
-        wanted = math.ceil(share * max(_ROWS * inputs, _LEAST))
-        pick = torch.randperm(product.rows, generator=generator)[:wanted].to(product.out.device)
-        x = product.inputs(pick)[0]
-        found.setdefault(product.place, _Moments()).add(x if x.dtype == torch.float64 else x.float())
+    The sums of all sites are taken in one pass where they have room. Else the sites go in groups, and the runs of each
+    group begin where those of the group before it have ended.
+    """
+    reading = _Reading(net, batches, most, forward)
+    groups = _groups(net)
+    if len(groups) == 1:
+        yield groups[0][0], reading.sums(groups[0][1])
+        return
+    with products_in_single(net.model), watching(net.model, lambda _: None, look=True) as mode:
+        reading.run(next(iter(batches)))
+    calls: dict[str, dict[Place, int]] = {}
+    order = list(mode.seen.places)
+    for place, n in mode.seen.places.items():
+        calls.setdefault(place.tensor, {})[place] = n
+    onward, ended = Onward(net.model, reading.run), -1
+    for sites, tensors in groups:
+        places = [p for t in tensors for p in calls.get(t, ())]
+        if not places:
+            yield sites, {}
+            continue
+        first, last = min(map(order.index, places)), max(map(order.index, places))
+        if first <= ended:
+            onward.forget()
+        ended = last
+        expected = (
+            math.inf if any(t not in calls for t in tensors) else sum(n for t in tensors for n in calls[t].values())
+        )
+        yield sites, reading.sums(tensors, (onward, order[last], expected))
 
-    with watching(net.model, notice):
-        for batch in batches:
-            if left <= 0:
-                break
-            n = rows(batch)
-            share = min(n / min(most, len(batches) * n if isinstance(batches, Sized) else most), 1.0)
-            run_batch(net, batch, forward)
-            left -= n
-    return found
+
+def _groups(net: PlasticNet) -> list[tuple[list[Site], set[str]]]:
+    """Return the sites in groups whose sums have room together, each with the parameters that read their units."""
+    groups: list[tuple[list[Site], dict[str, int]]] = []
+    start = 0
+    for site in net.sites.values():
+        own = dict[str, int]()
+        for r in net.gating.readers:
+            units = r.units - start
+            if bool(((units >= 0) & (units < len(site))).any()):
+                p = net.model.get_parameter(r.tensor)
+                own[r.tensor] = 8 * (p.shape[r.dim] if p.dim() < 3 else p.numel() // len(p)) ** 2
+        start += len(site)
+        if groups and sum((groups[-1][1] | own).values()) <= MEMORY:
+            groups[-1][0].append(site)
+            groups[-1][1].update(own)
+        else:
+            groups.append(([site], own))
+    return [(sites, set(tensors)) for sites, tensors in groups]
+
+
+class _Reading:
+    """Takes sums over the inputs for parts of parameters that are multiplied with activations in one group.
+
+    Args:
+        net: The network.
+        batches: The inputs.
+        most: The number of inputs at which reading stops.
+        forward: What runs the network on a batch, where its form does not fit.
+    """
+
+    def __init__(self, net: PlasticNet, batches: Iterable[Any], most: int, forward: Forward | None) -> None:
+        self._net, self._batches, self._most, self._forward = net, batches, most, forward
+
+    def run(self, batch: Any) -> Any:
+        """Run the network on a batch."""
+        return run_batch(self._net, batch, self._forward)
+
+    def sums(self, tensors: set[str], onward: tuple[Onward, Place, float] | None = None) -> dict[Place, _Moments]:
+        """Return the sums for every part of some parameters.
+
+        Args:
+            tensors: The names of the parameters.
+            onward: What begins runs where the last ones have ended, where the next ones are to begin, and the number
+                of products after which a run may end. By default runs are whole.
+        """
+        found, generator, left = dict[Place, _Moments](), torch.Generator().manual_seed(0), self._most
+        share, met = 1.0, 0  # of the inputs, in the batch that is read
+
+        def notice(product: Product) -> None:
+            nonlocal met
+            place = product.place
+            if place.groups == 1 and place.kind != "stack":
+                weight = self._net.model.get_parameter(place.tensor)
+                wanted = math.ceil(share * max(_ROWS * place.matrices(place.of(weight)).shape[1], _LEAST))
+                # Rows are drawn for the others, too, because those of a reader should not hang on what else is read.
+                pick = torch.randperm(product.rows, generator=generator)[:wanted].to(product.out.device)
+                if place.tensor in tensors:
+                    x = product.inputs(pick)[0]
+                    found.setdefault(place, _Moments()).add(x if x.dtype == torch.float64 else x.float())
+            met += place.tensor in tensors
+            if onward is not None and met >= onward[2]:
+                raise Enough
+
+        with products_in_single(self._net.model):
+            for i, batch in enumerate(self._batches):
+                if left <= 0:
+                    break
+                n = rows(batch)
+                known = isinstance(self._batches, Sized)
+                share = min(n / min(self._most, len(self._batches) * n if known else self._most), 1.0)
+                met = 0
+                if onward is None:
+                    with watching(self._net.model, notice):
+                        self.run(batch)
+                else:
+                    onward[0].until(i, batch, onward[1], notice, beside=tensors)
+                left -= n
+        return found
 
 
 class _Leaving:

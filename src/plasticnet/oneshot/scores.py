@@ -18,6 +18,7 @@ from plasticnet.oneshot.minimum import Watched
 from plasticnet.oneshot.replaceable import unreplaceable
 from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.batches import Forward
+from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.snapshot import left_as_it_was
 
@@ -146,14 +147,16 @@ def _squares(
             units = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
         entries = entries_by_size(net)
     elif loss is not None and kind != "repair":
-        units, entries = _of_loss(net, kind, loss, batches)
+        with products_in_single(net.model):
+            units, entries = _of_loss(net, kind, loss, batches)
     elif kind in _OF_LOSS and not isinstance(batches, int):
-        if net.sites:
-            units = fisher_of_outputs(net, batches, calibrate, forward, outputs)
-            if kind == "repair":
-                units = unreplaceable(net, units, batches, calibrate, forward)
-        if net.weights:
-            entries = entries_by_outputs(net, batches, calibrate, forward, outputs)
+        with products_in_single(net.model):
+            if net.sites:
+                units = fisher_of_outputs(net, batches, calibrate, forward, outputs)
+            if net.weights:
+                entries = entries_by_outputs(net, batches, calibrate, forward, outputs)
+        if net.sites and kind == "repair":
+            units = unreplaceable(net, units, batches, calibrate, forward)
     else:
         more = ", or batches=[...], inputs without labels" if kind in _OF_LOSS else ""
         raise PlasticError(f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}")

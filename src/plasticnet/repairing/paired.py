@@ -13,26 +13,21 @@ from plasticnet.gates.acting import places_of, swapped
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.meanwhile import own_gates
 from plasticnet.repairing.errors import OutputErrors
+from plasticnet.repairing.onward import Enough, Onward
 from plasticnet.repairing.products import Product
 from plasticnet.repairing.readers import Reader
-from plasticnet.repairing.resuming import Diverged, Record
 from plasticnet.repairing.sums import Sums
 from plasticnet.repairing.watching import Seen, watching
-from plasticnet.tools.batches import Calibration, Forward, like_model, run_batch
+from plasticnet.tools.batches import Calibration, Forward, run_batch
 from plasticnet.tools.inputs import Outputs, copy_inputs
 from plasticnet.tools.outputs import counted
 from plasticnet.tools.snapshot import RandomState
 
 _ROWS, _LEAST = 32, 8192  # so many rows are read for each input of a reader, but at least so many in all
-MEMORY = 2**30  # the bytes of activations that are kept to begin runs from
 
 
 class Unpaired(Exception):
     """Says that the two networks do not multiply a reader with the same activations."""
-
-
-class _Enough(BaseException):
-    """Ends a run of the model: all that is wanted of it was seen."""
 
 
 class _Meeting:
@@ -59,7 +54,7 @@ class _Meeting:
             pick = drawn.sort().values.to(product.out.device)
         self._wanted.append((n, pick, product.outputs(pick).clone()))
         if len(self._wanted) == self._reader.calls:
-            raise _Enough
+            raise Enough
 
     def had(self, product: Product) -> None:
         """Add what the gated network computes."""
@@ -72,7 +67,7 @@ class _Meeting:
         x, had = product.inputs(pick), product.outputs(pick)
         self._sums.add(x if self._columns is None else x[:, :, self._columns], wanted, had, product.addend_scale)
         if self._met == self._reader.calls:
-            raise _Enough
+            raise Enough
 
     def end(self) -> None:
         """Raise `Unpaired` unless both networks have called the reader equally often."""
@@ -106,7 +101,7 @@ class Paired:
         self.original: dict[str, Tensor] = {}
         self._recurrent = [m for m in net.model.modules() if isinstance(m, nn.RNNBase)]
         self._held = {**dict(net.model.named_parameters()), **dict(net.model.named_buffers())}
-        self._records: dict[tuple[bool, str, int], Record] = {}
+        self._onward = Onward(net.model, lambda batch: run_batch(net, batch, forward))
         self._random = RandomState(net.model)
 
     def tensor(self, name: str) -> Tensor:
@@ -182,37 +177,7 @@ class Paired:
         for i, batch in enumerate(self.data.fitted if part == "fitted" else self.data.held_out):
             meeting = _Meeting(reader, rows, generator, sums)
             with self.opened():
-                self._until((True, part, i), batch, reader, meeting.wanted)
-            self._until((False, part, i), batch, reader, meeting.had)
+                self._onward.until((True, part, i), batch, reader.place, meeting.wanted, summed=reader.summed)
+            self._onward.until((False, part, i), batch, reader.place, meeting.had, summed=reader.summed)
             meeting.end()
         return sums
-
-    def _until(self, key: tuple[bool, str, int], batch: Any, reader: Reader, notice: Any) -> None:
-        """Run the network on a batch until a reader's products were noticed, beginning where the last run has ended.
-
-        Args:
-            key: Whether all units are open, the part of the inputs, and the number of the batch.
-            batch: The batch.
-            reader: The reader.
-            notice: What is called with its products.
-        """
-        record = self._records.pop(key, None)
-        if record is not None and record.usable:
-            try:
-                return self._recorded(key, record, reader, notice)
-            except Diverged:
-                pass
-        self._random.restore()
-        fresh = Record(copy_inputs(like_model(self.net.model, batch)))
-        return self._recorded(key, fresh, reader, notice)
-
-    def _recorded(self, key: tuple[bool, str, int], record: Record, reader: Reader, notice: Any) -> None:
-        """Do what `_until` does, from a record on, and keep the record if there is room for it."""
-        record.whole = False
-        try:
-            with watching(self.net.model, notice, only=reader.place, summed=reader.summed, record=record):
-                run_batch(self.net, record.batch, self.forward)
-        except _Enough:
-            pass
-        if record.whole and record.bytes + sum(r.bytes for r in self._records.values()) <= MEMORY:
-            self._records[key] = record

@@ -20,6 +20,7 @@ from plasticnet.repairing.report import Repaired, RepairedReader
 from plasticnet.repairing.ridge import Fit, refit
 from plasticnet.tools.batches import Calibration, Forward, calibration
 from plasticnet.tools.gradients import with_gradients_if_needed
+from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.precision import full_precision
 from plasticnet.tools.snapshot import left_as_it_was
@@ -114,7 +115,7 @@ def _repaired(
     """Do what `repair` does, in a network that is locked."""
     pair = Paired(net, data, forward, outputs, towards)
     try:
-        with left_as_it_was(net, training=False), _one_by_one(net):
+        with left_as_it_was(net, training=False), _one_by_one(net), net.gating.folding_once():
             report = _refitted(pair)
             statistics = statistics_of(net.model)
             changed = {n: b.clone() for n, b in net.model.named_buffers() if n in pair.original or n in statistics}
@@ -202,7 +203,10 @@ def _one_by_one(net: GatedModel) -> Iterator[None]:
     cudnn, (mkldnn, *_) = torch.backends.cudnn.enabled, torch.backends.mkldnn.set_flags(_enabled=not recurrent)
     torch.backends.cudnn.enabled = cudnn and not recurrent
     try:
-        with unfused_layers(), torch.compiler.set_stance("force_eager"), full_precision(net.like.device.type):
+        with (
+            unfused_layers(), torch.compiler.set_stance("force_eager"), full_precision(net.like.device.type),
+            products_in_single(net.model),
+        ):  # fmt: skip
             yield
     finally:
         torch.backends.cudnn.enabled = cudnn

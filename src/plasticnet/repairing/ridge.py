@@ -70,5 +70,8 @@ def _solved(xx: Tensor, xe: Tensor, strength: float) -> Tensor | None:
     used = diagonal > 0
     ridge = strength * diagonal.sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp(min=1)
     ridge = torch.where(used, ridge, 1.0)  # an input that is always 0, or not used, stays as it is
-    factor, info = torch.linalg.cholesky_ex(xx + torch.diag_embed(ridge))
+    matrix = xx.clone()
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    del matrix  # because memory for another one is wanted below
     return None if bool(info.any()) else torch.cholesky_solve(xe, factor)

@@ -50,8 +50,8 @@ class Sums:
             self.n += xs.shape[1]
             self.x = self.x + xs.sum(1, dtype=torch.float64)
             self.e = self.e + es.sum(1, dtype=torch.float64)
-            self.xx = self.xx + (xs.mT @ xs).double()
-            self.xe = self.xe + (xs.mT @ es).double()
+            self.xx = added(self.xx, xs.mT @ xs)
+            self.xe = added(self.xe, xs.mT @ es)
             self.ee = self.ee + es.double().square().sum(1)
             self.y = self.y + ys.sum(1, dtype=torch.float64)
             self.yy = self.yy + ys.double().square().sum(1)
@@ -83,6 +83,11 @@ class Sums:
     def variance(self) -> Tensor:
         """Return the variance of the wanted outputs, shape (groups, outputs)."""
         return (self.yy / self.n - (self.y / self.n).square()).clamp(min=0)
+
+
+def added(total: Tensor, products: Tensor) -> Tensor:
+    """Return a total in double precision with products added to it, in place where it has their shape."""
+    return total.add_(products) if total.shape == products.shape else total + products.double()
 
 
 def _at_least_single(t: Tensor) -> Tensor:

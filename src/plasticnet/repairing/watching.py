@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,7 @@ class Products(TorchDispatchMode):
         notice: What is called with every product, or with those of one place.
         look: Whether to note how parameters are read, in `seen`.
         only: The place whose products are noticed; None for all.
+        beside: The parameters whose products are noticed, too.
         summed: Whether these are noticed when they are added to other activations, and not at once.
         record: What an earlier run has recorded on the same inputs. The run begins where that one was closed, and is
             recorded up to the first product of ``only``.
@@ -64,11 +65,13 @@ class Products(TorchDispatchMode):
         *,
         look: bool = False,
         only: Place | None = None,
+        beside: Collection[str] = (),
         summed: bool = False,
         record: Record | None = None,
     ) -> None:
         super().__init__()
         self.model, self.notice, self.look, self.only, self.summed = model, notice, look, only, summed
+        self.beside = beside
         self.seen = Seen()
         self._held: dict[int, list[tuple[str, Tensor]]] = {}
         self._last: Product | None = None
@@ -105,6 +108,12 @@ class Products(TorchDispatchMode):
                 self._looked(product)
             if not self.summed:
                 self.notice(product)
+            return out
+        if found is not None and found[0].tensor in self.beside:
+            out = func(*args, **(kwargs or {}))
+            if self._record is not None:
+                self._record.add(func, out)
+            self.notice(found[1](out))
             return out
         name = func.overloadpacket.__name__
         adds = self._adds(name, args, kwargs or {})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import Forward, run_batch
+from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.outputs import classes_of, counted
 
@@ -37,10 +38,13 @@ class Imitation:
             batches: The batches.
         """
         sums: list[Tensor] = []
-        for batch in batches:
-            for i, y in enumerate(counted(self.wanted(batch), self.outputs)):
-                moments = torch.stack([t.double().sum().cpu() for t in (torch.ones_like(y), y, y.double().square())])
-                sums[i : i + 1] = [sums[i] + moments if i < len(sums) else moments]
+        with products_in_single(self.model):
+            for batch in batches:
+                for i, y in enumerate(counted(self.wanted(batch), self.outputs)):
+                    moments = torch.stack(
+                        [t.double().sum().cpu() for t in (torch.ones_like(y), y, y.double().square())]
+                    )
+                    sums[i : i + 1] = [sums[i] + moments if i < len(sums) else moments]
         self._variances = [max(float(s / n - (m / n) ** 2), 1e-30) for n, m, s in sums]
 
     @torch.no_grad()
@@ -85,9 +89,10 @@ class Imitation:
             batches: The batches.
         """
         total, n = 0.0, 0
-        for batch in batches:
-            found = self.losses(run_batch(network, batch, self.forward), self.wanted(batch), temperature=1.0)
-            total, n = total + float(found.sum()), n + found.numel()
+        with products_in_single(self.model):
+            for batch in batches:
+                found = self.losses(run_batch(network, batch, self.forward), self.wanted(batch), temperature=1.0)
+                total, n = total + float(found.sum()), n + found.numel()
         return total / n
 
 

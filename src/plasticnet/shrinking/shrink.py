@@ -42,6 +42,7 @@ from plasticnet.units import BlockUnits
 Validate = Callable[[nn.Module], float]
 _HALVINGS = 7  # how often the range of sizes is halved to meet a budget of loss
 _RUNS = 6  # how often the time is taken; the first does not count
+_PATIENCE = 10.0  # after so many seconds fewer runs will do, but two at least
 _SMALLEST = 0.02  # the share of the multiply-adds below which no budget of loss goes
 
 
@@ -309,14 +310,17 @@ def _close_to_multiple(site: Site, worth: Tensor, multiple_of: int) -> None:
 def _milliseconds(model: nn.Module, small: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[float, float]:
     """Return how long two networks take, by turns: the medians of a few runs in evaluation mode."""
     found: tuple[list[float], list[float]] = [], []
-    for _ in range(_RUNS):
+    begun = time.monotonic()
+    for i in range(_RUNS):
+        if i > 1 and time.monotonic() - begun > _PATIENCE:
+            break
         for network, times in zip((model, small), found, strict=True):
             with left_as_it_was(network, training=False):
                 _wait(network)
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 run(network)
                 _wait(network)
-                times.append(1000 * (time.perf_counter() - begun))
+                times.append(1000 * (time.perf_counter() - started))
     before, after = (median(times[1:]) for times in found)
     return before, after
 

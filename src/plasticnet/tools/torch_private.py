@@ -31,6 +31,16 @@ ConvTranspose = nn.modules.conv._ConvTransposeNd
 Dropout = nn.modules.dropout._DropoutNd
 
 
+# -- what a processor can do -------------------------------------------------------------------
+
+
+def has_half_products(dtype: torch.dtype) -> bool:
+    """Return whether the CPU has fast products of matrices of a type of half precision."""
+    name = "_is_mkldnn_fp16_supported" if dtype == torch.float16 else "_is_mkldnn_bf16_supported"
+    known = getattr(torch.ops.mkldnn, name, None)
+    return known is None or bool(known())
+
+
 # -- what a module holds ----------------------------------------------------------------------
 
 
