@@ -9,7 +9,8 @@ their ``use_cache`` is off. All have 4 key-value heads, heads of 64 and 32,000 t
 - 0.6B: hidden 1536, 20 layers, 24 heads, intermediate 4224
 - 1.1B: hidden 2048, 22 layers, 32 heads, intermediate 5632, the shape of TinyLlama
 
-Random weights say nothing of what a cut costs a trained model: the errors only show that the repair does something.
+Random weights say nothing of what a cut costs a trained model: no unit does what others do, so that the repair has
+nothing to gain.
 
 Every size runs in a process of its own, with one thread. The parts of a run are "attach" (`PlasticNet`), "scores"
 (`pn.scores`), "cut" (`prune_once`) and "repair" (`pn.repair`); "rest" are the errors of the whole network, the cut one
