@@ -140,12 +140,35 @@ def starts(content: Mapping[str, Any]) -> list[str]:
     return table(["share", "way", "seeds", "accuracy, %", "to the whole network", "CPU s"], cells)
 
 
+def large(content: Mapping[str, Any]) -> list[str]:
+    """The rows of large.py: a row for each size."""
+    parts = ("attach", "scores", "cut", "repair", "rest", "all")
+    cells = []
+    for row in sorted(content["results"], key=lambda r: r["parameters"]):
+        mib, million = row["mib"], 1e6
+        cells.append(
+            [
+                row["size"], *(f"{row[n] / million:,.0f}" for n in ("parameters", "parameters after")),
+                *(f"{row['cpu_seconds'][part]:,.0f}" for part in parts),
+                *(f"{mib[n] / 1024:.2f}" for n in ("peak", "over the model")),
+                *(f"{mib['by part'][part] / 1024:.2f}" for part in ("attach", "scores", "repair")),
+                *(f"{row['error'][step]:.3g}" for step in ("cut", "repaired")), f"{row['load']:.1f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "size", "parameters, millions", "after", "CPU s, attach", "scores", "cut", "repair", "rest", "all",
+        "peak, GiB", "over the model", "in attach", "in scores", "in repair", "error, cut", "repaired", "load",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "one-shot": ("repair", one_shot),
     "transformers": ("transformers_cut", transformers),
     "starts": ("gates_from_scores", starts),
     "ranks": ("score_ranks", ranks),
     "latency": ("shrink_latency", latency),
+    "large": ("large", large),
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet import PlasticNet
+from plasticnet.checking.twins import random_twin
+from plasticnet.tools.inputs import Call
 from tests.kit.networks import mlp
 
 HALF = [torch.float16, torch.bfloat16]
@@ -160,3 +162,13 @@ def test_it_stays_in_its_precision(dtype: torch.dtype) -> None:
     net = PlasticNet(model, (torch.randn(4, 12).to(dtype),))
     assert all(torch.equal(p, before[name]) and p.dtype == dtype for name, p in net.model.named_parameters())
     assert all(p.dtype == dtype for p in net.compact().parameters())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_parameters_of_the_copy_are_drawn_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    call = Call((torch.randn(2, 6).to(dtype),), {})
+    twin, (wide,) = random_twin(mlp(6, 16, 3).to(dtype), [call], seed=3)
+    assert wide.args[0].dtype == torch.float32
+    for p in twin.parameters():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, p.to(dtype).float())

@@ -251,3 +251,40 @@ def test_layers_that_change_their_input_in_place() -> None:
     net.train()
     net.expected_loss(lambda: net(x).square().sum(1)).backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in net.parameters())
+
+
+def test_weights_are_folded_once_until_they_or_the_gates_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    folded = list[str]()
+
+    def counting(parameters: Any, found: Any, z: Tensor) -> dict[str, Tensor]:
+        new = fold(parameters, found, z)
+        folded.extend(new)
+        return new
+
+    monkeypatch.setattr("plasticnet.gates.run.fold", counting)
+    x = torch.randn(5, 4)
+    net = PlasticNet(mlp(4, 8, 6, 3), (x,)).eval()
+    names = [r.tensor for r in net.gating.readers]
+    with torch.no_grad():
+        net.sites["0"].phi[:3] = -1.0
+        before = net(x)
+        with net.gating.folding_once():
+            folded.clear()
+            assert torch.equal(net(x), before)
+            assert torch.equal(net(x), before)
+            assert folded == names
+            net.model[4].weight.detach().add_(1.0)
+            changed = net(x)
+            assert folded == [*names, "4.weight"]
+            net.sites["0"].phi[3] = -1.0
+            closed = net(x)
+            assert folded == [*names, "4.weight", *names]
+        assert torch.equal(net(x), closed)
+        net.sites["0"].phi[3] = 1.0
+        assert torch.equal(net(x), changed)
+        assert not torch.equal(changed, before)
+    with net.gating.folding_once():
+        net(x).sum().backward()  # what is kept has no graph, so that a run with gradients folds anew
+        net.zero_grad()
+        net(x).sum().backward()
+    assert all(p.grad is not None for p in net.model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plasticnet as pn
 from plasticnet import PlasticError, PlasticNet
@@ -101,3 +102,61 @@ def test_it_needs_inputs() -> None:
     net = PlasticNet(mlp(4, 6, 3), (x,))
     with pytest.raises(PlasticError, match="inputs without labels"):
         pn.scores(net, "repair", lambda: net(x).square().mean(1))
+
+
+class Deep(nn.Module):
+    """Layers one after the other, of which one is called twice, beside a stream that all of them add to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.up = nn.ModuleList(nn.Linear(12, width) for width in (9, 15, 7))
+        self.down = nn.ModuleList(nn.Linear(width, 12) for width in (9, 15, 7))
+        self.norm = nn.LayerNorm(12)
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i in (0, 1, 1, 2):
+            x = x + self.down[i](self.up[i](x).relu())
+        return self.last(self.norm(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True}])
+@pytest.mark.parametrize("memory", [0, 3000, 6000])
+def test_sums_in_groups_give_what_a_single_pass_gives(
+    options: dict[str, bool], memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 6).double()
+    net = PlasticNet(Deep().double(), (x[:2],), residual=bool(options))
+    whole = pn.scores(net, "repair", batches=x.split(20))
+    monkeypatch.setattr("plasticnet.oneshot.replaceable.MEMORY", memory)
+    found = pn.scores(net, "repair", batches=x.split(20))
+    fisher = pn.scores(net, "fisher", batches=x.split(20))
+    for name in net.sites:
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-9, atol=1e-12)
+    assert any(not torch.equal(found[n], fisher[n]) for n in net.sites)
+
+
+def test_groups_go_on_from_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8) if i % 2 == 0 else nn.ReLU() for i in range(15)]
+    x = torch.randn(60, 8)
+    net = PlasticNet(nn.Sequential(*layers), (x[:2],))
+    monkeypatch.setattr("plasticnet.oneshot.replaceable.MEMORY", 0)
+    counted = list[int]()
+    own = torch.ops.aten.addmm.default
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            counted.append(1) if func is own else None
+            return func(*args, **(kwargs or {}))
+
+    from plasticnet.oneshot.replaceable import unreplaceable
+
+    batches, fisher = list(x.split(20)), torch.ones(sum(map(len, net.sites.values())))
+    with torch.no_grad(), Counting():
+        unreplaceable(net.eval(), fisher, batches, 60, None)
+    assert len(net.sites) == 7
+    assert len(counted) <= 8 + 3 * 2 * 8  # a run to look, and of each batch each layer once, and the one it begins with

@@ -434,3 +434,9 @@ def test_the_report() -> None:
     assert again["steps"][0]["name"] == "whole"
     assert again["interrupted"] is False
     assert len(again["milliseconds"]) == 2
+
+
+def test_the_time_of_a_slow_model_is_taken_fewer_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plasticnet.shrinking.shrink._PATIENCE", 0.0)
+    _, report = shrink(trained(0), BATCHES, Budget(macs=0.5))
+    assert min(report.milliseconds) > 0
