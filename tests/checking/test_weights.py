@@ -110,8 +110,9 @@ def test_weights_without_units() -> None:
     assert "parameters" in str(net.summary())
     assert net.penalty(1.0, "units").item() == 0.0
     net.k = math.inf
-    with pytest.raises(PlasticError, match="no units to score"):
-        prune_once(net, Budget(params=0.5))
+    before = net.summary().open_parameters
+    assert prune_once(net, Budget(params=0.5)) == {}
+    assert net.summary().open_parameters == before // 2
 
 
 # -- the gradient -----------------------------------------------------------------------------

@@ -203,8 +203,8 @@ class _Reading:
                 if left <= 0:
                     break
                 n = rows(batch)
-                known = isinstance(self._batches, Sized)
-                share = min(n / min(self._most, len(self._batches) * n if known else self._most), 1.0)
+                inputs = len(self._batches) * n if isinstance(self._batches, Sized) else self._most
+                share = min(n / min(self._most, inputs), 1.0)
                 met = 0
                 if onward is None:
                     with watching(self._net.model, notice):
