@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import plasticnet as pn
 from plasticnet.budgets.projection import prices
 
+Losses = Callable[[Tensor, Tensor], Tensor]  # of outputs and what is wanted, shape (batch,)
 NAME, K, TEMPERATURE = "gates_from_scores", 7.0, 4.0
 DENSE = 6  # epochs with labels of the whole network
 EPOCHS, PLASTIC, AFTER = 5, 2, 1  # of the cut network; and of the gates, plastic and at k = infinity
@@ -79,12 +80,17 @@ def at_once(net: pn.PlasticNet, worth: dict[str, Tensor], share: float, x: Tenso
     return small.eval()
 
 
+def divided(net: pn.PlasticNet, worth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores divided by the multiply-adds that units cost."""
+    price = prices(net, {"macs": net.summary().macs})
+    return {name: found / torch.from_numpy(price[name]) for name, found in worth.items()}
+
+
 def start(net: pn.PlasticNet, worth: dict[str, Tensor], share: float) -> None:
     """Start gates between 0.05 and 0.95, by how far a unit is from what a cut at once would keep."""
     once = copy.deepcopy(net)
     pn.prune_once(once, pn.Budget(macs=share), scores=worth, per_cost=True, cut=False)
-    price = prices(net, {"macs": net.summary().macs})
-    value = {n: (worth[n] / torch.from_numpy(price[n])).clamp(min=1e-30).log() for n in net.sites}
+    value = {n: found.clamp(min=1e-30).log() for n, found in divided(net, worth).items()}
     threshold = min(float(value[n][once.sites[n].open].min()) for n in net.sites)
     with torch.no_grad():
         for name, site in net.sites.items():
@@ -92,12 +98,15 @@ def start(net: pn.PlasticNet, worth: dict[str, Tensor], share: float) -> None:
             site.phi.copy_(logits / K)
 
 
-def gates(net: pn.PlasticNet, share: float, x: Tensor, wanted: Tensor) -> nn.Module:
-    """Learn which units stay, and train what is left."""
+def gates(
+    net: pn.PlasticNet, share: float, x: Tensor, wanted: Tensor, losses: Losses = imitation, repair: bool = True
+) -> nn.Module:
+    """Learn which units stay, and train what is left; with or without repair as the network hardens."""
     optimizer = torch.optim.Adam(net.param_groups(lr=RATE, gate_lr=GATE_RATE))
     rates = [group["lr"] for group in optimizer.param_groups]
     stages = [pn.Stage(PLASTIC, K), pn.Stage(AFTER)]
-    schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(macs=share), repair=x[:CALIBRATE].split(BATCH))
+    calibrate = x[:CALIBRATE].split(BATCH) if repair else None
+    schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(macs=share), repair=calibrate)
     done = 0
 
     def step(inputs: Tensor, target: Tensor, rate: float) -> None:
@@ -105,7 +114,7 @@ def gates(net: pn.PlasticNet, share: float, x: Tensor, wanted: Tensor) -> nn.Mod
         for group, full in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = full * rate
         optimizer.zero_grad()
-        (net.expected_loss(lambda: imitation(net(inputs), target)) + schedule.penalty()).backward()
+        (net.expected_loss(lambda: losses(net(inputs), target)) + schedule.penalty()).backward()
         optimizer.step()
         done += 1
         if done % math.ceil(len(x) / BATCH) == 0:
