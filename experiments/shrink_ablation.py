@@ -1,10 +1,10 @@
 """What each part of `pn.shrink` brings: scores, their division by costs, repair, distillation, and learned gates.
 
-A LeNet-5 is trained on 20,000 images of Fashion-MNIST, as in gates_from_scores.py, and cut to a share of its multiply-
-adds. The plain way is a cut by "magnitude", which is not divided by costs, and nothing else. Each part is added to it
-alone; and each part is taken away from `pn.shrink(model, batches, budget, epochs=5)`, which has them all. A score is
-taken away by "magnitude" in its place. Since scores and their division by costs belong together, the two are also added
-together, and taken away together. Two ways learn gates in the place of the cut:
+A LeNet-5 is trained on 20,000 images of Fashion-MNIST, as in gates_from_scores.py, and cut to a share of its
+multiply-adds. The plain way is a cut by "magnitude", which is not divided by costs, and nothing else. Each part is
+added to it alone; and each part is taken away from `pn.shrink(model, batches, budget, epochs=5)`, which has them all. A
+score is taken away by "magnitude" in its place. Since scores and their division by costs belong together, the two are
+also added together, and taken away together. Two ways learn gates in the place of the cut:
 
 - "plain, gates" has labels, and neither scores, repair nor distillation: two plastic epochs to the budget, from
   pi = 0.95 everywhere, and one epoch more of what is left.

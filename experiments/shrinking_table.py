@@ -13,6 +13,7 @@ from typing import Any
 from common import RESULTS, between, how, publish, spread
 from gates_table import Rows, grouped, table
 from scipy.stats import spearmanr
+from shrink_ablation import GATES, WAYS
 
 PAGE = Path(__file__).parent.parent / "docs" / "shrinking.md"
 TITLES = {
@@ -162,9 +163,36 @@ def large(content: Mapping[str, Any]) -> list[str]:
     return table(header, cells)
 
 
+def parts(content: Mapping[str, Any]) -> list[str]:
+    """The rows of shrink_ablation.py: a row for each way, over its seeds, with the shares side by side."""
+    shares = sorted({r["share"] for r in content["results"]}, reverse=True)
+    order = {way: i for i, way in enumerate((*WAYS, *GATES))}
+    ordered = sorted(content["results"], key=lambda r: order[r["way"]])
+    cells = []
+    for (way,), rows in grouped(ordered, "way").items():
+        cells.append([way])
+        for share in shares:
+            some = [r for r in rows if r["share"] == share]
+            for step in ("at once", "after"):
+                found = [r[step]["accuracy"] for r in some if step in r]
+                cells[-1].append(spread(found, 1) if found else "")
+            seconds = [r["after" if "after" in r else "at once"]["seconds"] for r in some]
+            cells[-1].append(f"{fmean(seconds):.0f}" if seconds else "")
+    whole = spread([r["dense"] for r in content["results"] if (r["way"], r["share"]) == ("plain", shares[0])], 1)
+    header = [f"{share:.0%}, {what}" for share in shares for what in ("at once", "after", "CPU s")]
+    seeds = f"The whole network has {whole} %. Seeds: {', '.join(map(str, seeds_of(content['results'])))}."
+    return [*table(["way", *header], cells), "", seeds]
+
+
+def seeds_of(rows: Rows) -> list[int]:
+    """The seeds that occur."""
+    return sorted({r["seed"] for r in rows})
+
+
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "one-shot": ("repair", one_shot),
     "transformers": ("transformers_cut", transformers),
+    "parts": ("shrink_ablation", parts),
     "starts": ("gates_from_scores", starts),
     "ranks": ("score_ranks", ranks),
     "latency": ("shrink_latency", latency),
