@@ -165,28 +165,26 @@ def large(content: Mapping[str, Any]) -> list[str]:
 
 def parts(content: Mapping[str, Any]) -> list[str]:
     """The rows of shrink_ablation.py: a row for each way, over its seeds, with the shares side by side."""
-    shares = sorted({r["share"] for r in content["results"]}, reverse=True)
-    order = {way: i for i, way in enumerate((*WAYS, *GATES))}
-    ordered = sorted(content["results"], key=lambda r: order[r["way"]])
+    results = content["results"]
+    shares, seeds = sorted({r["share"] for r in results}, reverse=True), sorted({r["seed"] for r in results})
+
+    def cell(values: list[float]) -> str:
+        fewer = f" ({len(values)} of {len(seeds)} seeds)" if len(values) < len(seeds) else ""
+        return f"{spread(values, 1)}{fewer}" if values else ""
+
     cells = []
-    for (way,), rows in grouped(ordered, "way").items():
-        cells.append([way])
+    for way in (*WAYS, *GATES):
+        row = [way]
         for share in shares:
-            some = [r for r in rows if r["share"] == share]
-            for step in ("at once", "after"):
-                found = [r[step]["accuracy"] for r in some if step in r]
-                cells[-1].append(spread(found, 1) if found else "")
+            some = [r for r in results if (r["way"], r["share"]) == (way, share)]
+            row += [cell([r[step]["accuracy"] for r in some if step in r]) for step in ("at once", "after")]
             seconds = [r["after" if "after" in r else "at once"]["seconds"] for r in some]
-            cells[-1].append(f"{fmean(seconds):.0f}" if seconds else "")
-    whole = spread([r["dense"] for r in content["results"] if (r["way"], r["share"]) == ("plain", shares[0])], 1)
+            row.append(f"{fmean(seconds):.0f}" if seconds else "")
+        if any(row[1:]):
+            cells.append(row)
     header = [f"{share:.0%}, {what}" for share in shares for what in ("at once", "after", "CPU s")]
-    seeds = f"The whole network has {whole} %. Seeds: {', '.join(map(str, seeds_of(content['results'])))}."
-    return [*table(["way", *header], cells), "", seeds]
-
-
-def seeds_of(rows: Rows) -> list[int]:
-    """The seeds that occur."""
-    return sorted({r["seed"] for r in rows})
+    whole = spread([next(r["dense"] for r in results if r["seed"] == seed) for seed in seeds], 1)
+    return [*table(["way", *header], cells), "", f"The whole network: {whole} %, over {len(seeds)} seeds."]
 
 
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
