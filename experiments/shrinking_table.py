@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -164,27 +165,34 @@ def large(content: Mapping[str, Any]) -> list[str]:
 
 
 def parts(content: Mapping[str, Any]) -> list[str]:
-    """The rows of shrink_ablation.py: a row for each way, over its seeds, with the shares side by side."""
+    """The rows of shrink_ablation.py: a row for each way, over its seeds, with the shares side by side.
+
+    Ways that differ in their training only have the same cut for a seed, so what is known at once of one is of all.
+    """
     results = content["results"]
     shares, seeds = sorted({r["share"] for r in results}, reverse=True), sorted({r["seed"] for r in results})
+    cuts = {way: replace(parts_of, training="") for way, parts_of in WAYS.items()}
 
-    def cell(values: list[float]) -> str:
-        fewer = f" ({len(values)} of {len(seeds)} seeds)" if len(values) < len(seeds) else ""
-        return f"{spread(values, 1)}{fewer}" if values else ""
+    def cell(values: Mapping[int, float], digits: int = 1) -> str:
+        fewer = f" ({len(values)})" if len(values) < len(seeds) else ""
+        return f"{spread(list(values.values()), digits)}{fewer}" if values else ""
 
-    cells = []
-    for way in (*WAYS, *GATES):
-        row = [way]
-        for share in shares:
-            some = [r for r in results if (r["way"], r["share"]) == (way, share)]
-            row += [cell([r[step]["accuracy"] for r in some if step in r]) for step in ("at once", "after")]
-            seconds = [r["after" if "after" in r else "at once"]["seconds"] for r in some]
-            row.append(f"{fmean(seconds):.0f}" if seconds else "")
-        if any(row[1:]):
-            cells.append(row)
+    def cells(way: str, share: float) -> list[str]:
+        some = [r for r in results if r["share"] == share]
+        same = [r for r in some if "at once" in r and cuts[r["way"]] == cuts.get(way)]
+        own = [r for r in some if r["way"] == way]
+        seconds = [r["after" if "after" in r else "at once"]["seconds"] for r in own]
+        return [
+            cell({r["seed"]: r["at once"]["accuracy"] for r in same}),
+            cell({r["seed"]: r["after"]["accuracy"] for r in own if "after" in r}),
+            f"{fmean(seconds):.0f}" if seconds else "",
+        ]
+
+    ways = [way for way in (*WAYS, *GATES) if any(r["way"] == way for r in results)]
+    rows = [[way, *(c for share in shares for c in cells(way, share))] for way in ways]
     header = [f"{share:.0%}, {what}" for share in shares for what in ("at once", "after", "CPU s")]
     whole = spread([next(r["dense"] for r in results if r["seed"] == seed) for seed in seeds], 1)
-    return [*table(["way", *header], cells), "", f"The whole network: {whole} %, over {len(seeds)} seeds."]
+    return [*table(["way", *header], rows), "", f"The whole network: {whole} %, over {len(seeds)} seeds."]
 
 
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
