@@ -16,7 +16,8 @@ at the end of a row and decide nothing.
 
     python experiments/shrink_ablation.py --data-dir DIR
 
-takes about an hour on one core that nothing else uses. It adds rows to results/shrink_ablation.json; what is there is not run again.
+takes about an hour on one core that nothing else uses. It adds rows to results/shrink_ablation.json; what is there is
+not run again.
 """
 
 from __future__ import annotations
