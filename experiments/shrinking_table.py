@@ -195,7 +195,29 @@ def parts(content: Mapping[str, Any]) -> list[str]:
     return [*table(["way", *header], rows), "", f"The whole network: {whole} %, over {len(seeds)} seeds."]
 
 
+def cifar(content: Mapping[str, Any]) -> list[str]:
+    """The rows of cifar_cut.py: a row for each network, over its seeds, with further epochs in columns."""
+    results = content["results"]
+    further = sorted({r["epochs"] for r in results})
+    ways = ("dense", "cut", "re-estimated", "repaired")
+    order = sorted(results, key=lambda r: (r["depth"], -r["share"], ways.index(r["network"])))
+    cells = []
+    for (depth, share, network), rows in grouped(order, "depth", "share", "network").items():
+        found = [[r for r in rows if r["epochs"] == n] for n in further]
+        seconds = [sum(r["seconds"].values()) for r in found[0] if "seconds" in r]
+        cells.append(
+            [
+                f"ResNet-{depth}, {share:.0%}", network,
+                *(f"{spread([r['accuracy'] for r in some])} ({len(some)})" if some else "" for some in found),
+                f"{fmean(seconds):.0f}" if seconds and network != "dense" else "",
+            ]
+        )  # fmt: skip
+    names = ["at once", *(f"after {n} epoch{'s' if n > 1 else ''}" for n in further[1:])]
+    return table(["network, share", "way", *names, "CPU s, scores, cut and repair"], cells)
+
+
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
+    "cifar": ("cifar_cut", cifar),
     "one-shot": ("repair", one_shot),
     "transformers": ("transformers_cut", transformers),
     "parts": ("shrink_ablation", parts),
