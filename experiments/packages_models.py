@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,24 +297,33 @@ def _with_heads(model: nn.Module, pruner: Any) -> None:
         inner.all_head_size = inner.query.out_features
 
 
-def crystals(n: int, seed: int) -> Iterator[Any]:
+def crystals(n: int, seed: int, scaled: bool) -> Iterator[Any]:
     """Structures that pymatgen ships: strained, with atoms moved and some elements replaced by similar ones.
 
     Elements that a file gives an oxidation state are not replaced.
+
+    Args:
+        n: How many there are.
+        seed: What they are drawn by.
+        scaled: Whether a cell grows and shrinks with the elements that are replaced.
     """
     import pymatgen.util
+    from pymatgen.analysis.structure_prediction.volume_predictor import DLSVolumePredictor
     from pymatgen.core import Structure
 
-    rng, numbers = random.Random(seed), np.random.default_rng(seed)
+    rng, numbers, volumes = random.Random(seed), np.random.default_rng(seed), DLSVolumePredictor()
     whole = [Structure.from_file(p) for p in sorted((Path(pymatgen.util.__path__[0]) / "structures").glob("*.json"))]
     whole = [s for s in whole if len(s) <= 32]
     alike = ("Li Na K", "Mg Ca Sr Ba", "Ti Zr V Cr Mn Fe Co Ni", "O S", "F Cl", "Si Ge Sn", "P As")
     for i in range(n):
-        s = rng.choice(whole).copy()
+        first = rng.choice(whole)
+        s = first.copy()
         for group in (g.split() for g in alike):
             for element in sorted({e.symbol for e in s.composition} & set(group)):
                 if rng.random() < 0.5:
                     s.replace_species({element: rng.choice(group)})
+        if scaled and s.composition != first.composition:
+            s.scale_lattice(s.volume * volumes.predict(s) / volumes.predict(first))
         s.apply_strain(numbers.uniform(-0.05, 0.08, 3))
         s.perturb(float(numbers.uniform(0, 0.15)), seed=1000 * seed + i)
         yield s
@@ -324,13 +334,13 @@ def energies(model: nn.Module, batch: Any) -> Any:
     return model(batch, task="em", return_crystal_feas=True)
 
 
-def chgnet(seed: int) -> Case:
+def chgnet(seed: int, scaled: bool = False) -> Case:
     """The potential of crystals CHGNet, without its linear model of the composition, which is no network."""
     from chgnet.model import CHGNet
 
     model = CHGNet.load(use_device="cpu", verbose=False)
     model.composition_model = None
-    graphs = [model.graph_converter(s) for s in crystals(320, seed)]
+    graphs = [model.graph_converter(s) for s in crystals(320, seed, scaled)]
     groups = [graphs[i : i + 8] for i in range(0, len(graphs), 8)]
     # Streams that LayerNorm normalises cannot be cut exactly; what is hidden between them can.
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
@@ -351,5 +361,6 @@ MODELS: dict[str, Callable[[int], Case]] = {
     "AntiBERTy": antiberty,
     "torchfcpe": fcpe,
     "CHGNet": chgnet,
+    "CHGNet, scaled cells": partial(chgnet, scaled=True),
     "EfficientNet-Lite0": efficientnet,
 }

@@ -14,7 +14,6 @@ from common import RESULTS, between, how, publish
 PAGE = Path(__file__).parent.parent / "docs" / "packages.md"
 TITLES = {
     "repair": "`pn.shrink`",
-    "fisher": "`pn.shrink`, scores by Fisher",
     "gate": "gates, no repair",
     "magnitude": "magnitude, no repair",
     "torch-pruning": "torch-pruning",
