@@ -105,3 +105,14 @@ def test_an_error_leaves_entries_as_they_were() -> None:
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     with pytest.raises(PlasticError, match=r"2\.weight.*shape"):
         pn.prune_once(net, pn.Budget(params=0.3), scores={"0": torch.ones(6), "2.weight": torch.ones(3)})
+
+
+def test_single_weights_without_scores_stay_as_they_are() -> None:
+    model, x, _ = small()
+    net = PlasticNet(model, (x,), weights=["0", "2"])
+    with torch.no_grad():
+        net.weights["2.weight"].phi[0, 5] = -1.0
+    pn.prune_once(net, pn.Budget(units=0.5), scores={"0": torch.arange(6.0)})
+    assert [int(w.open.sum()) for w in net.weights.values()] == [15, 8]
+    with pytest.raises(PlasticError, match=r"0\.weight"):
+        pn.prune_once(net, pn.Budget(units=0.5), scores={"0": torch.ones(3), "2.weight": torch.ones(3, 3)})

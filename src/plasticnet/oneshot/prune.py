@@ -12,7 +12,7 @@ import torch
 
 from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.ordered import most, ranks
-from plasticnet.budgets.projection import decide, prices
+from plasticnet.budgets.projection import decide, prices, project
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
@@ -50,8 +50,8 @@ def prune_once(
         budget: The targets on costs, as shares of the network's present costs or as absolute numbers.
         optimizer: The optimizer, or all of those, that hold the parameters, if training goes on.
         scores: A kind of score as in `pn.scores`, or for each site the scores of its units, shape (units,), such as
-            `pn.scores` returned. The units with the highest scores stay. "auto" is "fisher" where there is a loss or
-            there are batches, and "magnitude" where there is neither.
+            `pn.scores` returned. The units with the highest scores stay. Single weights that are not in it stay, too.
+            "auto" is "fisher" where there is a loss or there are batches, and "magnitude" where there is neither.
         scope: "global" compares scores across sites, so that the best units of the network stay, as many as the budget
             allows. "uniform" compares them within each site: all sites keep the same share of their units, the largest
             that the budget allows, and at least `Site.minimum` of them; single weights stay as they are.
@@ -95,7 +95,13 @@ def prune_once(
     if scope == "global" and per_cost:
         costs = {**prices(net, targets), **_entry_prices(net, targets)}
         worth = {n: value / costs[n] for n, value in worth.items()}
-    keep, left = decide(net, targets, worth) if scope == "global" else (_uniform(net, worth, targets), {})
+    left: dict[str, np.ndarray] = {}
+    if scope == "uniform":
+        keep = _uniform(net, worth, targets)
+    elif all(name in worth for name in net.weights):
+        keep, left = decide(net, targets, worth)
+    else:
+        keep = project(net, worth, targets, net.open_weights())
     sources = _sources(net, keep, worth) if cut else {}
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
     with _closed_entries(net, left):

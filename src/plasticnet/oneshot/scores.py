@@ -191,7 +191,8 @@ def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -
 
     Args:
         net: The network.
-        given: A kind of score, which is computed by `scores`, or the scores themselves.
+        given: A kind of score, which is computed by `scores`, or the scores themselves; those of single weights may be
+            left out, but of all of them.
         loss: The loss for `scores`.
         options: Its other arguments.
 
@@ -200,7 +201,8 @@ def resolve(net: PlasticNet, given: Scores, loss: Loss | None, **options: Any) -
     """
     found = given if isinstance(given, Mapping) else scores(net, given, loss, **options)
     worth: dict[str, np.ndarray] = {}
-    for gated in net.all_gates():
+    entries = [w for w in net.weights.values() if any(name in found for name in net.weights)]
+    for gated in (*net.sites.values(), *entries):
         name, shape = gated.name, tuple(gated.phi.shape)
         values = torch.as_tensor(found[name]).detach().cpu().double() if name in found else torch.zeros(0)
         if tuple(values.shape) != shape or not bool(torch.isfinite(values).all()):
