@@ -88,7 +88,10 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images moved by up to four pixels, each in its own way, half of them mirrored; beyond the edge is zero."""
+    """Images moved by up to four pixels, each in its own way, half of them mirrored, with channels last in memory.
+
+    Beyond the edge is zero.
+    """
     n, _, height, width = x.shape
     padded = F.pad(x, (4, 4, 4, 4))
     down, right = (torch.randint(0, 9, (n, 1), generator=generator) for _ in range(2))
@@ -96,7 +99,7 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     mirrored = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     one = torch.arange(n)[:, None, None]
-    return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def epochs(
@@ -133,8 +136,7 @@ def epochs(
         model.train()
         for i in torch.randperm(len(x), generator=generator).split(BATCH):
             optimizer.zero_grad()
-            images = augmented(x[i], generator).contiguous(memory_format=torch.channels_last)
-            F.cross_entropy(model(images), y[i]).backward()
+            F.cross_entropy(model(augmented(x[i], generator)), y[i]).backward()
             optimizer.step()
             schedule.step()
         if kept is not None:

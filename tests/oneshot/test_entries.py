@@ -116,3 +116,12 @@ def test_single_weights_without_scores_stay_as_they_are() -> None:
     assert [int(w.open.sum()) for w in net.weights.values()] == [15, 8]
     with pytest.raises(PlasticError, match=r"0\.weight"):
         pn.prune_once(net, pn.Budget(units=0.5), scores={"0": torch.ones(3), "2.weight": torch.ones(3, 3)})
+
+
+def test_batches_for_entries_are_checked_as_those_for_units() -> None:
+    model, x, _ = small()
+    net = PlasticNet(model, (x,), weights=["2"], exclude=["*"])
+    with pytest.raises(PlasticError, match="read only once"):
+        pn.scores(net, "fisher", batches=iter(x.split(10)))
+    with pytest.raises(PlasticError, match="no batches to read"):
+        pn.scores(net, "fisher", batches=[])

@@ -248,9 +248,9 @@ def decide(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return which units and which single weights stay open.
 
-    Without gates on single weights, this is `project`. With them, units and weights are first
-    ranked together, and as many of the best gates as the targets allow decide which weights are open while the units
-    are projected. Then as many of the best weights are opened as fit, and units that no open weight reads are closed.
+    Without gates on single weights, this is `project`. With them, units and weights are first ranked together, and as
+    many of the best gates as the targets allow decide which weights are open while the units are projected. Then as
+    many of the best weights are opened as fit, and units that no open weight reads are closed.
 
     Args:
         net: The network.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,16 +35,9 @@ def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
         PlasticError: The loss does not depend on the network.
     """
     parameters = [p for p in net.model.parameters() if p.is_floating_point() or p.is_complex()]
-    fixed = [p for p in parameters if not p.requires_grad]  # Units that do not train can be cut, too.
-    try:
-        for p in fixed:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            f = dependent(run_closure(net, net.sampler, loss, Pass()))
-            gradients = torch.autograd.grad(f.mean(), parameters, allow_unused=True)
-    finally:
-        for p in fixed:
-            p.requires_grad_(False)
+    with with_gradients_of(parameters):
+        f = dependent(run_closure(net, net.sampler, loss, Pass()))
+        gradients = torch.autograd.grad(f.mean(), parameters, allow_unused=True)
     of = dict(zip(parameters, gradients, strict=True))
 
     def product(p: nn.Parameter) -> Tensor:
@@ -52,6 +45,20 @@ def taylor_squares(net: PlasticNet, loss: Loss) -> Tensor:
         return torch.zeros_like(in_double(p)) if g is None else in_double(g) * in_double(p)
 
     return sums_by_unit(net, product, once=True).square()
+
+
+@contextmanager
+def with_gradients_of(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Take gradients in this context, also with respect to parameters that do not train: those can be cut, too."""
+    fixed = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in fixed:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in fixed:
+            p.requires_grad_(False)
 
 
 def gate_squares(net: PlasticNet, loss: Loss) -> Tensor:
@@ -131,9 +138,14 @@ def signed_derivatives(net: PlasticNet, loss: Loss, draws: int, generator: torch
         f = dependent(_closure(net, loss, calls, False))
         if not f.dim():
             return torch.cat(_slopes(f, calls)).sum(0, keepdim=True)
-        signs = torch.randint(2, (draws, len(f)), generator=generator).to(f) * 2 - 1
+        signs = random_signs((draws, len(f)), generator).to(f)
         sums = (signs * f).sum(1) / len(f) ** 0.5
         return torch.stack([torch.cat(_slopes(s, calls, again=True)).sum(0) for s in sums])
+
+
+def random_signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return numbers that are 1 or -1."""
+    return torch.randint(2, tuple(shape), generator=generator) * 2 - 1
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from plasticnet.learning.passes import run_closure
 from plasticnet.learning.sampler import Pass
 from plasticnet.net import PlasticNet
-from plasticnet.oneshot.derivatives import dependent
+from plasticnet.oneshot.derivatives import dependent, random_signs, with_gradients_of
 from plasticnet.oneshot.fisher import DRAWS, drawn_sums, up_to
 from plasticnet.tools.batches import Forward, rows, run_batch
 from plasticnet.tools.inputs import Loss, Outputs
@@ -42,7 +42,7 @@ def entries_by_loss(net: PlasticNet, loss: Loss, kind: str) -> list[Tensor]:
     def sums(f: Tensor) -> list[Tensor]:
         if kind != "fisher" or not f.dim():
             return [f.mean()]
-        signs = torch.randint(2, (DRAWS, len(f)), generator=generator).to(f) * 2 - 1
+        signs = random_signs((DRAWS, len(f)), generator).to(f)
         return [(s * f).sum() / len(f) ** 0.5 for s in signs]
 
     found = _squares(net, lambda: sums(dependent(run_closure(net, net.sampler, loss, Pass()))))
@@ -64,31 +64,23 @@ def entries_by_outputs(
     generator, n = torch.Generator().manual_seed(_SEED), 0
     total = [torch.zeros((), dtype=torch.float64)] * len(net.weights)
     for batch in up_to(batches, most):
-        for _ in range(DRAWS):
-            found = _squares(
-                net,
-                lambda batch=batch: [drawn_sums(run_batch(net, batch, forward), rows(batch), outputs, generator).sum()],
-            )
-            total = [t + g / (2 * DRAWS) for t, g in zip(total, found, strict=True)]
-        n += rows(batch)
-    return [t / max(n, 1) for t in total]
+
+        def sums(batch: Any = batch) -> list[Tensor]:
+            output, n = run_batch(net, batch, forward), rows(batch)
+            return [drawn_sums(output, n, outputs, generator).sum() for _ in range(DRAWS)]
+
+        total, n = [t + g / 2 for t, g in zip(total, _squares(net, sums), strict=True)], n + rows(batch)
+    return [t / n for t in total]
 
 
 def _squares(net: PlasticNet, run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """Return the mean over some sums of losses of the squares of entry times gradient, for each gated weight."""
     weights = [net.model.get_parameter(name) for name in net.weights]
-    fixed = [w for w in weights if not w.requires_grad]  # entries that do not train can be closed, too
     total = [torch.zeros(w.shape, dtype=torch.float64, device=w.device) for w in weights]
-    try:
-        for w in fixed:
-            w.requires_grad_(True)
-        with torch.enable_grad():
-            sums = run()
-            for s in sums:
-                found = torch.autograd.grad(s, weights, materialize_grads=True, retain_graph=True)
-                for t, w, g in zip(total, weights, found, strict=True):
-                    t += (w.detach().double() * g.double()).square() / len(sums)
-    finally:
-        for w in fixed:
-            w.requires_grad_(False)
+    with with_gradients_of(weights):
+        sums = run()
+        for s in sums:
+            found = torch.autograd.grad(s, weights, materialize_grads=True, retain_graph=s is not sums[-1])
+            for t, w, g in zip(total, weights, found, strict=True):
+                t += (w.detach().double() * g.double()).square() / len(sums)
     return total

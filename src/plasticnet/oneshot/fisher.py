@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
-from plasticnet.oneshot.derivatives import derivatives, draws_apart, signed_derivatives
+from plasticnet.oneshot.derivatives import derivatives, draws_apart, random_signs, signed_derivatives
 from plasticnet.tools.batches import Forward, check_batches, rows, run_batch, some_rows, splittable
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.outputs import classes_of, counted
@@ -67,7 +67,6 @@ def fisher_of_outputs(
     Raises:
         PlasticError: The batches are no batches, or the output has no floating tensors.
     """
-    check_batches(batches)
     apart, generator = draws_apart(net), torch.Generator().manual_seed(_SEED)
     total, n = torch.zeros((), dtype=torch.float64), 0
     for batch in up_to(batches, most):
@@ -86,13 +85,16 @@ def fisher_of_outputs(
             several = [derivatives(net, summed, apart=False).square().sum(0) for _ in range(DRAWS)]
             found = torch.stack(several).mean(0)
         total, n = total + found / 2, n + rows(batch)
-    if not n:
-        raise PlasticError("there are no batches to read")
     return total / n
 
 
 def up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
-    """Yield batches up to a number of inputs; the last one is shortened if its rows can be split."""
+    """Yield batches up to a number of inputs; the last one is shortened if its rows can be split.
+
+    Raises:
+        PlasticError: The batches cannot be read again and again, or there are none.
+    """
+    check_batches(batches)
     left = most
     for batch in batches:
         if left <= 0:
@@ -100,6 +102,8 @@ def up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
         n = rows(batch)
         yield some_rows(batch, slice(0, left)) if n > left and splittable(batch) else batch
         left -= n
+    if left == most:
+        raise PlasticError("there are no batches to read")
 
 
 def drawn_sums(output: Any, n: int, outputs: Outputs | None, generator: torch.Generator) -> Tensor:
@@ -122,18 +126,13 @@ def drawn_sums(output: Any, n: int, outputs: Outputs | None, generator: torch.Ge
     if logits is not None:
         wide = logits.float() if logits.dtype.itemsize < 4 else logits
         p = wide.detach().softmax(1)
-        drawn = p.sqrt() * _signs(p.shape, generator).to(p)
+        drawn = p.sqrt() * random_signs(p.shape, generator).to(p)
         return ((drawn - p * drawn.sum(1, keepdim=True)) * wide).sum(1)
     terms = list[Tensor]()
     for y in counted(output, outputs):
         wide = y.float() if y.dtype.itemsize < 4 else y
         scale = wide.detach().std(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
-        terms.append(wide * _signs(y.shape, generator).to(wide) / scale)
+        terms.append(wide * random_signs(y.shape, generator).to(wide) / scale)
     if all(len(t) == n for t in terms):
         return torch.stack([t.flatten(1).sum(1) if t.dim() > 1 else t for t in terms]).sum(0)
     return torch.stack([t.sum() for t in terms]).sum()
-
-
-def _signs(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return random signs."""
-    return torch.randint(2, shape, generator=generator) * 2 - 1

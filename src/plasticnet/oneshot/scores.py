@@ -95,12 +95,12 @@ def scores(
 
     Returns:
         A dict with the scores of the units of each site, shape (units,), and of the entries of each weight that has
-        gates, in its shape. Those of what is closed are 0. It knows its
-        ``kind``, so that `prune_once` does with it what it does with the name of the kind.
+        gates, in its shape. Those of what is closed are 0. It knows its ``kind``, so that `prune_once` does with it
+        what it does with the name of the kind.
 
     Raises:
-        PlasticError: The kind is unknown; the loss is missing, does not depend on
-            the network, is not finite or is at its minimum; or the scores are not finite, or all 0.
+        PlasticError: The kind is unknown; the loss is missing, does not depend on the network, is not finite or is at
+            its minimum; or the scores are not finite, or all 0.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -114,10 +114,12 @@ def scores(
     """
     if kind not in KINDS:
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
-    with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
-        squares = [
-            net.ranks.average(t.contiguous()) for t in _squares(net, kind, loss, batches, calibrate, forward, outputs)
-        ]
+    if kind == "magnitude":
+        squares = _of_sizes(net)
+    else:
+        with net.lock, left_as_it_was(net, training=False), without_cudnn(net):
+            found = _of_data(net, kind, loss, batches, calibrate, forward, outputs)
+        squares = [net.ranks.average(t.contiguous()) for t in found]
     if not any(bool(part.any()) for part in squares):
         raise PlasticError(f"scores={kind!r} are all 0: no unit moves the loss (a last layer of zeros, say)")
     result = UnitScores(kind)
@@ -131,7 +133,7 @@ def scores(
     return result
 
 
-def _squares(
+def _of_data(
     net: PlasticNet,
     kind: str,
     loss: Loss | None,
@@ -140,13 +142,9 @@ def _squares(
     forward: Forward | None,
     outputs: Outputs | None,
 ) -> list[Tensor]:
-    """Return the squares of a kind of score for all gates, as `scores` describes them: of each site, of each weight."""
+    """Return the squares of a kind of score that runs the network: of each site, and of each weight."""
     units, entries = torch.zeros(0, dtype=torch.float64, device=net.like.device), list[Tensor]()
-    if kind == "magnitude":
-        if net.sites:
-            units = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
-        entries = entries_by_size(net)
-    elif loss is not None and kind != "repair":
+    if loss is not None and kind != "repair":
         with products_in_single(net.model):
             units, entries = _of_loss(net, kind, loss, batches)
     elif kind in _OF_LOSS and not isinstance(batches, int):
@@ -160,7 +158,20 @@ def _squares(
     else:
         more = ", or batches=[...], inputs without labels" if kind in _OF_LOSS else ""
         raise PlasticError(f"scores={kind!r} follow a gradient and need a loss: a function that runs net on data{more}")
-    return [*units.split([len(s) for s in net.sites.values()]), *entries] if net.sites else entries
+    return [*_by_site(net, units), *entries]
+
+
+def _of_sizes(net: PlasticNet) -> list[Tensor]:
+    """Return the squared norms of what produces units, of each site, and the squares of entries, of each weight."""
+    if not net.sites:
+        return entries_by_size(net)
+    units = sums_by_unit(net, lambda p: in_double(p).square()) * (net.mean_gates()[0][:-1] > 0)
+    return [*_by_site(net, units), *entries_by_size(net)]
+
+
+def _by_site(net: PlasticNet, units: Tensor) -> list[Tensor]:
+    """Return the parts of a vector of all units that belong to each site."""
+    return list(units.split([len(s) for s in net.sites.values()])) if net.sites else []
 
 
 def _of_loss(net: PlasticNet, kind: str, loss: Loss, batches: int | Iterable[Any]) -> tuple[Tensor, list[Tensor]]:
