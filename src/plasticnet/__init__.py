@@ -10,7 +10,8 @@ from plasticnet.net import PlasticNet  # a model with a gate on every unit
 from plasticnet.training.schedule import Schedule  # moves it through its stages, and changes its size
 from plasticnet.training.stages import Stage  # some epochs at one k
 from plasticnet.training.stages import Change  # what a step of a schedule did
-from plasticnet.budgets.budget import Budget  # what the network may cost in the end
+from plasticnet.learning.pressure import Pressure  # what its cost is worth in the loss
+from plasticnet.budgets.budget import Budget  # or what it may cost in the end
 from plasticnet.training.distillation import distillation  # the loss of a network that imitates another
 from plasticnet.learning.estimators import ESTIMATORS  # how the gradient of the gates is estimated, by name
 
@@ -64,7 +65,7 @@ from plasticnet.errors import PlasticError  # whatever raises it has changed not
 from plasticnet.version import __version__
 
 __all__ = [
-    "PlasticNet", "Schedule", "Stage", "Change", "Budget", "distillation", "ESTIMATORS",
+    "PlasticNet", "Schedule", "Stage", "Change", "Pressure", "Budget", "distillation", "ESTIMATORS",
     "narrow", "Growth",
     "shrink", "Report", "Milestone", "SiteChange",
     "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "repair", "Repaired", "RepairedReader",

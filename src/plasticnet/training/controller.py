@@ -19,6 +19,8 @@ from plasticnet.gates.site import held_open, probability
 from plasticnet.learning.guard import guarded
 from plasticnet.net import PlasticNet
 from plasticnet.tools.precision import product
+from plasticnet.training.force import Force
+from plasticnet.training.growth import Growth
 
 # The target comes down over this share of the plastic epochs.
 FALL = 0.6
@@ -44,7 +46,7 @@ _NUMBERS = ("begun", "steps", "per_epoch", "reference", "within")
 _LISTS = ("level", "sizes", "base")
 
 
-class Controller:
+class Controller(Force):
     """The multipliers of a budget, one for each cost, and the pressure on the gates that they make.
 
     The multiplier of a cost is ``exp(level + 6 e)`` times the size of the loss gradient over the size of the gradient
@@ -63,17 +65,19 @@ class Controller:
         PlasticError: The budget has a target for the latency, which has not been measured.
     """
 
+    kind = "budget"
+
     def __init__(self, net: PlasticNet, budget: Budget) -> None:
-        self.loss = budget.loss
-        self.targets = budget.targets(net)
-        self.costs = tuple(self.targets) or ("parameters", "macs")
+        self.loss, targets = budget.loss, budget.targets(net)
+        self.costs = tuple(targets) or ("parameters", "macs")
         self.like = net.like
-        self.widths: dict[str, int] = {}
+        super().__init__()
+        self.targets = targets
         self.notice(net)
-        self.reset()
 
     def reset(self) -> None:
         """Begin anew with the same targets."""
+        super().reset()
         n = len(self.costs)
         self.level = self.like.new_full((n,), math.log(START))
         # These are running means of the gradients' sizes, for each cost and then for the loss.
@@ -81,35 +85,36 @@ class Controller:
         # The pressure begins in this epoch, and these are the logarithms of the costs at that time.
         self.begun = math.nan
         self.base = [0.0] * n
-        # These count the calls of `penalty` in this epoch and in the one before.
-        self.steps, self.per_epoch = 0, 0
-        # The validation loss is compared with ``reference``; ``within`` says whether the last one kept to the limit.
-        self.reference, self.within = math.inf, True
-        # These are the logits after the last epoch that was within the limit, by the name of the gates.
-        self.good: dict[str, Tensor] = {}
+        # The validation loss may exceed this one by ``loss``.
+        self.reference = math.inf
 
     def notice(self, net: PlasticNet) -> None:
         """Update the largest width that each site has had."""
         self.widths = {name: max(self.widths.get(name, 0), len(site)) for name, site in net.sites.items()}
 
-    def outgrown(self, net: PlasticNet) -> bool:
-        """Return whether the network costs more than twice a target, which leaves enough units to choose from."""
-        return any(present(net, cost) > OUTGROWN * target for cost, target in self.targets.items())
+    def ends_growth(self, net: PlasticNet, late: bool) -> bool:
+        """Return whether it is too late to grow, or the network costs more than twice a target.
 
-    def penalty(self, net: PlasticNet, epoch: int, end: int) -> Tensor:
+        The latter leaves enough units to choose from.
+        """
+        return late or any(present(net, cost) > OUTGROWN * target for cost, target in self.targets.items())
+
+    def penalty(self, net: PlasticNet, growth: Growth | None, epoch: int, end: int) -> Tensor:
         """Return a scalar whose gradient presses on the gates; every call moves the multipliers by a step.
 
-        The pressure begins with the first call in which no unit is held open any more, because gates that are held open
-        cannot follow it. Before that the result is 0.
+        The pressure begins with the first call after growth in which no unit is held open any more, because gates that
+        are held open cannot follow it. Before that the result is 0.
 
         Args:
             net: The network.
+            growth: How the network grows, or None.
             epoch: The epoch that is running, counted from 0.
             end: The first epoch after the plastic ones.
         """
         sites = net.sites.values()
-        if math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites):
-            return self.like.new_zeros(())
+        growing = growth is not None and not growth.stopped
+        if growing or (math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites)):
+            return net.like.new_zeros(())
         phi = net.phi()
         self.like = net.like  # the network may have been brought to another device or precision
         self.level, self.sizes = self.level.to(phi), self.sizes.to(phi)
@@ -181,7 +186,7 @@ class Controller:
             passed: How many of the plastic epochs are over.
             epochs: How many plastic epochs there are.
         """
-        self.steps, self.per_epoch = 0, self.steps
+        super().step(val_loss, plastic, passed, epochs)
         if self.loss is None:
             return
         if math.isinf(self.reference) or math.isnan(self.begun):
@@ -193,8 +198,8 @@ class Controller:
             self.level = (self.level + math.log(factor)).clamp(math.log(LOWEST), math.log(HIGHEST))
 
     def remember(self, net: PlasticNet) -> None:
-        """Keep a copy of the present logits, to which a budget of loss may return; other budgets need none."""
-        if self.loss is not None:
+        """Keep a copy of the present logits, to which a budget of loss may return once the pressure has begun."""
+        if self.loss is not None and not math.isnan(self.begun):
             self.good = {g.name: g.phi.detach().clone() for g in net.all_gates()}
 
     def state_dict(self) -> dict[str, Any]:

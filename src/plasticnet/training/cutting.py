@@ -8,7 +8,6 @@ units are cut.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +24,34 @@ from plasticnet.net import PlasticNet
 from plasticnet.repairing.repair import repair
 from plasticnet.surgery.optimizers import forget
 from plasticnet.surgery.survivors import survivors, to_keep
-from plasticnet.training.controller import Controller
+from plasticnet.training.force import Force
 
 # A cut takes a small part of a training step, but after it a compiled or wrapped network must be prepared anew.
 # So a cut must save this share of the MACs or of the parameters.
 PAYS = 0.02
+
+
+def cut_epoch(
+    net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force, *, hibernate: float, multiple_of: int
+) -> dict[str, int]:
+    """End a plastic epoch: count down the grace of new units, reopen what sites need, and cut what hibernates.
+
+    Args:
+        net: The network.
+        optimizers: The optimizers that hold its parameters.
+        controller: What presses on the gates, such as the controller of a budget.
+        hibernate: The probability below which a unit is cut.
+        multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
+
+    Returns:
+        How many units were cut, for each site that lost some.
+    """
+    for site in net.sites.values():
+        site.grace.sub_(1).clamp_(min=0)
+    recover(net, optimizers)
+    if not kept_to_loss(net, optimizers, controller):
+        return {}
+    return cut_hibernating(net, optimizers, controller, hibernate=hibernate, multiple_of=multiple_of)
 
 
 def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
@@ -45,16 +67,13 @@ def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
             forget(optimizers, site.phi, units)
 
 
-def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller | None) -> bool:
+def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force) -> bool:
     """Return whether the loss is within its budget; if it is not, put the gates back to where they last kept to it.
 
     After the gates were put back nothing may be cut. Without a budget of loss the answer is always true.
     """
-    if controller is None:
-        return True
     if controller.within:
-        if not math.isnan(controller.begun):
-            controller.remember(net)
+        controller.remember(net)
         return True
     for g in net.all_gates():
         logits = controller.good.get(g.name)
@@ -68,7 +87,7 @@ def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: C
 def cut_hibernating(
     net: PlasticNet,
     optimizers: Sequence[Optimizer],
-    controller: Controller | None,
+    controller: Force,
     *,
     hibernate: float,
     multiple_of: int,
@@ -80,24 +99,22 @@ def cut_hibernating(
     Args:
         net: The network.
         optimizers: The optimizers that hold its parameters.
-        controller: The controller of the budget, or None.
+        controller: What presses on the gates, such as the controller of a budget.
         hibernate: The probability below which a unit is cut.
         multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
 
     Returns:
         How many units were cut, for each site that lost some.
     """
-    if controller is not None:
-        controller.notice(net)
+    controller.notice(net)
     keep = to_keep(net, hibernate, multiple_of)
-    if keep and controller is not None and controller.targets:
+    if keep and controller.targets:
         keep = _with_enough(net, keep, controller.targets, multiple_of)
     if not pays(net, keep):
         return {}
     sizes = {name: len(site) for name, site in net.sites.items()}
     net.resize(keep, optimizers)
-    if controller is not None:
-        controller.remember(net)
+    controller.remember(net)
     return _changes(net, sizes)[0]
 
 
@@ -138,7 +155,7 @@ def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
 def harden(
     net: PlasticNet,
     optimizers: Sequence[Optimizer],
-    controller: Controller | None,
+    controller: Force,
     multiple_of: int,
     batches: Iterable[Any] | None,
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -150,7 +167,7 @@ def harden(
     Args:
         net: The network.
         optimizers: The optimizers that hold its parameters.
-        controller: The controller of the budget, or None.
+        controller: What presses on the gates, such as the controller of a budget.
         multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
         batches: Inputs on which the network is repaired where the targets have closed units, or None.
 
@@ -160,7 +177,7 @@ def harden(
     sizes = {name: len(site) for name, site in net.sites.items()}
     for site in net.sites.values():
         site.grace.zero_()
-    if controller is not None and controller.targets:
+    if controller.targets:
         were = {name: site.open for name, site in net.sites.items()}
         _open_the_wanted(net, optimizers, controller)
         if batches is not None:
@@ -172,7 +189,7 @@ def harden(
     return _changes(net, sizes)
 
 
-def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Controller) -> None:
+def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force) -> None:
     """Open the gates that the targets ask for, and close all others.
 
     Where earlier cuts have removed more units than the targets ask for, new units are added first.

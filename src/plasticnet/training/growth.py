@@ -116,6 +116,11 @@ class Growth:
         """Whether growth has stopped, by itself or by `stop`."""
         return self.failed >= self.failures
 
+    @property
+    def endless(self) -> bool:
+        """Whether growth goes on until `stop`, as the rule of the paper does."""
+        return self.failures == sys.maxsize
+
     def stop(self) -> None:
         """Stop growth for good."""
         self.failed = self.failures

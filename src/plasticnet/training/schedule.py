@@ -12,17 +12,18 @@ from torch.optim import Optimizer
 
 from plasticnet.budgets.budget import Budget, present
 from plasticnet.budgets.projection import decide
-from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, probabilities, set_logits, transition
+from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.tools.batches import check_batches
-from plasticnet.training.controller import Controller
-from plasticnet.training.cutting import cut_hibernating, forget_gates, harden, kept_to_loss, recover
+from plasticnet.training.cutting import cut_epoch, forget_gates, harden
 from plasticnet.training.growth import Growth
-from plasticnet.training.stages import Change, Stage, check_hardening
+from plasticnet.training.pressing import pressing
+from plasticnet.training.stages import Change, Stage
+from plasticnet.training.state import restore, state_of
 from plasticnet.training.stillness import Stillness
 from plasticnet.training.timeline import Timeline
 from plasticnet.training.undo import undone_on_error
@@ -36,10 +37,12 @@ class Schedule:
     ``growth`` adds units. Where fewer units than `Site.minimum` are open, the best ones start at pi = 0.95 again. When
     a stage at k = infinity follows, the network hardens: units with pi < 1/2 are cut.
 
-    Budgets: with a ``budget``, add `penalty` to the loss of every training step. On hardening, the best units that fit
-    stay (see `Budget`): the open units cost at most the target, and no closed unit would fit beside them. Where more
-    units were cut before than the budget asks for, new ones take their place. Growth stops when the network costs more
-    than twice a target, or when half of the plastic epochs are over.
+    Pressure: with a ``pressure`` or a ``budget``, add `penalty` to the loss of every training step. A pressure says
+    what the cost of the network is worth, and a budget what it may be in the end.
+
+    Budgets: on hardening, the best units that fit stay (see `Budget`): the open units cost at most the target, and no
+    closed unit would fit beside them. Where more units were cut before than the budget asks for, new ones take their
+    place. Growth stops when the network costs more than twice a target, or when half of the plastic epochs are over.
 
     Several ranks: all of them must call `step`, each with its own ``val_loss``. The mean decides.
 
@@ -49,7 +52,8 @@ class Schedule:
         stages: The stages in their order. Those without epochs are left out.
         hibernate: The probability below which a unit is cut in a plastic stage, from 0 to 1.
         growth: How the network grows, or None.
-        budget: What the network may cost or lose in the end, or None.
+        pressure: What the cost of the network is worth in the loss, or None.
+        budget: What the network may cost or lose in the end, or None. It presses by itself, without a ``pressure``.
         multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`, also by `PlasticNet.compact`.
         repair: Inputs, in a form that `pn.repair` takes, or None. Where the budget closes units that were open, as the
             network hardens, what reads them is then refitted on these inputs.
@@ -59,8 +63,8 @@ class Schedule:
 
     Raises:
         PlasticError: There are no epochs, an option is out of range, the optimizers lack a parameter of the network or
-            cannot follow a change of size, the smallest network is not within the budget, or no stage hardens the
-            network to its budget. Nothing was changed.
+            cannot follow a change of size, both a pressure and a budget are given, a latency was not measured, the
+            smallest network is not within the budget, or no stage hardens the network to it. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -89,6 +93,7 @@ class Schedule:
         *,
         hibernate: float = 0.01,
         growth: Growth | None = None,
+        pressure: Pressure | None = None,
         budget: Budget | None = None,
         multiple_of: int = 1,
         repair: Iterable[Any] | None = None,
@@ -107,11 +112,7 @@ class Schedule:
             check_batches(repair)
         if growth is not None:
             present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
-        if budget is not None:
-            check_hardening(budget, self.stages)
-        self.controller = None if budget is None else Controller(net, budget)
-        if self.controller is not None and self.controller.targets:
-            decide(net, self.controller.targets)
+        self.controller = pressing(net, self.stages, budget, pressure)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
@@ -146,16 +147,18 @@ class Schedule:
         return len(self.timeline.rounds)
 
     def penalty(self) -> Tensor:
-        """Return what the budget adds to the loss: a scalar, which is 0 without a budget and outside of plastic stages.
+        """Return what the pressure or the budget adds to the loss, a scalar.
 
-        Call it once after each call of `PlasticNet.expected_loss`, because every call moves the multipliers by a step.
-        When gradients are accumulated, divide the penalty by the same number as the loss.
+        It is 0 where neither was given, outside of plastic stages, and until growth has stopped. A pressure does not
+        wait for `Growth.paper`, which does not stop by itself.
+
+        Call it once after each call of `PlasticNet.expected_loss`, because every call moves the multipliers of a budget
+        by a step. When gradients are accumulated, divide the penalty by the same number as the loss.
         """
-        if self.controller is not None:
-            self.controller.steps += 1
-            if self.stage.plastic and (self.growth is None or self.growth.stopped):
-                return self.controller.penalty(self.net, self.epoch, self.timeline.plastic_epochs()[1])
-        return self.net.like.new_zeros(())
+        self.controller.steps += 1
+        if not self.stage.plastic:
+            return self.net.like.new_zeros(())
+        return self.controller.penalty(self.net, self.growth, self.epoch, self.timeline.plastic_epochs()[1])
 
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch: cut and grow the network, and set k for the next epoch.
@@ -185,7 +188,7 @@ class Schedule:
         check_optimizers(self.optimizers, dict(net.named_parameters()))
         if stage.plastic:
             check_finite(net)
-            if controller is not None and controller.targets and timeline.ends_stage:
+            if controller.targets and timeline.ends_stage:
                 decide(net, controller.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
@@ -210,9 +213,9 @@ class Schedule:
         passed, entered = timeline.epoch - begin, timeline.place != place
         # A checkpoint does not hold this gradient, so it must not matter after an epoch.
         net.sampler.gradient = None
-        if controller is not None:
-            controller.step(loss, stage.plastic, passed, max(end - begin, 1))
-        cut = self._cut() if stage.plastic else {}
+        controller.step(loss, stage.plastic, passed, max(end - begin, 1))
+        options = {"hibernate": self.hibernate, "multiple_of": self.multiple_of}
+        cut = cut_epoch(net, self.optimizers, controller, **options) if stage.plastic else {}
         grown = self._grow(loss, late=2 * passed >= end - begin) if stage.plastic and not entered else {}
         if entered:
             more_cut, more_grown = self._enter()
@@ -225,7 +228,7 @@ class Schedule:
 
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
-        by_loss, plastic = self.controller is not None and self.controller.loss is not None, self.stage.plastic
+        by_loss, plastic = self.controller.loss is not None, self.stage.plastic
         if not by_loss and not (plastic and self.growth is not None):
             return math.nan
         loss = self.net.ranks.mean(math.nan if val_loss is None else float(val_loss), self.net.like.device)
@@ -234,17 +237,6 @@ class Schedule:
             raise PlasticError(f"val_loss={val_loss}: {what} needs the validation loss of every plastic epoch")
         return loss
 
-    def _cut(self) -> dict[str, int]:
-        """Count down the grace of new units, reopen what sites need, and cut the units that hibernate."""
-        for site in self.net.sites.values():
-            site.grace.sub_(1).clamp_(min=0)
-        recover(self.net, self.optimizers)
-        if not kept_to_loss(self.net, self.optimizers, self.controller):
-            return {}
-        return cut_hibernating(
-            self.net, self.optimizers, self.controller, hibernate=self.hibernate, multiple_of=self.multiple_of
-        )
-
     def _grow(self, loss: float, late: bool) -> dict[str, int]:
         """Let the network grow, if there is growth.
 
@@ -252,7 +244,7 @@ class Schedule:
         """
         if self.growth is None:
             return {}
-        if self.controller is not None and (late or self.controller.outgrown(self.net)):
+        if self.controller.ends_growth(self.net, late):
             self.growth.stop()
         return self.growth.step(self.net, loss, self.optimizers)
 
@@ -285,8 +277,8 @@ class Schedule:
     def wake(self, stages: Sequence[Stage] | None = None) -> None:
         """Begin another round at the end of the schedule, for instance when the data have changed.
 
-        Open gates start at pi = 0.95 again. Growth and the multipliers of the budget begin anew, and the targets of the
-        budget stay.
+        Open gates start at pi = 0.95 again. Growth and the multipliers of the budget begin anew. The targets of the
+        budget stay, and so does a pressure.
 
         Args:
             stages: The stages to append; by default the stages of the first round from its first plastic one on.
@@ -297,9 +289,9 @@ class Schedule:
         """
         with self._undone_on_error():
             self.timeline.add_round(stages)
-            for part in (self.growth, self.controller):
-                if part is not None:
-                    part.reset()
+            self.controller.reset()
+            if self.growth is not None:
+                self.growth.reset()
             if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
                 self.net.k = self.stage.k
                 self._open()
@@ -316,37 +308,21 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs of the schedule; the network has a state dict of its own.
 
-        The state holds the epoch, the stages that `wake` has added, the states of growth and of the budget, and the
-        latency that was measured.
+        The state holds the epoch, the stages that `wake` has added, the states of growth and of the pressure or the
+        budget, and the latency that was measured.
         """
-        latency = self.net.latency
-        return {
-            "latency": None if latency is None else latency.as_dict(),
-            **self.timeline.state_dict(),
-            "growth": None if self.growth is None else self.growth.state_dict(),
-            "budget": None if self.controller is None else self.controller.state_dict(),
-        }
+        return {**self.timeline.state_dict(), **state_of(self.net, self.growth, self.controller)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Load the state of the network as well, because it holds k and the sizes.
 
         Raises:
             PlasticError: The state has an epoch that this schedule does not have, or it does not fit the network, the
-                growth or the budget of this schedule. Nothing was changed.
+                growth, the pressure or the budget of this schedule. Nothing was changed.
         """
         timeline = self.timeline.restored(state)
-        growth, budget = state.get("growth"), state.get("budget")
-        for name, saved, own in (("growth", growth, self.growth), ("a budget", budget, self.controller)):
-            if (saved is None) != (own is None):
-                raise PlasticError(f"the state has {name} and this schedule has none, or the other way round")
-        latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
         with self._undone_on_error():
-            if self.growth is not None and growth is not None:
-                self.growth.load_state_dict(growth)
-            if self.controller is not None:
-                self.controller.load_state_dict(budget)
-            if latency is not None:
-                self.net.use_latency(latency)
+            restore(state, self.net, self.growth, self.controller)
         self.timeline = timeline
         self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
 

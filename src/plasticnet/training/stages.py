@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from numbers import Real
 
-from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 
 
@@ -86,13 +84,3 @@ class Change:
     grown: Mapping[str, int] = field(default_factory=dict)
     k: float = math.inf
     transition: float = 0.0
-
-
-def check_hardening(budget: Budget, stages: Sequence[Stage]) -> None:
-    """Raise `PlasticError` unless this is a budget, and a stage at k = infinity follows a plastic one."""
-    if not isinstance(budget, Budget):
-        raise PlasticError(f"budget={budget!r}: write pn.Budget(macs=0.3), say")
-    if not any(a.plastic and math.isinf(b.k) for a, b in pairwise(stages)):
-        raise PlasticError(
-            "a budget is met when the network hardens: let a stage at finite k be followed by one at k = infinity"
-        )

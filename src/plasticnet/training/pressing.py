@@ -1,0 +1,52 @@
+"""Chooses what presses on the gates during a schedule, from what the user has given to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from plasticnet.budgets.budget import Budget
+from plasticnet.budgets.projection import decide
+from plasticnet.errors import PlasticError
+from plasticnet.learning.pressure import Pressure
+from plasticnet.net import PlasticNet
+from plasticnet.training.controller import Controller
+from plasticnet.training.force import Force, Price
+from plasticnet.training.stages import Stage
+
+
+def pressing(net: PlasticNet, stages: Sequence[Stage], budget: Budget | None, pressure: Pressure | None) -> Force:
+    """Return what presses on the gates of a network.
+
+    Args:
+        net: The network at the beginning of the schedule.
+        stages: The stages of the schedule.
+        budget: What the network may cost or lose in the end, or None.
+        pressure: What its cost is worth, or None.
+
+    Raises:
+        PlasticError: Both are given, one is of another type, the smallest network is not within the budget, no stage
+            hardens the network to it, or a latency has not been measured.
+    """
+    if budget is not None and pressure is not None:
+        raise PlasticError(
+            "Schedule(budget=..., pressure=...): a budget finds the strength of its pressure by itself. Leave out "
+            "pressure= to meet the budget, or budget= to press with the strength of pn.Pressure"
+        )
+    if pressure is not None:
+        if not isinstance(pressure, Pressure):
+            raise PlasticError(f"pressure={pressure!r}: write pn.Pressure(0.1, cost='parameters', scale='log'), say")
+        return Price(net, pressure)
+    if budget is None:
+        return Force()
+    if not isinstance(budget, Budget):
+        raise PlasticError(f"budget={budget!r}: write pn.Budget(macs=0.3), say")
+    if not any(a.plastic and math.isinf(b.k) for a, b in pairwise(stages)):
+        raise PlasticError(
+            "a budget is met when the network hardens: let a stage at finite k be followed by one at k = infinity"
+        )
+    controller = Controller(net, budget)
+    if controller.targets:
+        decide(net, controller.targets)
+    return controller
