@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from plasticnet.apps.saving import restore_run, save_run
 from plasticnet.apps.settings import Config, Mode, describe_model, identity
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import transition
+from plasticnet.learning.pressure import Pressure
 from plasticnet.measuring.profiling import profile
 from plasticnet.measuring.timing import one_thread
 from plasticnet.net import PlasticNet
@@ -73,24 +73,22 @@ def prepare_run(
     period = -(-len(data.train) // config.batch)
     patience = -(-100 // period)
     growth = Growth(patience=patience, failures=-(-400 // (patience * period))) if mode == "grow" else None
-    return net, optimizer, Schedule(net, optimizer, config.stages(mode), growth=growth, budget=budget)
+    pressure = Pressure(config.penalty, config.cost, config.scale) if budget is None else None
+    schedule = Schedule(net, optimizer, config.stages(mode), growth=growth, pressure=pressure, budget=budget)
+    return net, optimizer, schedule
 
 
 def train_epoch(
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    train: Split,
-    config: Config,
-    pressure: Callable[[], Tensor] | None = None,
+    net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, train: Split, config: Config
 ) -> float:
     """Train for one epoch over shuffled batches.
 
     Args:
         net: The network.
         optimizer: Its optimizer.
+        schedule: Its schedule, whose penalty is added to the loss where k is finite.
         train: The training data.
-        config: The settings.
-        pressure: Returns what is added to the loss where k is finite; by default the penalty of the settings.
+        config: The settings, of which the size of a batch counts here.
 
     Returns:
         The mean training loss, without the pressure.
@@ -98,7 +96,6 @@ def train_epoch(
     Raises:
         PlasticError: The loss or the pressure of a step is not finite. The network has then not made this step.
     """
-    pressure = pressure or partial(net.penalty, config.penalty, config.cost, config.scale)
     net.train()
     total = torch.zeros(())
     batches = torch.randperm(len(train)).split(config.batch)
@@ -112,7 +109,7 @@ def train_epoch(
             loss = net.expected_loss(losses)
             total += loss.detach() * len(index)
             if not math.isinf(net.k):
-                loss = loss + pressure()
+                loss = loss + schedule.penalty()
             if not math.isfinite(loss.item()):
                 raise PlasticError("the loss with the pressure on the gates is not finite (NaN or infinite)")
         optimizer.zero_grad()
@@ -169,8 +166,7 @@ def _one_epoch(
     """Train for one epoch, let the schedule end it, and return its record, unless something is not finite."""
     started = time.process_time()
     k = net.k
-    pressure = schedule.penalty if config.budget is not None else None
-    loss = train_epoch(net, optimizer, data.train, config, pressure)
+    loss = train_epoch(net, optimizer, schedule, data.train, config)
     if not math.isfinite(loss):  # a sum of finite losses
         raise PlasticError("the mean training loss is not finite (NaN or infinite)")
     steps = -(-len(data.train) // config.batch)
