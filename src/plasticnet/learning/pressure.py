@@ -65,16 +65,16 @@ class Pressure:
     def __post_init__(self) -> None:
         if not _strong(self.strength):
             raise PlasticError(f"Pressure(strength={self.strength!r}): the strength is a number, 0 or more")
+        if self.scale == "log" and self.relative_to is not None:
+            raise PlasticError(
+                "Pressure(scale='log', relative_to=...): a logarithm is relative by itself, so that relative_to would "
+                "change no gradient. Leave it out, or take scale='linear'"
+            )
         try:
             weights = _weights(self.cost, self.scale)
             whole = _whole(weights, self.relative_to)
         except PlasticError as error:
             raise PlasticError(f"Pressure: {error}") from None
-        if whole is not None and self.scale == "log":
-            raise PlasticError(
-                "Pressure(scale='log', relative_to=...): a logarithm is relative by itself, so that relative_to would "
-                "change no gradient. Leave it out, or take scale='linear'"
-            )
         several = isinstance(self.cost, Mapping)
         # What was given may change later, and a network would be kept alive.
         object.__setattr__(self, "cost", dict(self.cost) if isinstance(self.cost, Mapping) else self.cost)
@@ -104,15 +104,16 @@ def _whole(
         return None
     if isinstance(relative_to, GatedModel):
         return {name: float(relative_to.cost.full(name)) for name in weights}
-    if not isinstance(relative_to, Mapping) and len(weights) > 1:
+    shown = repr(relative_to) if isinstance(relative_to, Real | Mapping) else f"a {type(relative_to).__name__}"
+    if isinstance(relative_to, Real) and len(weights) > 1:
         raise PlasticError(
-            f"relative_to={relative_to!r} is one number for the costs {', '.join(weights)}: give the network, or a "
+            f"relative_to={shown} is one number for the costs {', '.join(weights)}: give the network, or a "
             "mapping with a number for each of them"
         )
     given = relative_to if isinstance(relative_to, Mapping) else dict.fromkeys(weights, relative_to)
     if any(not _strong(given.get(name)) or not given[name] for name in weights):
         raise PlasticError(
-            f"relative_to={relative_to!r}: give None, a PlasticNet, a number above 0, or a mapping with a number above "
+            f"relative_to={shown}: give None, a PlasticNet, a number above 0, or a mapping with a number above "
             f"0 for each of the costs {', '.join(weights)}"
         )
     return {name: float(given[name]) for name in weights}
