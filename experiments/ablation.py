@@ -63,15 +63,14 @@ def run(variant: Variant, data: Data, seed: int) -> dict[str, Any]:
     optimizer = torch.optim.Adam(net.param_groups(LR, GATE_LR))
     stages = [pn.Stage(FIRST), pn.Stage(PLASTIC, K, k_end=variant.k_end), pn.Stage(LAST)]
     budget = None if variant.budget is None else pn.Budget(macs=variant.budget)
-    schedule = pn.Schedule(net, optimizer, stages, budget=budget)
-    full = net.summary().macs
-    strength = PENALTY if variant.scale == "log" else PENALTY / full
-    config = Config(penalty=strength, cost="macs", scale=variant.scale)
+    whole = None if variant.scale == "log" else net
+    pressure = None if budget is not None else pn.Pressure(PENALTY, "macs", variant.scale, relative_to=whole)
+    schedule = pn.Schedule(net, optimizer, stages, pressure=pressure, budget=budget)
     started, history = time.process_time(), []
     for epoch in range(schedule.epochs):
         for group, rate in zip(optimizer.param_groups, (LR, GATE_LR), strict=True):
             group["lr"] = rate * min(1.0, (schedule.epochs - epoch) / DECAY) if math.isinf(net.k) else rate
-        train_epoch(net, optimizer, data.train, config, schedule.penalty if budget is not None else None)
+        train_epoch(net, optimizer, schedule, data.train, Config())
         change = schedule.step()
         size = net.summary()
         history.append({"parameters": size.open_parameters, "macs": size.open_macs, "transition": change.transition})

@@ -45,9 +45,12 @@ def gated(k: float, data: Data, seed: int) -> dict[str, Any]:
     net = pn.PlasticNet(MLP([64, 256, 128, 10]), (data.train.x[:2],))
     net.k = k
     optimizer = torch.optim.Adam(net.param_groups(CONFIG.lr, CONFIG.gate_lr))
+    # The schedule is never stepped, so that nothing is cut. Its k was set before, so that the gates stay as they are.
+    pressure = pn.Pressure(CONFIG.penalty, CONFIG.cost, CONFIG.scale)
+    schedule = pn.Schedule(net, optimizer, [pn.Stage(EPOCHS, k=k)], pressure=pressure)
     transitions = []
     for _ in range(EPOCHS):
-        train_epoch(net, optimizer, data.train, CONFIG)
+        train_epoch(net, optimizer, schedule, data.train, CONFIG)
         transitions.append(transition(probabilities(list(net.sites.values()), k).detach()))
     size = net.summary()
     return {

@@ -51,15 +51,15 @@ def run(mode: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:
     begin, end = PLASTIC[mode]
     stages = [pn.Stage(begin * PERIODS), pn.Stage((end - begin) * PERIODS, 7.0), pn.Stage((EPOCHS - end) * PERIODS)]
     growth = pn.Growth(loss, **GROWTH) if mode == "grow" else None
-    schedule = pn.Schedule(net, optimizer, stages, growth=growth)
-    config = Config(penalty=PENALTY.get(mode, 0.0), cost="macs", scale="log")
+    pressure = pn.Pressure(PENALTY.get(mode, 0.0), cost="macs", scale="log")
+    schedule = pn.Schedule(net, optimizer, stages, growth=growth, pressure=pressure)
     history: list[dict[str, Any]] = []
     random = torch.get_rng_state()
     while schedule.epoch < schedule.epochs:
         torch.set_rng_state(random)
         started, k = time.process_time(), net.k
         for part in torch.randperm(len(data.train)).chunk(PERIODS):
-            train_epoch(net, optimizer, Split(data.train.x[part], data.train.y[part]), config)
+            train_epoch(net, optimizer, schedule, Split(data.train.x[part], data.train.y[part]), Config())
             val_loss, val_accuracy = evaluate(net, data.val)
             schedule.step(val_loss)
             left = min(1.0, (schedule.epochs - schedule.epoch) / (DECAY * PERIODS))
