@@ -4,8 +4,6 @@ Run it with ``python examples/lifelong.py``; it takes about a minute on one core
 them, any network forgets.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -45,10 +43,8 @@ def train(net: pn.PlasticNet, optimizer: torch.optim.Optimizer, schedule: pn.Sch
         net.train()
         for i in of(y, below)[torch.randperm(len(of(y, below)))].split(32):
             loss = net.expected_loss(lambda i=i: F.cross_entropy(net(x[i]), y[i], reduction="none"))
-            if schedule.growth is not None and schedule.growth.stopped and not math.isinf(net.k):
-                loss = loss + net.penalty(0.05, cost="parameters", scale="log")
             optimizer.zero_grad()
-            loss.backward()
+            (loss + schedule.penalty()).backward()  # the pressure begins when growth has stopped
             optimizer.step()
         schedule.step(validation_loss(net, below))
         most = max(most, net.summary().parameters)
@@ -67,7 +63,8 @@ def main() -> None:
     net = pn.PlasticNet(model, (x[:2],))
     optimizer = torch.optim.Adam(net.param_groups(lr=3e-3, gate_lr=0.05))
     stages = [pn.Stage(5), pn.Stage(80, k=7.0), pn.Stage(15)]
-    schedule = pn.Schedule(net, optimizer, stages, growth=pn.Growth())
+    pressure = pn.Pressure(0.05, cost="parameters", scale="log")
+    schedule = pn.Schedule(net, optimizer, stages, growth=pn.Growth(), pressure=pressure)
     report("before", net, net.summary().parameters)
     report("digits 0 to 4", net, train(net, optimizer, schedule, below=5))
     schedule.wake()  # the stages from the first plastic one on, once more

@@ -41,14 +41,15 @@ def main() -> None:
     net = pn.PlasticNet(Net(), (x[:2],))
     print(net.summary(), end="\n\n")
     optimizer = torch.optim.Adam(net.param_groups(lr=3e-3, gate_lr=0.1))
-    schedule = pn.Schedule(net, optimizer, [pn.Stage(2, k=math.inf), pn.Stage(20, k=7.0), pn.Stage(6, k=math.inf)])
+    stages = [pn.Stage(2, k=math.inf), pn.Stage(20, k=7.0), pn.Stage(6, k=math.inf)]
+    schedule = pn.Schedule(net, optimizer, stages, pressure=pn.Pressure(0.2, cost="parameters", scale="log"))
     for epoch in range(schedule.epochs):
         net.train()
         for i in torch.randperm(len(x)).split(32):
             xs, ys = x[i], y[i]
             loss = net.expected_loss(lambda xs=xs, ys=ys: F.cross_entropy(net(xs), ys, reduction="none"))
             optimizer.zero_grad()
-            (loss + net.penalty(0.2, cost="parameters", scale="log")).backward()
+            (loss + schedule.penalty()).backward()
             optimizer.step()
         schedule.step()  # pruning decides by the gates alone; only growth needs a validation loss
         print(f"epoch {epoch + 1:2}  loss {loss.item():6.3f}  units {[len(s) for s in net.sites.values()]}")
