@@ -9,7 +9,6 @@ hyper-connections einops nvidia-ml-py3`` and ``pip install librosa resampy webrt
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # librosa would compile for a minute what is not needed here
 FEW = (3e-4, 3e-5)  # learning rates for models that are slow to train
 RATE = 16_000  # samples of sound in a second
 Run = Callable[[nn.Module, Any], Any]

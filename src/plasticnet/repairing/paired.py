@@ -23,7 +23,7 @@ from plasticnet.tools.inputs import Outputs, copy_inputs
 from plasticnet.tools.outputs import counted
 from plasticnet.tools.snapshot import RandomState
 
-_ROWS, _LEAST = 32, 8192  # so many rows are read for each input of a reader, but at least so many in all
+ROWS, _LEAST = 32, 8192  # so many rows are read for each input of a reader, but at least so many in all
 
 
 class Unpaired(Exception):
@@ -161,7 +161,7 @@ class Paired:
             Unpaired: The two networks do not multiply it with the same activations.
         """
         used = int(reader.inputs.sum(1).max()) if len(reader.inputs) else 0
-        rows = -(-max(_ROWS * used, _LEAST) // len(self.data.fitted))
+        rows = -(-max(ROWS * used, _LEAST) // len(self.data.fitted))
         return self._sums(reader, "fitted", rows), self._sums(reader, "held out", rows)
 
     def _sums(self, reader: Reader, part: str, rows: int) -> Sums:
