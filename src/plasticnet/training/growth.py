@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,11 +57,13 @@ class Growth:
             `PlasticNet.resize`, by default "random". An empty string stands for the default.
         cost: What the units are priced by when there is a loss: "units", "parameters", "macs" or "latency".
         insist: Whether the network also grows after a period without an improvement.
-        first: Part of the state, not an option: the first validation loss, or NaN before there is one.
-        best: Part of the state: the lowest validation loss of all periods that are over.
-        here: Part of the state: the lowest validation loss of the present period.
-        waited: Part of the state: how many epochs of the present period are over.
-        failed: Part of the state: how many periods in a row were no improvement.
+
+    Attributes:
+        first: The first validation loss, or NaN before there is one.
+        best: The lowest validation loss of all periods that are over.
+        here: The lowest validation loss of the present period.
+        waited: How many epochs of the present period are over.
+        failed: How many periods in a row were no improvement.
 
     Raises:
         PlasticError: The value of ``init`` is not possible with, or without, a loss; or the cost is unknown.
@@ -88,11 +90,11 @@ class Growth:
     init: str = ""
     cost: str = "macs"
     insist: bool = True
-    first: float = math.nan
-    best: float = math.inf
-    here: float = math.inf
-    waited: int = 0
-    failed: int = 0
+    first: float = field(default=math.nan, init=False)
+    best: float = field(default=math.inf, init=False)
+    here: float = field(default=math.inf, init=False)
+    waited: int = field(default=0, init=False)
+    failed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.init = self.init or ("gradmax" if self.loss is not None else "random")
