@@ -90,6 +90,9 @@ def test_code_of_the_page_about_shrinking(
 SCRIPTS = [
     "experiments/tables.py",
     "experiments/gates_table.py",
+    "experiments/growth_table.py",
+    "experiments/packages_table.py",
+    "experiments/shrinking_table.py",
     "benchmarks/zoo_table.py",
     "benchmarks/cost_table.py",
     "benchmarks/random_table.py",
