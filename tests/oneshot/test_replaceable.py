@@ -51,6 +51,19 @@ def test_independent_units_are_worth_what_they_are() -> None:
     torch.testing.assert_close(found, fisher, rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("mended", [False, True])
+@pytest.mark.parametrize("model", [mlp(6, 24, 24, 3), ConvNet()])
+def test_units_may_be_closed_before(model: nn.Module, mended: bool) -> None:
+    x = images(60) if isinstance(model, ConvNet) else torch.randn(60, 6)
+    net = PlasticNet(model, (x[:2],))
+    for share in (0.7, 0.5):
+        pn.prune_once(net, pn.Budget(macs=share), scores="repair", batches=x.split(20), cut=False)
+        if mended:
+            pn.repair(net, x.split(20))
+    assert net.summary().open_macs <= 0.5 * net.summary().macs
+    assert all(bool(s.isfinite().all()) for s in pn.scores(net, "repair", batches=x.split(20)).values())
+
+
 @pytest.mark.parametrize("options", [{}, {"inputs": ("fc1",)}, {"residual": True}])
 def test_all_sites_have_scores_and_the_budget_is_met(options: dict[str, object]) -> None:
     x = images(60)

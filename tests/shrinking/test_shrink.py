@@ -255,6 +255,19 @@ def test_loaders() -> None:
         assert macs(small) < macs(trained())
 
 
+class Streamed(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(X, Y, strict=True))
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_loader_that_does_not_know_its_length(epochs: int) -> None:
+    loader = torch.utils.data.DataLoader(Streamed(), 64)
+    small, report = shrink(trained(), loader, Budget(macs=0.3), epochs=epochs)
+    assert len(report.steps) == 3 + epochs
+    assert macs(small) <= 0.3 * macs(trained())
+
+
 def test_regression_and_several_outputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -300,6 +313,12 @@ def test_images() -> None:
 # -- what it refuses --------------------------------------------------------------------------
 
 
+def with_nan(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[5, 1] = math.nan
+    return x
+
+
 def one_shot() -> Iterator[Tensor]:
     raise AssertionError("nothing is read from it")
     yield X
@@ -333,6 +352,13 @@ def one_shot() -> Iterator[Tensor]:
         ({"exclude": "nothing"}, "exclude='nothing'"),
         ({"forward": lambda model, batch: batch}, "has not called the model"),
         ({"validate": lambda network: None}, "returned NoneType"),
+        ({"validate": lambda network: math.nan}, "validate= returned NaN"),
+        ({"validate": lambda network: math.nan, "budget": Budget(loss=0.1)}, "validate= returned NaN"),
+        ({"batches": [X[:100], X[:0], X[100:]]}, r"batch 2 is empty: float32\[0, 6\]"),
+        ({"batches": [X[:0], X]}, "batch 1 is empty"),
+        ({"batches": [X, X[:0]]}, "batch 2 is empty"),
+        ({"batches": [X[:64], with_nan(X[64:128]), *X[128:].split(64)], "scores": "magnitude"}, "batch 2.*NaN"),
+        ({"batches": [*X[:256].split(64), with_nan(X[256:])], "scores": "magnitude"}, "held out are NaN"),
         ({"loss": F.cross_entropy}, r"loss= raises TypeError.*batch\[1\]"),
         ({"loss": lambda output, batch: output.sum().item()}, "returned float"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(X)], 0.1)}, "optimizer=lambda p"),

@@ -10,7 +10,7 @@ given what is left. So of two units that do the same the first one costs nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from plasticnet.repairing.onward import Enough, Onward
 from plasticnet.repairing.products import Place, Product
 from plasticnet.repairing.sums import added
 from plasticnet.repairing.watching import watching
-from plasticnet.tools.batches import Forward, rows, run_batch
+from plasticnet.tools.batches import Forward, length_of, rows, run_batch
 from plasticnet.tools.half import products_in_single
 
 _ROWS, _LEAST = 4, 16384  # so many rows are read for each input of a reader, but at least so many in all
@@ -182,13 +182,14 @@ class _Reading:
         """
         found, generator, left = dict[Place, _Moments](), torch.Generator().manual_seed(0), self._most
         share, met = 1.0, 0  # of the inputs, in the batch that is read
+        length = length_of(self._batches)
 
         def notice(product: Product) -> None:
             nonlocal met
             place = product.place
             if place.groups == 1 and place.kind != "stack":
-                weight = self._net.model.get_parameter(place.tensor)
-                wanted = math.ceil(share * max(_ROWS * place.matrices(place.of(weight)).shape[1], _LEAST))
+                read = place.matrices(torch.empty(place.size, device="meta")).shape[1]  # inputs of the reader
+                wanted = math.ceil(share * max(_ROWS * read, _LEAST))
                 # Rows are drawn for the others, too, because those of a reader should not hang on what else is read.
                 pick = torch.randperm(product.rows, generator=generator)[:wanted].to(product.out.device)
                 if place.tensor in tensors:
@@ -203,7 +204,7 @@ class _Reading:
                 if left <= 0:
                     break
                 n = rows(batch)
-                inputs = len(self._batches) * n if isinstance(self._batches, Sized) else self._most
+                inputs = self._most if length is None else length * n
                 share = min(n / min(self._most, inputs), 1.0)
                 met = 0
                 if onward is None:

@@ -36,11 +36,19 @@ class Imitation:
 
         Args:
             batches: The batches.
+
+        Raises:
+            PlasticError: An output is NaN, so that nothing could be fitted to it.
         """
         sums: list[Tensor] = []
         with products_in_single(self.model):
-            for batch in batches:
+            for place, batch in enumerate(batches, 1):
                 for i, y in enumerate(counted(self.wanted(batch), self.outputs)):
+                    if bool(y.isnan().any()):
+                        raise PlasticError(
+                            f"the model's outputs for batch {place} of those that are fitted to hold NaN: look for it "
+                            "in the inputs and in the weights; outputs=... says what counts"
+                        )
                     moments = torch.stack(
                         [t.double().sum().cpu() for t in (torch.ones_like(y), y, y.double().square())]
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -206,17 +207,30 @@ class _Work:
         return scores_of(self.net, scores, losses, batches=len(batches))
 
     def error(self, network: nn.Module) -> float:
-        """Return how wrong a network is."""
+        """Return how wrong a network is.
+
+        Raises:
+            PlasticError: What ``validate`` has returned is no number, or the error is NaN.
+        """
         with left_as_it_was(network, training=False):
-            if self.validate is not None:
-                found = self.validate(network)
-                try:
-                    return float(found)
-                except (TypeError, ValueError, RuntimeError):
+            if self.validate is None:
+                error = self.imitation.divergence(network, self.data.held_out)
+                if math.isnan(error):
                     raise PlasticError(
-                        f"validate= returned {described(found)}; it returns a number, lower for better"
-                    ) from None
-            return self.imitation.divergence(network, self.data.held_out)
+                        "the outputs on the inputs that are held out are NaN or infinite: look for such numbers in the "
+                        "inputs and in the weights; outputs=... says what counts"
+                    )
+                return error
+            found = self.validate(network)
+            try:
+                error = float(found)
+            except (TypeError, ValueError, RuntimeError):
+                raise PlasticError(
+                    f"validate= returned {described(found)}; it returns a number, lower for better"
+                ) from None
+            if math.isnan(error):
+                raise PlasticError("validate= returned NaN, which is neither better nor worse than anything")
+            return error
 
     def note(self, name: str, network: nn.Module) -> None:
         """Add a milestone for what was done since the last one."""
@@ -274,8 +288,8 @@ class _Work:
         done = 0
         try:
             for _ in tune(small, batches, losses, epochs, optimizer):
+                self.note(f"epoch {done + 1}", small)
                 done += 1
-                self.note(f"epoch {done}", small)
         except KeyboardInterrupt:
             print(f"interrupted in epoch {done + 1} of {epochs}: the network is returned as it is")
             small.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.batches import length_of
 from plasticnet.tools.progress import Progress
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -59,7 +60,7 @@ def tune(
     parameters = trainable(network)
     optimizer = AdamW(parameters, lr=_LR, weight_decay=_DECAY) if make_optimizer is None else make_optimizer(parameters)
     rates = [group["lr"] for group in optimizer.param_groups]
-    length = len(batches) if isinstance(batches, Sized) else 0  # where it is unknown, the first epoch tells
+    length = length_of(batches) or 0  # where it is unknown, the first epoch tells
     progress = Progress("training", max(length, 1) * epochs)
     try:
         for epoch in range(epochs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
         most: The number of inputs at which reading stops; the last batch is shortened if its rows can be split.
 
     Raises:
-        PlasticError: The batches are a one-shot iterator or empty, or are a single one that cannot be split.
+        PlasticError: The batches are a one-shot iterator, there are none, one of them is empty, or there is a single
+            one that cannot be split.
     """
     if isinstance(batches, Calibration):
         return batches
@@ -59,6 +60,8 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
     for batch in batches:
         first = batch if first is None else first
         n = rows(batch)
+        if not n:
+            raise PlasticError(f"batch {len(read) + 1} is empty: {_shown(batch)}; leave out batches without inputs")
         if inputs + n > most and (n := splittable(batch) or 0):
             n = most - inputs
             batch = some_rows(batch, slice(0, n))
@@ -103,6 +106,14 @@ def check_batches(batches: Any) -> None:
         raise PlasticError(
             f"batches={type(batches).__name__} is an iterator, which can be read only once; give a list or a DataLoader"
         )
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches, or None where that is not known, as for a DataLoader of an `IterableDataset`."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # which such a DataLoader raises, although it has the method
+        return None
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, *, drop: tuple[str, ...] = LABELS) -> Any:
