@@ -420,6 +420,28 @@ def test_a_loss_that_is_not_finite() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{}, {"validate": wrong}, {"validate": wrong, "loss": losses}])
+def test_epochs_never_return_what_is_worse(options: dict[str, Any]) -> None:
+    harmful = {"epochs": 3, "optimizer": lambda p: torch.optim.SGD(p, 30.0)}
+    repaired, before = shrink(trained(), BATCHES, Budget(macs=0.3), **options)
+    small, report = shrink(trained(), BATCHES, Budget(macs=0.3), **options, **harmful)
+    assert report.kept == before.kept == "repaired"
+    assert torch.equal(small(X), repaired(X))
+    assert "after the step 'repaired'" in str(report)
+    assert report.as_dict()["kept"] == "repaired"
+    assert min(s.error for s in report.steps[1:]) == report.steps[2].error
+
+
+def test_the_last_epoch_is_returned_where_it_is_best_or_nothing_says_what_is() -> None:
+    gentle = {"epochs": 3, "optimizer": lambda p: torch.optim.Adam(p, 1e-3)}
+    _, report = shrink(trained(), BATCHES, Budget(macs=0.2), repair=False, **gentle)
+    assert report.kept == "epoch 3"
+    harmful = {"epochs": 2, "optimizer": lambda p: torch.optim.SGD(p, 30.0)}
+    _, report = shrink(trained(), BATCHES, Budget(macs=0.3), loss=losses, **harmful)
+    assert report.kept == "epoch 2"
+    assert "returned is" not in str(report)
+
+
 # -- interrupts, and the report ---------------------------------------------------------------
 
 

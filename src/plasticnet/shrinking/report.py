@@ -65,6 +65,7 @@ class Report:
         frozen: Why something could not be cut, by its name.
         left_out: Why readers of cut units were not repaired, by the name of the parameter.
         interrupted: Whether the epochs were interrupted.
+        kept: The name of the step whose network was returned.
 
     Example:
         >>> import plasticnet as pn
@@ -88,6 +89,7 @@ class Report:
     frozen: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    kept: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data, ready for JSON."""
@@ -107,4 +109,8 @@ class Report:
             f"{before:.3f} ms for the first batch before, {after:.3f} ms after; {self.inputs} inputs were read",
             *(f"{name} was not repaired: {reason}" for name, reason in self.left_out.items()),
         ]
-        return "\n".join([*lines, "the epochs were interrupted"] if self.interrupted else lines)
+        if self.interrupted:
+            lines.append("the epochs were interrupted")
+        if self.kept not in ("", self.steps[-1].name):
+            lines.append(f"returned is the network after the step {self.kept!r}, whose {self.error} is smallest")
+        return "\n".join(lines)

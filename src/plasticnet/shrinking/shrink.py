@@ -22,6 +22,7 @@ from plasticnet.oneshot.prune import prune_once
 from plasticnet.oneshot.scores import Scores, by_cost
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
+from plasticnet.shrinking.best import Best
 from plasticnet.shrinking.given import Loss, check_options, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
@@ -185,6 +186,7 @@ class _Work:
         self.repair, self.multiple_of = repair, multiple_of
         self.before = {name: len(site) for name, site in net.sites.items()}
         self.steps: list[Milestone] = []
+        self.kept = ""
         self.left_out: dict[str, str] = {}
         self._begun = time.monotonic()
         imitation.fit(data.fitted)
@@ -276,7 +278,12 @@ class _Work:
         return Budget(macs=high)
 
     def train(self, small: nn.Module, batches: Iterable[Any], epochs: int, optimizer: MakeOptimizer | None) -> bool:
-        """Train the small network, and return whether it came to the end without an interrupt."""
+        """Train the small network, and return whether it came to the end without an interrupt.
+
+        Where what is trained on is also what the errors measure, or ``validate`` says what counts, the network becomes
+        what it was after the step with the smallest error.
+        """
+        best = Best(small, self.steps[-1], judged=self.validate is not None or self.loss is None)
 
         def losses(batch: Any) -> Tensor:
             batch = like_model(small, batch)
@@ -289,13 +296,15 @@ class _Work:
         try:
             for _ in tune(small, batches, losses, epochs, optimizer):
                 self.note(f"epoch {done + 1}", small)
+                best.see(self.steps[-1])
                 done += 1
         except KeyboardInterrupt:
-            print(f"interrupted in epoch {done + 1} of {epochs}: the network is returned as it is")
+            print(f"interrupted in epoch {done + 1} of {epochs}: the best network so far is returned")
             small.eval()
             self.note(f"epoch {done + 1}, interrupted", small)
-            return False
-        return True
+            best.see(self.steps[-1])
+        self.kept = best.restore()
+        return done == epochs
 
     def report(self, milliseconds: tuple[float, float], interrupted: bool) -> Report:
         """Return the report.
@@ -308,8 +317,9 @@ class _Work:
         name = "divergence" if self.validate is None else "error"
         frozen = dict(self.net.frozen)
         return Report(
-            sites, tuple(self.steps), name, milliseconds, self.data.inputs, frozen, self.left_out, interrupted
-        )
+            sites, tuple(self.steps), name, milliseconds, self.data.inputs, frozen, self.left_out, interrupted,
+            self.kept or self.steps[-1].name,
+        )  # fmt: skip
 
 
 def _close_to_multiple(site: Site, worth: Tensor, multiple_of: int) -> None:

@@ -1,0 +1,36 @@
+"""Keeps the weights of the best of several steps of training."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from plasticnet.shrinking.report import Milestone
+
+
+class Best:
+    """The step of training with the smallest error, and the weights that the network had after it.
+
+    Args:
+        network: The network.
+        step: The step before the training.
+        judged: Whether errors say what counts. If not, the last step is the best one.
+    """
+
+    def __init__(self, network: nn.Module, step: Milestone, judged: bool) -> None:
+        self._network, self._judged = network, judged
+        self._step = self._last = step
+        self._state = copy.deepcopy(network.state_dict())
+
+    def see(self, step: Milestone) -> None:
+        """Note what the network is after a step."""
+        self._last = step
+        if not self._judged or step.error <= self._step.error:
+            self._step, self._state = step, copy.deepcopy(self._network.state_dict())
+
+    def restore(self) -> str:
+        """Make the network what it was after the best step, and return the name of that."""
+        if self._step is not self._last:
+            self._network.load_state_dict(self._state)
+        return self._step.name
