@@ -21,12 +21,14 @@ class Best:
     def __init__(self, network: nn.Module, step: Milestone, judged: bool) -> None:
         self._network, self._judged = network, judged
         self._step = self._last = step
-        self._state = copy.deepcopy(network.state_dict())
+        self._state = copy.deepcopy(network.state_dict()) if judged else {}
 
     def see(self, step: Milestone) -> None:
         """Note what the network is after a step."""
         self._last = step
-        if not self._judged or step.error <= self._step.error:
+        if not self._judged:
+            self._step = step
+        elif step.error <= self._step.error:
             self._step, self._state = step, copy.deepcopy(self._network.state_dict())
 
     def restore(self) -> str:

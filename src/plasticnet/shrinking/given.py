@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -51,6 +52,17 @@ def try_loss(loss: Loss, twin: nn.Module, batch: Any, forward: Forward | None) -
             output = run_batch(twin, batch, forward)
         if output is not None:
             loss_of(loss, output, batch)
+
+
+def error_of(found: Any) -> float:
+    """Return as a number what a ``validate`` has returned. Raises `PlasticError` where it is none, or NaN."""
+    try:
+        error = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise PlasticError(f"validate= returned {described(found)}; it returns a number, lower for better") from None
+    if math.isnan(error):
+        raise PlasticError("validate= returned NaN, which is neither better nor worse than anything")
+    return error
 
 
 def loss_of(loss: Loss, output: Any, batch: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -95,12 +96,20 @@ class Imitation:
         Args:
             network: The network, in evaluation mode.
             batches: The batches.
+
+        Raises:
+            PlasticError: The mean is NaN.
         """
         total, n = 0.0, 0
         with products_in_single(self.model):
             for batch in batches:
                 found = self.losses(run_batch(network, batch, self.forward), self.wanted(batch), temperature=1.0)
                 total, n = total + float(found.sum()), n + found.numel()
+        if math.isnan(total):
+            raise PlasticError(
+                "the outputs on the inputs that are held out are NaN or infinite: look for such numbers in the inputs "
+                "and in the weights; outputs=... says what counts"
+            )
         return total / n
 
 

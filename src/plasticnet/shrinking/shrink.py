@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from plasticnet.oneshot.scores import Scores, by_cost
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
 from plasticnet.shrinking.best import Best
-from plasticnet.shrinking.given import Loss, check_options, loss_of, try_loss
+from plasticnet.shrinking.given import Loss, check_options, error_of, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
 from plasticnet.shrinking.tuning import MakeOptimizer, trainable, tune
@@ -36,7 +35,7 @@ from plasticnet.tools.batches import (
     like_model,
     run_batch,
 )
-from plasticnet.tools.inputs import Outputs, described
+from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.progress import Progress
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
 from plasticnet.units import BlockUnits
@@ -82,7 +81,8 @@ def shrink(
             and "label" are left out. Batches move to the model's device and floating dtype.
         budget: What the small network may cost. `Budget(loss=...)` asks for the smallest network whose error is at most
             so much above that of the model. `Budget(latency_ms=...)` is the time of the first batch.
-        epochs: How often the batches are trained on after the cut.
+        epochs: How often the batches are trained on after the cut. Of the networks before and after each epoch the one
+            with the smallest error is returned; with ``loss`` and without ``validate`` it is the last one.
         loss: Called with an output and its batch, it returns the losses of the samples, shape (batch,), or a scalar.
             By default the network imitates the model: by the divergence of the class probabilities where the output, or
             its ``logits``, has the shape (batch, classes), else by the squared error of every floating tensor, divided
@@ -110,7 +110,7 @@ def shrink(
 
     Raises:
         PlasticError: An option is out of range, the batches can be read only once or have no form that is known, the
-            budget cannot be met, or `PlasticNet` refuses the model. Nothing was changed.
+            budget cannot be met, an error or an output is NaN, or `PlasticNet` refuses the model. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -209,30 +209,11 @@ class _Work:
         return scores_of(self.net, scores, losses, batches=len(batches))
 
     def error(self, network: nn.Module) -> float:
-        """Return how wrong a network is.
-
-        Raises:
-            PlasticError: What ``validate`` has returned is no number, or the error is NaN.
-        """
+        """Return how wrong a network is. Raises `PlasticError` where that is no number, or NaN."""
         with left_as_it_was(network, training=False):
             if self.validate is None:
-                error = self.imitation.divergence(network, self.data.held_out)
-                if math.isnan(error):
-                    raise PlasticError(
-                        "the outputs on the inputs that are held out are NaN or infinite: look for such numbers in the "
-                        "inputs and in the weights; outputs=... says what counts"
-                    )
-                return error
-            found = self.validate(network)
-            try:
-                error = float(found)
-            except (TypeError, ValueError, RuntimeError):
-                raise PlasticError(
-                    f"validate= returned {described(found)}; it returns a number, lower for better"
-                ) from None
-            if math.isnan(error):
-                raise PlasticError("validate= returned NaN, which is neither better nor worse than anything")
-            return error
+                return self.imitation.divergence(network, self.data.held_out)
+            return error_of(self.validate(network))
 
     def note(self, name: str, network: nn.Module) -> None:
         """Add a milestone for what was done since the last one."""
@@ -292,7 +273,7 @@ class _Work:
                 return loss_of(self.loss, output, batch)
             return self.imitation.losses(output, self.imitation.wanted(batch))
 
-        done = 0
+        done, interrupted = 0, False
         try:
             for _ in tune(small, batches, losses, epochs, optimizer):
                 self.note(f"epoch {done + 1}", small)
@@ -303,8 +284,9 @@ class _Work:
             small.eval()
             self.note(f"epoch {done + 1}, interrupted", small)
             best.see(self.steps[-1])
+            interrupted = True
         self.kept = best.restore()
-        return done == epochs
+        return not interrupted
 
     def report(self, milliseconds: tuple[float, float], interrupted: bool) -> Report:
         """Return the report.

@@ -96,15 +96,7 @@ def cut_hibernating(
 
     Where the controller has targets, the best units that make up the targets stay whatever their probability is.
 
-    Args:
-        net: The network.
-        optimizers: The optimizers that hold its parameters.
-        controller: What presses on the gates, such as the controller of a budget.
-        hibernate: The probability below which a unit is cut.
-        multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
-
-    Returns:
-        How many units were cut, for each site that lost some.
+    The arguments and the result are those of `cut_epoch`.
     """
     controller.notice(net)
     keep = to_keep(net, hibernate, multiple_of)
