@@ -129,8 +129,7 @@ def main() -> None:
         for kind, cost in COSTS.items():
             for share in SHARES:
                 net, schedule, seconds = train(make, data, Budget(**{kind: share}))
-                assert schedule.controller is not None
-                target, reached = schedule.controller.targets[cost], costs(net)[cost]
+                target, reached = schedule.force.targets[cost], costs(net)[cost]
                 results.append(
                     {**of, "budget": {kind: share}, "target": target, "reached": reached,
                      "below_percent": 100 * (1 - reached / target), "share": reached / full[cost],
@@ -140,8 +139,7 @@ def main() -> None:
         for loss in LOSSES if name == "MLP 256-128" else ():
             budget = Budget(loss=loss)
             net, schedule, seconds = train(make, data, budget)
-            assert schedule.controller is not None
-            limit = schedule.controller.reference + loss
+            limit = schedule.force.reference + loss
             results.append(
                 {**of, "budget": {"loss": loss}, "limit": limit, **result(net, data, seconds)}
             )  # fmt: skip

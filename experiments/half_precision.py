@@ -69,11 +69,10 @@ def run(make: Callable[[], nn.Module], data: Data, dtype: torch.dtype | None, se
             scaler.update()
             skipped += scaler.get_scale() < before
         schedule.step(evaluate(net, data.val)[0])
-    assert schedule.controller is not None
     loss, accuracy = evaluate(net.compact(), data.test)
     summary = net.summary()
     return {
-        "target": schedule.controller.targets["macs"], "reached": summary.open_macs,
+        "target": schedule.force.targets["macs"], "reached": summary.open_macs,
         "parameters": summary.open_parameters, "test_accuracy": accuracy, "test_loss": loss,
         "val_loss": evaluate(net, data.val)[0], "skipped": skipped,
         "units": [len(site) for site in net.sites.values()], "cpu_seconds": round(time.process_time() - started, 1),

@@ -80,7 +80,7 @@ def one_more(net: PlasticNet, cost: str) -> float:
 def assert_met(net: PlasticNet, schedule: Schedule) -> None:
     """At most every target, and less than one of them by no more than 2 %, or no unit would fit."""
     assert all(bool(s.open.all()) for s in net.sites.values())
-    targets = schedule.controller.targets  # pyright: ignore[reportOptionalMemberAccess]
+    targets = schedule.force.targets
     assert all(reached(net, c) <= t for c, t in targets.items())
     assert any(reached(net, c) > min(0.98 * t, t - one_more(net, c)) for c, t in targets.items())
 
@@ -126,7 +126,7 @@ def test_a_network_with_convolutions_and_features() -> None:
     optimizer = Adam(net.param_groups(1e-2))
     schedule = Schedule(net, optimizer, STAGES, budget=Budget(macs=0.4))
     run(net, optimizer, schedule, images(128), torch.arange(128) % 3)
-    target = schedule.controller.targets["macs"]  # pyright: ignore[reportOptionalMemberAccess]
+    target = schedule.force.targets["macs"]
     assert net.summary().macs <= target
     assert net.summary().macs >= 0.75 * target  # a channel is 15 % of it
 
@@ -170,7 +170,7 @@ def test_widths_stay_multiples_within_the_budget() -> None:
     run(*(built := build(Budget(params=0.3), multiple_of=8)))
     net, schedule = built[0], built[2]
     assert all(len(s) % 8 == 0 for s in net.sites.values())
-    assert net.summary().open_parameters <= schedule.controller.targets["parameters"]
+    assert net.summary().open_parameters <= schedule.force.targets["parameters"]
 
 
 def test_no_pressure_outside_of_plastic_stages_and_without_a_budget() -> None:
@@ -202,16 +202,15 @@ def test_multipliers_rise_above_the_target_and_fall_below() -> None:
     epoch(net, optimizer, schedule, x, y)
     schedule.step()
     epoch(net, optimizer, schedule, x, y)
-    controller = schedule.controller
-    assert controller is not None
+    force = schedule.force
     for logit, rises in ((1.0, True), (-0.2, False)):
         with torch.no_grad():
             for site in net.sites.values():
                 site.phi.fill_(logit)
-        controller.steps = 10**6  # the target has come down
-        before = float(controller.level)
+        force.steps = 10**6  # the target has come down
+        before = float(force.level)
         schedule.penalty()
-        assert (float(controller.level) > before) is rises
+        assert (float(force.level) > before) is rises
 
 
 def test_what_was_cut_too_early_is_added_again() -> None:
@@ -243,10 +242,9 @@ def test_no_site_gets_more_units_than_it_had() -> None:
     net, optimizer, schedule, x, y = build(Budget(macs=0.5))
     for _ in range(8):
         schedule.step(epoch(net, optimizer, schedule, x, y))
-    assert schedule.controller is not None
     first, second = net.sites
     net.resize({first: range(3), second: range(3)}, optimizer)
-    schedule.controller.widths = {first: 5, second: 3}
+    schedule.force.widths = {first: 5, second: 3}
     change = schedule.step(epoch(net, optimizer, schedule, x, y))
     assert change.grown == {first: 2}
     assert [len(s) for s in net.sites.values()] == [5, 3]
@@ -296,8 +294,7 @@ def test_the_smallest_network_within_a_loss() -> None:
             loss = epoch(net, optimizer, schedule, x, y)
             best = min(best, loss) if schedule.epoch < 6 else best
             schedule.step(loss)
-        assert schedule.controller is not None
-        assert schedule.controller.reference == best
+        assert schedule.force.reference == best
         assert epoch(net, optimizer, schedule, x, y) <= best + allowed
         sizes.append(reached(net, "parameters"))
     assert sizes[1] < sizes[0] < 0.8 * full
@@ -307,26 +304,25 @@ def test_by_loss_the_strength_rises_within_the_limit_and_cuts_wait_above() -> No
     net, optimizer, schedule, x, y = build(Budget(loss=0.1), stages=[Stage(2), Stage(20, 7.0), Stage(1)])
     for loss in (1.0, 1.2):
         schedule.step(loss)
-    controller = schedule.controller
-    assert controller is not None
-    assert controller.reference == 1.0
+    force = schedule.force
+    assert force.reference == 1.0
     epoch(net, optimizer, schedule, x, y)
     with torch.no_grad():
         net.sites["0"].phi[10:] = 1.0
     schedule.step(1.0)
     with torch.no_grad():
         net.sites["0"].phi[:10] = -3.0
-    levels = [float(controller.level[0])]
+    levels = [float(force.level[0])]
     cuts = []
     for loss in (1.2, 1.11, 1.09, 0.9):
         cuts.append(schedule.step(loss).cut)
-        levels.append(float(controller.level[0]))
+        levels.append(float(force.level[0]))
         assert net.sites["0"].open.all()  # they went back to where they were
         with torch.no_grad():
             net.sites["0"].phi[:10] = -3.0 if loss > 1.1 else 1.0
     assert cuts == [{}, {}, {"0": 10}, {}]
     assert [b > a for a, b in pairwise(levels)] == [False, False, True, True]
-    assert controller.reference == 1.0
+    assert force.reference == 1.0
 
 
 def test_without_a_loss_before_the_first_plastic_one_counts() -> None:
@@ -334,8 +330,7 @@ def test_without_a_loss_before_the_first_plastic_one_counts() -> None:
     epoch(net, optimizer, schedule, x, y)
     for loss in (2.0, 1.0):
         schedule.step(loss)
-    assert schedule.controller is not None
-    assert schedule.controller.reference == 2.0
+    assert schedule.force.reference == 2.0
 
 
 def test_what_cannot_be_met_is_refused() -> None:
@@ -399,13 +394,12 @@ def test_met_again_after_waking() -> None:
     run(net, optimizer, schedule, x, y)
     assert_met(net, schedule)
     schedule.wake()
-    assert schedule.controller is not None
-    assert math.isnan(schedule.controller.begun)
+    assert math.isnan(schedule.force.begun)
     sizes = []
     while schedule.epoch < schedule.epochs:
         schedule.step(epoch(net, optimizer, schedule, x, y))
         sizes.append(reached(net, "parameters"))
-    assert max(sizes) > schedule.controller.targets["parameters"]
+    assert max(sizes) > schedule.force.targets["parameters"]
     assert_met(net, schedule)
 
 

@@ -111,9 +111,9 @@ def test_calls_are_counted() -> None:
     for calls in (3, 2):
         for _ in range(calls):
             schedule.penalty()
-        assert schedule.controller.steps == calls
+        assert schedule.force.steps == calls
         schedule.step()
-        assert (schedule.controller.steps, schedule.controller.per_epoch) == (0, calls)
+        assert (schedule.force.steps, schedule.force.per_epoch) == (0, calls)
 
 
 def test_growth_comes_first() -> None:
@@ -310,6 +310,6 @@ def test_another_round_has_the_same_pressure() -> None:
     for _ in range(2):
         schedule.step()
     schedule.wake()
-    assert schedule.controller.steps == 0
+    assert schedule.force.steps == 0
     assert schedule.penalty().item() == pytest.approx(expected)
     assert_same(pressed(net, schedule.penalty()), pressed(net, net.penalty(0.7, "parameters")))

@@ -32,14 +32,14 @@ PAYS = 0.02
 
 
 def cut_epoch(
-    net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force, *, hibernate: float, multiple_of: int
+    net: PlasticNet, optimizers: Sequence[Optimizer], force: Force, *, hibernate: float, multiple_of: int
 ) -> dict[str, int]:
     """End a plastic epoch: count down the grace of new units, reopen what sites need, and cut what hibernates.
 
     Args:
         net: The network.
         optimizers: The optimizers that hold its parameters.
-        controller: What presses on the gates, such as the controller of a budget.
+        force: What presses on the gates, such as the controller of a budget.
         hibernate: The probability below which a unit is cut.
         multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
 
@@ -49,9 +49,9 @@ def cut_epoch(
     for site in net.sites.values():
         site.grace.sub_(1).clamp_(min=0)
     recover(net, optimizers)
-    if not kept_to_loss(net, optimizers, controller):
+    if not kept_to_loss(net, optimizers, force):
         return {}
-    return cut_hibernating(net, optimizers, controller, hibernate=hibernate, multiple_of=multiple_of)
+    return cut_hibernating(net, optimizers, force, hibernate=hibernate, multiple_of=multiple_of)
 
 
 def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
@@ -67,16 +67,16 @@ def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
             forget(optimizers, site.phi, units)
 
 
-def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force) -> bool:
+def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], force: Force) -> bool:
     """Return whether the loss is within its budget; if it is not, put the gates back to where they last kept to it.
 
     After the gates were put back nothing may be cut. Without a budget of loss the answer is always true.
     """
-    if controller.within:
-        controller.remember(net)
+    if force.within:
+        force.remember(net)
         return True
     for g in net.all_gates():
-        logits = controller.good.get(g.name)
+        logits = force.good.get(g.name)
         if logits is not None and g.phi.shape == logits.shape:  # Otherwise the user has resized the site.
             with torch.no_grad():
                 g.phi.copy_(logits)
@@ -87,26 +87,26 @@ def kept_to_loss(net: PlasticNet, optimizers: Sequence[Optimizer], controller: F
 def cut_hibernating(
     net: PlasticNet,
     optimizers: Sequence[Optimizer],
-    controller: Force,
+    force: Force,
     *,
     hibernate: float,
     multiple_of: int,
 ) -> dict[str, int]:
     """Cut the units whose probability is below a threshold, if that makes the network smaller by a share of `PAYS`.
 
-    Where the controller has targets, the best units that make up the targets stay whatever their probability is.
+    Where the force has targets, the best units that make up the targets stay whatever their probability is.
 
     The arguments and the result are those of `cut_epoch`.
     """
-    controller.notice(net)
+    force.notice(net)
     keep = to_keep(net, hibernate, multiple_of)
-    if keep and controller.targets:
-        keep = _with_enough(net, keep, controller.targets, multiple_of)
+    if keep and force.targets:
+        keep = _with_enough(net, keep, force.targets, multiple_of)
     if not pays(net, keep):
         return {}
     sizes = {name: len(site) for name, site in net.sites.items()}
     net.resize(keep, optimizers)
-    controller.remember(net)
+    force.remember(net)
     return _changes(net, sizes)[0]
 
 
@@ -147,19 +147,19 @@ def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
 def harden(
     net: PlasticNet,
     optimizers: Sequence[Optimizer],
-    controller: Force,
+    force: Force,
     multiple_of: int,
     batches: Iterable[Any] | None,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Cut all closed units of a network at k = infinity.
 
-    Where the controller has targets, these first decide which units are open. A site that has fewer open units than its
+    Where the force has targets, these first decide which units are open. A site that has fewer open units than its
     minimum keeps the best ones, which are opened.
 
     Args:
         net: The network.
         optimizers: The optimizers that hold its parameters.
-        controller: What presses on the gates, such as the controller of a budget.
+        force: What presses on the gates, such as the controller of a budget.
         multiple_of: What widths are to be a multiple of, as in `PlasticNet.prune`.
         batches: Inputs on which the network is repaired where the targets have closed units, or None.
 
@@ -169,9 +169,9 @@ def harden(
     sizes = {name: len(site) for name, site in net.sites.items()}
     for site in net.sites.values():
         site.grace.zero_()
-    if controller.targets:
+    if force.targets:
         were = {name: site.open for name, site in net.sites.items()}
-        _open_the_wanted(net, optimizers, controller)
+        _open_the_wanted(net, optimizers, force)
         if batches is not None:
             _mend(net, were, batches)
     net.prune(0.5, optimizers, multiple_of)
@@ -181,15 +181,15 @@ def harden(
     return _changes(net, sizes)
 
 
-def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], controller: Force) -> None:
+def _open_the_wanted(net: PlasticNet, optimizers: Sequence[Optimizer], force: Force) -> None:
     """Open the gates that the targets ask for, and close all others.
 
     Where earlier cuts have removed more units than the targets ask for, new units are added first.
     """
-    units, weights = decide(net, controller.targets)
-    if counts := missing(net, units, controller.targets, controller.widths):
+    units, weights = decide(net, force.targets)
+    if counts := missing(net, units, force.targets, force.widths):
         _add_last(net, optimizers, counts)
-        units, weights = decide(net, controller.targets)
+        units, weights = decide(net, force.targets)
     wanted = {**units, **weights}
     for g in net.all_gates():
         stays = torch.from_numpy(wanted[g.name]).to(g.phi.device)

@@ -112,7 +112,7 @@ class Schedule:
             check_batches(repair)
         if growth is not None:
             present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
-        self.controller = pressing(net, self.stages, budget, pressure)
+        self.force = pressing(net, self.stages, budget, pressure)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
@@ -155,10 +155,10 @@ class Schedule:
         Call it once after each call of `PlasticNet.expected_loss`, because every call moves the multipliers of a budget
         by a step. When gradients are accumulated, divide the penalty by the same number as the loss.
         """
-        self.controller.steps += 1
+        self.force.steps += 1
         if not self.stage.plastic:
             return self.net.like.new_zeros(())
-        return self.controller.penalty(self.net, self.growth, self.epoch, self.timeline.plastic_epochs()[1])
+        return self.force.penalty(self.net, self.growth, self.epoch, self.timeline.plastic_epochs()[1])
 
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch: cut and grow the network, and set k for the next epoch.
@@ -181,15 +181,15 @@ class Schedule:
 
     def _ended(self, val_loss: float | None) -> Change:
         """End an epoch, as `step` does, while no other thread uses the network."""
-        timeline, net, controller = self.timeline, self.net, self.controller
+        timeline, net, force = self.timeline, self.net, self.force
         if timeline.over:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
         stage, loss = timeline.stage, self._loss(val_loss)
         check_optimizers(self.optimizers, dict(net.named_parameters()))
         if stage.plastic:
             check_finite(net)
-            if controller.targets and timeline.ends_stage:
-                decide(net, controller.targets)
+            if force.targets and timeline.ends_stage:
+                decide(net, force.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
         # Only what runs the network can fail from here on. Undoing takes memory, so that it is prepared for that only.
@@ -205,7 +205,7 @@ class Schedule:
 
     def _end_epoch(self, loss: float) -> tuple[dict[str, int], dict[str, int]]:
         """Do what `step` does; ``loss`` is the mean validation loss or NaN. Return what was cut, and what was added."""
-        timeline, net, controller = self.timeline, self.net, self.controller
+        timeline, net, force = self.timeline, self.net, self.force
         stage, place, (begin, end) = timeline.stage, timeline.place, timeline.plastic_epochs()
         if stage.plastic:
             self._stillness.end(net, timeline.ends_stage)
@@ -213,9 +213,9 @@ class Schedule:
         passed, entered = timeline.epoch - begin, timeline.place != place
         # A checkpoint does not hold this gradient, so it must not matter after an epoch.
         net.sampler.gradient = None
-        controller.step(loss, stage.plastic, passed, max(end - begin, 1))
+        force.step(loss, stage.plastic, passed, max(end - begin, 1))
         options = {"hibernate": self.hibernate, "multiple_of": self.multiple_of}
-        cut = cut_epoch(net, self.optimizers, controller, **options) if stage.plastic else {}
+        cut = cut_epoch(net, self.optimizers, force, **options) if stage.plastic else {}
         grown = self._grow(loss, late=2 * passed >= end - begin) if stage.plastic and not entered else {}
         if entered:
             more_cut, more_grown = self._enter()
@@ -228,7 +228,7 @@ class Schedule:
 
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
-        by_loss, plastic = self.controller.loss is not None, self.stage.plastic
+        by_loss, plastic = self.force.loss is not None, self.stage.plastic
         if not by_loss and not (plastic and self.growth is not None):
             return math.nan
         loss = self.net.ranks.mean(math.nan if val_loss is None else float(val_loss), self.net.like.device)
@@ -244,7 +244,7 @@ class Schedule:
         """
         if self.growth is None:
             return {}
-        if self.controller.ends_growth(self.net, late):
+        if self.force.ends_growth(self.net, late):
             self.growth.stop()
         return self.growth.step(self.net, loss, self.optimizers)
 
@@ -261,7 +261,7 @@ class Schedule:
         if self.net.k == before:
             return changed
         if math.isinf(self.net.k):
-            changed = harden(self.net, self.optimizers, self.controller, self.multiple_of, self.repair)
+            changed = harden(self.net, self.optimizers, self.force, self.multiple_of, self.repair)
         elif self.net.k and (before == 0 or math.isinf(before)):
             self._open()
         forget_gates(self.net, self.optimizers)
@@ -289,7 +289,7 @@ class Schedule:
         """
         with self._undone_on_error():
             self.timeline.add_round(stages)
-            self.controller.reset()
+            self.force.reset()
             if self.growth is not None:
                 self.growth.reset()
             if self.stage.plastic and 0 < self.net.k < math.inf:  # The round before has ended without hardening.
@@ -302,7 +302,7 @@ class Schedule:
 
     def _undone_on_error(self) -> AbstractContextManager[None]:
         """Return a context that puts everything back when it is left by an error."""
-        parts = (self.timeline, self._stillness, self.growth, self.controller)
+        parts = (self.timeline, self._stillness, self.growth, self.force)
         return undone_on_error(self.net, self.optimizers, [part for part in parts if part is not None])
 
     def state_dict(self) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class Schedule:
         The state holds the epoch, the stages that `wake` has added, the states of growth and of the pressure or the
         budget, and the latency that was measured.
         """
-        return {**self.timeline.state_dict(), **state_of(self.net, self.growth, self.controller)}
+        return {**self.timeline.state_dict(), **state_of(self.net, self.growth, self.force)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Load the state of the network as well, because it holds k and the sizes.
@@ -322,7 +322,7 @@ class Schedule:
         """
         timeline = self.timeline.restored(state)
         with self._undone_on_error():
-            restore(state, self.net, self.growth, self.controller)
+            restore(state, self.net, self.growth, self.force)
         self.timeline = timeline
         self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
 

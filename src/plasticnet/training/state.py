@@ -15,33 +15,33 @@ from plasticnet.training.growth import Growth
 _PARTS = ("growth", "pressure", "budget")
 
 
-def state_of(net: PlasticNet, growth: Growth | None, controller: Force) -> dict[str, Any]:
+def state_of(net: PlasticNet, growth: Growth | None, force: Force) -> dict[str, Any]:
     """Return the measured latency, the state of growth, and that of the pressure or of the budget.
 
     Args:
         net: The network.
         growth: How it grows, or None.
-        controller: What presses on its gates.
+        force: What presses on its gates.
     """
-    parts = {name: part.state_dict() for name, part in _parts(growth, controller).items()}
+    parts = {name: part.state_dict() for name, part in _parts(growth, force).items()}
     latency = None if net.latency is None else net.latency.as_dict()
     return {"latency": latency, **dict.fromkeys(_PARTS), **parts}
 
 
-def restore(state: Mapping[str, Any], net: PlasticNet, growth: Growth | None, controller: Force) -> None:
+def restore(state: Mapping[str, Any], net: PlasticNet, growth: Growth | None, force: Force) -> None:
     """Restore what `state_of` returned.
 
     Args:
         state: The state.
         net: The network.
         growth: How it grows, or None.
-        controller: What presses on its gates.
+        force: What presses on its gates.
 
     Raises:
         PlasticError: The state is that of a schedule with other parts, or one of them does not fit. Parts that come
             before that one were changed.
     """
-    parts = _parts(growth, controller)
+    parts = _parts(growth, force)
     then, now = [n for n in _PARTS if state.get(n) is not None], [n for n in _PARTS if n in parts]
     if then != now:
         raise PlasticError(
@@ -55,9 +55,9 @@ def restore(state: Mapping[str, Any], net: PlasticNet, growth: Growth | None, co
         net.use_latency(latency)
 
 
-def _parts(growth: Growth | None, controller: Force) -> dict[str, Growth | Force]:
+def _parts(growth: Growth | None, force: Force) -> dict[str, Growth | Force]:
     """Return what has a state of its own, by its name in the state of the schedule."""
-    parts = {"growth": growth, controller.kind: controller}
+    parts = {"growth": growth, force.kind: force}
     return {name: part for name, part in parts.items() if name is not None and part is not None}
 
 
