@@ -309,6 +309,17 @@ def test_recurrent_and_complex(kind: str) -> None:
     torch.testing.assert_close(taylor, gate, rtol=1e-3, atol=1e-8)  # it is linear in each of them
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"outputs": lambda out: [out]}, {"weights": ("fc1", "conv1")}])
+def test_outputs_that_are_not_finite_are_named(bad: float, options: dict[str, Any]) -> None:
+    net, _ = problem(weights=options.get("weights", ()))
+    x = images(12).double()
+    x[3] = bad
+    for kind in ("fisher", "repair"):
+        with pytest.raises(PlasticError, match=r"model's outputs on a batch.*look for such numbers in the inputs"):
+            pn.scores(net, kind, batches=[x], outputs=options.get("outputs"))
+
+
 def test_what_is_refused() -> None:
     net, loss = problem()
     for kind in ("taylor", "gate"):
@@ -322,6 +333,13 @@ def test_what_is_refused() -> None:
         pn.scores(net, "size")
     with pytest.raises(PlasticError, match="1 or more"):
         pn.scores(net, "taylor", loss, batches=0)
+    x = images(12).double()
+    for kind in ("fisher", "repair"):
+        for batches, place in (([x, x[:0]], 2), ([x[:0], x], 1)):
+            with pytest.raises(PlasticError, match=rf"batch {place} is empty: float64\[0, 3, 4, 4\]; leave out"):
+                pn.scores(net, kind, batches=batches)
+    with pytest.raises(PlasticError, match=r"loss that scores follow is not finite.*in the inputs"):
+        pn.scores(net, "gate", lambda: loss() * math.inf)
     with torch.no_grad():
         net.model.fc2.weight.zero_()
     with pytest.raises(PlasticError, match="no unit moves the loss"):

@@ -313,9 +313,9 @@ def test_images() -> None:
 # -- what it refuses --------------------------------------------------------------------------
 
 
-def with_nan(x: Tensor) -> Tensor:
+def with_one(x: Tensor, bad: float = math.nan) -> Tensor:
     x = x.clone()
-    x[5, 1] = math.nan
+    x[5] = bad
     return x
 
 
@@ -357,8 +357,13 @@ def one_shot() -> Iterator[Tensor]:
         ({"batches": [X[:100], X[:0], X[100:]]}, r"batch 2 is empty: float32\[0, 6\]"),
         ({"batches": [X[:0], X]}, "batch 1 is empty"),
         ({"batches": [X, X[:0]]}, "batch 2 is empty"),
-        ({"batches": [X[:64], with_nan(X[64:128]), *X[128:].split(64)], "scores": "magnitude"}, "batch 2.*NaN"),
-        ({"batches": [*X[:256].split(64), with_nan(X[256:])], "scores": "magnitude"}, "held out are NaN"),
+        ({"batches": [X[:64], with_one(X[64:128]), *X[128:].split(64)]}, "outputs on batch 2.*NaN.*in the inputs"),
+        ({"batches": [X[:64], with_one(X[64:128], math.inf), *X[128:].split(64)]}, "outputs on batch 2.*infinite"),
+        ({"batches": [*X[:256].split(64), with_one(X[256:])]}, "held out are NaN"),
+        (
+            {"batches": [*X[:256].split(64), with_one(X[256:])], "calibrate": 128, "epochs": 1},
+            "the loss is nan at batch 5 of epoch 1; the batch itself holds NaN",
+        ),
         ({"loss": F.cross_entropy}, r"loss= raises TypeError.*batch\[1\]"),
         ({"loss": lambda output, batch: output.sum().item()}, "returned float"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(X)], 0.1)}, "optimizer=lambda p"),

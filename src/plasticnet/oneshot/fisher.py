@@ -16,9 +16,9 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.derivatives import derivatives, draws_apart, random_signs, signed_derivatives
-from plasticnet.tools.batches import Forward, check_batches, rows, run_batch, some_rows, splittable
+from plasticnet.tools.batches import Forward, check_batches, rows, rows_of, run_batch, some_rows, splittable
 from plasticnet.tools.inputs import Loss, Outputs
-from plasticnet.tools.outputs import classes_of, counted
+from plasticnet.tools.outputs import check_finite_outputs, classes_of, counted
 
 DRAWS = 8  # so many signs or targets are drawn where samples share their gates
 _SEED = 0
@@ -92,14 +92,14 @@ def up_to(batches: Iterable[Any], most: int) -> Iterator[Any]:
     """Yield batches up to a number of inputs; the last one is shortened if its rows can be split.
 
     Raises:
-        PlasticError: The batches cannot be read again and again, or there are none.
+        PlasticError: The batches cannot be read again and again, there are none, or one of them is empty.
     """
     check_batches(batches)
     left = most
-    for batch in batches:
+    for place, batch in enumerate(batches, 1):
         if left <= 0:
             return
-        n = rows(batch)
+        n = rows_of(batch, place)
         yield some_rows(batch, slice(0, left)) if n > left and splittable(batch) else batch
         left -= n
     if left == most:
@@ -121,15 +121,20 @@ def drawn_sums(output: Any, n: int, outputs: Outputs | None, generator: torch.Ge
 
     Returns:
         Shape (n,), or a scalar where the output has not one row for each input.
+
+    Raises:
+        PlasticError: What counts in the output is NaN or infinite.
     """
     logits = classes_of(output, outputs)
     if logits is not None:
+        check_finite_outputs([logits], "a batch that scores are taken on")
         wide = logits.float() if logits.dtype.itemsize < 4 else logits
         p = wide.detach().softmax(1)
         drawn = p.sqrt() * random_signs(p.shape, generator).to(p)
         return ((drawn - p * drawn.sum(1, keepdim=True)) * wide).sum(1)
-    terms = list[Tensor]()
-    for y in counted(output, outputs):
+    tensors, terms = counted(output, outputs), list[Tensor]()
+    check_finite_outputs(tensors, "a batch that scores are taken on")
+    for y in tensors:
         wide = y.float() if y.dtype.itemsize < 4 else y
         scale = wide.detach().std(correction=0).clamp(min=torch.finfo(wide.dtype).tiny)
         terms.append(wide * random_signs(y.shape, generator).to(wide) / scale)

@@ -1,6 +1,8 @@
-"""Tells whether a loss is at its minimum of 0, where it has no gradient but rounding noise."""
+"""Watches a loss that scores follow: whether it is finite, and whether it is more than rounding noise."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ _ROUNDING = 128  # so many units in the last place of a typical loss are roundin
 
 
 class Watched:
-    """A loss whose values are noted.
+    """A loss whose values are noted; it raises `PlasticError` when they are not finite.
 
     Args:
         net: The network.
@@ -30,7 +32,13 @@ class Watched:
     def __call__(self) -> Tensor:
         f = self._loss()
         if isinstance(f, Tensor) and f.is_floating_point() and f.numel():
-            self._largest = max(self._largest, float(f.detach().abs().max()))
+            largest = float(f.detach().abs().max())
+            if not math.isfinite(largest):
+                raise PlasticError(
+                    "the loss that scores follow is not finite (NaN or infinite): look for such numbers in the inputs, "
+                    "in the model's outputs on them, and in the weights"
+                )
+            self._largest = max(self._largest, largest)
             self._eps = torch.finfo(torch.promote_types(f.dtype, torch.float32)).eps
         return f
 

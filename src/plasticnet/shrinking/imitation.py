@@ -14,7 +14,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import Forward, run_batch
 from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Outputs
-from plasticnet.tools.outputs import classes_of, counted
+from plasticnet.tools.outputs import check_finite_outputs, classes_of, counted
 
 _TEMPERATURE = 2.0
 
@@ -39,17 +39,16 @@ class Imitation:
             batches: The batches.
 
         Raises:
-            PlasticError: An output is NaN, so that nothing could be fitted to it.
+            PlasticError: An output that counts is NaN or infinite, so that nothing could be fitted to it.
         """
         sums: list[Tensor] = []
         with products_in_single(self.model):
             for place, batch in enumerate(batches, 1):
-                for i, y in enumerate(counted(self.wanted(batch), self.outputs)):
-                    if bool(y.isnan().any()):
-                        raise PlasticError(
-                            f"the model's outputs for batch {place} of those that are fitted to hold NaN: look for it "
-                            "in the inputs and in the weights; outputs=... says what counts"
-                        )
+                wanted = self.wanted(batch)
+                logits, tensors = classes_of(wanted, self.outputs), counted(wanted, self.outputs)
+                compared = tensors if logits is None else [logits]
+                check_finite_outputs(compared, f"batch {place} of those that scores are taken on")
+                for i, y in enumerate(tensors):
                     moments = torch.stack(
                         [t.double().sum().cpu() for t in (torch.ones_like(y), y, y.double().square())]
                     )

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import length_of
 from plasticnet.tools.progress import Progress
+from plasticnet.tools.trees import tensors_within
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 _LR, _DECAY = 1e-3, 1e-4
@@ -74,9 +75,8 @@ def tune(
                 with torch.enable_grad():
                     loss = _loss(losses, batch)
                     if not bool(loss.isfinite()):
-                        raise PlasticError(
-                            f"the loss is {float(loss.detach())} in epoch {epoch + 1}; {_way_out(parameters)}"
-                        )
+                        where = f"at batch {place + 1} of epoch {epoch + 1}"
+                        raise PlasticError(f"the loss is {float(loss.detach())} {where}; {_way_out(parameters, batch)}")
                     loss.backward()
                 nn.utils.clip_grad_norm_(parameters, _GRADIENT)
                 optimizer.step()
@@ -105,8 +105,10 @@ def _loss(losses: Callable[[Any], Tensor], batch: Any) -> Tensor:
         ) from error
 
 
-def _way_out(parameters: Iterable[nn.Parameter]) -> str:
-    """Return what helps where a loss is not finite."""
+def _way_out(parameters: Iterable[nn.Parameter], batch: Any) -> str:
+    """Return what helps where the loss of a batch is not finite."""
+    if not all(bool(t.isfinite().all()) for t in tensors_within(batch)):
+        return "the batch itself holds NaN or infinite numbers: leave such inputs out"
     if any(p.dtype == torch.float16 for p in parameters):
         return "float16 is too coarse for most optimizers: shrink model.float(), and call .half() on what it returns"
     return "a lower learning rate may help"

@@ -59,9 +59,7 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
     read, inputs, first = list[Any](), 0, None
     for batch in batches:
         first = batch if first is None else first
-        n = rows(batch)
-        if not n:
-            raise PlasticError(f"batch {len(read) + 1} is empty: {_shown(batch)}; leave out batches without inputs")
+        n = rows_of(batch, len(read) + 1)
         if inputs + n > most and (n := splittable(batch) or 0):
             n = most - inputs
             batch = some_rows(batch, slice(0, n))
@@ -260,6 +258,19 @@ def like_model(model: nn.Module, batch: Any) -> Any:
 def rows(batch: Any) -> int:
     """Return how many inputs a batch has: the length of its first tensor, or 1 where there is none."""
     return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
+
+
+def rows_of(batch: Any, place: int) -> int:
+    """Return how many inputs a batch has, as `rows` does. Raises `PlasticError` where there are none.
+
+    Args:
+        batch: The batch.
+        place: Which batch it is, counted from 1, for the message.
+    """
+    n = rows(batch)
+    if not n:
+        raise PlasticError(f"batch {place} is empty: {_shown(batch)}; leave out batches without inputs")
+    return n
 
 
 def splittable(batch: Any) -> int | None:

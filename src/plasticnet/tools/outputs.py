@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -42,3 +43,17 @@ def classes_of(output: Any, outputs: Outputs | None = None) -> Tensor | None:
         chosen = chosen.get("logits") if isinstance(chosen, dict) else getattr(chosen, "logits", None)
     two = isinstance(chosen, Tensor) and chosen.dim() == 2 and chosen.shape[1] > 1 and chosen.is_floating_point()
     return chosen if two else None
+
+
+def check_finite_outputs(tensors: Iterable[Tensor], which: str) -> None:
+    """Raise `PlasticError` where what counts in the outputs of a trained model is NaN or infinite.
+
+    Args:
+        tensors: What counts in the outputs.
+        which: On what the model has returned them, for the message.
+    """
+    if not all(bool(t.detach().isfinite().all()) for t in tensors):
+        raise PlasticError(
+            f"the model's outputs on {which} hold NaN or infinite numbers: look for such numbers in the inputs and in "
+            "the weights; outputs=... says what counts"
+        )
