@@ -286,7 +286,7 @@ def test_export_knows_the_input_of_known_models(tmp_path: Path) -> None:
         ("train --data moons --epochs 3 --batch 0 --mode prune --out OUT", "batch=0"),
         ("train --data moons --epochs 3 --lr -1 --mode prune --out OUT", "lr=-1"),
         ("train --data moons --epochs 3 --budget macs --mode prune --out OUT", "macs=0.3"),
-        ("train --data moons --epochs 3 --budget flops=0.3 --mode prune --out OUT", "macs=0.3"),
+        ("train --data moons --epochs 3 --budget flops=0.3 --mode prune --out OUT", "params, units or latency_ms"),
         ("train --data moons --epochs 3 --budget macs=-1 --mode prune --out OUT", "above 0"),
         ("train --data moons --epochs 3 --budget params=2 --mode prune --out OUT", "cannot be met"),
     ],

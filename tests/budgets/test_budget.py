@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -413,6 +415,13 @@ def test_met_again_after_waking() -> None:
 def test_bad_budgets(options: dict[str, Any]) -> None:
     with pytest.raises(PlasticError, match="Budget"):
         Budget(**options)
+
+
+def test_a_cost_that_there_is_not_names_those_that_there_are() -> None:
+    with pytest.raises(PlasticError, match=r"Budget\(flops\).*macs.*params, units or latency_ms, or of loss"):
+        Budget(flops=0.5)  # pyright: ignore[reportCallIssue]
+    assert replace(Budget(macs=0.5), macs=0.25) == pickle.loads(pickle.dumps(Budget(0.25)))
+    assert repr(Budget(0.5)) == "Budget(macs=0.5, params=None, units=None, latency_ms=None, loss=None)"
 
 
 def test_shares_and_counts() -> None:

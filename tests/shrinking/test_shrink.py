@@ -367,6 +367,10 @@ def one_shot() -> Iterator[Tensor]:
         ({"loss": F.cross_entropy}, r"loss= raises TypeError.*batch\[1\]"),
         ({"loss": lambda output, batch: output.sum().item()}, "returned float"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(X)], 0.1)}, "optimizer=lambda p"),
+        ({"loss": 5}, "loss=5 is not a function, such as loss=lambda output, batch"),
+        ({"validate": 5}, "validate=5 is not a function, such as validate=lambda network"),
+        ({"forward": 5}, "forward=5 is not a function, such as forward=lambda model, batch"),
+        ({"outputs": 5}, "outputs=5 is not a function, such as outputs=lambda output"),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:
@@ -377,6 +381,21 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
         shrink(**arguments)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     shrink(model, BATCHES, Budget(macs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("making", "message"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "step of LBFGS needs a closure.*SGD, Adam or AdamW"),
+        (lambda p: None, "returned NoneType.*optimizer=lambda p"),
+        (lambda p: torch.optim.SGD(p, lr=-1), "raises ValueError.*optimizer=lambda p"),
+    ],
+)
+def test_optimizers_are_refused_before_anything_is_read(making: Any, message: str) -> None:
+    read = Interrupted(100)
+    with pytest.raises(PlasticError, match=message):
+        shrink(trained(1), read, Budget(macs=0.5), epochs=1, optimizer=making)
+    assert read.when == 100
 
 
 def test_a_model_that_cannot_learn() -> None:

@@ -10,7 +10,7 @@ answers at once and forgets what is over. `plasticnet.training.controller` compu
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -21,7 +21,7 @@ from plasticnet.gates.gated import GatedModel
 _COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms": "latency"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Budget:
     """The most that a network may cost when it is hardened, or how much loss it may accept to become small.
 
@@ -40,7 +40,8 @@ class Budget:
             first one after that where none was seen. No other target may be given with it.
 
     Raises:
-        PlasticError: There is no target, a target is not above 0, or ``loss`` is given together with others.
+        PlasticError: There is no target, or one of another name; a target is not above 0, or ``loss`` is given
+            together with others.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -50,14 +51,30 @@ class Budget:
         {'macs': 24.0, 'parameters': 40.0}
     """
 
-    macs: float | None = None
-    params: float | None = None
-    units: float | None = None
-    latency_ms: float | None = None
-    loss: float | None = None
+    macs: float | None
+    params: float | None
+    units: float | None
+    latency_ms: float | None
+    loss: float | None
 
-    def __post_init__(self) -> None:
-        given = {n: v for n, v in asdict(self).items() if v is not None}
+    def __init__(
+        self,
+        macs: float | None = None,
+        params: float | None = None,
+        units: float | None = None,
+        latency_ms: float | None = None,
+        loss: float | None = None,
+        **unknown: object,
+    ) -> None:
+        if unknown:
+            raise PlasticError(
+                f"Budget({', '.join(unknown)}): a budget is of macs (multiply-adds, half as many as floating-point "
+                "operations), params, units or latency_ms, or of loss"
+            )
+        targets = {"macs": macs, "params": params, "units": units, "latency_ms": latency_ms, "loss": loss}
+        for name, value in targets.items():
+            object.__setattr__(self, name, value)
+        given = {n: v for n, v in targets.items() if v is not None}
         for name, value in given.items():
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
                 raise PlasticError(f"Budget({name}={value!r}): a target is a number above 0")

@@ -100,7 +100,7 @@ def scores(
 
     Raises:
         PlasticError: The kind is unknown; the loss is missing, does not depend on the network, is not finite or is at
-            its minimum; or the scores are not finite, or all 0.
+            its minimum; a batch is empty, or the outputs on it are not finite; or the scores are not finite, or all 0.
 
     Example:
         >>> import torch, plasticnet as pn

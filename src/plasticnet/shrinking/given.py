@@ -22,10 +22,27 @@ from plasticnet.tools.snapshot import left_as_it_was
 Loss = Callable[[Any, Any], Tensor]
 
 
+_FUNCTIONS = {
+    "loss": "loss=lambda output, batch: F.cross_entropy(output, batch[1])",
+    "validate": "validate=lambda network: error_on_my_data(network)",
+    "forward": "forward=lambda model, batch: model(batch[0])",
+    "outputs": 'outputs=lambda output: output["logits"]',
+}
+
+
 def check_options(
-    model: nn.Module, budget: Budget, epochs: int, calibrate: int, multiple_of: int, optimizer: MakeOptimizer | None
+    model: nn.Module,
+    budget: Budget,
+    epochs: int,
+    calibrate: int,
+    multiple_of: int,
+    optimizer: MakeOptimizer | None,
+    **functions: Any,
 ) -> None:
-    """Raise `PlasticError` where an option of `shrink` is out of range."""
+    """Raise `PlasticError` where an option of `shrink` is out of range.
+
+    The arguments are options of `shrink`, of the same names; ``functions`` are those that it calls, or None.
+    """
     if torch.is_inference_mode_enabled():
         raise PlasticError("shrink takes gradients, which torch.inference_mode() forbids: call it outside of that")
     if not isinstance(model, nn.Module) or isinstance(model, PlasticNet):
@@ -36,6 +53,9 @@ def check_options(
         raise PlasticError(f"epochs={epochs!r}: a whole number, 0 or more")
     if type(calibrate) is not int or calibrate < 10:
         raise PlasticError(f"calibrate={calibrate!r}: a whole number of inputs, 10 or more")
+    for name, given in functions.items():
+        if given is not None and not callable(given):
+            raise PlasticError(f"{name}={given!r} is not a function, such as {_FUNCTIONS[name]}")
     if optimizer is not None and not callable(optimizer):
         raise PlasticError(
             f"optimizer={type(optimizer).__name__}(...) holds parameters of the model; give what makes one for those "

@@ -25,7 +25,7 @@ from plasticnet.shrinking.best import Best
 from plasticnet.shrinking.given import Loss, check_options, error_of, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
-from plasticnet.shrinking.tuning import MakeOptimizer, trainable, tune
+from plasticnet.shrinking.tuning import MakeOptimizer, make_optimizer, trainable, tune
 from plasticnet.tools.batches import (
     Calibration,
     Forward,
@@ -101,7 +101,8 @@ def shrink(
         residual: Whether what LayerNorm and similar norms normalise may be cut, too.
         blocks: Name patterns of modules that may be removed as a whole.
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
-            default. Its learning rate falls to 0 along a cosine.
+            default. Its learning rate falls to 0 along a cosine. It is called twice: before the work, to see whether
+            it does, and for the small network.
         multiple_of: What widths are multiples of.
         example_inputs: What the model is traced on, as in `PlasticNet`, where the first batch does not do.
 
@@ -122,12 +123,13 @@ def shrink(
         >>> [step.name for step in report.steps]
         ['whole', 'cut', 'repaired']
     """
-    check_options(model, budget, epochs, calibrate, multiple_of, optimizer)
+    functions = {"loss": loss, "validate": validate, "forward": forward, "outputs": outputs}
+    check_options(model, budget, epochs, calibrate, multiple_of, optimizer, **functions)
+    twin = duplicate(model).eval()
     if epochs:
-        trainable(model)
+        make_optimizer(trainable(twin), optimizer)  # so that a wrong one is noticed before the work begins
     data = calibration(batches, calibrate)
     first = data.first
-    twin = duplicate(model).eval()
     example = first_arguments(twin, first, forward) if example_inputs is None else example_inputs
     if loss is not None:
         try_loss(loss, twin, first, forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import length_of
+from plasticnet.tools.inputs import described
 from plasticnet.tools.progress import Progress
 from plasticnet.tools.trees import tensors_within
 
@@ -36,12 +38,41 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
+def make_optimizer(parameters: list[nn.Parameter], making: MakeOptimizer | None) -> Optimizer:
+    """Return an optimizer of some parameters.
+
+    Args:
+        parameters: The parameters.
+        making: Makes the optimizer; AdamW by default.
+
+    Raises:
+        PlasticError: It makes none, or one whose step needs a closure.
+    """
+    if making is None:
+        return AdamW(parameters, lr=_LR, weight_decay=_DECAY)
+    way_out = "it gets parameters and returns an optimizer of them, as in optimizer=lambda p: torch.optim.SGD(p, 0.01)"
+    try:
+        found = making(parameters)
+    except Exception as error:  # a function of the user's can raise anything
+        raise PlasticError(f"optimizer= raises {error!r}; {way_out}") from error
+    if not isinstance(found, Optimizer):
+        raise PlasticError(f"optimizer= returned {described(found)}; {way_out}")
+    accepted = inspect.signature(found.step).parameters.values()
+    needed = [p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed:
+        raise PlasticError(
+            f"the step of {type(found).__name__} needs a {needed[0]}, which epochs do not give; take an optimizer that "
+            "does without, such as SGD, Adam or AdamW"
+        )
+    return found
+
+
 def tune(
     network: nn.Module,
     batches: Iterable[Any],
     losses: Callable[[Any], Tensor],
     epochs: int,
-    make_optimizer: MakeOptimizer | None,
+    making: MakeOptimizer | None,
 ) -> Iterator[float]:
     """Train a network, which is in evaluation mode between the epochs, and yield the mean loss of each.
 
@@ -53,13 +84,14 @@ def tune(
         batches: The batches of an epoch.
         losses: Runs the network on a batch, and returns the losses of its samples or their mean.
         epochs: The number of epochs.
-        make_optimizer: Makes an optimizer for the parameters; AdamW by default.
+        making: Makes an optimizer for the parameters; AdamW by default.
 
     Raises:
-        PlasticError: No parameter requires a gradient, or a loss is not finite.
+        PlasticError: No parameter requires a gradient, there is no optimizer that could train them, or a loss is not
+            finite.
     """
     parameters = trainable(network)
-    optimizer = AdamW(parameters, lr=_LR, weight_decay=_DECAY) if make_optimizer is None else make_optimizer(parameters)
+    optimizer = make_optimizer(parameters, making)
     rates = [group["lr"] for group in optimizer.param_groups]
     length = length_of(batches) or 0  # where it is unknown, the first epoch tells
     progress = Progress("training", max(length, 1) * epochs)
