@@ -129,6 +129,34 @@ def test_the_model_is_left_as_it_was(options: dict[str, Any]) -> None:
         assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("budget", [Budget(macs=0.3), Budget(loss=0.1)])
+def test_what_validate_does_to_a_network_stays_there(budget: Budget) -> None:
+    def harmful(network: nn.Module) -> float:
+        found = wrong(network)
+        network.train().requires_grad_(False)
+        for p in network.parameters():
+            p.zero_()
+        for b in network.buffers():
+            b.zero_()
+        network.register_forward_hook(lambda *_: math.nan)
+        network.half()
+        return found
+
+    model = nn.Sequential(*trained(), nn.BatchNorm1d(3)).eval()
+    before, own = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    found = []
+    for validate in (wrong, harmful):
+        torch.manual_seed(0)
+        found.append(shrink(model, BATCHES, budget, epochs=1, validate=validate))
+        assert not any(m.training or m._forward_hooks for m in model.modules())
+        assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items())
+        assert all(p is own[n] and p.requires_grad for n, p in model.named_parameters())
+    (small, report), (other, other_report) = found
+    assert torch.equal(small(X), other(X))
+    assert [s.error for s in report.steps] == [s.error for s in other_report.steps]
+    assert all(p.requires_grad for p in other.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_precision_of_the_model(dtype: torch.dtype) -> None:
     small, _ = shrink(trained().to(dtype), BATCHES, Budget(macs=0.3), epochs=1, loss=losses)

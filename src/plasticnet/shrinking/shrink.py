@@ -87,9 +87,9 @@ def shrink(
             By default the network imitates the model: by the divergence of the class probabilities where the output, or
             its ``logits``, has the shape (batch, classes), else by the squared error of every floating tensor, divided
             by its variance.
-        validate: Called with a network in evaluation mode, it returns a number, lower for better, which the report
-            shows and `Budget(loss=...)` is about. By default it is the divergence from the model's outputs on the
-            inputs that are held out.
+        validate: Called with a copy of a network, in evaluation mode, it returns a number, lower for better, which the
+            report shows and `Budget(loss=...)` is about. By default it is the divergence from the model's outputs on
+            the inputs that are held out.
         forward: Called with a model and a batch, it returns an output, where a batch has none of the forms above.
         outputs: Called with an output, it returns what you read of it; by default you read everything. With
             ``forward``, everything that the model itself returns is kept.
@@ -215,7 +215,7 @@ class _Work:
         with left_as_it_was(network, training=False):
             if self.validate is None:
                 return self.imitation.divergence(network, self.data.held_out)
-            return error_of(self.validate(network))
+            return error_of(self.validate(duplicate(network)))  # a copy, to which anything may be done
 
     def note(self, name: str, network: nn.Module) -> None:
         """Add a milestone for what was done since the last one."""
