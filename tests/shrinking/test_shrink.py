@@ -525,6 +525,62 @@ def test_an_interrupt_ends_the_epochs(capsys: pytest.CaptureFixture[str]) -> Non
         shrink(trained(), Interrupted(1), Budget(macs=0.3), epochs=9)
 
 
+class Failing:
+    """An error that is NaN from a certain call on."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, network: nn.Module) -> float:
+        self.left -= 1
+        return wrong(network) if self.left >= 0 else math.nan
+
+
+@pytest.mark.parametrize("loss", [None, losses])
+def test_nan_in_a_late_epoch_ends_the_epochs(loss: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"loss": loss, "optimizer": lambda p: torch.optim.Adam(p, 1e-3), "repair": False}
+    small, report = shrink(trained(), BATCHES, Budget(macs=0.1), epochs=9, validate=Failing(4), **options)
+    assert [s.name for s in report.steps] == ["whole", "cut", "epoch 1", "epoch 2"]
+    best = min(report.steps[1:], key=lambda s: s.error)
+    assert report.kept in [s.name for s in report.steps if s.error == best.error]
+    assert wrong(small) == best.error
+    assert not small.training
+    assert not report.interrupted
+    assert "the epochs ended early: validate= returned NaN" in str(report)
+    assert "validate= returned NaN" in report.as_dict()["given_up"]
+    assert capsys.readouterr().out.startswith("given up in epoch 3 of 9, and the best network so far is returned")
+    with pytest.raises(PlasticError, match="validate= returned NaN"):
+        shrink(trained(), BATCHES, Budget(macs=0.1), epochs=9, validate=Failing(2), **options)
+
+
+def test_a_loss_that_is_nan_in_a_late_epoch_ends_the_epochs() -> None:
+    calls = 0
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return losses(output, batch) * (math.nan if calls > 13 else 1.0)  # one call is before the work
+
+    options: dict[str, Any] = {"scores": "magnitude", "epochs": 5, "loss": loss}
+    small, report = shrink(trained(), BATCHES, Budget(macs=0.2), validate=wrong, **options)
+    assert "the loss is nan at batch 3 of epoch 3" in report.given_up
+    assert wrong(small) == min(s.error for s in report.steps[1:])
+    calls = 0
+    with pytest.raises(PlasticError, match="the loss is nan at batch 3 of epoch 3"):  # nobody says what is best
+        shrink(trained(), BATCHES, Budget(macs=0.2), **options)
+
+
+def test_an_interrupt_of_an_epoch_that_has_come_to_nothing() -> None:
+    read = Interrupted(100)
+    shrink(trained(), read, Budget(macs=0.3))
+    batches = Interrupted(100 - read.when + 1)
+    small, report = shrink(trained(), batches, Budget(macs=0.3), epochs=2, validate=Failing(3))
+    assert report.interrupted
+    assert report.given_up
+    assert report.kept == "repaired"
+    assert wrong(small) == report.steps[-1].error
+
+
 def test_the_report() -> None:
     _, report = shrink(trained(), BATCHES, Budget(macs=0.3), epochs=1)
     text = str(report)

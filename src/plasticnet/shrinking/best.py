@@ -20,12 +20,11 @@ class Best:
 
     def __init__(self, network: nn.Module, step: Milestone, judged: bool) -> None:
         self._network, self._judged = network, judged
-        self._step = self._last = step
+        self._step = step
         self._state = copy.deepcopy(network.state_dict()) if judged else {}
 
     def see(self, step: Milestone) -> None:
         """Note what the network is after a step."""
-        self._last = step
         if not self._judged:
             self._step = step
         elif step.error <= self._step.error:
@@ -33,6 +32,6 @@ class Best:
 
     def restore(self) -> str:
         """Make the network what it was after the best step, and return the name of that."""
-        if self._step is not self._last:
+        if self._judged:
             self._network.load_state_dict(self._state)
         return self._step.name

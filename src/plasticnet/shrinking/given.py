@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
+from plasticnet.shrinking.finite import NotFinite
 from plasticnet.shrinking.tuning import MakeOptimizer
 from plasticnet.surgery.survivors import check_multiple
 from plasticnet.tools.batches import Forward, like_model, run_batch
@@ -81,7 +82,7 @@ def error_of(found: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         raise PlasticError(f"validate= returned {described(found)}; it returns a number, lower for better") from None
     if math.isnan(error):
-        raise PlasticError("validate= returned NaN, which is neither better nor worse than anything")
+        raise NotFinite("validate= returned NaN, which is neither better nor worse than anything")
     return error
 
 

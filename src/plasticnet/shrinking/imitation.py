@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
+from plasticnet.shrinking.finite import NotFinite
 from plasticnet.tools.batches import Forward, run_batch
 from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Outputs
@@ -97,7 +98,7 @@ class Imitation:
             batches: The batches.
 
         Raises:
-            PlasticError: The mean is NaN.
+            NotFinite: The mean is NaN.
         """
         total, n = 0.0, 0
         with products_in_single(self.model):
@@ -105,7 +106,7 @@ class Imitation:
                 found = self.losses(run_batch(network, batch, self.forward), self.wanted(batch), temperature=1.0)
                 total, n = total + float(found.sum()), n + found.numel()
         if math.isnan(total):
-            raise PlasticError(
+            raise NotFinite(
                 "the outputs on the inputs that are held out are NaN or infinite: look for such numbers in the inputs "
                 "and in the weights; outputs=... says what counts"
             )

@@ -65,6 +65,7 @@ class Report:
         frozen: Why something could not be cut, by its name.
         left_out: Why readers of cut units were not repaired, by the name of the parameter.
         interrupted: Whether the epochs were interrupted.
+        given_up: Why the epochs ended early although nobody interrupted them; empty where they did not.
         kept: The name of the step whose network was returned.
 
     Example:
@@ -89,6 +90,7 @@ class Report:
     frozen: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    given_up: str = ""
     kept: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,6 +113,8 @@ class Report:
         ]
         if self.interrupted:
             lines.append("the epochs were interrupted")
+        if self.given_up:
+            lines.append(f"the epochs ended early: {self.given_up}")
         if self.kept not in ("", self.steps[-1].name):
             lines.append(f"returned is the network after the step {self.kept!r}, whose {self.error} is smallest")
         return "\n".join(lines)

@@ -22,6 +22,7 @@ from plasticnet.oneshot.scores import Scores, by_cost
 from plasticnet.oneshot.scores import scores as scores_of
 from plasticnet.repairing.repair import repair as repaired
 from plasticnet.shrinking.best import Best
+from plasticnet.shrinking.finite import NotFinite
 from plasticnet.shrinking.given import Loss, check_options, error_of, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
@@ -82,7 +83,9 @@ def shrink(
         budget: What the small network may cost. `Budget(loss=...)` asks for the smallest network whose error is at most
             so much above that of the model. `Budget(latency_ms=...)` is the time of the first batch.
         epochs: How often the batches are trained on after the cut. Of the networks before and after each epoch the one
-            with the smallest error is returned; with ``loss`` and without ``validate`` it is the last one.
+            with the smallest error is returned. A loss or an error that is NaN after the first epoch ends them early.
+            With ``loss`` and without ``validate`` nobody has said what is best: then the last network is returned, and
+            NaN is an error.
         loss: Called with an output and its batch, it returns the losses of the samples, shape (batch,), or a scalar.
             By default the network imitates the model: by the divergence of the class probabilities where the output, or
             its ``logits``, has the shape (batch, classes), else by the squared error of every floating tensor, divided
@@ -142,9 +145,10 @@ def shrink(
             net.measure_latency(arguments_of(twin, first, forward))
         work.cut(net, budget if budget.loss is None else work.search(budget.loss), work.note)
         small = net.compact()
-        interrupted = bool(epochs) and not work.train(small, batches, epochs, optimizer)
+        if epochs:
+            work.train(small, batches, epochs, optimizer)
         times = _milliseconds(model, small, lambda network: run_batch(network, first, forward))
-    return small, work.report(times, interrupted)
+    return small, work.report(times)
 
 
 @contextmanager
@@ -188,7 +192,8 @@ class _Work:
         self.repair, self.multiple_of = repair, multiple_of
         self.before = {name: len(site) for name, site in net.sites.items()}
         self.steps: list[Milestone] = []
-        self.kept = ""
+        self.kept = self.given_up = ""
+        self.interrupted = False
         self.left_out: dict[str, str] = {}
         self._begun = time.monotonic()
         imitation.fit(data.fitted)
@@ -211,7 +216,7 @@ class _Work:
         return scores_of(self.net, scores, losses, batches=len(batches))
 
     def error(self, network: nn.Module) -> float:
-        """Return how wrong a network is. Raises `PlasticError` where that is no number, or NaN."""
+        """Return how wrong a network is. Raises `PlasticError` where that is no number, and `NotFinite` for NaN."""
         with left_as_it_was(network, training=False):
             if self.validate is None:
                 return self.imitation.divergence(network, self.data.held_out)
@@ -260,13 +265,15 @@ class _Work:
                 progress.advance(f"{share:.0%} of the multiply-adds {'will do' if fits else 'are too few'}")
         return Budget(macs=high)
 
-    def train(self, small: nn.Module, batches: Iterable[Any], epochs: int, optimizer: MakeOptimizer | None) -> bool:
-        """Train the small network, and return whether it came to the end without an interrupt.
+    def train(self, small: nn.Module, batches: Iterable[Any], epochs: int, optimizer: MakeOptimizer | None) -> None:
+        """Train the small network until the epochs are over, or end early.
 
         Where what is trained on is also what the errors measure, or ``validate`` says what counts, the network becomes
-        what it was after the step with the smallest error.
+        what it was after the step with the smallest error. Then numbers that are not finite end the training, too,
+        once there was an epoch without them; in the first epoch, what was given is likely to be wrong.
         """
-        best = Best(small, self.steps[-1], judged=self.validate is not None or self.loss is None)
+        judged = self.validate is not None or self.loss is None
+        best = Best(small, self.steps[-1], judged)
 
         def losses(batch: Any) -> Tensor:
             batch = like_model(small, batch)
@@ -275,34 +282,34 @@ class _Work:
                 return loss_of(self.loss, output, batch)
             return self.imitation.losses(output, self.imitation.wanted(batch))
 
-        done, interrupted = 0, False
+        done = 0
         try:
-            for _ in tune(small, batches, losses, epochs, optimizer):
-                self.note(f"epoch {done + 1}", small)
+            try:
+                for _ in tune(small, batches, losses, epochs, optimizer):
+                    self.note(f"epoch {done + 1}", small)
+                    best.see(self.steps[-1])
+                    done += 1
+            except KeyboardInterrupt:
+                self.interrupted = True
+                print(f"interrupted in epoch {done + 1} of {epochs}: the best network so far is returned")
+                small.eval()
+                self.note(f"epoch {done + 1}, interrupted", small)
                 best.see(self.steps[-1])
-                done += 1
-        except KeyboardInterrupt:
-            print(f"interrupted in epoch {done + 1} of {epochs}: the best network so far is returned")
-            small.eval()
-            self.note(f"epoch {done + 1}, interrupted", small)
-            best.see(self.steps[-1])
-            interrupted = True
+        except NotFinite as error:
+            if not judged or not (done or self.interrupted):
+                raise
+            self.given_up = str(error)
+            print(f"given up in epoch {done + 1} of {epochs}, and the best network so far is returned: {error}")
         self.kept = best.restore()
-        return not interrupted
 
-    def report(self, milliseconds: tuple[float, float], interrupted: bool) -> Report:
-        """Return the report.
-
-        Args:
-            milliseconds: How long a forward pass takes, before and after.
-            interrupted: Whether the epochs were interrupted.
-        """
+    def report(self, milliseconds: tuple[float, float]) -> Report:
+        """Return the report; ``milliseconds`` say how long a forward pass takes, before and after."""
         sites = tuple(SiteChange(n, self.before[n], int(s.open.sum())) for n, s in self.net.sites.items())
         name = "divergence" if self.validate is None else "error"
         frozen = dict(self.net.frozen)
         return Report(
-            sites, tuple(self.steps), name, milliseconds, self.data.inputs, frozen, self.left_out, interrupted,
-            self.kept or self.steps[-1].name,
+            sites, tuple(self.steps), name, milliseconds, self.data.inputs, frozen, self.left_out, self.interrupted,
+            self.given_up, self.kept or self.steps[-1].name,
         )  # fmt: skip
 
 

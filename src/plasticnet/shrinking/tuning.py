@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from plasticnet.errors import PlasticError
+from plasticnet.shrinking.finite import NotFinite
 from plasticnet.tools.batches import length_of
 from plasticnet.tools.inputs import described
 from plasticnet.tools.progress import Progress
@@ -87,8 +88,8 @@ def tune(
         making: Makes an optimizer for the parameters; AdamW by default.
 
     Raises:
-        PlasticError: No parameter requires a gradient, there is no optimizer that could train them, or a loss is not
-            finite.
+        PlasticError: No parameter requires a gradient, or there is no optimizer that could train them.
+        NotFinite: A loss is not finite.
     """
     parameters = trainable(network)
     optimizer = make_optimizer(parameters, making)
@@ -108,7 +109,7 @@ def tune(
                     loss = _loss(losses, batch)
                     if not bool(loss.isfinite()):
                         where = f"at batch {place + 1} of epoch {epoch + 1}"
-                        raise PlasticError(f"the loss is {float(loss.detach())} {where}; {_way_out(parameters, batch)}")
+                        raise NotFinite(f"the loss is {float(loss.detach())} {where}; {_way_out(parameters, batch)}")
                     loss.backward()
                 nn.utils.clip_grad_norm_(parameters, _GRADIENT)
                 optimizer.step()
