@@ -173,12 +173,30 @@ def test_options_of_the_network() -> None:
     assert "0" in report.frozen
     small, _ = shrink(trained(), BATCHES, Budget(macs=0.5), multiple_of=4)
     assert small[0].out_features % 4 == small[2].out_features % 4 == 0
+    plain, _ = shrink(trained(), BATCHES, Budget(macs=0.5))
+    small, _ = shrink(trained(), BATCHES, Budget(macs=0.5), multiple_of=64)  # more than any site has
+    assert [layer.out_features for layer in small[::2]] == [layer.out_features for layer in plain[::2]]
     deep = nn.Sequential(
         nn.Linear(6, 8), *[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)], nn.Linear(8, 3)
     )
     small, report = shrink(deep, BATCHES, Budget(macs=0.6), blocks="[1-4]", exclude="0")
     assert [s.name for s in report.sites] == ["depth"]
     assert sum(isinstance(m, pn.Skip) for m in small) == 4 - report.sites[0].after > 0
+
+
+def test_heads_need_not_be_a_multiple_where_their_widths_are() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(24, 6, batch_first=True), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    x = torch.randn(64, 5, 24)
+    for multiple_of, heads in ((1, 5), (8, 4), (16, 4), (64, 5)):  # a head is 4 wide
+        _, report = shrink(Attention(), [x], Budget(units=5), multiple_of=multiple_of, exclude="*.out_proj")
+        assert [s.after for s in report.sites] == [heads]
 
 
 # -- budgets ----------------------------------------------------------------------------------
@@ -370,7 +388,10 @@ def one_shot() -> Iterator[Tensor]:
         ({"batches": [(X[:, :5], Y)]}, r"does not run on the first batch, \(float32\[320, 5\], int64\[320\]\)"),
         ({"batches": [X.byte()]}, "uint8.*floating before"),
         ({"budget": 0.5}, r"pn\.Budget\(macs=0\.5\)"),
-        ({"budget": Budget(macs=1e-6)}, "smallest network"),
+        ({"budget": Budget(macs=1e-6)}, "smallest network.*at least that.*blocks="),
+        ({"budget": Budget(latency_ms=1e-6)}, r" ms \(the target is 1e-06\).*at least that.*blocks="),
+        ({"exclude": ("*",)}, "exclude= leaves alone what can be gated, 0, 2: exclude less"),
+        ({"model": nn.Linear(6, 3)}, "nothing to gate.*residual=True, or blocks="),
         ({"model": "resnet"}, "plain trained module"),
         ({"epochs": -1}, "epochs=-1"),
         ({"epochs": 1.5}, "epochs=1.5"),

@@ -47,9 +47,11 @@ def project(
     units = _Units(net, scores, targets, weights)
     missed = {c: smallest for c, t in targets.items() if (smallest := units.cost(units.kept, c)) > t}
     if missed:
-        costs = ", ".join(f"{s:,.6g} {c} (the target is {targets[c]:,.6g})" for c, s in missed.items())
+        found = [(s, "ms" if c == "latency" else c, targets[c]) for c, s in missed.items()]
         raise PlasticError(
-            f"the target cannot be met: the smallest network, with the units that each site must keep, costs {costs}"
+            "the target cannot be met: the smallest network, with the units that each site must keep, costs "
+            f"{', '.join(f'{s:,.6g} {c} (the target is {t:,.6g})' for s, c, t in found)}. A target must be at least "
+            "that, unless more can be cut: exclude= less, or give blocks="
         )
     z = units.best(units.kept, units.order)
     while len(candidates := units.fitting(z)):

@@ -83,7 +83,14 @@ def find(
     tensors, ungated = gateable(model, _listed(weights), calls[0].args, calls[0].kwargs)
     if not traced.sites and not tensors:
         reasons = "; ".join(f"{n}: {r}" for n, r in [*ungated.items(), *traced.frozen.items()][:5])
-        raise PlasticError(f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'})")
+        way_out = (
+            f"exclude= leaves alone what can be gated, {', '.join(excluded)}: exclude less"
+            if excluded
+            else "residual=True, or blocks= with the names of modules, may offer more"
+        )
+        raise PlasticError(
+            f"{type(model).__name__} has nothing to gate ({reasons or 'no units were found'}); {way_out}"
+        )
     if runs.refused is not None:
         warnings.warn(
             f"{type(model).__name__} does not run in training mode on the example inputs ({runs.refused}), so that "

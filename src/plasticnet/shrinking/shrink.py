@@ -27,6 +27,7 @@ from plasticnet.shrinking.given import Loss, check_options, error_of, loss_of, t
 from plasticnet.shrinking.imitation import Imitation
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
 from plasticnet.shrinking.tuning import MakeOptimizer, make_optimizer, trainable, tune
+from plasticnet.surgery.survivors import units_of_multiple
 from plasticnet.tools.batches import (
     Calibration,
     Forward,
@@ -106,7 +107,8 @@ def shrink(
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
             default. Its learning rate falls to 0 along a cosine. It is called twice: before the work, to see whether
             it does, and for the small network.
-        multiple_of: What widths are multiples of.
+        multiple_of: Widths become multiples of this number: units are cut beyond the budget down to the next multiple.
+            A site of which the budget leaves less than one multiple keeps what the budget leaves.
         example_inputs: What the model is traced on, as in `PlasticNet`, where the first batch does not do.
 
     Returns:
@@ -314,10 +316,10 @@ class _Work:
 
 
 def _close_to_multiple(site: Site, worth: Tensor, multiple_of: int) -> None:
-    """Close the least useful open units of a site until their number is a multiple; one multiple of them stays."""
+    """Close the least useful open units of a site until its widths are multiples, unless none would stay."""
     count = int(site.open.sum())
-    wanted = max(count // multiple_of, 1) * multiple_of
-    if wanted < count:
+    wanted = count - count % units_of_multiple(site.units, multiple_of)
+    if 0 < wanted < count:
         order = worth.to(site.phi.device).masked_fill(~site.open, -torch.inf).argsort(descending=True)
         set_logits(site, order[wanted:], -INITIAL_LOGIT)
 

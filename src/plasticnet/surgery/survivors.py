@@ -142,6 +142,14 @@ def alive(u: InputUnits, sites: Mapping[str, Units], keep: Mapping[str, np.ndarr
     return there[u.features]
 
 
+def units_of_multiple(u: Units, multiple_of: int) -> int:
+    """Return by how many units the number of a site's units must be divisible, so that its widths are multiples.
+
+    Where a unit is several entries wide, as a head is, fewer units make a multiple.
+    """
+    return multiple_of // math.gcd(multiple_of, *(s.index.shape[1] for s in u.slices))
+
+
 def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, multiple_of: int) -> np.ndarray:
     """Return which units stay so that a width is a multiple of a number.
 
@@ -155,9 +163,7 @@ def _padded(u: Units, values: np.ndarray, keep: np.ndarray, there: np.ndarray, m
     Returns:
         ``keep`` and the best of the other units up to the next multiple; ``keep`` alone where they do not suffice.
     """
-    # Where a unit is several entries wide, as a head is, fewer units make a multiple.
-    step = multiple_of // math.gcd(multiple_of, *(s.index.shape[1] for s in u.slices))
-    missing = -int(keep.sum()) % step
+    missing = -int(keep.sum()) % units_of_multiple(u, multiple_of)
     spare = np.flatnonzero(there & ~keep)
     if missing > len(spare) or u.norms:  # Closed units would count in a norm.
         return keep
