@@ -79,8 +79,8 @@ def shrink(
         model: The trained model. It is left as it was.
         batches: A list, a DataLoader or the like, which can be read again and again. A batch is a tensor; a tuple or
             list whose first element is the input, itself a tuple of arguments or a mapping where the model takes
-            several; or a mapping, of which the keys that forward names are passed. Without ``loss``, the keys "labels"
-            and "label" are left out. Batches move to the model's device and floating dtype.
+            several; or a mapping, of which the keys that forward names are passed, without "labels" and "label".
+            Batches move to the model's device and floating dtype.
         budget: What the small network may cost. `Budget(loss=...)` asks for the smallest network whose error is at most
             so much above that of the model. `Budget(latency_ms=...)` is the time of the first batch.
         epochs: How often the batches are trained on after the cut. Of the networks before and after each epoch the one
