@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import plasticnet as pn
 from plasticnet import PlasticError, PlasticNet
 from tests.kit.blocks import InOrder
-from tests.kit.networks import ConvNet, images, mlp
+from tests.kit.networks import ConvNet, assert_same, images, mlp
 
 
 def close(net: PlasticNet, site: str, *units: int) -> None:
@@ -549,3 +549,43 @@ def test_towards_what_does_not_fit(towards: Any, message: str) -> None:
     net = PlasticNet(mlp(6, 20, 12, 3), (x[:2],))
     with pytest.raises(PlasticError, match=message):
         pn.repair(net, x.split(20), towards=towards)
+
+
+class Transposed(nn.Module):
+    """Attention that gets its batch on the second axis, so that torch multiplies a stack of the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(4, 12), nn.Linear(12, 2)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).tanh()
+        return self.out(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+def test_a_weight_that_is_multiplied_as_a_stack_of_itself() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, 4)
+    net = PlasticNet(Transposed(), (x[:2],))
+    with torch.no_grad():
+        net.sites["stem"].phi[:4] = -1.0
+    found = pn.repair(net, x.split(50))
+    assert found.after < 0.7 * found.before
+    assert "attention.in_proj_weight" in {r.name for r in found.readers}
+
+
+def test_numbers_that_are_not_finite_are_named() -> None:
+    """In the inputs that are held out they are refused; elsewhere readers are left out and reported."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 4)
+    net = PlasticNet(mlp(4, 8, 3), (x[:2],))
+    with torch.no_grad():
+        net.sites["0"].phi[:3] = -1.0
+    before = copy.deepcopy(dict(net.state_dict()))
+    x[7] = float("nan")
+    assert "not finite" in pn.repair(net, x.split(25)).left_out["2.weight"]
+    assert_same(dict(net.state_dict()), before)
+    with pytest.raises(PlasticError, match="not finite"):
+        pn.repair(net, (x * float("nan")).split(25))
+    assert_same(dict(net.state_dict()), before)

@@ -65,7 +65,7 @@ def repair(
 
     Raises:
         PlasticError: k is not infinity, a batch has none of these forms, the batches are a one-shot iterator, there is
-            nothing to hold out, or ``towards`` does not fit the sites. Nothing was changed.
+            nothing to hold out, outputs are not finite, or ``towards`` does not fit the sites. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -132,12 +132,19 @@ def _refitted(pair: Paired) -> Repaired:
     """Refit the readers of closed units one by one, and report it."""
     readers, left_out = find_readers(pair.net, pair.look())
     first = pair.error()
+    if not math.isfinite(first):
+        raise PlasticError(
+            "the outputs on the batches to repair on are not finite (NaN or infinite): look for such numbers in the "
+            "inputs and the weights; where some outputs are infinite by design, let outputs= choose others"
+        )
     tried = list[RepairedReader]()
     for reader in readers:
         try:
             tried.append(_refit(pair, reader))
         except Unpaired:
             left_out[reader.place.tensor] = "it reads something else when all units are open"
+        except _NotFinite:
+            left_out[reader.place.tensor] = "what it reads is not finite (NaN or infinite) on some inputs"
     after = pair.error()
     if not after <= first:
         pair.put_back()
@@ -147,10 +154,16 @@ def _refitted(pair: Paired) -> Repaired:
     return Repaired(first, after, tuple(tried), left_out, norms, pair.data.inputs)
 
 
+class _NotFinite(Exception):
+    """Says that a reader cannot be refitted, because numbers that it reads are not finite."""
+
+
 def _refit(pair: Paired, reader: Reader) -> RepairedReader:
     """Refit one reader, if that makes its error smaller."""
     name, constant = reader.place.tensor, reader.bias or reader.shift
     fitted, held = pair.sums(reader)
+    if not all(bool(torch.isfinite(t).all()) for sums in (fitted, held) for t in (sums.xx, sums.ee)):
+        raise _NotFinite
     counts = reader.outputs.double() * held.weight.expand(reader.outputs.numel()).view(reader.outputs.shape)
     had = float((held.error() * counts).sum()) if held.n else 0.0
     if not (fitted.n and had):

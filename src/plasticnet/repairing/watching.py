@@ -191,6 +191,10 @@ class Products(TorchDispatchMode):
             a, b = args[-2:]
             kind = "matrix" if a.dim() == 2 else "stack"
             bias = self._vector(args[0], b.shape[-1]) if len(args) > 2 else None
+            if kind == "stack" and b.stride(0) == 0 and (place := self._place(b[0], "matrix")) is not None:
+                return place, lambda out: Product(place, a.flatten(0, 1), out.flatten(0, 1), bias=bias)
+            if kind == "stack" and a.stride(0) == 0 and (place := self._place(a[0].mT, "matrix")) is not None:
+                return place, lambda out: Product(place, b.mT.flatten(0, 1), out.mT.flatten(0, 1))
             if (place := self._place(b, kind)) is not None:
                 return place, lambda out: Product(place, a, out, bias=bias)
             if (place := self._place(a.mT, kind)) is not None:
