@@ -12,33 +12,44 @@ from gates_table import Rows, grouped, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "design" / "growth.md"
 HEADER = (
-    "price of a parameter", "way", "seeds", "units", "parameters", "peak over end", "accuracy, %", "validation loss",
-    "training loss", "CPU s", "of them for offers",
+    "task", "price of a parameter", "way", "seeds", "units", "parameters", "peak over end", "error", "CPU s",
+    "of dense",
 )  # fmt: skip
+ORDER = ("dense", "pruned", "grown", "known")
 
 
-def line(price: float, way: str, begin: str, rows: Rows) -> list[str]:
+def line(key: tuple[str, float | None, str, int | None], rows: Rows, dense: Rows) -> list[str]:
     """The row of one way at one price."""
+    task, price, way, start = key
     widths = zip(*(r["units"].values() for r in rows), strict=True)
+    seconds = fmean(r["seconds"] for r in rows)
     return [
-        f"{price:g}",
-        f"{way} from {begin}",
+        task,
+        "" if price is None else f"{price:.0e}",
+        f"grown from {start} a site" if start else way,
         str(len(rows)),
         ", ".join(spread([float(n) for n in site], 1) for site in widths),
         spread([r["parameters"] for r in rows], 0),
-        f"{fmean(r['peak'] / r['parameters'] for r in rows):.2f}",
-        *(spread([r[key] for r in rows], n) for key, n in (("accuracy", 2), ("validation loss", 3))),
-        spread([r["training loss"] for r in rows], 4),
-        *(f"{fmean(r['seconds'][part] for r in rows):.1f}" for part in ("all", "offers")),
+        f"{fmean(r['peak']['parameters'] / r['parameters'] for r in rows):.2f}" if way == "grown" else "",
+        spread([r["test"] for r in rows], 3 if task == "housing" else 2),
+        f"{seconds:.1f}",
+        f"{seconds / fmean(r['seconds'] for r in dense):.2f}",
     ]
 
 
 def main() -> int:
     """Write the table, or compare it."""
     content = json.loads((RESULTS / "growth_price.json").read_text())
-    of = grouped(sorted(content["results"], key=lambda r: r["price"]), "price", "way", "from")
-    lines = table(HEADER, [line(*key, rows) for key, rows in of.items()])
-    text = "\n".join([*lines, "", how(content["environment"])])
+    tasks = list(dict.fromkeys(r["task"] for r in content["results"]))
+    rows = sorted(
+        content["results"],
+        key=lambda r: (tasks.index(r["task"]), r["price"] or 0, ORDER.index(r["way"]), r["start"] or 0),
+    )
+    of = grouped(rows, "task", "price", "way", "start")
+    dense = {key[0]: part for key, part in of.items() if key[2] == "dense"}
+    lines = table(HEADER, [line(key, part, dense[key[0]]) for key, part in of.items()])
+    note = "The error is that on the test data: percent wrong, or the mean squared error (housing)."
+    text = "\n".join([*lines, "", note, "", how(content["environment"])])
     return publish({PAGE: between(PAGE.read_text(), "price", text)})
 
 

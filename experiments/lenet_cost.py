@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import write
 
 import plasticnet as pn
@@ -31,8 +30,7 @@ EPOCHS, DECAY, PERIODS = 30, 12, 2  # schedule.step is called PERIODS times an e
 LR = {"dense": (1e-3, 1e-3), "prune": (1e-3, 4e-2), "grow": (1e-3, 2e-2)}  # of weights and of gates
 PENALTY = {"prune": 0.1, "grow": 0.008}  # on the logarithm of the multiply-adds
 PLASTIC = {"dense": (0, 0), "prune": (1, 12), "grow": (0, 9)}  # epochs
-GROWTH = {"rate": 0.5, "patience": 1, "gain": 0.0125, "failures": 2, "grace": 1}
-START, SCORED = 3, 1000  # units per site; images by which candidates are judged
+START = 3  # units per site
 
 
 def run(mode: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:
@@ -44,13 +42,9 @@ def run(mode: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:
     rates = LR[mode]
     optimizer = torch.optim.Adam(net.param_groups(*rates))
 
-    def loss() -> torch.Tensor:
-        some = torch.randperm(len(data.train))[:SCORED]
-        return F.cross_entropy(net(data.train.x[some]), data.train.y[some])
-
     begin, end = PLASTIC[mode]
     stages = [pn.Stage(begin * PERIODS), pn.Stage((end - begin) * PERIODS, 7.0), pn.Stage((EPOCHS - end) * PERIODS)]
-    growth = pn.Growth(loss, **GROWTH) if mode == "grow" else None
+    growth = pn.Growth() if mode == "grow" else None
     pressure = pn.Pressure(PENALTY.get(mode, 0.0), cost="macs", scale="log")
     schedule = pn.Schedule(net, optimizer, stages, growth=growth, pressure=pressure)
     history: list[dict[str, Any]] = []
@@ -113,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {
         "epochs": EPOCHS, "decay": DECAY, "periods": PERIODS, "rates": LR, "penalty": PENALTY, "plastic": PLASTIC,
-        "growth": GROWTH, "start": START, "scored": SCORED, "batch": 128, "jobs": arguments.jobs,
+        "start": START, "batch": 128, "jobs": arguments.jobs,
     }  # fmt: skip
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(one_seed, arguments.seeds, [arguments.data_dir] * len(arguments.seeds)))

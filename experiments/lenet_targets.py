@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from plasticnet.apps.loop import evaluate
 from plasticnet.apps.models import LeNet5
 
 ENDS = ["pruned", "grown", "known"]
-START, PERIODS, SCORED = 3, 2, 1000  # units per site; schedule steps an epoch; images by which candidates are judged
+START, PERIODS = 3, 2  # units per site; schedule steps an epoch
 RATE, GATE_RATE = 1e-3, 4e-2  # while gates move
 
 
@@ -59,7 +59,6 @@ class Point:
     decay: float = 0.02
     temperature: float = 4.0
     teacher: float = 0.7  # the weight of its outputs in the loss
-    growth: dict[str, Any] = field(default_factory=lambda: {"rate": 0.5, "gain": 0.0125, "failures": 2})
 
 
 POINTS = {
@@ -201,11 +200,7 @@ def run(
     def losses(i: Tensor) -> Tensor:
         return pn.distillation(net(x[i]), teacher[i], y[i], temperature=point.temperature, weight=point.teacher)
 
-    cost = "macs" if "macs" in point.budget else "parameters"
-    growth = None
-    if end == "grown":
-        scored = lambda: losses(torch.randperm(len(x))[:SCORED]).mean()  # noqa: E731
-        growth = pn.Growth(scored, patience=1, grace=1, cost=cost, **point.growth)
+    growth = pn.Growth() if end == "grown" else None
     plastic, ordinary = point.plastic, point.last
     if end == "grown":
         plastic += point.growing
@@ -275,7 +270,7 @@ def main() -> None:
             results = sorted([*written(o.name), result], key=_key)  # read anew: another process may have written
             sys.argv = ["lenet_targets.py", "--data-dir", "DIR"]
             settings = {"points": {k: vars(p) for k, p in POINTS.items()}, "rate": RATE, "gate_rate": GATE_RATE}
-            settings |= {"start": START, "periods": PERIODS, "scored": SCORED, "batch": 128}
+            settings |= {"start": START, "periods": PERIODS, "batch": 128}
             write(o.name, settings, results)
 
 

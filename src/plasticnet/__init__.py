@@ -16,8 +16,8 @@ from plasticnet.training.distillation import distillation  # the loss of a netwo
 from plasticnet.learning.estimators import ESTIMATORS  # how the gradient of the gates is estimated, by name
 
 # -- Grow a network that starts small ----------------------------------------------------------
-from plasticnet.training.growth import narrow  # make an untrained network narrow, to grow from there
-from plasticnet.training.growth import Growth  # when a schedule grows, and how much
+from plasticnet.growing.narrow import narrow  # make an untrained network narrow, to grow from there
+from plasticnet.growing.growth import Growth  # when a schedule grows, and how much
 
 # -- Shrink a network that is trained ----------------------------------------------------------
 from plasticnet.shrinking.shrink import shrink  # all of this in one call

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import plasticnet as pn
-from plasticnet import Growth, PlasticError, PlasticNet, Schedule, Stage
+from plasticnet import Growth, PlasticError, PlasticNet, Pressure, Schedule, Stage
 from tests.kit.networks import ConvNet, assert_same, images, mlp, set_probabilities, small
 
 INF = math.inf
@@ -51,8 +51,8 @@ class Run:
             else (1e-2, 0.2 if self.mode == "grow" else 0.08)
         )
         self.optimizer = OPTIMIZERS[self.optimizer_name](self.net.param_groups(*rates))
-        growth = Growth(patience=1, failures=1, grace=1, rate=1.0) if self.mode == "grow" else None
-        self.schedule = Schedule(self.net, self.optimizer, STAGES, hibernate=0.3, growth=growth)
+        options = {"growth": Growth(), "pressure": Pressure(1e-4)} if self.mode == "grow" else {}
+        self.schedule = Schedule(self.net, self.optimizer, STAGES, hibernate=0.3, **options)
 
     def epoch(self) -> tuple[float, pn.schedule.Change]:
         total = 0.0
@@ -125,9 +125,7 @@ def test_a_schedule_built_on_a_loaded_network_leaves_it_alone() -> None:
 def test_a_schedule_that_starts_plastic_leaves_a_hardened_network_alone(growth: bool) -> None:
     def build(net: PlasticNet) -> tuple[Optimizer, Schedule]:
         optimizer = Adam(net.param_groups(1e-2))
-        return optimizer, Schedule(
-            net, optimizer, [Stage(1, 7.0), Stage(2)], growth=Growth(patience=1, failures=1) if growth else None
-        )
+        return optimizer, Schedule(net, optimizer, [Stage(1, 7.0), Stage(2)], growth=Growth.paper() if growth else None)
 
     net, _ = small()
     _, schedule = build(net)

@@ -239,16 +239,16 @@ def test_on_resize_is_called_after_changes_of_size_only() -> None:
         assert {p for g in optimizer.param_groups for p in g["params"]} == set(net.parameters())
         seen.append((len(net.sites["0"]), len(net.sites["2"]), net.k))
 
-    growth = Growth(patience=1, failures=1, grace=0)
-    schedule = Schedule(net, optimizer, [Stage(1), Stage(4, 7.0), Stage(1)], growth=growth, on_resize=on_resize)
-    for val_loss in (3.0, 2.0, 2.0, 2.0):  # opened; grown; growth stops; nothing
+    stages = [Stage(1), Stage(4, 7.0), Stage(1)]
+    schedule = Schedule(net, optimizer, stages, growth=Growth.paper(), on_resize=on_resize)
+    for val_loss in (3.0, 2.0, 2.0, 2.0):  # opened; grown; nothing; nothing
         schedule.step(val_loss)
-    assert seen == [(9, 8, 7.0)]
+    assert seen == [(7, 6, 7.0)]
     with torch.no_grad():
         net.sites["0"].phi[:3] = -5.0
         net.sites["2"].phi[:2] = -0.01
     schedule.step(2.0)
-    assert seen[1:] == [(6, 6, INF)]  # once, when all is done
+    assert seen[1:] == [(4, 4, INF)]  # once, when all is done
     schedule.step()
     assert len(seen) == 2
 
@@ -311,12 +311,6 @@ def test_a_round_that_ends_plastic_is_woken_too() -> None:
     assert schedule.timeline.plastic_epochs() == (2, 4)
 
 
-def test_growth_by_a_cost_that_is_not_known_is_refused_at_once() -> None:
-    net, optimizer = small()
-    with pytest.raises(PlasticError, match="measure_latency"):
-        Schedule(net, optimizer, [Stage(2, 7.0)], growth=Growth(lambda: torch.zeros(()), cost="latency"))
-
-
 def test_a_site_that_dies_gets_its_best_units_back() -> None:
     net, optimizer = small()
     schedule = Schedule(net, optimizer, [Stage(9, 7.0)], hibernate=0.0)
@@ -355,8 +349,8 @@ def lifelong() -> tuple[PlasticNet, Adam, Schedule]:
     torch.manual_seed(0)
     net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),))
     optimizer = Adam(net.param_groups(1e-2))
-    growth = Growth(patience=1, failures=1, grace=0, rate=0.3)
-    return net, optimizer, Schedule(net, optimizer, [Stage(1), Stage(4, 7.0, 14.0), Stage(1)], growth=growth)
+    stages = [Stage(1), Stage(4, 7.0, 14.0), Stage(1)]
+    return net, optimizer, Schedule(net, optimizer, stages, growth=Growth.paper())
 
 
 def live(net: PlasticNet, optimizer: Adam, schedule: Schedule, epochs: int) -> list[tuple[dict[str, int], ...]]:
@@ -381,11 +375,8 @@ def test_wakes_grows_and_prunes_again() -> None:
     assert any(g for _, g in first)
     assert any(c for c, _ in first)
     assert math.isinf(net.k)
-    assert schedule.growth is not None
-    assert schedule.growth.stopped
     schedule.wake()
     assert (schedule.rounds, schedule.epochs, net.k) == (2, 11, 7.0)
-    assert not schedule.growth.stopped
     pi = torch.cat([s.probability(7.0).detach() for s in net.sites.values()])
     torch.testing.assert_close(pi, torch.full_like(pi, 0.9526), atol=1e-4, rtol=0)
     second = live(net, optimizer, schedule, 5)
@@ -461,16 +452,16 @@ def test_no_epochs() -> None:
 
 
 @pytest.mark.parametrize("val_loss", [None, math.nan])
-def test_growth_needs_a_validation_loss(val_loss: float | None) -> None:
+def test_the_papers_growth_needs_a_validation_loss(val_loss: float | None) -> None:
     net, optimizer = small()
-    schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0)], growth=Growth(patience=1))
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0)], growth=Growth.paper())
     schedule.step(val_loss)  # not in ordinary training
     grace = net.sites["0"].grace.clone()
     with pytest.raises(PlasticError, match="val_loss"):
         schedule.step(val_loss)
     assert schedule.epoch == 1
     assert torch.equal(net.sites["0"].grace, grace)
-    assert schedule.step(1.0).grown == {"0": 3, "2": 3}
+    assert schedule.step(1.0).grown == {"0": 1, "2": 1}
 
 
 def test_an_optimizer_of_something_else_is_refused_at_once() -> None:

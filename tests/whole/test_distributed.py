@@ -129,7 +129,7 @@ def schedule_keeps_both_alike(rank: int) -> None:
     net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),))
     optimizer = Adam(net.param_groups(1e-2))
     wrapped = [DDP(net)]
-    growth = Growth(patience=1, gain=0.05, failures=1, grace=0)
+    growth = Growth.paper()
     stages = [Stage(1), Stage(5, 7.0), Stage(1)]
     schedule = Schedule(
         net, optimizer, stages, growth=growth, on_resize=lambda net: wrapped.append(DDP(net)), hibernate=0.05
@@ -147,9 +147,8 @@ def schedule_keeps_both_alike(rank: int) -> None:
         grown, cut = grown + sum(change.grown.values()), cut + sum(change.cut.values())
         assert_alike(net)
         assert len(set(everywhere((change.cut.get("0"), change.grown.get("0"), net.k)))) == 1
-    assert grown > 10
+    assert grown >= 6
     assert cut >= 2
-    assert growth.stopped
     assert len(wrapped) > 3
     step(net, wrapped[-1], optimizer, torch.randn(6, 4))
     net.resize({"0": [0, 1, -1]}, optimizer)

@@ -20,11 +20,12 @@ from plasticnet.apps.saving import restore_run, save_run
 from plasticnet.apps.settings import Config, Mode, describe_model, identity
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import transition
+from plasticnet.growing.growth import Growth
+from plasticnet.growing.narrow import narrow
 from plasticnet.learning.pressure import Pressure
 from plasticnet.measuring.profiling import profile
 from plasticnet.measuring.timing import one_thread
 from plasticnet.net import PlasticNet
-from plasticnet.training.growth import Growth, narrow
 from plasticnet.training.schedule import Schedule
 
 _PROFILES = 10  # the most profiles of a run while it trains; each of them takes as long as about twenty steps
@@ -68,11 +69,7 @@ def prepare_run(
             net.limit(name, maximum=len(site))
         narrow(net, config.start)
     optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
-    # Growth is judged after every 100 steps or so, and it ends after about 400 steps without an improvement.
-    # These numbers are large enough to tell a standstill from a bad batch.
-    period = -(-len(data.train) // config.batch)
-    patience = -(-100 // period)
-    growth = Growth(patience=patience, failures=-(-400 // (patience * period))) if mode == "grow" else None
+    growth = Growth() if mode == "grow" else None
     pressure = Pressure(config.penalty, config.cost, config.scale) if budget is None else None
     schedule = Schedule(net, optimizer, config.stages(mode), growth=growth, pressure=pressure, budget=budget)
     return net, optimizer, schedule

@@ -14,6 +14,7 @@ from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import probabilities
 from plasticnet.gates.wrapped import enter
 from plasticnet.learning.alike import Alike
+from plasticnet.learning.closing import measure_missed
 from plasticnet.learning.draws import draws_per_sample, gates_of_pass
 from plasticnet.learning.estimate import Scaled, estimate, surrogate, training_gates
 from plasticnet.learning.estimators import Draw
@@ -61,11 +62,15 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
 
 def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor], before: Snapshot) -> Tensor:
     """Return the training loss: the plain mean loss where no gate is uncertain, else with the gradient of the gates."""
+    if 0 < net.k < math.inf:  # The random numbers of a step depend on the answer, also where no gate is uncertain.
+        resolve_auto(net, sampler, closure)
     if net.k == 0 or math.isinf(net.k) or not _uncertain(net):
-        f = run_closure(net, sampler, closure, Pass("training"))
+        now = Pass("training")
+        f = run_closure(net, sampler, closure, now)
         _check_graph(net, f)
+        if sampler.missed is not None:
+            measure_missed(net, sampler, closure, before, now.step, f)
         return f.mean() if f.dim() else f
-    resolve_auto(net, sampler, closure)
     step = Step(gradients=torch.is_grad_enabled())
     try:
         f, gradient = _passes(net, sampler, closure, before, step)
@@ -75,6 +80,8 @@ def _estimated(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor],
         step = Step(gradients=torch.is_grad_enabled())
         f, gradient = _passes(net, sampler, closure, before, step)
     _check_graph(net, f)
+    if sampler.missed is not None:
+        measure_missed(net, sampler, closure, before, step, f)
     sampler.estimates += step.gradients
     step.gradient = net.ranks.average(gradient)
     loss = widened(f).mean() + surrogate(net, step.gradient)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.learning.estimators import ESTIMATORS, Draw, Estimator
+from plasticnet.learning.missed import Missed
 from plasticnet.learning.prefix import Prefix
 from plasticnet.tools.snapshot import RandomState
 from plasticnet.tools.trees import tensors_within
@@ -116,6 +117,7 @@ class Sampler:
         differentiates: Whether the closure takes a gradient itself, so that no pass can run without gradients.
         estimates: For how many training steps the gradient of the gates was estimated.
         gradient: The estimate of the last step for all logits. A budget measures its pressure by the size of it.
+        missed: What growth wants to know of some units, which every training step then measures; or None.
         owed: The answers of a GPU to whether something was finite that have not arrived yet, and the messages for it.
 
     Raises:
@@ -131,6 +133,7 @@ class Sampler:
     differentiates: bool = False
     estimates: int = 0
     gradient: Tensor | None = None
+    missed: Missed | None = None
     owed: list[tuple[torch.cuda.Event, Tensor, Callable[[], str]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

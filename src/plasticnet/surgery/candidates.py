@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from plasticnet.cost.names import check_names
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.meanwhile import at_k
@@ -37,35 +36,28 @@ def grow_by_gradient(
     loss: Loss,
     optimizer: Optimizers = None,
     *,
-    budget: float = math.inf,
-    cost: str = "macs",
     ascend: bool = True,
     grace: int = 0,
 ) -> None:
-    """Add the units that promise most for their cost, chosen from twice as many candidates.
+    """Add the units that promise most, chosen from twice as many candidates.
 
     New units have outgoing weights of zero, so that the network computes what it did before.
 
     Args:
         net: The network.
-        counts: The largest number of units that each site may get.
+        counts: How many units each site gets.
         loss: A function without arguments that runs the network on some training data and returns its losses, shape
             (batch,), or their mean.
         optimizer: The optimizer, or all of those, that hold the parameters.
-        budget: The cost that the new units may spend. Each unit is counted at what it costs beside all candidates,
-            which is the most that it can cost. Units are added until the budget is spent, so the last one may exceed
-            it.
-        cost: What the units are priced by.
         ascend: Whether the incoming weights of the candidates are first changed, at equal norm, so that the gradient of
             the outgoing weights grows.
         grace: For how many epochs of the schedule new units are held open and unpriced.
 
     Raises:
-        PlasticError: The loss does not depend on the network, it or its gradient is not finite, the cost is unknown,
-            the counts do not fit the sites, more features were asked for than are closed, or the optimizers cannot be
+        PlasticError: The loss does not depend on the network, it or its gradient is not finite, the counts do
+            not fit the sites, more features were asked for than are closed, or the optimizers cannot be
             resized. Candidates that were added before the error are removed again.
     """
-    check_names(cost, "linear")
     check_counts(net, counts)
     for name, n in counts.items():
         if n > (left := net.sites[name].features_left):
@@ -81,9 +73,7 @@ def grow_by_gradient(
             for step in range(ASCENT if ascend else 0):
                 _ascend(net, new, loss, _SHARE / (1 + step))
             benefit = _benefits(net, loss)
-        # A unit is priced beside all other candidates, so that the budget is kept whichever of them stay.
-        prices = dict(zip(net.sites, net.cost.unit_costs(cost), strict=True))
-        keep = _chosen(net, counts, new, benefit, budget, prices)
+        keep = _chosen(net, counts, new, benefit)
     except BaseException:
         _settle(net, {name: ~mask.cpu().numpy() for name, mask in new.items()}, new, before, 0, optimizer)
         raise
@@ -245,30 +235,16 @@ def _incoming(
 
 
 def _chosen(
-    net: GatedModel,
-    counts: Mapping[str, int],
-    new: Mapping[str, Tensor],
-    benefit: Mapping[str, np.ndarray],
-    budget: float,
-    prices: Mapping[str, float],
+    net: GatedModel, counts: Mapping[str, int], new: Mapping[str, Tensor], benefit: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Return masks of the units that stay, by site.
-
-    All old units stay. Of the candidates the best for their price stay, until they have spent the budget.
-    """
+    """Return masks of the units that stay, by site: all old units, and the best of the candidates."""
     had = {name: ~mask.cpu().numpy() for name, mask in new.items()}
     units = {name: site.units for name, site in net.sites.items()}
     keep = {  # The features of an added channel come and go with it.
         name: had[name] | ~alive(u, units, had) if isinstance(u, InputUnits) else had[name].copy()
         for name, u in units.items()
     }
-    offers = [
-        (benefit[name][i] / max(prices[name], 1e-9), name, i) for name in counts for i in np.flatnonzero(~keep[name])
-    ]
-    left, room = budget, dict(counts)
-    for _, name, i in sorted(offers, reverse=True):
-        if left > 0 and room[name] > 0:
-            keep[name][i] = True
-            room[name] -= 1
-            left -= prices[name]
+    for name, n in counts.items():
+        left = np.flatnonzero(~keep[name])
+        keep[name][left[np.argsort(-benefit[name][left], kind="stable")[:n]]] = True
     return keep

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plasticnet.budgets.budget import Budget, present
+from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import held_open, probability
+from plasticnet.growing.rule import GrowthRule
 from plasticnet.learning.guard import guarded
 from plasticnet.net import PlasticNet
 from plasticnet.tools.precision import product
 from plasticnet.training.force import Force
-from plasticnet.training.growth import Growth
 
 # The target comes down over this share of the plastic epochs.
 FALL = 0.6
-# Growth stops when the network costs more than this multiple of a target.
-OUTGROWN = 2.0
+# A network may grow to this multiple of a target, so that the budget has units to choose from.
+OUTGROWN = 1.25
 # These are the first, the lowest and the highest multiplier. A multiplier of 1 presses as hard as the loss.
 START, LOWEST, HIGHEST = 0.03, 1e-3, 1e3
 # This times the logarithm of cost over target is added to the logarithm of the multiplier, for the present step only.
@@ -93,13 +93,38 @@ class Controller(Force):
         self.widths = {name: max(self.widths.get(name, 0), len(site)) for name, site in net.sites.items()}
 
     def ends_growth(self, net: PlasticNet, late: bool) -> bool:
-        """Return whether it is too late to grow, or the network costs more than twice a target.
+        """Return whether it is too late to grow, or the network costs more than it may grow to."""
+        return late or not self.has_room(net, {})
 
-        The latter leaves enough units to choose from.
+    @property
+    def relative(self) -> bool:
+        """Whether the prices of units are only known up to a factor."""
+        return self.loss is None
+
+    def unit_prices(self, net: PlasticNet) -> dict[str, float]:
+        """Return what one unit of each site costs in addition to all others.
+
+        With targets it is the sum of its shares in them. With a budget of loss it is a unit's share of the tolerated
+        loss.
         """
-        return late or any(present(net, cost) > OUTGROWN * target for cost, target in self.targets.items())
+        if self.loss is not None:
+            return dict.fromkeys(net.sites, self.loss / max(1, sum(map(len, net.sites.values()))))
+        found = dict.fromkeys(net.sites, 0.0)
+        for cost, target in self.targets.items():
+            for name, units in zip(net.sites, net.cost.unit_costs(cost), strict=True):
+                found[name] += units / target
+        return found
 
-    def penalty(self, net: PlasticNet, growth: Growth | None, epoch: int, end: int) -> Tensor:
+    def has_room(self, net: PlasticNet, counts: Mapping[str, int]) -> bool:
+        """Return whether the network may get so many units more: a little above the targets, to choose from."""
+        scales = [
+            torch.full((len(site),), 1 + counts.get(name, 0) / len(site), dtype=torch.float64, device=net.like.device)
+            for name, site in net.sites.items()
+        ]
+        pi = torch.cat([*scales, *(w.phi.new_ones(w.phi.numel(), dtype=torch.float64) for w in net.weights.values())])
+        return all(float(net.cost.expected(pi, c)) <= OUTGROWN * target for c, target in self.targets.items())
+
+    def penalty(self, net: PlasticNet, growth: GrowthRule | None, epoch: int, end: int) -> Tensor:
         """Return a scalar whose gradient presses on the gates; every call moves the multipliers by a step.
 
         The pressure begins with the first call after growth in which no unit is held open any more, because gates that

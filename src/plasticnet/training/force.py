@@ -13,10 +13,10 @@ from torch import Tensor
 
 from plasticnet.budgets.budget import present
 from plasticnet.errors import PlasticError
+from plasticnet.growing.rule import GrowthRule
 from plasticnet.learning.guard import guarded
 from plasticnet.learning.pressure import Pressure, priced
 from plasticnet.net import PlasticNet
-from plasticnet.training.growth import Growth
 
 
 class Force:
@@ -35,6 +35,7 @@ class Force:
 
     kind: str | None = None
     loss: float | None = None
+    relative = False  # as `Priced` has it
 
     def __init__(self) -> None:
         self.targets: dict[str, float] = {}
@@ -57,7 +58,15 @@ class Force:
     def remember(self, net: PlasticNet) -> None:
         """Note the present logits, if the gates may have to return to them."""
 
-    def penalty(self, net: PlasticNet, growth: Growth | None, epoch: int, end: int) -> Tensor:
+    def unit_prices(self, net: PlasticNet) -> dict[str, float]:
+        """Return what one unit of each site costs in addition to all others, in units of the loss."""
+        return dict.fromkeys(net.sites, 0.0)
+
+    def has_room(self, net: PlasticNet, counts: Mapping[str, int]) -> bool:
+        """Return whether the network may get so many units more, by the name of the site."""
+        return True
+
+    def penalty(self, net: PlasticNet, growth: GrowthRule | None, epoch: int, end: int) -> Tensor:
         """Return what is added to the loss of a step in a plastic stage, a scalar, which is 0 until growth has stopped.
 
         Args:
@@ -106,7 +115,7 @@ class Price(Force):
         for cost in self.prices:
             present(net, cost)  # This raises where the cost is not known.
 
-    def penalty(self, net: PlasticNet, growth: Growth | None, epoch: int, end: int) -> Tensor:
+    def penalty(self, net: PlasticNet, growth: GrowthRule | None, epoch: int, end: int) -> Tensor:
         """Return the price of the expected cost, as `PlasticNet.penalty` does.
 
         While growth goes on it is 0, unless growth does not stop by itself.
@@ -116,6 +125,18 @@ class Price(Force):
             # the optimizer of the gates counts all steps of the stage.
             return guarded(net, 0 * net.phi().sum())
         return priced(net, self.prices, self.scale)
+
+    def unit_prices(self, net: PlasticNet) -> dict[str, float]:
+        """Return what one unit of each site costs in addition to all others, in units of the loss.
+
+        A site's own strength counts (see `PlasticNet.limit`). A logarithm is taken at the present cost.
+        """
+        found = dict.fromkeys(net.sites, 0.0)
+        for cost, price in self.prices.items():
+            share = 1.0 if self.scale == "linear" else float(net.cost.full(cost))
+            for (name, site), units in zip(net.sites.items(), net.cost.unit_costs(cost), strict=True):
+                found[name] += site.strength * price * units / share
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the prices, which may stem from a network that was larger or a latency that was measured, and more."""

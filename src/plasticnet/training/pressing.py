@@ -9,6 +9,7 @@ from itertools import pairwise
 from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.projection import decide
 from plasticnet.errors import PlasticError
+from plasticnet.growing.rule import GrowthRule
 from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.training.controller import Controller
@@ -16,7 +17,13 @@ from plasticnet.training.force import Force, Price
 from plasticnet.training.stages import Stage
 
 
-def pressing(net: PlasticNet, stages: Sequence[Stage], budget: Budget | None, pressure: Pressure | None) -> Force:
+def pressing(
+    net: PlasticNet,
+    stages: Sequence[Stage],
+    budget: Budget | None,
+    pressure: Pressure | None,
+    growth: GrowthRule | None,
+) -> Force:
     """Return what presses on the gates of a network.
 
     Args:
@@ -24,11 +31,19 @@ def pressing(net: PlasticNet, stages: Sequence[Stage], budget: Budget | None, pr
         stages: The stages of the schedule.
         budget: What the network may cost or lose in the end, or None.
         pressure: What its cost is worth, or None.
+        growth: How it grows, or None.
 
     Raises:
-        PlasticError: Both are given, one is of another type, the smallest network is not within the budget, no stage
-            hardens the network to it, or a latency has not been measured.
+        PlasticError: Both are given, or neither where growth needs a price; one is of another type; the smallest
+            network is not within the budget; no stage hardens the network to it; or a latency was not measured.
     """
+    if growth is not None and not isinstance(growth, GrowthRule):
+        raise PlasticError(f"growth={growth!r}: write pn.Growth(), or pn.Growth.paper() for the rule of the paper")
+    if growth is not None and growth.needs_price and pressure is None and budget is None:
+        raise PlasticError(
+            "Schedule(growth=pn.Growth()): growth stops where new units are not worth their price, and nothing sets a "
+            "price. Give pressure=pn.Pressure(1e-5, cost='parameters'), say, or budget=pn.Budget(parameters=...)"
+        )
     if budget is not None and pressure is not None:
         raise PlasticError(
             "Schedule(budget=..., pressure=...): a budget finds the strength of its pressure by itself. Leave out "

@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plasticnet.budgets.budget import Budget, present
+from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.projection import decide
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, probabilities, set_logits, transition
+from plasticnet.growing.rule import GrowthRule
 from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.tools.batches import check_batches
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
-from plasticnet.training.growth import Growth
 from plasticnet.training.pressing import pressing
 from plasticnet.training.stages import Change, Stage
 from plasticnet.training.state import restore, state_of
@@ -92,7 +92,7 @@ class Schedule:
         stages: Sequence[Stage],
         *,
         hibernate: float = 0.01,
-        growth: Growth | None = None,
+        growth: GrowthRule | None = None,
         pressure: Pressure | None = None,
         budget: Budget | None = None,
         multiple_of: int = 1,
@@ -110,9 +110,7 @@ class Schedule:
         self.multiple_of, self.repair, self.on_resize = multiple_of, repair, on_resize
         if repair is not None:
             check_batches(repair)
-        if growth is not None:
-            present(net, growth.cost)  # This raises where the cost is not known, such as a latency.
-        self.force = pressing(net, self.stages, budget, pressure)
+        self.force = pressing(net, self.stages, budget, pressure, growth)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
@@ -188,18 +186,21 @@ class Schedule:
         check_optimizers(self.optimizers, dict(net.named_parameters()))
         if stage.plastic:
             check_finite(net)
+            if self.growth is not None:
+                self.growth.check(net, self.force.steps)
             if force.targets and timeline.ends_stage:
                 decide(net, force.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
         # Only what runs the network can fail from here on. Undoing takes memory, so that it is prepared for that only.
-        growing = self.growth is not None and self.growth.loss is not None
-        running = stage.plastic and (growing or (self.repair is not None and timeline.ends_stage))
+        running = stage.plastic and self.repair is not None and timeline.ends_stage
         with self._undone_on_error() if running else nullcontext():
             cut, grown = self._end_epoch(loss)
         rebuilt = any(p is not q for p, q in zip(parameters, net.model.parameters(), strict=True))
         if self.on_resize is not None and (cut or grown or rebuilt):
             self.on_resize(net)
+        if not self.stage.plastic or timeline.over:
+            net.sampler.missed = None
         self._stillness.begin(net)
         return Change(cut, grown, net.k, undecided)
 
@@ -229,7 +230,7 @@ class Schedule:
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
         by_loss, plastic = self.force.loss is not None, self.stage.plastic
-        if not by_loss and not (plastic and self.growth is not None):
+        if not by_loss and not (plastic and self.growth is not None and self.growth.needs_loss):
             return math.nan
         loss = self.net.ranks.mean(math.nan if val_loss is None else float(val_loss), self.net.like.device)
         if plastic and math.isnan(loss):
@@ -246,7 +247,7 @@ class Schedule:
             return {}
         if self.force.ends_growth(self.net, late):
             self.growth.stop()
-        return self.growth.step(self.net, loss, self.optimizers)
+        return self.growth.step(self.net, self.optimizers, val_loss=loss, priced=self.force, late=late)
 
     def _enter(self) -> tuple[dict[str, int], dict[str, int]]:
         """Begin the stage that is running: set its k, and then harden the network or open the gates.
@@ -325,6 +326,8 @@ class Schedule:
             restore(state, self.net, self.growth, self.force)
         self.timeline = timeline
         self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
+        if self.growth is not None and self.stage.plastic and not timeline.over:
+            self.growth.attend(self.net)
 
 
 def _together(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:

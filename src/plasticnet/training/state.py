@@ -7,15 +7,15 @@ from typing import Any
 
 from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
+from plasticnet.growing.rule import GrowthRule
 from plasticnet.net import PlasticNet
 from plasticnet.training.force import Force
-from plasticnet.training.growth import Growth
 
 # What a schedule may have or lack, and what has a state of its own.
 _PARTS = ("growth", "pressure", "budget")
 
 
-def state_of(net: PlasticNet, growth: Growth | None, force: Force) -> dict[str, Any]:
+def state_of(net: PlasticNet, growth: GrowthRule | None, force: Force) -> dict[str, Any]:
     """Return the measured latency, the state of growth, and that of the pressure or of the budget.
 
     Args:
@@ -28,7 +28,7 @@ def state_of(net: PlasticNet, growth: Growth | None, force: Force) -> dict[str, 
     return {"latency": latency, **dict.fromkeys(_PARTS), **parts}
 
 
-def restore(state: Mapping[str, Any], net: PlasticNet, growth: Growth | None, force: Force) -> None:
+def restore(state: Mapping[str, Any], net: PlasticNet, growth: GrowthRule | None, force: Force) -> None:
     """Restore what `state_of` returned.
 
     Args:
@@ -55,7 +55,7 @@ def restore(state: Mapping[str, Any], net: PlasticNet, growth: Growth | None, fo
         net.use_latency(latency)
 
 
-def _parts(growth: Growth | None, force: Force) -> dict[str, Growth | Force]:
+def _parts(growth: GrowthRule | None, force: Force) -> dict[str, GrowthRule | Force]:
     """Return what has a state of its own, by its name in the state of the schedule."""
     parts = {"growth": growth, force.kind: force}
     return {name: part for name, part in parts.items() if name is not None and part is not None}

@@ -1,0 +1,284 @@
+"""Growth by what the newest units are worth, against the price under which the network will be pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from plasticnet.errors import PlasticError
+from plasticnet.growing.paper import PaperGrowth
+from plasticnet.growing.rule import GrowthRule, Priced, with_room
+from plasticnet.learning.missed import Missed, in_turn
+from plasticnet.net import PlasticNet
+from plasticnet.surgery.optimizers import Optimizers
+
+# The worth of the newest units falls with about this power of the width (measured in docs/design/growth.md).
+POWER = 4
+# A site at most doubles at once.
+FASTEST = 2.0
+# Units are judged after so many training steps or more, at the end of an epoch.
+STEPS = 32
+# At least so many units of a site are judged, as far as there are so many.
+FEWEST = 4
+# Growth stops after so many judgements in a row by which nothing grows.
+PATIENCE = 4
+# Units are missed where their worth is more than so many of its standard errors.
+ERRORS = 2.0
+# A network whose units were never missed doubles, as long as it then costs less than this share of its loss.
+CHEAP = 0.1
+# For so many epochs after growth, units are still held open and unpriced.
+GRACE = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the newest units of a site are worth.
+
+    Attributes:
+        worth: By how much the loss rises when one of them is closed, on average.
+        price: What one of them costs.
+        samples: Over how many samples or batches the worth was measured.
+        error: The standard error of the worth.
+    """
+
+    worth: float
+    price: float
+    samples: float
+    error: float
+
+
+class Growth(GrowthRule):
+    """A rule by which a network grows for as long as its newest units are worth more than they cost.
+
+    The price is that of the schedule: a `Pressure`, or a `Budget`. While the network grows, all units are held open and
+    unpriced. In every training step, `PlasticNet.expected_loss` closes one of the newest units in each sample (or one
+    in the batch, where the batch must share its gates), without gradients, and notes by how much the loss is higher.
+    The mean of that is what the unit is worth. All units that came with the last growth count as newest, and at first
+    all units.
+
+    When: at the end of an epoch, once 32 training steps or more have measured the newest units.
+
+    How much: the newest units of all sites together are worth r times their price. Worth falls with about the fourth
+    power of the width, so every site grows by a factor of r to the power of 1/4, and at most to twice its units. Sites
+    grow together, because the units of a site are worth little as long as the next one is narrow. Only a site whose own
+    newest units are worth less than their price waits.
+
+    Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
+    more. After four judgements in a row by which nothing grows, growth stops for good. It also stops when half of the
+    plastic epochs are over, or no site has room (see `PlasticNet.limit`). The pressure begins two epochs after that,
+    and removes the units that do not pay.
+
+    Budgets: a budget on costs leaves the price open. Sites then grow to twice their units as long as the network is
+    within the budget, but not those whose newest units are worth less than a sixteenth of the mean for their cost. With
+    a budget of loss, the price of a unit is its share of the loss that may come.
+
+    A network whose units are not missed at all, by two standard errors, has not learned anything yet: it is too small,
+    or its units are dead. It doubles, as long as its whole price is then at most a tenth of its loss.
+
+    New units begin with random weights.
+
+    Attributes:
+        newest: How many units came last, for each site.
+        failed: How many judgements in a row were against growth.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(256, 4)
+        >>> y = (x[:, 0] * x[:, 1] > 0).long()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> net = pn.PlasticNet(model, (x,))
+        >>> optimizer = torch.optim.Adam(net.param_groups(lr=0.01))
+        >>> pressure = pn.Pressure(1e-4, cost="parameters")
+        >>> schedule = pn.Schedule(net, optimizer, [pn.Stage(12, k=7.0)], pressure=pressure, growth=pn.Growth())
+        >>> for epoch in range(schedule.epochs):
+        ...     for i in torch.randperm(256).split(8):
+        ...         loss = net.expected_loss(
+        ...             lambda: torch.nn.functional.cross_entropy(net(x[i]), y[i], reduction="none")
+        ...         )
+        ...         optimizer.zero_grad()
+        ...         (loss + schedule.penalty()).backward()
+        ...         optimizer.step()
+        ...     change = schedule.step()
+        >>> len(net.sites["0"]) > 2
+        True
+    """
+
+    needs_price = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.newest: dict[str, int] = {}
+        self.failed = 0
+        self._missed: Missed | None = None
+
+    @classmethod
+    def paper(cls) -> PaperGrowth:
+        """Return the rule of the paper (NPN, section 4.2); see `PaperGrowth`."""
+        return PaperGrowth()
+
+    def reset(self) -> None:
+        super().reset()
+        self.newest, self.failed, self._missed = {}, 0, None
+
+    def hold(self, net: PlasticNet) -> None:
+        """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
+        sizes = tuple(map(len, net.sites.values()))
+        if not self.stopped:
+            for site in net.sites.values():
+                site.grace.clamp_(min=GRACE + 1)
+            if self._missed is None or self._missed.sizes != sizes:
+                self._missed = Missed(torch.tensor(self._units(net), dtype=torch.int64), sizes)
+        self.attend(net)
+
+    def attend(self, net: PlasticNet) -> None:
+        net.sampler.missed = None if self.stopped else self._missed
+
+    def _units(self, net: PlasticNet) -> list[int]:
+        """Return the newest units of all sites that can grow, counted over all sites, in the order of their turns."""
+        sizes, start = [], 0
+        for name, site in net.sites.items():
+            count = min(max(self.newest.get(name, len(site)), FEWEST), len(site))
+            if site.units.growable:
+                sizes.append((start, len(site) - count, len(site)))
+            start += len(site)
+        return in_turn(sizes)
+
+    def check(self, net: PlasticNet, penalties: int) -> None:
+        """Raise `PlasticError` if the epoch that ends has measured nothing, or its gates have felt no pressure."""
+        if self.stopped or self._missed is None:
+            return
+        if not penalties:
+            raise PlasticError(
+                "growth waits for its price, but the gates feel no pressure: this epoch has never called "
+                "schedule.penalty(). Add it to the loss of every training step: "
+                "(net.expected_loss(closure) + schedule.penalty()).backward()"
+            )
+        if not self._missed.steps:
+            raise PlasticError(
+                "growth measures what new units are worth within net.expected_loss(closure), which this epoch has "
+                "never called. Compute the training loss with it"
+            )
+
+    def step(
+        self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
+    ) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        if late:
+            self.stop()
+        missed = self._missed
+        sizes = {name: len(site) for name, site in net.sites.items()}
+        ripe = missed is not None and missed.steps >= STEPS and missed.sizes == tuple(sizes.values())
+        if ripe and not self.stopped:
+            found = self.verdicts(net, priced)
+            missed_at_all = _missed_at_all(found)
+            learned = bool(self.newest) or missed_at_all
+            lacking = {name: site.minimum - len(site) for name, site in net.sites.items()}
+            counts = _wanted(net, found, priced) if missed_at_all else {} if learned else self._twice(net, priced)
+            wanted = with_room(net, {n: max(counts.get(n, 0), more) for n, more in lacking.items()})
+            counts = _within(wanted, net, priced)
+            self._missed = None
+            self.failed = 0 if counts and learned else self.failed + 1
+            if counts:
+                net.grow(counts, optimizer, init="random", grace=GRACE + 1)
+                kept = {name: min(self.newest.get(name, n), n) for name, n in sizes.items()}
+                self.newest = {**kept, **counts} if learned else {}
+            full = not with_room(net, dict.fromkeys(net.sites, 1)) or (bool(wanted) and not counts)
+            self.stopped = full or self.failed >= PATIENCE
+        self.hold(net)
+        return counts
+
+    def _twice(self, net: PlasticNet, priced: Priced) -> dict[str, int]:
+        """Return the units with which a network that has learned nothing doubles, or none where that is not cheap."""
+        assert self._missed is not None
+        loss = net.ranks.mean(float(self._missed.loss) / self._missed.steps, net.like.device)
+        counts = {name: len(site) for name, site in net.sites.items()}
+        prices = priced.unit_prices(net)
+        # The cost of weights between two sites quadruples.
+        whole = FASTEST * sum(prices[name] * n for name, n in counts.items())
+        return counts if priced.relative or whole <= CHEAP * abs(loss) else {}
+
+    def verdicts(self, net: PlasticNet, priced: Priced) -> dict[str, Verdict]:
+        """Return what the newest units of each site are worth, for the sites of which some were measured.
+
+        Args:
+            net: The network.
+            priced: What presses on the gates.
+        """
+        assert self._missed is not None
+        missed = self._missed
+        rises, counts, squares = net.ranks.average(torch.stack([missed.rises, missed.counts, missed.squares])).cpu()
+        units, prices, start = self._missed.units.cpu(), priced.unit_prices(net), 0
+        found = {}
+        for name, site in net.sites.items():
+            own = (units >= start) & (units < start + len(site))
+            start += len(site)
+            samples = float(counts[own].sum())
+            if samples:
+                worth = float(rises[own].sum()) / samples
+                error = math.sqrt(float(squares[own].sum()) / net.ranks.count) / samples
+                found[name] = Verdict(worth, prices[name], samples, error)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        missed = None if self._missed is None else self._missed.state_dict()
+        return {"newest": dict(self.newest), "failed": self.failed, "stopped": self.stopped, "missed": missed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            PlasticError: The state is not one of this rule. Nothing was changed.
+        """
+        try:
+            newest = {str(name): int(n) for name, n in state["newest"].items()}
+            failed, stopped, missed = int(state["failed"]), state["stopped"], state["missed"]
+            found = None if missed is None else Missed.from_state(missed)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise PlasticError(
+                f"the state of growth has newest, failed, stopped and missed; this is {state!r}"
+            ) from error
+        if type(stopped) is not bool:
+            raise PlasticError(f"the state of growth says in stopped whether it has stopped; this is {stopped!r}")
+        self.newest, self.failed, self.stopped, self._missed = newest, failed, stopped, found
+
+
+def _missed_at_all(found: Mapping[str, Verdict]) -> bool:
+    """Return whether the units that were judged are missed by more than chance explains."""
+    worth = sum(v.worth * v.samples for v in found.values())
+    error = math.sqrt(sum((v.error * v.samples) ** 2 for v in found.values()))
+    return worth > ERRORS * error
+
+
+def _wanted(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> dict[str, int]:
+    """Return how many units each site would get if it had room.
+
+    Args:
+        net: The network.
+        found: What the newest units of each site are worth.
+        priced: What presses on the gates.
+    """
+    worth = sum(v.worth * v.samples for v in found.values())
+    price = sum(v.price * v.samples for v in found.values())
+    # Prices that are only known up to a factor are taken to be such that sites double.
+    r = worth / price if price and not priced.relative else FASTEST**POWER
+    factor = min(FASTEST, r ** (1 / POWER))
+    # A site that is so far below the mean is already twice as wide as it should be beside the others.
+    least = worth / price / FASTEST**POWER if price else 0.0
+    return {
+        name: round(factor * len(net.sites[name])) - len(net.sites[name])
+        for name, v in found.items()
+        if v.worth > least * v.price
+    }
+
+
+def _within(counts: Mapping[str, int], net: PlasticNet, priced: Priced) -> dict[str, int]:
+    """Return the most of some units that there is room for, by halves."""
+    counts = dict(counts)
+    while counts and not priced.has_room(net, counts):
+        counts = {name: n // 2 for name, n in counts.items() if n > 1}
+    return counts

@@ -1,0 +1,94 @@
+"""What all rules of growth share, so that a schedule treats them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from plasticnet.net import PlasticNet
+from plasticnet.surgery.optimizers import Optimizers
+
+
+class Priced(Protocol):
+    """What presses on the gates, as far as growth asks it."""
+
+    relative: bool  # whether prices are only known up to a factor, as those of a budget on costs
+
+    def unit_prices(self, net: PlasticNet) -> Mapping[str, float]:
+        """Return what one unit of each site costs in addition to all others, in units of the loss."""
+        ...
+
+    def has_room(self, net: PlasticNet, counts: Mapping[str, int]) -> bool:
+        """Return whether the network may get so many units more."""
+        ...
+
+
+class GrowthRule:
+    """Decides when a network grows, at which sites, and by how many units.
+
+    Attributes:
+        endless: Whether the rule never stops by itself, so that a pressure does not wait for its end.
+        needs_loss: Whether it judges by validation losses.
+        needs_price: Whether it judges by the price of a pressure or a budget.
+    """
+
+    endless = False
+    needs_loss = False
+    needs_price = False
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Stop growth for good."""
+        self.stopped = True
+
+    def reset(self) -> None:
+        """Begin anew, as for another round."""
+        self.stopped = False
+
+    def hold(self, net: PlasticNet) -> None:
+        """Prepare a plastic epoch: hold units open, and ask for measurements, where the rule needs them."""
+
+    def attend(self, net: PlasticNet) -> None:
+        """Ask the network again for measurements that a checkpoint has interrupted."""
+
+    def check(self, net: PlasticNet, penalties: int) -> None:
+        """Raise `PlasticError` where the epoch that ends has not given the rule what it needs.
+
+        Args:
+            net: The network.
+            penalties: How often the epoch has asked for the penalty of the schedule.
+        """
+
+    def step(
+        self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
+    ) -> dict[str, int]:
+        """End a plastic epoch, and grow the network if the rule says so.
+
+        Args:
+            net: The network.
+            optimizer: The optimizer, or all of those, that hold the parameters.
+            val_loss: The validation loss after the epoch, or NaN.
+            priced: What presses on the gates.
+            late: Whether half of the plastic epochs are over.
+
+        Returns:
+            How many units were added, for each site that got some.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs, as plain numbers."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, or raise `PlasticError` and change nothing."""
+        raise NotImplementedError
+
+
+def with_room(net: PlasticNet, counts: Mapping[str, int]) -> dict[str, int]:
+    """Return how many of some units the sites have room for, without the sites that get none."""
+    room = {name: site.room if site.units.growable else 0 for name, site in net.sites.items()}
+    found = {name: int(min(n, room[name])) for name, n in counts.items()}
+    return {name: n for name, n in found.items() if n > 0}

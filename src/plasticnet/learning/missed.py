@@ -1,0 +1,102 @@
+"""Holds by how much single units are missed: what closing one of them adds to the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Missed:
+    """By how much some units are missed, summed over the training steps that were measured.
+
+    Each step closes one unit in each sample, and the next one in the next sample, so that all units have their turn
+    without a random number. Where the batch must share its gates, it closes one unit in the whole batch. What is
+    measured is without bias: the mean over the samples, of the loss with the unit closed less that with all units as
+    they are in evaluation.
+
+    Args:
+        units: The indices of the units, counted over all sites, in the order in which they have their turn; shape
+            (units,).
+        sizes: How many units each site of the network has.
+
+    Attributes:
+        rises: The sum of what closing a unit has added to the loss, shape (units,).
+        counts: Over how many samples, or batches, that sum is.
+        squares: The sum of the squares of the same, shape (units,).
+        loss: The sum over the steps of the mean loss with all units, a scalar.
+        steps: How many training steps were measured.
+        turn: The place of the unit whose turn it is.
+    """
+
+    units: Tensor
+    sizes: tuple[int, ...]
+    rises: Tensor = field(init=False)
+    counts: Tensor = field(init=False)
+    squares: Tensor = field(init=False)
+    loss: Tensor = field(init=False)
+    steps: int = 0
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self.rises = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.device)
+        self.counts = torch.zeros_like(self.rises)
+        self.squares = torch.zeros_like(self.rises)
+        self.loss = self.rises.new_zeros(())
+
+    def to(self, device: torch.device) -> None:
+        """Bring all tensors to a device."""
+        for name in _TENSORS:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def take(self, rows: int) -> Tensor:
+        """Return the places of the units whose turn it is, one for each row, shape (rows,)."""
+        return (self.turn + torch.arange(rows, device=self.units.device)) % len(self.units)
+
+    def note(self, places: Tensor, losses: Tensor, closed: Tensor) -> None:
+        """Note what closing units has added to the loss.
+
+        Args:
+            places: The places of the units, shape (rows,).
+            losses: The losses with all units, shape (rows,).
+            closed: The losses with the units closed, shape (rows,).
+        """
+        rises = (closed.detach() - losses.detach()).to(self.rises)
+        self.rises.index_add_(0, places, rises)
+        self.counts.index_add_(0, places, torch.ones_like(rises))
+        self.squares.index_add_(0, places, rises.square())
+        self.loss += losses.detach().mean().to(self.loss)
+        self.turn = (self.turn + len(places)) % len(self.units)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers."""
+        lists = {name: getattr(self, name).tolist() for name in _TENSORS}
+        return {**lists, "sizes": list(self.sizes), "steps": self.steps, "turn": self.turn}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Missed:
+        """Return what `state_dict` was made of, on the CPU."""
+        found = cls(torch.tensor(state["units"], dtype=torch.int64), tuple(state["sizes"]))
+        for name in _TENSORS[1:]:
+            setattr(found, name, torch.tensor(state[name], dtype=torch.float64))
+        found.steps, found.turn = state["steps"], state["turn"]
+        return found
+
+
+_TENSORS = ("units", "rises", "counts", "squares", "loss")
+
+
+def in_turn(sizes: Sequence[tuple[int, int, int]]) -> list[int]:
+    """Return units of several sites in an order in which each site has its turn early, whatever its width.
+
+    Args:
+        sizes: For each site the index of its first unit among all units, and which of its units are meant: from the
+            first of these numbers on, and before the second.
+    """
+    found = [((i - a + 0.5) / (b - a), start + i) for start, a, b in sizes for i in range(a, b)]
+    return [unit for _, unit in sorted(found)]
