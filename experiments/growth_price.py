@@ -105,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = task(options.task, options.data_dir)
     for factor in options.factors:
-        price = chosen.price * factor
+        price = float(f"{chosen.price * factor:.4g}")  # without the last digits of a product
         for seed in options.seeds:
             found: list[int] | None = None
             for way in options.ways:

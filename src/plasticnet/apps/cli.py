@@ -109,7 +109,7 @@ def demo_command(
     The digits come with scikit-learn, so that nothing is downloaded. The results of a demo before are replaced; another
     run in --out is refused without --overwrite.
     """
-    config = Config(epochs=150, k=7.0, penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
+    config = Config(epochs=100, k=7.0, penalty=2e-5, cost="parameters", batch=32, lr=3e-3, gate_lr=1e-1)
     torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
     run = "digits", "mlp:256-128", MODES["both"], config
     train_modes(*run, out, overwrite=overwrite or holds_demo(out, *run), command="demo")

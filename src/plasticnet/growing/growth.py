@@ -57,27 +57,27 @@ class Growth(GrowthRule):
     The price is that of the schedule: a `Pressure`, or a `Budget`. While the network grows, all units are held open and
     unpriced. In every training step, `PlasticNet.expected_loss` closes one of the newest units in each sample (or one
     in the batch, where the batch must share its gates), without gradients, and notes by how much the loss is higher.
-    The mean of that is what the unit is worth. All units that came with the last growth count as newest, and at first
-    all units.
+    The mean of that is what the unit is worth. The newest units are those that came with the last growth, but at least
+    four of each site; at first, all units are.
 
     When: at the end of an epoch, once 32 training steps or more have measured the newest units.
 
     How much: the newest units of all sites together are worth r times their price. Worth falls with about the fourth
     power of the width, so every site grows by a factor of r to the power of 1/4, and at most to twice its units. Sites
     grow together, because the units of a site are worth little as long as the next one is narrow. Only a site whose own
-    newest units are worth less than their price waits.
+    newest units are worth less than a sixteenth of that for their price waits.
 
     Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
     more. After four judgements in a row by which nothing grows, growth stops for good. It also stops when half of the
     plastic epochs are over, or no site has room (see `PlasticNet.limit`). The pressure begins two epochs after that,
     and removes the units that do not pay.
 
-    Budgets: a budget on costs leaves the price open. Sites then grow to twice their units as long as the network is
-    within the budget, but not those whose newest units are worth less than a sixteenth of the mean for their cost. With
-    a budget of loss, the price of a unit is its share of the loss that may come.
+    Budgets: a budget on costs leaves the price open. Sites then grow to twice their units, as long as the network costs
+    at most 1.25 times the budget. With a budget of loss, the price of a unit is its share of the loss that may come.
 
-    A network whose units are not missed at all, by two standard errors, has not learned anything yet: it is too small,
-    or its units are dead. It doubles, as long as its whole price is then at most a tenth of its loss.
+    A network whose units are not missed by more than two standard errors has not learned anything yet: it is too small,
+    or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at most a tenth of
+    its loss.
 
     New units begin with random weights.
 
