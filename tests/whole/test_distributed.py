@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import SGD, Adam, Optimizer
 
-from plasticnet import Budget, Growth, PlasticError, PlasticNet, Schedule, Stage
+from plasticnet import Budget, Growth, PlasticError, PlasticNet, Pressure, Schedule, Stage, narrow
 from tests.kit.networks import ConvNet, assert_same, images, mlp, small
 from tests.kit.processes import everywhere, start, together
 
@@ -87,6 +87,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         tmp_path,
         gradients_are_the_mean_of_both,
         schedule_keeps_both_alike,
+        growth_is_alike,
         budget_is_filled_alike,
         batch_norm,
         features_wake_alike,
@@ -151,9 +152,41 @@ def schedule_keeps_both_alike(rank: int) -> None:
     assert cut >= 2
     assert len(wrapped) > 3
     step(net, wrapped[-1], optimizer, torch.randn(6, 4))
-    net.resize({"0": [0, 1, -1]}, optimizer)
+    net.resize({"0": [0, -1]}, optimizer)
     step(net, wrapped[-1], optimizer, torch.randn(6, 4))
     assert_alike(net)
+
+
+def growth_is_alike(rank: int) -> None:
+    """Each rank measures on data of its own, and all of them grow by the mean."""
+    net = PlasticNet(mlp(4, 6, 5, 3), (torch.randn(2, 4),))
+    narrow(net, 2)
+    optimizer = Adam(net.param_groups(1e-2))
+    wrapped = [DDP(net)]
+    schedule = Schedule(
+        net,
+        optimizer,
+        [Stage(8, 7.0), Stage(1)],
+        growth=Growth(),
+        pressure=Pressure(1e-6),
+        on_resize=lambda net: wrapped.append(DDP(net)),
+    )
+    torch.manual_seed(rank + 1)
+    grown = 0
+    for _ in range(schedule.epochs):
+        for _ in range(33):
+            x = torch.randn(6, 4)
+            y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+            ddp = wrapped[-1].train()
+            value = net.expected_loss(lambda x=x, y=y, ddp=ddp: F.cross_entropy(ddp(x), y, reduction="none"))
+            optimizer.zero_grad()
+            (value + schedule.penalty()).backward()
+            optimizer.step()
+        change = schedule.step()
+        grown += sum(change.grown.values())
+        assert_alike(net)
+        assert len(set(everywhere(tuple(change.grown.items())))) == 1
+    assert grown > 4
 
 
 def budget_is_filled_alike(rank: int) -> None:
