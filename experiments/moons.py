@@ -15,7 +15,7 @@ from plasticnet.apps.loop import Config, train_run
 from plasticnet.apps.models import MLP
 
 CONFIG = Config(
-    epochs=600, k=7.0, penalty=0.03, cost="parameters", scale="log", inputs=("*",), batch=32, lr=1e-2, gate_lr=1e-1
+    epochs=600, k=7.0, penalty=1e-4, cost="parameters", inputs=("*",), batch=32, lr=1e-2, gate_lr=1e-1
 )  # fmt: skip
 
 

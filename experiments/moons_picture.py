@@ -25,7 +25,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 PICTURE = Path(__file__).parent.parent / "docs" / "moons.gif"
-PRICE, SEED, POINTS, BATCH = 3e-5, 0, 600, 16
+PRICE, SEED, POINTS, BATCH = 2e-4, 0, 600, 16
 EPOCHS, HARDENED, BEFORE, K = 60, 10, 3, 7.0
 MILLISECONDS, LAST = 160, 2500  # for which each frame is shown, and the last one
 
