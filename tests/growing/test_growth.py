@@ -256,6 +256,18 @@ def test_convolutions_with_batch_statistics_grow() -> None:
     assert all(len(s) > 2 for s in net.sites.values())
 
 
+def test_where_nothing_can_grow_it_has_stopped() -> None:
+    torch.manual_seed(0)
+    x, y = xor()
+    net = PlasticNet(mlp(4, 8, 4), (x[:2],), exclude=("0",), weights=("0",))
+    optimizer = Adam(net.param_groups(1e-2, 0.1))
+    growth = Growth()
+    schedule = Schedule(net, optimizer, [Stage(2, 7.0)], growth=growth, pressure=Pressure(1e-6))
+    train_epoch(net, optimizer, schedule, x, y)
+    assert schedule.step().grown == {}
+    assert growth.stopped
+
+
 @pytest.mark.parametrize("batch", [256, 100])
 def test_long_epochs_are_not_needed(batch: int) -> None:
     """An epoch of one step counts as one: units are judged after 32 of them."""

@@ -127,12 +127,13 @@ class Growth(GrowthRule):
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
-        sizes = tuple(map(len, net.sites.values()))
+        sizes, units = tuple(map(len, net.sites.values())), self._units(net)
+        self.stopped |= not units  # Nothing in this network can grow.
         if not self.stopped:
             for site in net.sites.values():
                 site.grace.clamp_(min=GRACE + 1)
             if self._missed is None or self._missed.sizes != sizes:
-                self._missed = Missed(torch.tensor(self._units(net), dtype=torch.int64), sizes)
+                self._missed = Missed(torch.tensor(units, dtype=torch.int64), sizes)
         self.attend(net)
 
     def attend(self, net: PlasticNet) -> None:
@@ -167,29 +168,31 @@ class Growth(GrowthRule):
     def step(
         self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
     ) -> dict[str, int]:
-        counts: dict[str, int] = {}
         if late:
             self.stop()
         missed = self._missed
-        sizes = {name: len(site) for name, site in net.sites.items()}
-        ripe = missed is not None and missed.steps >= STEPS and missed.sizes == tuple(sizes.values())
-        if ripe and not self.stopped:
-            found = self.verdicts(net, priced)
-            missed_at_all = _missed_at_all(found)
-            learned = bool(self.newest) or missed_at_all
-            lacking = {name: site.minimum - len(site) for name, site in net.sites.items()}
-            counts = _wanted(net, found, priced) if missed_at_all else {} if learned else self._twice(net, priced)
-            wanted = with_room(net, {n: max(counts.get(n, 0), more) for n, more in lacking.items()})
-            counts = _within(wanted, net, priced)
-            self._missed = None
-            self.failed = 0 if counts and learned else self.failed + 1
-            if counts:
-                net.grow(counts, optimizer, init="random", grace=GRACE + 1)
-                kept = {name: min(self.newest.get(name, n), n) for name, n in sizes.items()}
-                self.newest = {**kept, **counts} if learned else {}
-            full = not with_room(net, dict.fromkeys(net.sites, 1)) or (bool(wanted) and not counts)
-            self.stopped = full or self.failed >= PATIENCE
+        ripe = missed is not None and missed.steps >= STEPS and missed.sizes == tuple(map(len, net.sites.values()))
+        counts = self._judge(net, optimizer, priced) if ripe and not self.stopped else {}
         self.hold(net)
+        return counts
+
+    def _judge(self, net: PlasticNet, optimizer: Optimizers, priced: Priced) -> dict[str, int]:
+        """Judge the newest units, and grow the network if they pay; return how many units each site got."""
+        found = self.verdicts(net, priced)
+        pays = _missed_at_all(found)
+        learned = pays or bool(self.newest)
+        counts = _wanted(net, found, priced) if pays else {} if learned else self._twice(net, priced)
+        lacking = {name: site.minimum - len(site) for name, site in net.sites.items()}
+        wanted = with_room(net, {name: max(counts.get(name, 0), n) for name, n in lacking.items()})
+        counts = _within(wanted, net, priced)
+        before = {name: min(self.newest.get(name, len(site)), len(site)) for name, site in net.sites.items()}
+        if counts:
+            net.grow(counts, optimizer, init="random", grace=GRACE + 1)
+            self.newest = {**before, **counts} if learned else {}
+        self._missed = None
+        self.failed = 0 if counts and learned else self.failed + 1
+        full = not with_room(net, dict.fromkeys(net.sites, 1)) or (bool(wanted) and not counts)
+        self.stopped = full or self.failed >= PATIENCE
         return counts
 
     def _twice(self, net: PlasticNet, priced: Priced) -> dict[str, int]:
