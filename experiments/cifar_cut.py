@@ -117,7 +117,8 @@ def main() -> None:
         for _ in epochs(twin, *train, count, FURTHER, key["seed"], kept):
             pass
         seconds = {} if resumed else {"training": time.process_time() - begun}
-        add({**key, "epochs": count, "accuracy": accuracy(twin, *test), "seconds": seconds})
+        row = {"accuracy": accuracy(twin, *test), "seconds": seconds, "held out": first["held out"]}
+        add({**key, "epochs": count, **row})
 
     base = {"depth": options.depth}
     if not known(NAME, **base, network="dense", epochs=0):
