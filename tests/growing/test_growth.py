@@ -256,16 +256,44 @@ def test_convolutions_with_batch_statistics_grow() -> None:
     assert all(len(s) > 2 for s in net.sites.values())
 
 
-def test_where_nothing_can_grow_it_has_stopped() -> None:
-    torch.manual_seed(0)
-    x, y = xor()
+def test_where_nothing_can_grow_it_is_refused() -> None:
+    x, _ = xor()
     net = PlasticNet(mlp(4, 8, 4), (x[:2],), exclude=("0",), weights=("0",))
     optimizer = Adam(net.param_groups(1e-2, 0.1))
-    growth = Growth()
-    schedule = Schedule(net, optimizer, [Stage(2, 7.0)], growth=growth, pressure=Pressure(1e-6))
-    train_epoch(net, optimizer, schedule, x, y)
-    assert schedule.step().grown == {}
-    assert growth.stopped
+    with pytest.raises(PlasticError, match="no site of this network can grow"):
+        Schedule(net, optimizer, [Stage(2, 7.0)], growth=Growth(), pressure=Pressure(1e-6))
+
+
+def test_a_growth_belongs_to_one_schedule() -> None:
+    run = Run()
+    with pytest.raises(PlasticError, match="belongs to another schedule"):
+        Schedule(run.net, run.optimizer, STAGES, growth=run.growth, pressure=Pressure(1e-4))
+
+
+def test_too_few_steps_are_said() -> None:
+    """And the pressure begins at once."""
+    run = Run(pressure=Pressure(1.0), stages=[Stage(6, 7.0)])
+    for _ in range(2):
+        train_epoch(run.net, run.optimizer, run.schedule, run.x, run.y, batch=256)
+        run.schedule.step()
+    train_epoch(run.net, run.optimizer, run.schedule, run.x, run.y, batch=256)
+    with pytest.warns(UserWarning, match="growth has ended before it began"):
+        run.schedule.step()
+    assert not any(bool(s.grace.any()) for s in run.net.sites.values())
+
+
+def test_judgements_go_on_with_the_units_whose_turn_it_is() -> None:
+    """Where the batch shares its gates, four judgements in a row are not four times the same one."""
+    run = Run(mlp(4, 64, 64, 4), start=0, pressure=Pressure(1.0), easy=True)
+    run.net.sampler.mode = "batch"
+    seen: list[int] = []
+    for _ in range(4):
+        train_epoch(run.net, run.optimizer, run.schedule, run.x, run.y)
+        missed = run.net.sampler.missed
+        assert missed is not None
+        seen += missed.units[missed.counts > 0].tolist()
+        run.schedule.step()
+    assert sorted(seen) == list(range(128))
 
 
 @pytest.mark.parametrize("batch", [256, 100])
@@ -387,7 +415,26 @@ def test_resume_equals_the_uninterrupted(stop: int, batch: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "wrong", [None, {"newest": 3}, {"missed": {"units": [0]}}, {"stopped": "yes"}, {"failed": "often"}]
+    "wrong",
+    [
+        None,
+        {"newest": 3},
+        {"missed": {"units": [0]}},
+        {"stopped": "yes"},
+        {"failed": "often"},
+        {
+            "missed": {
+                "units": [99],
+                "sizes": [2, 2],
+                "rises": [0.0],
+                "counts": [0.0],
+                "squares": [0.0],
+                "loss": 0.0,
+                "steps": 1,
+                "turn": 0,
+            }
+        },
+    ],
 )
 def test_a_state_of_something_else_changes_nothing(wrong: Any) -> None:
     run = Run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +69,10 @@ class Growth(GrowthRule):
     newest units are worth less than a sixteenth of that for their price waits.
 
     Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
-    more. After four judgements in a row by which nothing grows, growth stops for good. It also stops when half of the
-    plastic epochs are over, or no site has room (see `PlasticNet.limit`). The pressure begins two epochs after that,
-    and removes the units that do not pay.
+    more. After four judgements in a row by which nothing grows, or where no site has room (see `PlasticNet.limit`),
+    growth stops for good, and the pressure begins two epochs later. It also stops when half of the epochs of the
+    plastic stages that follow each other are over, and then the pressure begins at once. It removes the units that do
+    not pay. Only `Schedule.wake` begins growth anew.
 
     Budgets: a budget on costs leaves the price open. Sites then grow to twice their units, as long as the network costs
     at most 1.25 times the budget. With a budget of loss, the price of a unit is its share of the loss that may come.
@@ -79,11 +81,13 @@ class Growth(GrowthRule):
     or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at most a tenth of
     its loss.
 
-    New units begin with random weights.
+    New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
+    for the accumulation of gradients, because the price is not either: divide the sum of both.
 
     Attributes:
         newest: How many units came last, for each site.
         failed: How many judgements in a row were against growth.
+        judged: Whether units were ever judged.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -114,6 +118,7 @@ class Growth(GrowthRule):
         super().__init__()
         self.newest: dict[str, int] = {}
         self.failed = 0
+        self.judged = False
         self._missed: Missed | None = None
 
     @classmethod
@@ -123,12 +128,11 @@ class Growth(GrowthRule):
 
     def reset(self) -> None:
         super().reset()
-        self.newest, self.failed, self._missed = {}, 0, None
+        self.newest, self.failed, self.judged, self._missed = {}, 0, False, None
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
         sizes, units = tuple(map(len, net.sites.values())), self._units(net)
-        self.stopped |= not units  # Nothing in this network can grow.
         if not self.stopped:
             for site in net.sites.values():
                 site.grace.clamp_(min=GRACE + 1)
@@ -168,13 +172,27 @@ class Growth(GrowthRule):
     def step(
         self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
     ) -> dict[str, int]:
-        if late:
-            self.stop()
-        missed = self._missed
+        missed, counts = self._missed, dict[str, int]()
         ripe = missed is not None and missed.steps >= STEPS and missed.sizes == tuple(map(len, net.sites.values()))
-        counts = self._judge(net, optimizer, priced) if ripe and not self.stopped else {}
+        if late and not self.stopped:
+            self._end(net, missed)
+        elif ripe and not self.stopped:
+            counts = self._judge(net, optimizer, priced)
         self.hold(net)
         return counts
+
+    def _end(self, net: PlasticNet, missed: Missed | None) -> None:
+        """Stop growth because it is late, so that the pressure begins at once; say so if nothing was ever judged."""
+        self.stop()
+        for site in net.sites.values():
+            site.grace.zero_()
+        if not self.judged:
+            steps = 0 if missed is None else missed.steps
+            warnings.warn(
+                f"growth has ended before it began: half of the plastic epochs are over, with {steps} training steps, "
+                f"and units are judged after {STEPS}. Give the plastic stages more epochs",
+                stacklevel=2,
+            )
 
     def _judge(self, net: PlasticNet, optimizer: Optimizers, priced: Priced) -> dict[str, int]:
         """Judge the newest units, and grow the network if they pay; return how many units each site got."""
@@ -189,7 +207,8 @@ class Growth(GrowthRule):
         if counts:
             net.grow(counts, optimizer, init="random", grace=GRACE + 1)
             self.newest = {**before, **counts} if learned else {}
-        self._missed = None
+        assert self._missed is not None
+        self._missed, self.judged = self._missed.anew(), True
         self.failed = 0 if counts and learned else self.failed + 1
         full = not with_room(net, dict.fromkeys(net.sites, 1)) or (bool(wanted) and not counts)
         self.stopped = full or self.failed >= PATIENCE
@@ -229,7 +248,8 @@ class Growth(GrowthRule):
 
     def state_dict(self) -> dict[str, Any]:
         missed = None if self._missed is None else self._missed.state_dict()
-        return {"newest": dict(self.newest), "failed": self.failed, "stopped": self.stopped, "missed": missed}
+        numbers = {"failed": self.failed, "judged": self.judged, "stopped": self.stopped}
+        return {"newest": dict(self.newest), **numbers, "missed": missed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -240,14 +260,15 @@ class Growth(GrowthRule):
         try:
             newest = {str(name): int(n) for name, n in state["newest"].items()}
             failed, stopped, missed = int(state["failed"]), state["stopped"], state["missed"]
+            judged = bool(state["judged"])
             found = None if missed is None else Missed.from_state(missed)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise PlasticError(
-                f"the state of growth has newest, failed, stopped and missed; this is {state!r}"
+                f"the state of growth has newest, failed, judged, stopped and missed, and fits none of them: {error!r}"
             ) from error
         if type(stopped) is not bool:
             raise PlasticError(f"the state of growth says in stopped whether it has stopped; this is {stopped!r}")
-        self.newest, self.failed, self.stopped, self._missed = newest, failed, stopped, found
+        self.newest, self.failed, self.judged, self.stopped, self._missed = newest, failed, judged, stopped, found
 
 
 def _missed_at_all(found: Mapping[str, Verdict]) -> bool:

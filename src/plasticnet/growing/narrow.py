@@ -16,14 +16,18 @@ def narrow(net: PlasticNet, units: int) -> None:
 
     Every site that can grow and has more than ``units`` units is cut to its first ``units`` ones; an input site keeps
     ``units`` features at random. Then all modules with a method ``reset_parameters`` initialise themselves for the new
-    widths, which overwrites their weights.
+    widths, which overwrites their weights; modules whose parameters do not train are left alone.
+
+    What refers to the network as it is, such as a share in a `Budget` or ``Pressure(relative_to=net)``, refers to the
+    narrow network afterwards. Ask before: `Budget.absolute` fixes the shares.
 
     Args:
         net: The network. Build its optimizers afterwards.
         units: The number of units that sites keep, 1 or more.
 
     Raises:
-        PlasticError: The number of units is less than 1. Nothing was changed.
+        PlasticError: The number of units is not a whole number from 1 on, or the network is no `PlasticNet`. Nothing
+            was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -33,8 +37,12 @@ def narrow(net: PlasticNet, units: int) -> None:
         >>> model[0]
         Linear(in_features=4, out_features=2, bias=True)
     """
-    if units < 1:
-        raise PlasticError(f"cannot start from {units} units a site; at least 1 is needed")
+    if not isinstance(net, PlasticNet):
+        raise PlasticError(
+            f"narrow takes a PlasticNet, not a {type(net).__name__}: narrow(pn.PlasticNet(model, ...), 3)"
+        )
+    if type(units) is not int or units < 1:
+        raise PlasticError(f"cannot start from {units!r} units a site; a whole number, at least 1, is needed")
     # Sites that cannot grow would stay narrow for good.
     wide = {n: s for n, s in net.sites.items() if len(s) > units and s.units.growable}
     channels = {n: list(range(units)) for n, s in wide.items() if not _selects(s)}
@@ -43,7 +51,8 @@ def narrow(net: PlasticNet, units: int) -> None:
     net.resize(features)
     for module in net.model.modules():
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
+        own = list(module.parameters(recurse=False))
+        if callable(reset) and (not own or any(p.requires_grad for p in own)):
             reset()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 
@@ -38,6 +39,21 @@ class GrowthRule:
 
     def __init__(self) -> None:
         self.stopped = False
+        self._taken = False
+
+    def take(self, net: PlasticNet) -> None:
+        """Note that a schedule uses this rule.
+
+        Raises:
+            PlasticError: Another schedule does already, or no site of the network can grow.
+        """
+        if self._taken:
+            raise PlasticError(
+                "this growth belongs to another schedule, and goes on from what it knows of that; make a new one"
+            )
+        if not any(site.units.growable for site in net.sites.values()):
+            raise PlasticError("no site of this network can grow: net.sites and net.frozen say why; leave growth= out")
+        self._taken = True
 
     def stop(self) -> None:
         """Stop growth for good."""

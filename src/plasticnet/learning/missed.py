@@ -53,6 +53,10 @@ class Missed:
         for name in _TENSORS:
             setattr(self, name, getattr(self, name).to(device))
 
+    def anew(self) -> Missed:
+        """Return an empty one for the same units, which goes on with the unit whose turn it is."""
+        return Missed(self.units, self.sizes, turn=self.turn)
+
     def take(self, rows: int) -> Tensor:
         """Return the places of the units whose turn it is, one for each row, shape (rows,)."""
         return (self.turn + torch.arange(rows, device=self.units.device)) % len(self.units)
@@ -80,11 +84,20 @@ class Missed:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Missed:
-        """Return what `state_dict` was made of, on the CPU."""
+        """Return what `state_dict` was made of, on the CPU.
+
+        Raises:
+            ValueError: The numbers do not fit together.
+        """
         found = cls(torch.tensor(state["units"], dtype=torch.int64), tuple(state["sizes"]))
+        if not all(0 <= unit < sum(found.sizes) for unit in state["units"]):
+            raise ValueError("there are no such units")
         for name in _TENSORS[1:]:
-            setattr(found, name, torch.tensor(state[name], dtype=torch.float64))
-        found.steps, found.turn = state["steps"], state["turn"]
+            value = torch.tensor(state[name], dtype=torch.float64)
+            if value.shape != getattr(found, name).shape:
+                raise ValueError(f"{name} is not for as many units")
+            setattr(found, name, value)
+        found.steps, found.turn = int(state["steps"]), int(state["turn"]) % max(1, len(found.units))
         return found
 
 

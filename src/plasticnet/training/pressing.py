@@ -42,7 +42,7 @@ def pressing(
     if growth is not None and growth.needs_price and pressure is None and budget is None:
         raise PlasticError(
             "Schedule(growth=pn.Growth()): growth stops where new units are not worth their price, and nothing sets a "
-            "price. Give pressure=pn.Pressure(1e-5, cost='parameters'), say, or budget=pn.Budget(parameters=...)"
+            "price. Give pressure=pn.Pressure(1e-5, cost='parameters'), say, or budget=pn.Budget(params=...)"
         )
     if budget is not None and pressure is not None:
         raise PlasticError(

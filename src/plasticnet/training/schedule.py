@@ -42,7 +42,7 @@ class Schedule:
 
     Budgets: on hardening, the best units that fit stay (see `Budget`): the open units cost at most the target, and no
     closed unit would fit beside them. Where more units were cut before than the budget asks for, new ones take their
-    place. Growth stops when the network costs more than twice a target, or when half of the plastic epochs are over.
+    place. Growth stops a quarter above a target, or when half of the plastic epochs are over.
 
     Several ranks: all of them must call `step`, each with its own ``val_loss``. The mean decides.
 
@@ -51,7 +51,7 @@ class Schedule:
         optimizer: The optimizer, or all of those, that hold the parameters and the gates.
         stages: The stages in their order. Those without epochs are left out.
         hibernate: The probability below which a unit is cut in a plastic stage, from 0 to 1.
-        growth: How the network grows, or None.
+        growth: How the network grows, or None. Each schedule needs one of its own.
         pressure: What the cost of the network is worth in the loss, or None.
         budget: What the network may cost or lose in the end, or None. It presses by itself, without a ``pressure``.
         multiple_of: What widths are kept at multiples of, as in `PlasticNet.prune`, also by `PlasticNet.compact`.
@@ -111,6 +111,8 @@ class Schedule:
         if repair is not None:
             check_batches(repair)
         self.force = pressing(net, self.stages, budget, pressure, growth)
+        if growth is not None:
+            growth.take(net)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
@@ -151,7 +153,8 @@ class Schedule:
         wait for `Growth.paper`, which does not stop by itself.
 
         Call it once after each call of `PlasticNet.expected_loss`, because every call moves the multipliers of a budget
-        by a step. When gradients are accumulated, divide the penalty by the same number as the loss.
+        by a step. When gradients are accumulated, divide the sum of both by the number of batches, and not the losses
+        within the closure: ``((net.expected_loss(closure) + schedule.penalty()) / n).backward()``.
         """
         self.force.steps += 1
         if not self.stage.plastic:
@@ -162,17 +165,17 @@ class Schedule:
         """End an epoch: cut and grow the network, and set k for the next epoch.
 
         Args:
-            val_loss: The loss on held-out data. It is needed at the end of every plastic epoch with growth or with
-                `Budget(loss=...)`. The latter compares it with the losses of earlier epochs, if they were given.
+            val_loss: The loss on held-out data. It is needed at the end of every plastic epoch with `Growth.paper` or
+                with `Budget(loss=...)`. The latter compares it with the losses of earlier epochs, if they were given.
 
         Returns:
             What was done.
 
         Raises:
             PlasticError: The schedule is over; a validation loss is needed in a plastic stage and is missing or NaN;
-                gates are not finite; the optimizers no longer fit the network; the budget has become impossible; the
-                loss of a `Growth` does not depend on the network, or is not finite; or the inputs to repair it on have
-                no form that is known. Nothing was changed.
+                gates are not finite; the optimizers no longer fit the network; the budget has become impossible;
+                growth goes on, and the epoch has not called `penalty`, or not `PlasticNet.expected_loss`;
+                or the inputs to repair it on have no form that is known. Nothing was changed.
         """
         with self.net.lock:
             return self._ended(val_loss)
