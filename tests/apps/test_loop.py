@@ -25,10 +25,10 @@ CONFIG = Config(
 )
 RUNS: dict[Mode, tuple[Config, list[int]]] = {
     "prune": (CONFIG, [100, 16, 8, 2]),
-    # Grows to its full width, then stops, then is priced.
+    # Grows, then stops, then is priced.
     "grow": (
         replace(CONFIG, epochs=15, batch=4, inputs=(), lr=1e-2, gate_lr=6e-2, penalty=1e-4, scale="linear"),
-        [100, 3, 3, 2],
+        [100, 3, 3, 2],  # so few units that a batch may not show whether gates can be drawn per sample
     ),
 }
 

@@ -11,12 +11,15 @@ from plasticnet.growing.rule import GrowthRule
 from plasticnet.net import PlasticNet
 from plasticnet.training.force import Force
 
+# What the sampler has found out about the closure. Asked again, another batch might answer otherwise or not at all, and
+# a training that goes on would draw other random numbers.
+_FOUND = ("samples_apart", "rows_apart")
 # What a schedule may have or lack, and what has a state of its own.
 _PARTS = ("growth", "pressure", "budget")
 
 
 def state_of(net: PlasticNet, growth: GrowthRule | None, force: Force) -> dict[str, Any]:
-    """Return the measured latency, the state of growth, and that of the pressure or of the budget.
+    """Return the measured latency, what is known of the closure, and the states of growth, pressure and budget.
 
     Args:
         net: The network.
@@ -25,7 +28,8 @@ def state_of(net: PlasticNet, growth: GrowthRule | None, force: Force) -> dict[s
     """
     parts = {name: part.state_dict() for name, part in _parts(growth, force).items()}
     latency = None if net.latency is None else net.latency.as_dict()
-    return {"latency": latency, **dict.fromkeys(_PARTS), **parts}
+    found = {name: getattr(net.sampler, name) for name in _FOUND}
+    return {"latency": latency, "found": found, **dict.fromkeys(_PARTS), **parts}
 
 
 def restore(state: Mapping[str, Any], net: PlasticNet, growth: GrowthRule | None, force: Force) -> None:
@@ -48,11 +52,22 @@ def restore(state: Mapping[str, Any], net: PlasticNet, growth: GrowthRule | None
             f"the state is that of a schedule with {_words(then)}, and this one has {_words(now)}: give the Schedule "
             f"the same of {', '.join(f'{n}=' for n in _PARTS)}"
         )
+    found = {name: _answer(state.get("found"), name) for name in _FOUND}
     latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
     for name, part in parts.items():
         part.load_state_dict(state[name])
     if latency is not None:
         net.use_latency(latency)
+    for name, answer in found.items():
+        setattr(net.sampler, name, answer)
+
+
+def _answer(found: Any, name: str) -> bool | None:
+    """Return what a state says that the sampler has found out, or None where it says nothing."""
+    answer = found.get(name) if isinstance(found, Mapping) else found
+    if answer is not None and type(answer) is not bool:
+        raise PlasticError(f"the state says of {name} neither yes nor no, but {answer!r}")
+    return answer
 
 
 def _parts(growth: GrowthRule | None, force: Force) -> dict[str, GrowthRule | Force]:
