@@ -13,11 +13,11 @@ import torch
 from plasticnet.errors import PlasticError
 from plasticnet.growing.paper import PaperGrowth
 from plasticnet.growing.rule import GrowthRule, Priced, with_room
-from plasticnet.learning.missed import Missed, in_turn
+from plasticnet.learning.missed import Missed, in_turn, sizes_of
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 
-# The worth of the newest units falls with about this power of the width (measured in docs/design/growth.md).
+# The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
 POWER = 4
 # A site at most doubles at once.
 FASTEST = 2.0
@@ -132,12 +132,11 @@ class Growth(GrowthRule):
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
-        sizes, units = tuple(map(len, net.sites.values())), self._units(net)
         if not self.stopped:
             for site in net.sites.values():
                 site.grace.clamp_(min=GRACE + 1)
-            if self._missed is None or self._missed.sizes != sizes:
-                self._missed = Missed(torch.tensor(units, dtype=torch.int64), sizes)
+            if self._missed is None or not self._missed.fits(net):
+                self._missed = Missed(torch.tensor(self._units(net), dtype=torch.int64), sizes_of(net))
         self.attend(net)
 
     def attend(self, net: PlasticNet) -> None:
@@ -173,7 +172,7 @@ class Growth(GrowthRule):
         self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
     ) -> dict[str, int]:
         missed, counts = self._missed, dict[str, int]()
-        ripe = missed is not None and missed.steps >= STEPS and missed.sizes == tuple(map(len, net.sites.values()))
+        ripe = missed is not None and missed.steps >= STEPS and missed.fits(net)
         if late and not self.stopped:
             self._end(net, missed)
         elif ripe and not self.stopped:

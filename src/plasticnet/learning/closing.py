@@ -13,7 +13,7 @@ from plasticnet.learning.passes import run_aside
 from plasticnet.learning.sampler import Pass, Sampler, Step
 from plasticnet.tools.precision import widened
 from plasticnet.tools.snapshot import RandomState, Snapshot
-from plasticnet.tools.statistics import has_running_statistics, uses_batch_statistics
+from plasticnet.tools.statistics import compares_running
 
 
 def measure_missed(
@@ -36,14 +36,13 @@ def measure_missed(
     """
     missed = sampler.missed
     assert missed is not None
-    if missed.sizes != tuple(map(len, net.sites.values())):  # Somebody has resized the network within the epoch.
+    if not missed.fits(net):  # Somebody has resized the network within the epoch.
         missed.steps += 1
         return
     missed.to(losses.device)
     after = Snapshot(net.model)
     gates, all_open = net.mean_gates()
-    # Where the statistics of a batch make samples interact, losses are compared under the running statistics instead.
-    running = uses_batch_statistics(net.model) and has_running_statistics(net.model)
+    running = compares_running(net.model)
 
     def losses_without(places: Tensor | None) -> Tensor:
         before.restore()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plasticnet.gates.gated import GatedModel
+
 
 @dataclass(eq=False)
 class Missed:
@@ -47,6 +49,10 @@ class Missed:
         self.counts = torch.zeros_like(self.rises)
         self.squares = torch.zeros_like(self.rises)
         self.loss = self.rises.new_zeros(())
+
+    def fits(self, net: GatedModel) -> bool:
+        """Return whether the sites of a network still have these sizes."""
+        return self.sizes == sizes_of(net)
 
     def to(self, device: torch.device) -> None:
         """Bring all tensors to a device."""
@@ -99,6 +105,11 @@ class Missed:
             setattr(found, name, value)
         found.steps, found.turn = int(state["steps"]), int(state["turn"]) % max(1, len(found.units))
         return found
+
+
+def sizes_of(net: GatedModel) -> tuple[int, ...]:
+    """Return how many units each site of a network has."""
+    return tuple(map(len, net.sites.values()))
 
 
 _TENSORS = ("units", "rises", "counts", "squares", "loss")

@@ -26,7 +26,7 @@ from plasticnet.learning.probe import resolve_auto
 from plasticnet.learning.sampler import Pass, Sampler, Step
 from plasticnet.tools.precision import widened
 from plasticnet.tools.snapshot import Snapshot
-from plasticnet.tools.statistics import has_running_statistics, uses_batch_statistics
+from plasticnet.tools.statistics import compares_running
 
 
 def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> Tensor:
@@ -118,9 +118,7 @@ def _passes(
         before the backward pass.
     """
     estimator = sampler.rule
-    # Where the statistics of a batch make samples interact, losses are compared under the running statistics instead.
-    batched = uses_batch_statistics(net.model) and has_running_statistics(net.model)
-    running = draws_per_sample(net, sampler) and batched
+    running = draws_per_sample(net, sampler) and compares_running(net.model)
     indices = [i for i in estimator.reads if running or i]
     step.prefix = _prefix(net) if indices and not sampler.differentiates else None
     found: dict[int, Tensor] = {}

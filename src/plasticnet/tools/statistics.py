@@ -20,6 +20,11 @@ def has_running_statistics(model: nn.Module) -> bool:
     return all(m.running_mean is not None for m in _batch_norms(model))
 
 
+def compares_running(model: nn.Module) -> bool:
+    """Return whether losses are compared under the running statistics, since those of a batch make samples interact."""
+    return uses_batch_statistics(model) and has_running_statistics(model)
+
+
 def _batch_norms(model: nn.Module) -> Iterator[BatchNorm]:
     """Return the norms over the batch in a model."""
     return (m for m in model.modules() if isinstance(m, BatchNorm))

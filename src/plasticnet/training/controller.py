@@ -20,7 +20,7 @@ from plasticnet.growing.rule import GrowthRule
 from plasticnet.learning.guard import guarded
 from plasticnet.net import PlasticNet
 from plasticnet.tools.precision import product
-from plasticnet.training.force import Force
+from plasticnet.training.force import Force, unit_prices
 
 # The target comes down over this share of the plastic epochs.
 FALL = 0.6
@@ -109,11 +109,7 @@ class Controller(Force):
         """
         if self.loss is not None:
             return dict.fromkeys(net.sites, self.loss / max(1, sum(map(len, net.sites.values()))))
-        found = dict.fromkeys(net.sites, 0.0)
-        for cost, target in self.targets.items():
-            for name, units in zip(net.sites, net.cost.unit_costs(cost), strict=True):
-                found[name] += units / target
-        return found
+        return unit_prices(net, {cost: 1 / target for cost, target in self.targets.items()})
 
     def has_room(self, net: PlasticNet, counts: Mapping[str, int]) -> bool:
         """Return whether the network may get so many units more: a little above the targets, to choose from."""
@@ -121,7 +117,7 @@ class Controller(Force):
             torch.full((len(site),), 1 + counts.get(name, 0) / len(site), dtype=torch.float64, device=net.like.device)
             for name, site in net.sites.items()
         ]
-        pi = torch.cat([*scales, *(w.phi.new_ones(w.phi.numel(), dtype=torch.float64) for w in net.weights.values())])
+        pi = torch.cat(scales)  # A cost is a sum of products of widths, so that it follows them beyond 1, too.
         return all(float(net.cost.expected(pi, c)) <= OUTGROWN * target for c, target in self.targets.items())
 
     def penalty(self, net: PlasticNet, growth: GrowthRule | None, epoch: int, end: int) -> Tensor:

@@ -131,12 +131,9 @@ class Price(Force):
 
         A site's own strength counts (see `PlasticNet.limit`). A logarithm is taken at the present cost.
         """
-        found = dict.fromkeys(net.sites, 0.0)
-        for cost, price in self.prices.items():
-            share = 1.0 if self.scale == "linear" else float(net.cost.full(cost))
-            for (name, site), units in zip(net.sites.items(), net.cost.unit_costs(cost), strict=True):
-                found[name] += site.strength * price * units / share
-        return found
+        whole = {cost: 1.0 if self.scale == "linear" else float(net.cost.full(cost)) for cost in self.prices}
+        prices = unit_prices(net, {cost: price / whole[cost] for cost, price in self.prices.items()})
+        return {name: site.strength * prices[name] for name, site in net.sites.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the prices, which may stem from a network that was larger or a latency that was measured, and more."""
@@ -168,3 +165,17 @@ class Price(Force):
             and state.get("scale") == self.scale
             and all(type(state.get(name)) is int and state[name] >= 0 for name in ("steps", "per_epoch"))
         )
+
+
+def unit_prices(net: PlasticNet, prices: Mapping[str, float]) -> dict[str, float]:
+    """Return what one unit of each site costs in addition to all others.
+
+    Args:
+        net: The network.
+        prices: What each cost is multiplied by.
+    """
+    found = dict.fromkeys(net.sites, 0.0)
+    for cost, price in prices.items():
+        for name, units in zip(net.sites, net.cost.unit_costs(cost), strict=True):
+            found[name] += price * units
+    return found

@@ -190,7 +190,7 @@ class Schedule:
         if stage.plastic:
             check_finite(net)
             if self.growth is not None:
-                self.growth.check(net, self.force.steps)
+                self.growth.check(net, force.steps)
             if force.targets and timeline.ends_stage:
                 decide(net, force.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
@@ -313,7 +313,7 @@ class Schedule:
         """Return what a checkpoint needs of the schedule; the network has a state dict of its own.
 
         The state holds the epoch, the stages that `wake` has added, the states of growth and of the pressure or the
-        budget, and the latency that was measured.
+        budget, the latency that was measured, and what was found out about the closure.
         """
         return {**self.timeline.state_dict(), **state_of(self.net, self.growth, self.force)}
 
