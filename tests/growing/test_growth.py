@@ -270,9 +270,10 @@ def test_a_growth_belongs_to_one_schedule() -> None:
         Schedule(run.net, run.optimizer, STAGES, growth=run.growth, pressure=Pressure(1e-4))
 
 
-def test_too_few_steps_are_said() -> None:
-    """And the pressure begins at once."""
-    run = Run(pressure=Pressure(1.0), stages=[Stage(6, 7.0)])
+@pytest.mark.parametrize("options", [{"pressure": Pressure(1.0)}, {"budget": Budget(params=500)}])
+def test_too_few_steps_are_said(options: dict[str, Any]) -> None:
+    """And the pressure begins at once, that of a budget as well."""
+    run = Run(stages=[Stage(6, 7.0), Stage(1)], **options)
     for _ in range(2):
         train_epoch(run.net, run.optimizer, run.schedule, run.x, run.y, batch=256)
         run.schedule.step()
@@ -337,6 +338,12 @@ def test_a_budget_is_grown_into_and_met() -> None:
         sizes.append(run.net.summary().parameters)
     assert 250 < max(sizes) <= 1.25 * 300
     assert run.net.summary().parameters <= 300
+
+
+def test_a_network_beyond_its_budget_does_not_grow() -> None:
+    run = Run(start=20, budget=Budget(params=200), easy=True)
+    assert run.epoch() == {}
+    assert run.growth.stopped
 
 
 def test_a_budget_of_loss_grows_too() -> None:

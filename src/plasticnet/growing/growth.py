@@ -175,6 +175,8 @@ class Growth(GrowthRule):
         ripe = missed is not None and missed.steps >= STEPS and missed.fits(net)
         if late and not self.stopped:
             self._end(net, missed)
+        elif not priced.has_room(net, {}):
+            self.stop()
         elif ripe and not self.stopped:
             counts = self._judge(net, optimizer, priced)
         self.hold(net)

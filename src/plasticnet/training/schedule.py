@@ -242,13 +242,10 @@ class Schedule:
         return loss
 
     def _grow(self, loss: float, late: bool) -> dict[str, int]:
-        """Let the network grow, if there is growth.
-
-        With a budget growth stops when the network is large enough, or when it is too late to grow.
-        """
+        """Let the network grow, if there is growth; a budget stops a rule that does not stop by itself."""
         if self.growth is None:
             return {}
-        if self.force.ends_growth(self.net, late):
+        if self.growth.endless and self.force.ends_growth(self.net, late):
             self.growth.stop()
         return self.growth.step(self.net, self.optimizers, val_loss=loss, priced=self.force, late=late)
 
