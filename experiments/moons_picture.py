@@ -13,12 +13,13 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
 from common import write
 from PIL import Image
 from torch import Tensor
 
 import plasticnet as pn
+from plasticnet.apps.data import Split
+from plasticnet.apps.loop import Config, train_epoch
 from plasticnet.apps.models import MLP
 
 mpl.use("Agg")
@@ -73,12 +74,7 @@ class Run:
     def epoch(self) -> None:
         """Train for one epoch, with random numbers of its own."""
         torch.set_rng_state(self.random)
-        self.net.train()
-        for i in torch.randperm(len(self.x)).split(BATCH):
-            loss = self.net.expected_loss(lambda i=i: F.cross_entropy(self.net(self.x[i]), self.y[i], reduction="none"))
-            self.optimizer.zero_grad()
-            (loss + self.schedule.penalty()).backward()
-            self.optimizer.step()
+        train_epoch(self.net, self.optimizer, self.schedule, Split(self.x, self.y), Config(batch=BATCH))
         self.schedule.step()
         self.random = torch.get_rng_state()
         self.widths.append(self.present())
