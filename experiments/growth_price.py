@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import plasticnet as pn
 NAME = "growth_price"
 GATE_RATE, K, BEFORE = 0.1, 7.0, 3
 Run = dict[str, Any]
+After = Callable[[pn.PlasticNet, torch.optim.Optimizer, int], object]
 
 
 @torch.no_grad()
@@ -35,11 +37,21 @@ def judged(task: Task, net: nn.Module, part: Part) -> float:
     return float(task.error(torch.cat([net(x) for x in part[0].split(1000)]), part[1]))
 
 
-def trained(task: Task, net: pn.PlasticNet, stages: list[pn.Stage], growth: pn.Growth | None, price: float) -> Run:
-    """Train a network to the end of its stages, and say what came of it."""
+def trained(
+    task: Task,
+    net: pn.PlasticNet,
+    stages: list[pn.Stage],
+    growth: pn.Growth | None,
+    price: float | pn.Budget,
+    after: After | None = None,
+) -> Run:
+    """Train a network to the end of its stages, and say what came of it.
+
+    ``after`` is called with the network, the optimizer and the number of epochs that are over, after each epoch.
+    """
     optimizer = torch.optim.Adam(net.param_groups(task.rate, GATE_RATE))
-    pressure = pn.Pressure(price, "parameters")
-    schedule = pn.Schedule(net, optimizer, stages, growth=growth, pressure=pressure)
+    force: Run = {"budget": price} if isinstance(price, pn.Budget) else {"pressure": pn.Pressure(price, "parameters")}
+    schedule = pn.Schedule(net, optimizer, stages, growth=growth, **force)
     x, y = task.parts[0]
     begun, peak, widths = time.process_time(), {"parameters": 0, "macs": 0}, []
     while schedule.epoch < schedule.epochs:
@@ -50,6 +62,8 @@ def trained(task: Task, net: pn.PlasticNet, stages: list[pn.Stage], growth: pn.G
             (loss + schedule.penalty()).backward()
             optimizer.step()
         schedule.step()
+        if after is not None:
+            after(net, optimizer, schedule.epoch)
         size = net.summary()
         peak = {"parameters": max(peak["parameters"], size.parameters), "macs": max(peak["macs"], size.macs)}
         widths.append("-".join(str(len(s)) for s in net.sites.values()))
@@ -80,7 +94,9 @@ def network(task: Task, seed: int, widths: list[int] | None = None, start: int |
     return net
 
 
-def run(task: Task, way: str, start: int | None, price: float, seed: int, found: list[int] | None) -> Run:
+def run(
+    task: Task, way: str, start: int | None, price: float | pn.Budget, seed: int, found: list[int] | None = None
+) -> Run:
     """One run."""
     hardened = task.epochs // 5
     if way == "grown":
