@@ -1,4 +1,4 @@
-"""The data sets and networks on which growing is compared with pruning, for growth_price.py."""
+"""The data sets and networks on which growing is compared with pruning, for growth_price.py and others."""
 
 from __future__ import annotations
 
@@ -106,6 +106,17 @@ def images(folder: Path) -> tuple[Part, Part, Part]:
     return (train[0][:10_000], train[1][:10_000]), val, test
 
 
+def fashion(folder: Path) -> tuple[Part, Part, Part]:
+    """The first 10,000 images of Fashion-MNIST to train on, the next 5,000 to validate, and the test set."""
+    from torchvision.datasets import FashionMNIST
+
+    train, test = (FashionMNIST(str(folder), train=t) for t in (True, False))
+    mean, deviation = (f(train.data[:10_000].float()) for f in (torch.mean, torch.std))
+    x, x_test = ((images.float() - mean) / deviation for images in (train.data, test.data))
+    y, y_test = train.targets, test.targets
+    return (x[:10_000], y[:10_000]), (x[10_000:15_000], y[10_000:15_000]), (x_test, y_test)
+
+
 def task(name: str, folder: Path | None) -> Task:
     """One of the tasks; all but the digits need the folder that holds the data."""
     if name == "digits":
@@ -124,4 +135,6 @@ def task(name: str, folder: Path | None) -> Task:
         return Task(parts, lambda: MLP([n, 256, 128, 1]), squares, mean_square, 5e-6, 60, 128, 3e-3)
     if name == "MNIST":
         return Task(images(folder), LeNet5, classes, wrong, 1e-6, 30, 64, 1e-3)
+    if name == "fashion":
+        return Task(fashion(folder), lambda: MLP([784, 256, 128, 10]), classes, wrong, 1e-6, 20, 64, 1e-3)
     raise SystemExit(f"unknown task {name}")
