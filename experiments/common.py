@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -31,8 +32,9 @@ def environment() -> dict[str, Any]:
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": re.sub(r"(--data-dir[ =])\S+", r"\1DIR", command),
         "plasticnet": plasticnet.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
