@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint zoo cost gates random detectors clean
+.PHONY: demo test quick lint zoo cost gates growth random detectors clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,14 @@ gates: $(VENV)/.installed
 	$(BIN)/python experiments/ablation.py --data-dir $(DATA)
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
 	$(BIN)/python experiments/gates_table.py
+
+# Growth, and what it is compared with: an hour. What another rule has grown is measured anew; all else stays.
+growth: $(VENV)/.installed
+	$(BIN)/python experiments/growth_stalls.py
+	$(BIN)/python experiments/growth_peers.py --data-dir $(DATA)
+	$(BIN)/python experiments/growth_budget.py --data-dir $(DATA)
+	$(BIN)/python experiments/growth_lifelong.py --data-dir $(DATA)
+	$(BIN)/python experiments/growth_table.py
 
 # Random networks: exact, or frozen with a reason. RANDOM="--resume" goes on from what is there, and "--again" runs what
 # has failed once more.

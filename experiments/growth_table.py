@@ -163,6 +163,7 @@ def lifelong(content: Mapping[str, Any]) -> list[str]:
             ends = [r["stages"][i] for r in part]
             groups = [(a, b) for a, b in pairwise(bounds) if b <= stage["classes"]]
             a, b = groups[-1]
+            later = i > 0
             cells.append(
                 [
                     f"{task}, {way}{'' if replay is None else f', replay of {replay:.0%}'}",
@@ -171,13 +172,15 @@ def lifelong(content: Mapping[str, Any]) -> list[str]:
                     f"{max(e['peak'] / e['parameters'] for e in ends):.2f}",
                     spread([e["all"] for e in ends], 1), spread([e["stages"][0] for e in ends], 1),
                     spread([e["then"][0] for e in ends], 1),
+                    f"{min(min(map(float, e['old on validation data'].split())) for e in ends):.1f}" if later else "",
                     f"{a}-{b - 1}: {spread([e['stages'][-1] for e in ends], 1)}" if len(groups) > 1 else "",
                     f"{fmean(e['seconds'] for e in ends):.0f}",
                 ]
             )  # fmt: skip
     header = [
         "task and way", "seeds", "classes so far", "units", "parameters", "peak over end, at most", "accuracy, %",
-        "of the first classes", "of these among themselves", "of the newest", "CPU s",
+        "of the first classes", "of these among themselves", "of old ones while learning, at least",
+        "of the newest", "CPU s",
     ]  # fmt: skip
     return table(header, cells)
 
