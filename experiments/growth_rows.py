@@ -15,7 +15,10 @@ import plasticnet
 
 Row = dict[str, Any]
 SOURCE = Path(plasticnet.__file__).parent
-FILES = ("growing/growth.py", "growing/rule.py", "growing/narrow.py", "learning/missed.py", "learning/closing.py")
+FILES = (
+    *(f"growing/{name}.py" for name in ("growth", "verdicts", "moves", "rule", "narrow")),
+    *(f"learning/{name}.py" for name in ("missed", "closing")),
+)
 
 
 def digest(source: str) -> str:

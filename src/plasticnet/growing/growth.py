@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from plasticnet.errors import PlasticError
 from plasticnet.growing.paper import PaperGrowth
-from plasticnet.growing.rule import GrowthRule, Priced, with_room
+from plasticnet.growing.moves import Moves, even_out, grow_together
+from plasticnet.growing.rule import GrowthRule, Turnover
+from plasticnet.growing.verdicts import Verdict, missed_at_all, verdicts
 from plasticnet.learning.missed import Missed, in_turn, sizes_of
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 
-# The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
-POWER = 4
-# A site at most doubles at once.
-FASTEST = 2.0
 # Units are judged after so many training steps or more, at the end of an epoch.
 STEPS = 32
 # At least so many units of a site are judged, as far as there are so many.
 FEWEST = 4
 # Growth stops after so many judgements in a row by which nothing grows.
 PATIENCE = 4
-# Units are missed where their worth is more than so many of its standard errors.
-ERRORS = 2.0
 # A network whose units were never missed doubles, as long as it then costs less than this share of its loss.
 CHEAP = 0.1
 # For so many epochs after growth, units are still held open and unpriced.
 GRACE = 2
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the newest units of a site are worth.
-
-    Attributes:
-        worth: By how much the loss rises when one of them is closed, on average.
-        price: What one of them costs.
-        samples: Over how many samples or batches the worth was measured.
-        error: The standard error of the worth.
-    """
-
-    worth: float
-    price: float
-    samples: float
-    error: float
 
 
 class Growth(GrowthRule):
@@ -64,9 +41,11 @@ class Growth(GrowthRule):
     When: at the end of an epoch, once 32 training steps or more have measured the newest units.
 
     How much: the newest units of all sites together are worth r times their price. Worth falls with about the fourth
-    power of the width, so every site grows by a factor of r to the power of 1/4, and at most to twice its units. Sites
-    grow together, because the units of a site are worth little as long as the next one is narrow. Only a site whose own
-    newest units are worth less than a sixteenth of that for their price waits.
+    power of the width, so sites grow by a factor of r to the power of 1/4, and at most to twice their units. They grow
+    together, because the units of a site are worth little as long as the next one is narrow. Only a site whose own
+    newest units are worth less than a sixteenth of that for their price waits. Of the newest units, those leave that
+    are worth less than a sixteenth of their price, by more than chance explains; where a site waits, others take their
+    place.
 
     Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
     more. After four judgements in a row by which nothing grows, or where no site has room (see `PlasticNet.limit`),
@@ -74,8 +53,11 @@ class Growth(GrowthRule):
     plastic stages that follow each other are over, and then the pressure begins at once. It removes the units that do
     not pay. Only `Schedule.wake` begins growth anew.
 
-    Budgets: a budget on costs leaves the price open. Sites then grow to twice their units, as long as the network costs
-    at most 1.25 times the budget. With a budget of loss, the price of a unit is its share of the loss that may come.
+    Budgets: a budget on costs leaves the price open. Sites then grow, at most to twice their units at once, as long as
+    the network costs at most 1.25 times the budget. All units are judged, and sites whose units are worth more for what
+    they cost grow faster. Where there is no more room, sites whose units are worth less lose those that are missed
+    least, in favour of the others, until widths are within a factor of 1.2 of what all units' worth speaks for. With a
+    budget of loss, the price of a unit is its share of the loss that may come.
 
     A network whose units are not missed by more than two standard errors has not learned anything yet: it is too small,
     or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at most a tenth of
@@ -136,17 +118,21 @@ class Growth(GrowthRule):
             for site in net.sites.values():
                 site.grace.clamp_(min=GRACE + 1)
             if self._missed is None or not self._missed.fits(net):
-                self._missed = Missed(torch.tensor(self._units(net), dtype=torch.int64), sizes_of(net))
+                self._missed = Missed(torch.tensor(self._judged_units(net), dtype=torch.int64), sizes_of(net))
         self.attend(net)
 
     def attend(self, net: PlasticNet) -> None:
         net.sampler.missed = None if self.stopped else self._missed
 
-    def _units(self, net: PlasticNet) -> list[int]:
-        """Return the newest units of all sites that can grow, counted over all sites, in the order of their turns."""
+    def _judged_units(self, net: PlasticNet) -> list[int]:
+        """Return the units that are judged, counted over all sites that can grow, in the order of their turns.
+
+        They are the newest ones, and under a budget on costs all, whose worth is only compared between the sites.
+        """
         sizes, start = [], 0
         for name, site in net.sites.items():
-            count = min(max(self.newest.get(name, len(site)), FEWEST), len(site))
+            newest = len(site) if self.priced.relative else self.newest.get(name, len(site))
+            count = min(max(newest, FEWEST), len(site))
             if site.units.growable:
                 sizes.append((start, len(site) - count, len(site)))
             start += len(site)
@@ -168,19 +154,14 @@ class Growth(GrowthRule):
                 "never called. Compute the training loss with it"
             )
 
-    def step(
-        self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
-    ) -> dict[str, int]:
-        missed, counts = self._missed, dict[str, int]()
-        ripe = missed is not None and missed.steps >= STEPS and missed.fits(net)
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
+        missed, changes = self._missed, Turnover()
         if late and not self.stopped:
             self._end(net, missed)
-        elif not priced.has_room(net, {}):
-            self.stop()
-        elif ripe and not self.stopped:
-            counts = self._judge(net, optimizer, priced)
+        elif missed is not None and missed.steps >= STEPS and missed.fits(net) and not self.stopped:
+            changes = self._judge(net, optimizer, missed)
         self.hold(net)
-        return counts
+        return changes
 
     def _end(self, net: PlasticNet, missed: Missed | None) -> None:
         """Stop growth because it is late, so that the pressure begins at once; say so if nothing was ever judged."""
@@ -195,57 +176,60 @@ class Growth(GrowthRule):
                 stacklevel=2,
             )
 
-    def _judge(self, net: PlasticNet, optimizer: Optimizers, priced: Priced) -> dict[str, int]:
-        """Judge the newest units, and grow the network if they pay; return how many units each site got."""
-        found = self.verdicts(net, priced)
-        pays = _missed_at_all(found)
+    def _judge(self, net: PlasticNet, optimizer: Optimizers, missed: Missed) -> Turnover:
+        """Judge units, and let the network grow if they pay; return what was changed."""
+        found = self.verdicts(net)
+        pays = missed_at_all(found)
         learned = pays or bool(self.newest)
-        counts = _wanted(net, found, priced) if pays else {} if learned else self._twice(net, priced)
-        lacking = {name: site.minimum - len(site) for name, site in net.sites.items()}
-        wanted = with_room(net, {name: max(counts.get(name, 0), n) for name, n in lacking.items()})
-        counts = _within(wanted, net, priced)
-        before = {name: min(self.newest.get(name, len(site)), len(site)) for name, site in net.sites.items()}
-        if counts:
-            net.grow(counts, optimizer, init="random", grace=GRACE + 1)
-            self.newest = {**before, **counts} if learned else {}
-        assert self._missed is not None
-        self._missed, self.judged = self._missed.anew(), True
-        self.failed = 0 if counts and learned else self.failed + 1
-        full = not with_room(net, dict.fromkeys(net.sites, 1)) or (bool(wanted) and not counts)
-        self.stopped = full or self.failed >= PATIENCE
-        return counts
+        if pays:
+            moves = (even_out if self.priced.relative else grow_together)(net, found, self.priced)
+        else:
+            moves = Moves() if learned else self._twice(net, missed)
+        moves = moves.allowed(net)
+        self.failed = 0 if moves.added and learned else self.failed + 1
+        full = not Moves(dict.fromkeys(net.sites, 1)).allowed(net)
+        # Widths that are even stay so, while units that do not pay may do so when they have learned more.
+        settled = pays and not moves if self.priced.relative else self.failed >= PATIENCE
+        self.stopped, self.judged = full or settled, True
+        if self.stopped and learned and not moves:
+            moves = Moves(leaving={name: v.worthless for name, v in found.items()}).allowed(net)
+        changes = self._move(net, optimizer, moves)
+        if not learned:
+            self.newest = {}
+        self._missed = missed.anew() if missed.fits(net) else None
+        return changes
 
-    def _twice(self, net: PlasticNet, priced: Priced) -> dict[str, int]:
-        """Return the units with which a network that has learned nothing doubles, or none where that is not cheap."""
-        assert self._missed is not None
-        loss = net.ranks.mean(float(self._missed.loss) / self._missed.steps, net.like.device)
+    def _move(self, net: PlasticNet, optimizer: Optimizers, moves: Moves) -> Turnover:
+        """Let units leave and add others, and note which are the newest now."""
+        sources = moves.sources(net)
+        for name, site in net.sites.items():
+            left, new = moves.leaving.get(name, ()), moves.added.get(name, 0)
+            before = min(self.newest.get(name, len(site)), len(site))
+            self.newest[name] = new or before - sum(unit >= len(site) - before for unit in left)
+        net.resize(sources, optimizer, init="random", grace=GRACE + 1)
+        return Turnover({n: len(left) for n, left in moves.leaving.items() if left}, dict(moves.added))
+
+    def _twice(self, net: PlasticNet, missed: Missed) -> Moves:
+        """Return how a network that has learned nothing doubles, or as far as there is room, where that is cheap."""
+        loss = net.ranks.mean(float(missed.loss) / missed.steps, net.like.device)
         counts = {name: len(site) for name, site in net.sites.items()}
-        prices = priced.unit_prices(net)
+        prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
-        whole = FASTEST * sum(prices[name] * n for name, n in counts.items())
-        return counts if priced.relative or whole <= CHEAP * abs(loss) else {}
+        whole = 2 * sum(prices[name] * n for name, n in counts.items())
+        if not self.priced.relative and whole > CHEAP * abs(loss):
+            return Moves()
+        while counts and not self.priced.has_room(net, counts):
+            counts = {name: n // 2 for name, n in counts.items() if n > 1}
+        return Moves(counts)
 
-    def verdicts(self, net: PlasticNet, priced: Priced) -> dict[str, Verdict]:
-        """Return what the newest units of each site are worth, for the sites of which some were measured.
+    def verdicts(self, net: PlasticNet) -> dict[str, Verdict]:
+        """Return what the units that are judged are worth, for the sites of which some were measured.
 
         Args:
             net: The network.
-            priced: What presses on the gates.
         """
         assert self._missed is not None
-        missed = self._missed
-        rises, counts, squares = net.ranks.average(torch.stack([missed.rises, missed.counts, missed.squares])).cpu()
-        units, prices, start = self._missed.units.cpu(), priced.unit_prices(net), 0
-        found = {}
-        for name, site in net.sites.items():
-            own = (units >= start) & (units < start + len(site))
-            start += len(site)
-            samples = float(counts[own].sum())
-            if samples:
-                worth = float(rises[own].sum()) / samples
-                error = math.sqrt(float(squares[own].sum()) / net.ranks.count) / samples
-                found[name] = Verdict(worth, prices[name], samples, error)
-        return found
+        return verdicts(net, self._missed, self.priced)
 
     def state_dict(self) -> dict[str, Any]:
         missed = None if self._missed is None else self._missed.state_dict()
@@ -272,38 +256,3 @@ class Growth(GrowthRule):
         self.newest, self.failed, self.judged, self.stopped, self._missed = newest, failed, judged, stopped, found
 
 
-def _missed_at_all(found: Mapping[str, Verdict]) -> bool:
-    """Return whether the units that were judged are missed by more than chance explains."""
-    worth = sum(v.worth * v.samples for v in found.values())
-    error = math.sqrt(sum((v.error * v.samples) ** 2 for v in found.values()))
-    return worth > ERRORS * error
-
-
-def _wanted(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> dict[str, int]:
-    """Return how many units each site would get if it had room.
-
-    Args:
-        net: The network.
-        found: What the newest units of each site are worth.
-        priced: What presses on the gates.
-    """
-    worth = sum(v.worth * v.samples for v in found.values())
-    price = sum(v.price * v.samples for v in found.values())
-    # Prices that are only known up to a factor are taken to be such that sites double.
-    r = worth / price if price and not priced.relative else FASTEST**POWER
-    factor = min(FASTEST, r ** (1 / POWER))
-    # A site that is so far below the mean is already twice as wide as it should be beside the others.
-    least = worth / price / FASTEST**POWER if price else 0.0
-    return {
-        name: round(factor * len(net.sites[name])) - len(net.sites[name])
-        for name, v in found.items()
-        if v.worth > least * v.price
-    }
-
-
-def _within(counts: Mapping[str, int], net: PlasticNet, priced: Priced) -> dict[str, int]:
-    """Return the most of some units that there is room for, by halves."""
-    counts = dict(counts)
-    while counts and not priced.has_room(net, counts):
-        counts = {name: n // 2 for name, n in counts.items() if n > 1}
-    return counts

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from plasticnet.errors import PlasticError
-from plasticnet.growing.rule import GrowthRule, Priced, with_room
+from plasticnet.growing.moves import Moves
+from plasticnet.growing.rule import GrowthRule, Turnover
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 
@@ -33,17 +34,14 @@ class PaperGrowth(GrowthRule):
         super().reset()
         self.best = math.inf
 
-    def step(
-        self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
-    ) -> dict[str, int]:
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
         if self.stopped or val_loss >= self.best:
-            return {}
+            return Turnover()
         self.best = val_loss
-        lacking = {name: max(1, site.minimum - len(site)) for name, site in net.sites.items()}
-        counts = with_room(net, lacking)
-        self.stopped = not counts
-        net.grow(counts, optimizer, init="paper")
-        return counts
+        moves = Moves(dict.fromkeys(net.sites, 1)).allowed(net)
+        self.stopped = not moves
+        net.grow(moves.added, optimizer, init="paper")
+        return Turnover(grown=moves.added)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "stopped": self.stopped}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from plasticnet.errors import PlasticError
@@ -24,6 +25,19 @@ class Priced(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Turnover:
+    """What a rule has changed.
+
+    Attributes:
+        cut: How many units have left, for each site that lost some.
+        grown: How many units have come, for each site that got some.
+    """
+
+    cut: Mapping[str, int] = field(default_factory=dict)
+    grown: Mapping[str, int] = field(default_factory=dict)
+
+
 class GrowthRule:
     """Decides when a network grows, at which sites, and by how many units.
 
@@ -39,10 +53,15 @@ class GrowthRule:
 
     def __init__(self) -> None:
         self.stopped = False
+        self.priced: Priced
         self._taken = False
 
-    def take(self, net: PlasticNet) -> None:
+    def take(self, net: PlasticNet, priced: Priced) -> None:
         """Note that a schedule uses this rule.
+
+        Args:
+            net: The network.
+            priced: What presses on its gates.
 
         Raises:
             PlasticError: Another schedule does already, or no site of the network can grow.
@@ -53,7 +72,7 @@ class GrowthRule:
             )
         if not any(site.units.growable for site in net.sites.values()):
             raise PlasticError("no site of this network can grow: net.sites and net.frozen say why; leave growth= out")
-        self._taken = True
+        self._taken, self.priced = True, priced
 
     def stop(self) -> None:
         """Stop growth for good."""
@@ -77,20 +96,17 @@ class GrowthRule:
             penalties: How often the epoch has asked for the penalty of the schedule.
         """
 
-    def step(
-        self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, priced: Priced, late: bool
-    ) -> dict[str, int]:
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
         """End a plastic epoch, and grow the network if the rule says so.
 
         Args:
             net: The network.
             optimizer: The optimizer, or all of those, that hold the parameters.
             val_loss: The validation loss after the epoch, or NaN.
-            priced: What presses on the gates.
             late: Whether half of the plastic epochs are over.
 
         Returns:
-            How many units were added, for each site that got some.
+            How many units have left, and how many have come.
         """
         raise NotImplementedError
 
@@ -101,10 +117,3 @@ class GrowthRule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, or raise `PlasticError` and change nothing."""
         raise NotImplementedError
-
-
-def with_room(net: PlasticNet, counts: Mapping[str, int]) -> dict[str, int]:
-    """Return how many of some units the sites have room for, without the sites that get none."""
-    room = {name: site.room if site.units.growable else 0 for name, site in net.sites.items()}
-    found = {name: int(min(n, room[name])) for name, n in counts.items()}
-    return {name: n for name, n in found.items() if n > 0}

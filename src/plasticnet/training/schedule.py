@@ -14,7 +14,7 @@ from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.projection import decide
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, probabilities, set_logits, transition
-from plasticnet.growing.rule import GrowthRule
+from plasticnet.growing.rule import GrowthRule, Turnover
 from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
@@ -112,7 +112,7 @@ class Schedule:
             check_batches(repair)
         self.force = pressing(net, self.stages, budget, pressure, growth)
         if growth is not None:
-            growth.take(net)
+            growth.take(net, self.force)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
         fresh = bool((net.phi() == INITIAL_LOGIT).all())
@@ -220,7 +220,10 @@ class Schedule:
         force.step(loss, stage.plastic, passed, max(end - begin, 1))
         options = {"hibernate": self.hibernate, "multiple_of": self.multiple_of}
         cut = cut_epoch(net, self.optimizers, force, **options) if stage.plastic else {}
-        grown = self._grow(loss, late=2 * passed >= end - begin) if stage.plastic and not entered else {}
+        grown: Mapping[str, int] = {}
+        if stage.plastic and not entered:
+            changes = self._grow(loss, late=2 * passed >= end - begin)
+            cut, grown = _together(cut, changes.cut), changes.grown
         if entered:
             more_cut, more_grown = self._enter()
             cut, grown = _together(cut, more_cut), _together(grown, more_grown)
@@ -228,7 +231,7 @@ class Schedule:
             net.k = timeline.k
         elif stage.plastic:
             forget_gates(net, self.optimizers)
-        return cut, grown
+        return cut, dict(grown)
 
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
@@ -241,13 +244,13 @@ class Schedule:
             raise PlasticError(f"val_loss={val_loss}: {what} needs the validation loss of every plastic epoch")
         return loss
 
-    def _grow(self, loss: float, late: bool) -> dict[str, int]:
+    def _grow(self, loss: float, late: bool) -> Turnover:
         """Let the network grow, if there is growth; a budget stops a rule that does not stop by itself."""
         if self.growth is None:
-            return {}
+            return Turnover()
         if self.growth.endless and self.force.ends_growth(self.net, late):
             self.growth.stop()
-        return self.growth.step(self.net, self.optimizers, val_loss=loss, priced=self.force, late=late)
+        return self.growth.step(self.net, self.optimizers, val_loss=loss, late=late)
 
     def _enter(self) -> tuple[dict[str, int], dict[str, int]]:
         """Begin the stage that is running: set its k, and then harden the network or open the gates.

@@ -1,0 +1,118 @@
+"""How many units each site should get or lose, by what its units are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from plasticnet.growing.rule import Priced
+from plasticnet.growing.verdicts import Verdict, worth_over_price
+from plasticnet.net import PlasticNet
+
+# The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
+POWER = 4
+# A site at most doubles, or is halved, at once.
+FASTEST = 2.0
+# Under a budget, units move from one site to another where widths are wrong by this factor or more.
+UNEVEN = 1.2
+# How often an interval is halved to find the largest factor of all widths that there is room for.
+HALVINGS = 20
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Units that come, and units that leave.
+
+    Attributes:
+        added: How many units come, for each site that gets some.
+        leaving: The places of the units that leave, for each site that loses some.
+    """
+
+    added: Mapping[str, int] = field(default_factory=dict)
+    leaving: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.leaving)
+
+    def allowed(self, net: PlasticNet) -> Moves:
+        """Return what of this the limits of the sites allow, with what sites lack that are below their minimum.
+
+        Units leave in their order, until as few are left as must stay.
+        """
+        added, leaving = dict[str, int](), dict[str, tuple[int, ...]]()
+        for name, site in net.sites.items():
+            left = self.leaving.get(name, ())[: max(0, len(site) - site.least)]
+            # Features that leave cannot come back at the same time, as new units do in the place of others.
+            room = min(site.maximum - len(site) + len(left), site.features_left) if site.units.growable else 0
+            new = int(min(max(self.added.get(name, 0), site.minimum - len(site)), room))
+            if left:
+                leaving[name] = left
+            if new > 0:
+                added[name] = new
+        return Moves(added, leaving)
+
+    def sources(self, net: PlasticNet) -> dict[str, list[int]]:
+        """Return the units that stay, and -1 for each new one, as `PlasticNet.resize` takes them."""
+        left = {name: set(self.leaving.get(name, ())) for name in {**self.added, **self.leaving}}
+        return {
+            name: [*(i for i in range(len(net.sites[name])) if i not in gone), *[-1] * self.added.get(name, 0)]
+            for name, gone in left.items()
+        }
+
+
+def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> Moves:
+    """Return how sites grow at prices that are known: all by the same factor, but those that are far too wide already.
+
+    Worthless units leave as soon as others come. In a site that does not grow, others take their place.
+
+    Args:
+        net: The network.
+        found: What the newest units of each site are worth.
+        priced: What presses on the gates.
+    """
+    r = worth_over_price(found)
+    factor = min(FASTEST, r ** (1 / POWER))
+    # A site that is so far below the mean is already twice as wide as it should be beside the others.
+    least = r / FASTEST**POWER
+    counts = {
+        name: round(factor * len(net.sites[name])) - len(net.sites[name]) if v.worth > least * v.price else 0
+        for name, v in found.items()
+    }
+    if not any(n > 0 for n in counts.values()):
+        return Moves()
+    added = {name: n or len(found[name].worthless) for name, n in counts.items()}
+    return Moves({name: n for name, n in added.items() if n > 0}, {name: v.worthless for name, v in found.items()})
+
+
+def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> Moves:
+    """Return how sites grow within a budget on costs, and how they pass units on where there is no more room.
+
+    All widths follow a common factor, the largest one that there is room for, and each width the worth of its own
+    units besides. Units that are not missed at all are replaced.
+
+    Args:
+        net: The network.
+        found: What the units of each site are worth.
+        priced: What says how much room there is.
+    """
+    r = worth_over_price(found)
+    own = {n: (max(v.worth, 0.0) / (v.price * r)) ** (1 / POWER) if v.price and r else 1.0 for n, v in found.items()}
+
+    def changes(common: float) -> dict[str, int]:
+        factors = {name: min(max(common * f, 1 / FASTEST), FASTEST) for name, f in own.items()}
+        return {name: max(1, round(f * len(net.sites[name]))) - len(net.sites[name]) for name, f in factors.items()}
+
+    low, high = 0.0, FASTEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if priced.has_room(net, changes(middle)) else (low, middle)
+    counts = changes(high if priced.has_room(net, changes(high)) else low)
+    ratios = [1 + n / len(net.sites[name]) for name, n in counts.items()]
+    if priced.has_room(net, {}) and not any(f >= UNEVEN or f <= 1 / UNEVEN for f in ratios):
+        return Moves()
+    leaving = {
+        name: (*v.worthless, *(u for u in v.ranked if u not in v.worthless))[: max(len(v.worthless), -counts[name])]
+        for name, v in found.items()
+    }
+    added = {name: n + len(leaving[name]) for name, n in counts.items()}
+    return Moves({name: n for name, n in added.items() if n > 0}, {name: us for name, us in leaving.items() if us})
