@@ -144,27 +144,6 @@ def test_the_growth_follows_from_worth_over_price() -> None:
     assert left
 
 
-def test_units_that_are_dead_make_room_and_those_that_are_missed_do_not() -> None:
-    model: Any = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 4))
-    run = Run(model, start=6, easy=True, pressure=Pressure(1e-6))
-    while not run.growth.newest:
-        run.epoch()
-    newest = len(model[0].weight) - 1
-    with torch.no_grad():
-        model[0].weight[newest] = 0.0
-        model[0].bias[newest] = -5.0
-    train_epoch(run.net, run.optimizer, run.schedule, run.x, run.y)
-    kept = model[0].weight.detach().clone()
-    found = run.growth.verdicts(run.net)
-    assert newest in found["0"].worthless
-    assert all(v.ranked[-1] not in v.worthless for v in found.values())
-    change = run.schedule.step()
-    assert change.grown
-    assert change.cut["0"] == len(found["0"].worthless)
-    stay = [i for i in range(len(kept)) if i not in found["0"].worthless]
-    assert_same({"": model[0].weight[: len(stay)]}, {"": kept[stay]})
-
-
 def test_only_the_newest_units_are_judged() -> None:
     run = Run(start=3, easy=True)
     before, grown = run.widths(), {}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from plasticnet.errors import PlasticError
-from plasticnet.growing.paper import PaperGrowth
 from plasticnet.growing.moves import Moves, even_out, grow_together
+from plasticnet.growing.paper import PaperGrowth
 from plasticnet.growing.rule import GrowthRule, Turnover
 from plasticnet.growing.verdicts import Verdict, missed_at_all, verdicts
 from plasticnet.learning.missed import Missed, in_turn, sizes_of
@@ -254,5 +254,3 @@ class Growth(GrowthRule):
         if type(stopped) is not bool:
             raise PlasticError(f"the state of growth says in stopped whether it has stopped; this is {stopped!r}")
         self.newest, self.failed, self.judged, self.stopped, self._missed = newest, failed, judged, stopped, found
-
-
