@@ -6,7 +6,7 @@ found, from random weights. All of them get the same epochs, batches, learning r
 once, at the end of a run.
 
 A run on the digits takes ten seconds: python experiments/growth_price.py. Other tasks need --data-dir. Adds rows to
-results/growth_price.json; what is there is not run again.
+results/growth_price.json; what is there is not run again, unless it was grown by another rule.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import known, write, written
+from common import written
+from growth_rows import row
 from growth_tasks import Part, Task, task
 from torch import nn
 
@@ -35,6 +37,15 @@ def judged(task: Task, net: nn.Module, part: Part) -> float:
     """What the task reports of a network on some data."""
     net.eval()
     return float(task.error(torch.cat([net(x) for x in part[0].split(1000)]), part[1]))
+
+
+@torch.no_grad()
+def paid(task: Task, net: nn.Module, parameters: int, price: float) -> float:
+    """The objective at the end: the mean loss on the data to train on, and what the parameters cost."""
+    net.eval()
+    x, y = task.parts[0]
+    losses = torch.cat([task.losses(net(a), b) for a, b in zip(x.split(1000), y.split(1000), strict=True)])
+    return float(losses.mean()) + price * parameters
 
 
 def trained(
@@ -68,10 +79,11 @@ def trained(
         peak = {"parameters": max(peak["parameters"], size.parameters), "macs": max(peak["macs"], size.macs)}
         widths.append("-".join(str(len(s)) for s in net.sites.values()))
     seconds, size = time.process_time() - begun, net.summary()
+    objective = None if isinstance(price, pn.Budget) else paid(task, net, size.open_parameters, price)
     return {
         "units": {s.name: s.open for s in size.sites}, "parameters": size.open_parameters, "macs": size.open_macs,
         "peak": peak, "validation": judged(task, net, task.parts[1]), "test": judged(task, net, task.parts[2]),
-        "seconds": seconds, "widths": " ".join(widths),
+        "objective": objective, "seconds": seconds, "widths": " ".join(widths),
     }  # fmt: skip
 
 
@@ -135,11 +147,9 @@ def main() -> None:
                         found = next(
                             list(r["units"].values()) for r in rows if (r["seed"], r["price"]) == (seed, price)
                         )
-                    if not known(NAME, **key):
-                        row = {**key, **run(chosen, way, start, price, seed, found)}
-                        print({k: v for k, v in row.items() if k != "widths"}, flush=True)
-                        settings = {"gate rate": GATE_RATE, "k": K, "epochs before the pressure": BEFORE}
-                        write(NAME, settings, [*written(NAME), row])
+                    measured = partial(run, chosen, way, start, price, seed, found)
+                    settings = {"gate rate": GATE_RATE, "k": K, "epochs before the pressure": BEFORE}
+                    row(NAME, settings, key, measured, grows=way in ("grown", "known"))
 
 
 if __name__ == "__main__":

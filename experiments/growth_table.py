@@ -15,8 +15,8 @@ from gates_table import Rows, grouped, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "design" / "growth.md"
 HEADER = (
-    "task", "price of a parameter", "way", "seeds", "units", "parameters", "peak over end", "error", "CPU s",
-    "of dense",
+    "task", "price of a parameter", "way", "seeds", "units", "parameters", "peak over end", "error", "objective",
+    "CPU s", "of dense",
 )  # fmt: skip
 ORDER = ("dense", "pruned", "grown", "known")
 PEERS = {
@@ -26,6 +26,7 @@ PEERS = {
 LIVES = ("lifelong", "dense", "grown at once", "dense at once")
 POINT = 1.0  # percent: what grown networks may be worse by, beside the spread of the pruned ones
 ERRORS = "The error is that on the test data: percent wrong, or the mean squared error (housing)."
+OBJECTIVE = "The objective is the mean loss on the training data and the price of all parameters."
 
 
 def units(rows: Rows) -> str:
@@ -37,6 +38,11 @@ def units(rows: Rows) -> str:
 def errors(rows: Rows, task: str) -> str:
     """The mean error and its deviation."""
     return spread([r["test"] for r in rows], 3 if task == "housing" else 2)
+
+
+def objectives(rows: Rows) -> str:
+    """The mean of what was to be made small, and its deviation, where it was measured."""
+    return spread([r["objective"] for r in rows], 3) if all("objective" in r for r in rows) else ""
 
 
 def over_end(rows: Rows) -> str:
@@ -57,6 +63,7 @@ def line(key: tuple[str, float | None, str, int | None], rows: Rows, dense: Rows
         spread([r["parameters"] for r in rows], 0),
         over_end(rows) if way == "grown" else "",
         errors(rows, task),
+        objectives(rows) if price else "",
         f"{seconds:.1f}",
         f"{seconds / fmean(r['seconds'] for r in dense):.2f}",
     ]
@@ -71,7 +78,7 @@ def price(content: Mapping[str, Any]) -> list[str]:
     )
     of = grouped(rows, "task", "price", "way", "start")
     dense = {key[0]: part for key, part in of.items() if key[2] == "dense"}
-    return [*table(HEADER, [line(key, part, dense[key[0]]) for key, part in of.items()]), "", ERRORS]
+    return [*table(HEADER, [line(key, part, dense[key[0]]) for key, part in of.items()]), "", f"{ERRORS} {OBJECTIVE}"]
 
 
 def pruned_at(task: str, price: float) -> list[float]:
@@ -144,7 +151,7 @@ def budget(content: Mapping[str, Any]) -> list[str]:
             )  # fmt: skip
     header = [
         "task", "parameters, at most", "way", "seeds", "units", "parameters", "units over those of pruned",
-        "peak over end", "error", "CPU s",
+        "peak over end", "error", "objective", "CPU s",
     ]  # fmt: skip
     return [*table(header, cells), "", ERRORS]
 
