@@ -200,6 +200,17 @@ class Recurrent(nn.Module):
         return self.out(self.rnn(x)[0][:, -1])
 
 
+class Stepwise(nn.Module):
+    """Returns what it says at every step, without biases, which the first step would read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(4, 12, bias=False, batch_first=True), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0])
+
+
 class Functional(nn.Module):
     """Parameters that are used by an expression, by a function, by einsum and as two parts of one tensor."""
 
@@ -264,7 +275,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     ),
     "down-projection": (Gated, (6,), {"down.weight"}),
     "attention": (Attention, (5, 16), {"attention.out_proj.weight"}),
-    "lstm": (lambda: Recurrent(nn.LSTM), (6, 4), {"rnn.weight_ih_l1", "out.weight"}),
+    "lstm": (lambda: Recurrent(nn.LSTM), (6, 4), {"rnn.weight_hh_l0", "rnn.weight_ih_l1", "out.weight"}),
     "gru": (lambda: Recurrent(nn.GRU), (6, 4), {"rnn.weight_ih_l1", "out.weight"}),
     "functional": (Functional, (4,), {"b", "c", "d"}),
     "several": (Twice, (4,), {"b.weight", "c.weight", "d.weight"}),
@@ -287,12 +298,30 @@ def test_every_kind_of_reader_is_refitted(kind: str) -> None:
     torch.testing.assert_close(net.compact()(x), outputs(net, x))
 
 
-def test_recurrent_weights_are_left_out_with_a_reason() -> None:
-    x = torch.randn(60, 6, 4)
-    net, _ = lost(Recurrent(nn.LSTM), x)
-    found = pn.repair(net, [x])
-    assert {"rnn.weight_hh_l0", "rnn.weight_hh_l1"} <= set(found.left_out)
-    assert "a step before" in str(found)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_are_readers(kind: Any) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(300, 6, 4)
+    net, whole = lost(Recurrent(kind), x)
+    before = far(outputs(net, x), whole)
+    found = pn.repair(net, x.split(60))
+    assert {"rnn.weight_hh_l0", "rnn.weight_hh_l1"} <= {r.name for r in found.readers}
+    assert not found.left_out
+    assert far(outputs(net, x), whole) < 0.8 * before
+
+
+def test_recurrent_weights_stay_where_the_outputs_gain_nothing() -> None:
+    """The first step reads no weights that are recurrent, so that no fit of them makes its error smaller."""
+    torch.manual_seed(2)
+    x = torch.randn(300, 6, 4)
+    net, _ = lost(Stepwise(), x)
+    old = {n: p.detach().clone() for n, p in net.model.named_parameters()}
+    found = pn.repair(net, x.split(60), outputs=lambda y: y[:, 0])
+    strengths = {r.name: r.strength for r in found.readers}
+    assert strengths["rnn.weight_hh_l0"] is None
+    assert strengths["out.weight"] is not None
+    now = net.model.get_parameter("rnn.weight_hh_l0")
+    torch.testing.assert_close(now, old["rnn.weight_hh_l0"], rtol=0, atol=0)
 
 
 def test_groups_and_weights_that_are_computed() -> None:

@@ -25,6 +25,7 @@ class Reader:
         outputs: Which of its outputs are open, or no units at all, shape (groups, outputs).
         bias: The part of a parameter that is added to the result, or None.
         shift: The part of a buffer, the running mean of a norm, that is subtracted from it, or None.
+        recurrent: Whether its inputs are what its own layer has computed a step before, so that they change with it.
     """
 
     place: Place
@@ -34,6 +35,7 @@ class Reader:
     outputs: Tensor
     bias: Place | None
     shift: Place | None
+    recurrent: bool = False
 
 
 def find_readers(net: GatedModel, seen: Seen) -> tuple[list[Reader], dict[str, str]]:
@@ -64,25 +66,28 @@ def find_readers(net: GatedModel, seen: Seen) -> tuple[list[Reader], dict[str, s
             continue
         bias, shift = _constants(place, seen)
         summed = place in seen.sums and calls == 1
-        found.append(Reader(place, calls, summed, inputs.any(2), outputs.any(1), bias, shift))
+        recurrent = _recurrent(net, name)
+        found.append(Reader(place, calls, summed, inputs.any(2), outputs.any(1), bias, shift, recurrent))
     return found, {n: r for n, r in reasons.items() if n in concerned}
 
 
 def _reason(net: GatedModel, name: str, parts: list[Place], seen: Seen, parameter: Tensor) -> str | None:
     """Return why a parameter cannot be refitted, or None where it can."""
-    owner, _, leaf = name.rpartition(".")
-    module = net.model.get_submodule(owner)
     if name in net.weights:
         return "single weights of it have gates"
     if not parameter.is_floating_point():
         return "its numbers are not real"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and leaf.startswith("weight_hh"):
-        return "it reads what its own layer has computed a step before"
     if name in seen.otherwise:
         return f"it is read in another way, too ({seen.otherwise[name]})"
     if not parts:
         return "it is not multiplied with activations as it is"
     return "parts of it overlap" if len(parts) > 1 and overlap(parts, parameter) else None
+
+
+def _recurrent(net: GatedModel, name: str) -> bool:
+    """Return whether a parameter reads what its own layer has computed a step before."""
+    owner, _, leaf = name.rpartition(".")
+    return isinstance(net.model.get_submodule(owner), nn.RNNBase | nn.RNNCellBase) and leaf.startswith("weight_hh")
 
 
 def _open_entries(net: GatedModel, name: str, parameter: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,14 +178,34 @@ def _refit(pair: Paired, reader: Reader) -> RepairedReader:
         counts=counts,
     )
     variance = float((held.variance() * counts).sum()) or had
-    if fit is None:
+    if fit is None or not _apply(pair, reader, fit):
         return RepairedReader(name, had / variance, had / variance, None, None)
-    _apply(pair, reader, fit)
     now = float((fit.error * counts).sum())
     return RepairedReader(name, had / variance, now / variance, fit.strength, constant.tensor if constant else None)
 
 
-def _apply(pair: Paired, reader: Reader, fit: Fit) -> None:
+def _apply(pair: Paired, reader: Reader, fit: Fit) -> bool:
+    """Add a fit to the weights of a reader, and return whether it stays.
+
+    The inputs of recurrent weights change with them, so that their fit is to inputs that will be others. It is taken
+    back unless it makes the error of the outputs smaller.
+    """
+    if not reader.recurrent:
+        _add_fit(pair, reader, fit)
+        return True
+    constant = reader.bias or reader.shift
+    tensors = [pair.tensor(p.tensor) for p in (reader.place, constant) if p is not None]
+    old, before = [t.clone() for t in tensors], pair.error()
+    _add_fit(pair, reader, fit)
+    if pair.error() < before:
+        return True
+    with torch.no_grad():
+        for tensor, values in zip(tensors, old, strict=True):
+            tensor.copy_(values)
+    return False
+
+
+def _add_fit(pair: Paired, reader: Reader, fit: Fit) -> None:
     """Add a fit to the weights of a reader, and its constant to the bias or, with the other sign, to a running mean."""
     view = reader.place.of(pair.tensor(reader.place.tensor))
     matrices = reader.place.matrices(view.clone())
