@@ -1,4 +1,7 @@
-"""Write docs/packages.md from results/packages.json; --check only says whether it is up to date."""
+"""Write docs/packages.md from results/packages.json and packages_attempts.json.
+
+With --check it only says whether the page is up to date.
+"""
 
 from __future__ import annotations
 
@@ -120,6 +123,54 @@ def targets(rows: Sequence[Row]) -> list[str]:
     return table(header, cells)
 
 
+def attempts(rows: Sequence[Row], known: Sequence[Row]) -> list[str]:
+    """What was tried for the misses, and how many times smaller its error is than those of the others.
+
+    Args:
+        rows: What was tried.
+        known: The rows of all ways to cut, of which those with the same seed of the inputs are compared.
+    """
+    order = list(dict.fromkeys(r["way"] for r in rows))
+    cells = []
+    for r in sorted(rows, key=lambda r: (r["model"], -r["share"], r["seed"], order.index(r["way"]))):
+        same = {
+            k["method"]: k["error"]
+            for k in known
+            if "error" in k and (k["model"], k["share"], k["seed"]) == (r["model"], r["share"], r["seed"])
+        }
+        own = r["error"] if r["way"] != "default" else {**same.get("repair", {}), **r["error"]}
+
+        def ratio(step: str, others: Sequence[str], by: str, own: Row = own, same: Mapping[str, Row] = same) -> str:
+            found = [same[o][by] for o in others if o in same]
+            return f"{min(found) / own[step]:.2f}" if found and step in own else ""
+
+        cells.append(
+            [
+                f"{r['model']}, {r['share']:.0%}, seed {r['seed']}",
+                r["way"],
+                *(significant(own[k]) if k in own else "" for k in ("held out", "repaired", "tuned")),
+                ratio("repaired", OTHERS, "at once"),
+                ratio("tuned", OTHERS, "tuned"),
+                ratio("tuned", OTHERS[-1:], "tuned"),
+                str(r["tries"]),
+                f"{r['seconds']:.0f}",
+            ]
+        )
+    header = [
+        "model, budget",
+        "way",
+        "held out",
+        "repaired",
+        "fine-tuned",
+        "repaired, against the best of the others",
+        "fine-tuned, against the best",
+        "against torch-pruning",
+        "repairs",
+        "CPU s",
+    ]
+    return table(header, cells)
+
+
 def main() -> int:
     """Fill the page, or compare with --check."""
     content = json.loads((RESULTS / "packages.json").read_text())
@@ -129,6 +180,9 @@ def main() -> int:
     text = PAGE.read_text()
     for name, make in (("targets", targets), ("errors", errors)):
         text = between(text, name, "\n".join([*make(rows), "", how(content["environment"])]))
+    tried = json.loads((RESULTS / "packages_attempts.json").read_text())
+    lines = [*attempts(tried["results"], content["results"]), "", how(tried["environment"])]
+    text = between(text, "attempts", "\n".join(lines))
     return publish({PAGE: text})
 
 
