@@ -11,15 +11,16 @@ repair, on the fifth of the inputs to fit that the repair holds out:
   last repair is of a fresh copy, from which the same units are cut at once.
 - "widths" multiplies the scores of one site after the other by 3 or 1/3, and then by 1.7 or 1/1.7, and keeps what
   makes the error after the repair smaller. It is tried on the two smallest models, where a repair takes seconds.
-- "inputs" repairs, and does not score, on four times as many more inputs; on the two smallest models.
+- "inputs" repairs, and does not score, on 4,096 more inputs; on the two smallest models. Some of what the repair is
+  then fitted to is in "held out".
 - "ridge" lets the repair choose none of the strengths below 0.1 of the mean square of the inputs; on the others.
 
 On the two smallest models all but "default" are fine-tuned as in packages.py, which has done so with the default.
 "error" is that on the inputs of the test, "held out" the one that decides, "tries" the number of repairs, and "seconds"
 CPU seconds of scores, cuts and repairs.
 
-Three quarters of an hour on one core: python experiments/packages_attempts.py --model "MTCNN RNet" --seeds 0 1 2. Adds
-rows to results/packages_attempts.json; rows that are there are skipped.
+python experiments/packages_attempts.py --model "MTCNN RNet" --share 0.7 0.5 takes about three minutes of CPU time for
+each share; the larger models take longer. Adds rows to results/packages_attempts.json; rows that are there are skipped.
 """
 
 from __future__ import annotations
