@@ -63,7 +63,7 @@ def line(key: tuple[str, float | None, str, int | None], rows: Rows, dense: Rows
         spread([r["parameters"] for r in rows], 0),
         over_end(rows) if way == "grown" else "",
         errors(rows, task),
-        objectives(rows) if price else "",
+        objectives(rows) if way in ("grown", "pruned") else "",
         f"{seconds:.1f}",
         f"{seconds / fmean(r['seconds'] for r in dense):.2f}",
     ]
@@ -151,7 +151,7 @@ def budget(content: Mapping[str, Any]) -> list[str]:
             )  # fmt: skip
     header = [
         "task", "parameters, at most", "way", "seeds", "units", "parameters", "units over those of pruned",
-        "peak over end", "error", "objective", "CPU s",
+        "peak over end", "error", "CPU s",
     ]  # fmt: skip
     return [*table(header, cells), "", ERRORS]
 

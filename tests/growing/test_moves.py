@@ -87,14 +87,54 @@ def test_units_that_are_not_missed_at_all_are_replaced_within_a_budget() -> None
     assert moves.added["0"] == 10
 
 
+def test_what_a_minimum_keeps_is_not_there_for_others() -> None:
+    net = network(8, 8)
+    net.limit("0", minimum=8)
+    moves = even_out(net, {"0": worth(*[0.0] * 8), "2": worth(*[1.0] * 8)}, Prices(20, relative=True)).allowed(net)
+    net.resize(moves.sources(net))
+    assert [len(s) for s in net.sites.values()] == [8, 12]
+
+
+def test_dead_units_at_the_minimum_are_replaced_one_for_one() -> None:
+    net = network(4, 4)
+    net.limit("0", minimum=4)
+    moves = grow_together(net, {"0": worth(-1, -1, -1, -1), "2": worth(100, 100, 100, 100)}, Prices()).allowed(net)
+    assert moves.added["0"] == len(moves.leaving["0"]) == 4
+
+
+def test_a_site_without_room_does_not_starve_the_others() -> None:
+    net = network(4, 4)
+    net.limit("0", maximum=4)
+    moves = even_out(net, {"0": worth(*[300.0] * 4), "2": worth(*[1.0] * 4)}, Prices(100, relative=True)).allowed(net)
+    assert moves.added == {"2": 4}
+    assert not moves.leaving
+
+
+def test_no_site_loses_units_while_there_is_room_and_chance_moves_none() -> None:
+    net = network(4, 4)
+    found = {"0": worth(*[0.01] * 4), "2": worth(*[1.0] * 4)}
+    quiet = {n: Verdict(v.worth, 1.0, 4, 0.0, v.ranked) for n, v in found.items()}
+    assert not even_out(net, quiet, Prices(100, relative=True)).leaving
+    assert even_out(net, quiet, Prices(8, relative=True)).leaving
+    noisy = {n: Verdict(v.worth, 1.0, 4, 0.5, v.ranked) for n, v in found.items()}
+    assert not even_out(net, noisy, Prices(8, relative=True))
+
+
+def test_units_that_cost_nothing_double() -> None:
+    net = network(4)
+    assert grow_together(net, {"0": Verdict(1.0, 0.0, 4, 0.0, (0, 1, 2, 3))}, Prices()).added == {"0": 4}
+
+
 def test_limits_are_kept() -> None:
     net = network(8, 8)
     net.limit("0", minimum=6, maximum=9)
     allowed = Moves({"0": 10, "2": 1}, {"0": (7, 6, 5, 4), "2": tuple(range(8))}).allowed(net)
-    assert allowed.leaving == {"0": (7, 6), "2": tuple(range(7))}
-    assert allowed.added == {"0": 3, "2": 1}
+    assert allowed.leaving == {"0": (7, 6, 5, 4), "2": tuple(range(8))}
+    assert allowed.added == {"0": 5, "2": 1}
     net.resize(allowed.sources(net))
-    assert [len(s) for s in net.sites.values()] == [9, 2]
+    assert [len(s) for s in net.sites.values()] == [9, 1]
+    net.resize(Moves({}, {"0": (8, 7, 6, 5)}).allowed(net).sources(net))
+    assert [len(s) for s in net.sites.values()] == [6, 1]
 
 
 def test_features_that_leave_do_not_come_back_at_once() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from plasticnet import PlasticError, PlasticNet
+from plasticnet.repairing.ridge import STRENGTHS
 from tests.kit.blocks import InOrder
 from tests.kit.networks import ConvNet, assert_same, images, mlp
 
@@ -119,6 +120,32 @@ def test_readers_are_what_ridge_regression_says_one_after_the_other() -> None:
     change, constant = ridge(g[fit], error[fit], second)
     torch.testing.assert_close(model[4].weight[:, two].detach(), before[4][:, two] + change.T)
     torch.testing.assert_close(model[4].bias.detach(), before[5] + constant)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_the_ridges_that_do_about_equally_well_the_strongest_is_taken(seed: int) -> None:
+    """A weaker one must be better by two percent on the inputs held out."""
+    torch.manual_seed(seed)
+    x = torch.randn(200, 6).double()
+    model = mlp(6, 24, 4).double()
+    net = PlasticNet(model, (x[:2],))
+    old = model[2].weight.detach().clone()
+    close(net, "0", *range(0, 24, 3))
+    (reader,) = pn.repair(net, [x]).readers
+    assert reader.strength is not None
+    held = torch.zeros(200, dtype=torch.bool).index_fill(0, torch.arange(4, 200, 5), True)
+    h = F.linear(x, model[0].weight, model[0].bias).tanh().detach()
+    kept = torch.tensor([i for i in range(24) if i % 3])
+    lost = h @ old.T - h[:, kept] @ old[:, kept].T
+
+    def error(strength: float) -> float:
+        change, constant = ridge(h[~held][:, kept], lost[~held], strength)
+        return float((lost[held] - constant - h[held][:, kept] @ change).square().sum())
+
+    chosen = error(reader.strength)
+    assert all(error(s) >= 0.98 * chosen for s in STRENGTHS if s < reader.strength)
+    assert all(error(s) > chosen for s in STRENGTHS if s > reader.strength)
+    assert min(map(error, STRENGTHS)) >= 0.98 * chosen
 
 
 def test_what_does_not_help_on_inputs_held_out_is_not_applied() -> None:

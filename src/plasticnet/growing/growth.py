@@ -42,9 +42,11 @@ class Growth(GrowthRule):
 
     How much: the newest units of all sites together are worth r times their price. Worth falls with about the fourth
     power of the width, so sites grow by a factor of r to the power of 1/4, and at most to twice their units. They grow
-    together, because the units of a site are worth little as long as the next one is narrow. Only a site whose own
-    newest units are worth less than a sixteenth of that for their price waits. Of the newest units, those leave that
-    are worth less than a sixteenth of their price, by more than chance explains; where a site waits, others take their
+    together, because the units of a site are worth little as long as the next one is narrow. A site waits if its own
+    newest units are worth less than r/16 times their price.
+
+    Who leaves: a newest unit is worthless if it is worth less than a sixteenth of its price by two standard errors.
+    Worthless units leave when others come, and when growth stops. In a site that waits, as many new ones take their
     place.
 
     Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
@@ -53,15 +55,15 @@ class Growth(GrowthRule):
     plastic stages that follow each other are over, and then the pressure begins at once. It removes the units that do
     not pay. Only `Schedule.wake` begins growth anew.
 
-    Budgets: a budget on costs leaves the price open. Sites then grow, at most to twice their units at once, as long as
-    the network costs at most 1.25 times the budget. All units are judged, and sites whose units are worth more for what
-    they cost grow faster. Where there is no more room, sites whose units are worth less lose those that are missed
-    least, in favour of the others, until widths are within a factor of 1.2 of what all units' worth speaks for. With a
-    budget of loss, the price of a unit is its share of the loss that may come.
+    Budgets on costs leave the price open, so that only the ratios of sites count. All units are judged. While there is
+    room, which is 1.25 times the budget, sites grow, at most to twice their units at once, and those faster whose units
+    are worth more for what they cost. Then sites whose units are worth less lose those that are missed least, and the
+    others get new ones for the same cost. Growth stops when no width would change by a factor of 1.2, or when half of
+    the plastic epochs are over. With a budget of loss, the price of a unit is its share of the loss that may come.
 
-    A network whose units are not missed by more than two standard errors has not learned anything yet: it is too small,
-    or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at most a tenth of
-    its loss.
+    Under a price, a network whose units are not missed by more than two standard errors has not learned anything yet:
+    it is too small, or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at
+    most a tenth of its loss.
 
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.
@@ -178,21 +180,24 @@ class Growth(GrowthRule):
 
     def _judge(self, net: PlasticNet, optimizer: Optimizers, missed: Missed) -> Turnover:
         """Judge units, and let the network grow if they pay; return what was changed."""
-        found = self.verdicts(net)
+        found, relative = self.verdicts(net), self.priced.relative
         pays = missed_at_all(found)
-        learned = pays or bool(self.newest)
-        if pays:
-            moves = (even_out if self.priced.relative else grow_together)(net, found, self.priced)
+        learned = relative or pays or bool(self.newest)
+        if relative:
+            moves = even_out(net, found, self.priced)
+        elif pays:
+            moves = grow_together(net, found, self.priced)
         else:
             moves = Moves() if learned else self._twice(net, missed)
         moves = moves.allowed(net)
         self.failed = 0 if moves.added and learned else self.failed + 1
-        full = not Moves(dict.fromkeys(net.sites, 1)).allowed(net)
+        full = not any(site.room for site in net.sites.values() if site.units.growable)
         # Widths that are even stay so, while units that do not pay may do so when they have learned more.
-        settled = pays and not moves if self.priced.relative else self.failed >= PATIENCE
-        self.stopped, self.judged = full or settled, True
+        self.stopped = full or (not moves if relative else self.failed >= PATIENCE)
+        self.judged = True
         if self.stopped and learned and not moves:
-            moves = Moves(leaving={name: v.worthless for name, v in found.items()}).allowed(net)
+            spare = {name: max(0, len(site) - site.least) for name, site in net.sites.items()}
+            moves = Moves(leaving={name: v.worthless[: spare[name]] for name, v in found.items()}).allowed(net)
         changes = self._move(net, optimizer, moves)
         if not learned:
             self.newest = {}
@@ -210,17 +215,13 @@ class Growth(GrowthRule):
         return Turnover({n: len(left) for n, left in moves.leaving.items() if left}, dict(moves.added))
 
     def _twice(self, net: PlasticNet, missed: Missed) -> Moves:
-        """Return how a network that has learned nothing doubles, or as far as there is room, where that is cheap."""
+        """Return how a network that has learned nothing doubles, where that is cheap."""
         loss = net.ranks.mean(float(missed.loss) / missed.steps, net.like.device)
         counts = {name: len(site) for name, site in net.sites.items()}
         prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
         whole = 2 * sum(prices[name] * n for name, n in counts.items())
-        if not self.priced.relative and whole > CHEAP * abs(loss):
-            return Moves()
-        while counts and not self.priced.has_room(net, counts):
-            counts = {name: n // 2 for name, n in counts.items() if n > 1}
-        return Moves(counts)
+        return Moves(counts) if whole <= CHEAP * abs(loss) else Moves()
 
     def verdicts(self, net: PlasticNet) -> dict[str, Verdict]:
         """Return what the units that are judged are worth, for the sites of which some were measured.

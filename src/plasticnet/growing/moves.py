@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from plasticnet.gates.site import Site
 from plasticnet.growing.rule import Priced
-from plasticnet.growing.verdicts import Verdict, worth_over_price
+from plasticnet.growing.verdicts import ERRORS, Verdict, worth_over_price
 from plasticnet.net import PlasticNet
 
 # The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
@@ -35,19 +37,19 @@ class Moves:
         return bool(self.added or self.leaving)
 
     def allowed(self, net: PlasticNet) -> Moves:
-        """Return what of this the limits of the sites allow, with what sites lack that are below their minimum.
-
-        Units leave in their order, until as few are left as must stay.
-        """
+        """Return what of this the limits of the sites allow, with what sites lack that are below their minimum."""
         added, leaving = dict[str, int](), dict[str, tuple[int, ...]]()
         for name, site in net.sites.items():
-            left = self.leaving.get(name, ())[: max(0, len(site) - site.least)]
+            left = self.leaving.get(name, ())
+            stay = len(site) - len(left)
+            low, high = bounds(site)
             # Features that leave cannot come back at the same time, as new units do in the place of others.
-            room = min(site.maximum - len(site) + len(left), site.features_left) if site.units.growable else 0
-            new = int(min(max(self.added.get(name, 0), site.minimum - len(site)), room))
+            new = int(min(min(max(stay + self.added.get(name, 0), low), high) - stay, site.features_left))
+            new = max(new, 0) if site.units.growable else 0
+            left = left[: len(left) - max(0, site.least - stay - new)]
             if left:
                 leaving[name] = left
-            if new > 0:
+            if new:
                 added[name] = new
         return Moves(added, leaving)
 
@@ -58,6 +60,11 @@ class Moves:
             name: [*(i for i in range(len(net.sites[name])) if i not in gone), *[-1] * self.added.get(name, 0)]
             for name, gone in left.items()
         }
+
+
+def bounds(site: Site) -> tuple[float, float]:
+    """Return the smallest and the largest width that growth may give to a site."""
+    return site.least, max(site.least, len(site) + site.room) if site.units.growable else len(site)
 
 
 def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> Moves:
@@ -73,7 +80,7 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced)
     r = worth_over_price(found)
     factor = min(FASTEST, r ** (1 / POWER))
     # A site that is so far below the mean is already twice as wide as it should be beside the others.
-    least = r / FASTEST**POWER
+    least = r / FASTEST**POWER if math.isfinite(r) else 0.0
     counts = {
         name: round(factor * len(net.sites[name])) - len(net.sites[name]) if v.worth > least * v.price else 0
         for name, v in found.items()
@@ -87,26 +94,33 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced)
 def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> Moves:
     """Return how sites grow within a budget on costs, and how they pass units on where there is no more room.
 
-    All widths follow a common factor, the largest one that there is room for, and each width the worth of its own
-    units besides. Units that are not missed at all are replaced.
+    All widths follow a common factor, the largest one that there is room for. Each width follows the worth of its own
+    units besides, as far as that is beyond chance. Units that are not missed at all are replaced.
 
     Args:
         net: The network.
         found: What the units of each site are worth.
         priced: What says how much room there is.
     """
-    r = worth_over_price(found)
-    own = {n: (max(v.worth, 0.0) / (v.price * r)) ** (1 / POWER) if v.price and r else 1.0 for n, v in found.items()}
+    # What a site with no room is worth says nothing about how the others share what is left.
+    r = worth_over_price({n: v for n, v in found.items() if net.sites[n].room} or found)
+    own = {name: _beyond_chance(v, r) for name, v in found.items()}
 
-    def changes(common: float) -> dict[str, int]:
-        factors = {name: min(max(common * f, 1 / FASTEST), FASTEST) for name, f in own.items()}
-        return {name: max(1, round(f * len(net.sites[name]))) - len(net.sites[name]) for name, f in factors.items()}
+    def changes(common: float, slowest: float = 1 / FASTEST) -> dict[str, int]:
+        counts = {}
+        for name, f in own.items():
+            site, (low, high) = net.sites[name], bounds(net.sites[name])
+            width = round(min(max(common * f, slowest), FASTEST) * len(site))
+            counts[name] = int(min(max(width, low), high)) - len(site)
+        return counts
 
-    low, high = 0.0, FASTEST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if priced.has_room(net, changes(middle)) else (low, middle)
-    counts = changes(high if priced.has_room(net, changes(high)) else low)
+    counts = changes(FASTEST, slowest=1.0)
+    if not priced.has_room(net, counts):
+        low, high = 0.0, FASTEST
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if priced.has_room(net, changes(middle)) else (low, middle)
+        counts = changes(low)
     ratios = [1 + n / len(net.sites[name]) for name, n in counts.items()]
     if priced.has_room(net, {}) and not any(f >= UNEVEN or f <= 1 / UNEVEN for f in ratios):
         return Moves()
@@ -116,3 +130,17 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
     }
     added = {name: n + len(leaving[name]) for name, n in counts.items()}
     return Moves({name: n for name, n in added.items() if n > 0}, {name: us for name, us in leaving.items() if us})
+
+
+def _beyond_chance(v: Verdict, r: float) -> float:
+    """Return by which factor a site should be wider than the common one, as far as that is beyond chance.
+
+    Args:
+        v: What its units are worth.
+        r: What the units of all sites are worth over what they cost.
+    """
+    usual, margin = v.price * r, ERRORS * v.error
+    if not 0 < usual < math.inf:
+        return 1.0
+    worth = max(usual, v.worth - margin) if v.worth > usual else min(usual, v.worth + margin)
+    return (max(worth, 0.0) / usual) ** (1 / POWER)

@@ -34,15 +34,15 @@ class Schedule:
 
     Plastic stages: on entering one from ordinary training, the open gates start at pi = 0.95. At the end of each of its
     epochs, units with pi below ``hibernate`` are cut, once together they are 2 % of the MACs or of the parameters, and
-    ``growth`` adds units. Where fewer units than `Site.minimum` are open, the best ones start at pi = 0.95 again. When
-    a stage at k = infinity follows, the network hardens: units with pi < 1/2 are cut.
+    ``growth`` adds units and lets worthless ones go. Where fewer units than `Site.minimum` are open, the best ones
+    start at pi = 0.95 again. When a stage at k = infinity follows, the network hardens: units with pi < 1/2 are cut.
 
     Pressure: with a ``pressure`` or a ``budget``, add `penalty` to the loss of every training step. A pressure says
     what the cost of the network is worth, and a budget what it may be in the end.
 
     Budgets: on hardening, the best units that fit stay (see `Budget`): the open units cost at most the target, and no
     closed unit would fit beside them. Where more units were cut before than the budget asks for, new ones take their
-    place. Growth stops a quarter above a target, or when half of the plastic epochs are over.
+    place. Growth keeps to a quarter above a target, and stops when half of the plastic epochs are over.
 
     Several ranks: all of them must call `step`, each with its own ``val_loss``. The mean decides.
 

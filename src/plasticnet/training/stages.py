@@ -65,7 +65,7 @@ class Change:
 
     Args:
         cut: How many units were cut, for each site that lost some.
-        grown: How many units were added, for each site that got some.
+        grown: How many units were added, for each site that got some. A site in which units were replaced is in both.
         k: The k of the next epoch.
         transition: How undecided the gates were at the end of the epoch, before anything changed: the mean of 2 pi (1 -
             pi) over all gates (NPN, section 3).
