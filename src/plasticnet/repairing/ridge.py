@@ -39,8 +39,8 @@ def refit(
 ) -> Fit | None:
     """Return the change of the weights that makes the error small, or None where no change makes it smaller.
 
-    The strongest ridge is taken that does well: a weaker one must make the error smaller by a share of `GAIN`. The ridge
-    pulls towards the present weights.
+    The strongest ridge is taken that does well: a weaker one must make the error smaller by a share of `GAIN`. The
+    ridge pulls towards the present weights.
 
     Args:
         fitted: The sums over the inputs to fit.
