@@ -44,14 +44,14 @@ def test_worthless_units_leave_where_others_come_and_are_replaced_where_a_site_w
     net = network(8, 8, 8)
     names = list(net.sites)
     found = {names[0]: worth(0, 60, 4, 0, first=4), names[1]: worth(0.01, 0.2, 0, 0.3, first=4), names[2]: worth(9, 9)}
-    moves = grow_together(net, found, Prices())
+    moves = grow_together(net, found)
     assert dict(moves.added) == {names[0]: 6, names[1]: 2, names[2]: 6}  # pooled r = 8.25, its 4th root 1.69
     assert dict(moves.leaving) == {names[0]: (4, 7), names[1]: (4, 6), names[2]: ()}
 
 
 def test_nothing_leaves_where_nothing_comes() -> None:
     net = network(8)
-    assert not grow_together(net, {"0": worth(0, 0, 3, 0)}, Prices())
+    assert not grow_together(net, {"0": worth(0, 0, 3, 0)})
 
 
 def test_within_a_budget_all_grow_while_there_is_room_those_that_are_worth_more_faster() -> None:
@@ -98,7 +98,7 @@ def test_what_a_minimum_keeps_is_not_there_for_others() -> None:
 def test_dead_units_at_the_minimum_are_replaced_one_for_one() -> None:
     net = network(4, 4)
     net.limit("0", minimum=4)
-    moves = grow_together(net, {"0": worth(-1, -1, -1, -1), "2": worth(100, 100, 100, 100)}, Prices()).allowed(net)
+    moves = grow_together(net, {"0": worth(-1, -1, -1, -1), "2": worth(100, 100, 100, 100)}).allowed(net)
     assert moves.added["0"] == len(moves.leaving["0"]) == 4
 
 
@@ -122,7 +122,7 @@ def test_no_site_loses_units_while_there_is_room_and_chance_moves_none() -> None
 
 def test_units_that_cost_nothing_double() -> None:
     net = network(4)
-    assert grow_together(net, {"0": Verdict(1.0, 0.0, 4, 0.0, (0, 1, 2, 3))}, Prices()).added == {"0": 4}
+    assert grow_together(net, {"0": Verdict(1.0, 0.0, 4, 0.0, (0, 1, 2, 3))}).added == {"0": 4}
 
 
 def test_limits_are_kept() -> None:

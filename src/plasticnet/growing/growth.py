@@ -186,7 +186,7 @@ class Growth(GrowthRule):
         if relative:
             moves = even_out(net, found, self.priced)
         elif pays:
-            moves = grow_together(net, found, self.priced)
+            moves = grow_together(net, found)
         else:
             moves = Moves() if learned else self._twice(net, missed)
         moves = moves.allowed(net)
@@ -212,7 +212,7 @@ class Growth(GrowthRule):
             before = min(self.newest.get(name, len(site)), len(site))
             self.newest[name] = new or before - sum(unit >= len(site) - before for unit in left)
         net.resize(sources, optimizer, init="random", grace=GRACE + 1)
-        return Turnover({n: len(left) for n, left in moves.leaving.items() if left}, dict(moves.added))
+        return Turnover({n: len(left) for n, left in moves.leaving.items()}, moves.added)
 
     def _twice(self, net: PlasticNet, missed: Missed) -> Moves:
         """Return how a network that has learned nothing doubles, where that is cheap."""

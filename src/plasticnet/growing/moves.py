@@ -67,7 +67,7 @@ def bounds(site: Site) -> tuple[float, float]:
     return site.least, max(site.least, len(site) + site.room) if site.units.growable else len(site)
 
 
-def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> Moves:
+def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
     """Return how sites grow at prices that are known: all by the same factor, but those that are far too wide already.
 
     Worthless units leave as soon as others come. In a site that does not grow, others take their place.
@@ -75,7 +75,6 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced)
     Args:
         net: The network.
         found: What the newest units of each site are worth.
-        priced: What presses on the gates.
     """
     r = worth_over_price(found)
     factor = min(FASTEST, r ** (1 / POWER))

@@ -45,6 +45,7 @@ class GrowthRule:
         endless: Whether the rule never stops by itself, so that a pressure does not wait for its end.
         needs_loss: Whether it judges by validation losses.
         needs_price: Whether it judges by the price of a pressure or a budget.
+        priced: What presses on the gates, once a schedule has taken the rule.
     """
 
     endless = False
