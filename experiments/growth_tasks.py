@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cifar import ResNet
+from cifar import images as pictures
 from torch import Tensor, nn
 
 from plasticnet.apps.data import load_data
@@ -106,6 +108,12 @@ def images(folder: Path) -> tuple[Part, Part, Part]:
     return (train[0][:10_000], train[1][:10_000]), val, test
 
 
+def cifar(folder: Path) -> tuple[Part, Part, Part]:
+    """The first 10,000 images of CIFAR-10 to train on, the next 5,000 to validate, and the test set."""
+    (x, y), test = (pictures(folder, part, n) for part, n in (("train", 15_000), ("test", 10_000)))
+    return (x[:10_000], y[:10_000]), (x[10_000:], y[10_000:]), test
+
+
 def fashion(folder: Path) -> tuple[Part, Part, Part]:
     """The first 10,000 images of Fashion-MNIST to train on, the next 5,000 to validate, and the test set."""
     from torchvision.datasets import FashionMNIST
@@ -135,6 +143,12 @@ def task(name: str, folder: Path | None) -> Task:
         return Task(parts, lambda: MLP([n, 256, 128, 1]), squares, mean_square, 5e-6, 60, 128, 3e-3)
     if name == "MNIST":
         return Task(images(folder), LeNet5, classes, wrong, 1e-6, 30, 64, 1e-3)
+    if name == "Fashion-MNIST":
+        x, y = zip(*fashion(folder), strict=True)
+        parts = tuple(zip((i.view(-1, 1, 28, 28) for i in x), y, strict=True))
+        return Task(parts, LeNet5, classes, wrong, 1e-6, 30, 64, 1e-3)
+    if name == "CIFAR-10":
+        return Task(cifar(folder), ResNet, classes, wrong, 5e-7, 20, 128, 2e-3)
     if name == "fashion":
         return Task(fashion(folder), lambda: MLP([784, 256, 128, 10]), classes, wrong, 1e-6, 20, 64, 1e-3)
     raise SystemExit(f"unknown task {name}")

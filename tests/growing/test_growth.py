@@ -107,9 +107,12 @@ def test_what_costs_more_becomes_smaller() -> None:
     assert costs[0] > costs[1] > costs[2]
 
 
-def test_units_that_are_not_worth_their_price_bring_no_more() -> None:
-    run = Run(pressure=Pressure(1.0))
-    for _ in range(4):
+@pytest.mark.parametrize(("epochs", "patience"), [(24, 4), (80, 8)])
+def test_units_that_are_not_worth_their_price_bring_no_more(epochs: int, patience: int) -> None:
+    """Growth stops after four judgements and a tenth of the plastic epochs: long schedules leave units more time."""
+    run = Run(pressure=Pressure(1.0), stages=[Stage(epochs, 7.0)])
+    for _ in range(patience):
+        assert not run.growth.stopped
         assert run.epoch() == {}
     assert run.growth.stopped
     assert max(run.widths()) <= 2
@@ -171,6 +174,22 @@ def test_it_never_stalls(seed: int, dead: bool) -> None:
     run.to_the_end()
     assert min(run.widths()) > 1
     assert run.accuracy() > 0.9
+
+
+def test_units_that_die_after_the_first_growth_do_not_stop_it() -> None:
+    """All units are judged, and none is missed, so the network has not learned anything, though it has grown before."""
+    run = Run(start=1)
+    while not run.growth.newest:
+        run.epoch()
+    assert isinstance(run.net.model, nn.Sequential)
+    with torch.no_grad():
+        for layer in (run.net.model[0], run.net.model[2]):
+            assert isinstance(layer, nn.Linear)
+            layer.bias.fill_(-100.0)
+    before = run.widths()
+    assert max(before) <= 4
+    run.epoch()
+    assert run.widths() == [2 * n for n in before]
 
 
 @pytest.mark.parametrize(("pressure", "most"), [(1e-6, 16), (1e-2, 1)])

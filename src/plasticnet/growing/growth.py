@@ -11,7 +11,7 @@ import torch
 from plasticnet.errors import PlasticError
 from plasticnet.growing.moves import Moves, even_out, grow_together
 from plasticnet.growing.paper import PaperGrowth
-from plasticnet.growing.rule import GrowthRule, Turnover
+from plasticnet.growing.rule import LATE, GrowthRule, Turnover
 from plasticnet.growing.verdicts import Verdict, missed_at_all, verdicts
 from plasticnet.learning.missed import Missed, in_turn, sizes_of
 from plasticnet.net import PlasticNet
@@ -21,8 +21,10 @@ from plasticnet.surgery.optimizers import Optimizers
 STEPS = 32
 # At least so many units of a site are judged, as far as there are so many.
 FEWEST = 4
-# Growth stops after so many judgements in a row by which nothing grows.
+# Growth stops after so many judgements in a row by which nothing grows, and when this share of the plastic epochs has
+# brought none.
 PATIENCE = 4
+WAIT = 0.1
 # A network whose units were never missed doubles, as long as it then costs less than this share of its loss.
 CHEAP = 0.1
 # For so many epochs after growth, units are still held open and unpriced.
@@ -50,10 +52,10 @@ class Growth(GrowthRule):
     place.
 
     Until when: where the newest units do not pay, they are judged anew after the next epoch, when they have learned
-    more. After four judgements in a row by which nothing grows, or where no site has room (see `PlasticNet.limit`),
-    growth stops for good, and the pressure begins two epochs later. It also stops when half of the epochs of the
-    plastic stages that follow each other are over, and then the pressure begins at once. It removes the units that do
-    not pay. Only `Schedule.wake` begins growth anew.
+    more. After four judgements in a row and a tenth of the plastic epochs without growth, or where no site has room
+    (see `PlasticNet.limit`), growth stops for good, and the pressure begins two epochs later. It also stops when half
+    of the epochs of the plastic stages that follow each other are over, and then the pressure begins at once. It
+    removes the units that do not pay. Only `Schedule.wake` begins growth anew.
 
     Budgets on costs leave the price open, so that only the ratios of sites count. All units are judged. While there is
     room, which is 1.25 times the budget, sites grow, at most to twice their units at once, and those faster whose units
@@ -61,9 +63,9 @@ class Growth(GrowthRule):
     others get new ones for the same cost. Growth stops when no width would change by a factor of 1.2, or when half of
     the plastic epochs are over. With a budget of loss, the price of a unit is its share of the loss that may come.
 
-    Under a price, a network whose units are not missed by more than two standard errors has not learned anything yet:
-    it is too small, or its units are dead. It doubles, up to four times in a row, as long as its whole price is then at
-    most a tenth of its loss.
+    Under a price, a network of which all units were judged, and are not missed by more than two standard errors
+    together, has not learned anything yet: it is too small, or its units are dead. It doubles, up to four times in a
+    row, as long as its whole price is then at most a tenth of its loss.
 
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.
@@ -71,6 +73,7 @@ class Growth(GrowthRule):
     Attributes:
         newest: How many units came last, for each site.
         failed: How many judgements in a row were against growth.
+        grown_at: The share of the plastic epochs that was over when the network last grew.
         judged: Whether units were ever judged.
 
     Example:
@@ -102,6 +105,7 @@ class Growth(GrowthRule):
         super().__init__()
         self.newest: dict[str, int] = {}
         self.failed = 0
+        self.grown_at = 0.0
         self.judged = False
         self._missed: Missed | None = None
 
@@ -112,7 +116,7 @@ class Growth(GrowthRule):
 
     def reset(self) -> None:
         super().reset()
-        self.newest, self.failed, self.judged, self._missed = {}, 0, False, None
+        self.newest, self.failed, self.grown_at, self.judged, self._missed = {}, 0, 0.0, False, None
 
     def hold(self, net: PlasticNet) -> None:
         """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
@@ -156,12 +160,12 @@ class Growth(GrowthRule):
                 "never called. Compute the training loss with it"
             )
 
-    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, over: float) -> Turnover:
         missed, changes = self._missed, Turnover()
-        if late and not self.stopped:
+        if over >= LATE and not self.stopped:
             self._end(net, missed)
         elif missed is not None and missed.steps >= STEPS and missed.fits(net) and not self.stopped:
-            changes = self._judge(net, optimizer, missed)
+            changes = self._judge(net, optimizer, missed, over)
         self.hold(net)
         return changes
 
@@ -178,11 +182,12 @@ class Growth(GrowthRule):
                 stacklevel=2,
             )
 
-    def _judge(self, net: PlasticNet, optimizer: Optimizers, missed: Missed) -> Turnover:
+    def _judge(self, net: PlasticNet, optimizer: Optimizers, missed: Missed, over: float) -> Turnover:
         """Judge units, and let the network grow if they pay; return what was changed."""
         found, relative = self.verdicts(net), self.priced.relative
         pays = missed_at_all(found)
-        learned = relative or pays or bool(self.newest)
+        # Where only the newest units were judged, older ones may have learned something.
+        learned = relative or pays or any(len(v.ranked) < len(net.sites[name]) for name, v in found.items())
         if relative:
             moves = even_out(net, found, self.priced)
         elif pays:
@@ -190,10 +195,14 @@ class Growth(GrowthRule):
         else:
             moves = Moves() if learned else self._twice(net, missed)
         moves = moves.allowed(net)
-        self.failed = 0 if moves.added and learned else self.failed + 1
+        if moves.added and learned:
+            self.failed, self.grown_at = 0, over
+        else:
+            self.failed += 1
         full = not any(site.room for site in net.sites.values() if site.units.growable)
         # Widths that are even stay so, while units that do not pay may do so when they have learned more.
-        self.stopped = full or (not moves if relative else self.failed >= PATIENCE)
+        patient = self.failed < PATIENCE or over - self.grown_at < WAIT
+        self.stopped = full or not (moves if relative else patient)
         self.judged = True
         if self.stopped and learned and not moves:
             spare = {name: max(0, len(site) - site.least) for name, site in net.sites.items()}
@@ -221,7 +230,7 @@ class Growth(GrowthRule):
         prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
         whole = 2 * sum(prices[name] * n for name, n in counts.items())
-        return Moves(counts) if whole <= CHEAP * abs(loss) else Moves()
+        return Moves(counts) if whole <= CHEAP * abs(loss) and self.failed < PATIENCE else Moves()
 
     def verdicts(self, net: PlasticNet) -> dict[str, Verdict]:
         """Return what the units that are judged are worth, for the sites of which some were measured.
@@ -234,7 +243,7 @@ class Growth(GrowthRule):
 
     def state_dict(self) -> dict[str, Any]:
         missed = None if self._missed is None else self._missed.state_dict()
-        numbers = {"failed": self.failed, "judged": self.judged, "stopped": self.stopped}
+        numbers = {"failed": self.failed, "grown_at": self.grown_at, "judged": self.judged, "stopped": self.stopped}
         return {"newest": dict(self.newest), **numbers, "missed": missed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,12 +255,14 @@ class Growth(GrowthRule):
         try:
             newest = {str(name): int(n) for name, n in state["newest"].items()}
             failed, stopped, missed = int(state["failed"]), state["stopped"], state["missed"]
-            judged = bool(state["judged"])
+            judged, grown_at = bool(state["judged"]), float(state["grown_at"])
             found = None if missed is None else Missed.from_state(missed)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise PlasticError(
-                f"the state of growth has newest, failed, judged, stopped and missed, and fits none of them: {error!r}"
+                "the state of growth has newest, failed, grown_at, judged, stopped and missed, and fits none of them: "
+                f"{error!r}"
             ) from error
         if type(stopped) is not bool:
             raise PlasticError(f"the state of growth says in stopped whether it has stopped; this is {stopped!r}")
-        self.newest, self.failed, self.judged, self.stopped, self._missed = newest, failed, judged, stopped, found
+        self.newest, self.failed, self.grown_at, self._missed = newest, failed, grown_at, found
+        self.judged, self.stopped = judged, stopped

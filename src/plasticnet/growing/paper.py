@@ -34,7 +34,7 @@ class PaperGrowth(GrowthRule):
         super().reset()
         self.best = math.inf
 
-    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, over: float) -> Turnover:
         if self.stopped or val_loss >= self.best:
             return Turnover()
         self.best = val_loss

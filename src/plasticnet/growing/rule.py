@@ -25,6 +25,10 @@ class Priced(Protocol):
         ...
 
 
+# Growth ends in any case when this share of the plastic epochs is over.
+LATE = 0.5
+
+
 @dataclass(frozen=True)
 class Turnover:
     """What a rule has changed.
@@ -97,14 +101,14 @@ class GrowthRule:
             penalties: How often the epoch has asked for the penalty of the schedule.
         """
 
-    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, late: bool) -> Turnover:
+    def step(self, net: PlasticNet, optimizer: Optimizers, *, val_loss: float, over: float) -> Turnover:
         """End a plastic epoch, and grow the network if the rule says so.
 
         Args:
             net: The network.
             optimizer: The optimizer, or all of those, that hold the parameters.
             val_loss: The validation loss after the epoch, or NaN.
-            late: Whether half of the plastic epochs are over.
+            over: The share of the plastic epochs that are over.
 
         Returns:
             How many units have left, and how many have come.

@@ -14,7 +14,7 @@ from plasticnet.budgets.budget import Budget
 from plasticnet.budgets.projection import decide
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT, probabilities, set_logits, transition
-from plasticnet.growing.rule import GrowthRule, Turnover
+from plasticnet.growing.rule import LATE, GrowthRule, Turnover
 from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
@@ -222,7 +222,7 @@ class Schedule:
         cut = cut_epoch(net, self.optimizers, force, **options) if stage.plastic else {}
         grown: Mapping[str, int] = {}
         if stage.plastic and not entered:
-            changes = self._grow(loss, late=2 * passed >= end - begin)
+            changes = self._grow(loss, passed / (end - begin))
             cut, grown = _together(cut, changes.cut), changes.grown
         if entered:
             more_cut, more_grown = self._enter()
@@ -244,13 +244,13 @@ class Schedule:
             raise PlasticError(f"val_loss={val_loss}: {what} needs the validation loss of every plastic epoch")
         return loss
 
-    def _grow(self, loss: float, late: bool) -> Turnover:
+    def _grow(self, loss: float, over: float) -> Turnover:
         """Let the network grow, if there is growth; a budget stops a rule that does not stop by itself."""
         if self.growth is None:
             return Turnover()
-        if self.growth.endless and self.force.ends_growth(self.net, late):
+        if self.growth.endless and self.force.ends_growth(self.net, over >= LATE):
             self.growth.stop()
-        return self.growth.step(self.net, self.optimizers, val_loss=loss, late=late)
+        return self.growth.step(self.net, self.optimizers, val_loss=loss, over=over)
 
     def _enter(self) -> tuple[dict[str, int], dict[str, int]]:
         """Begin the stage that is running: set its k, and then harden the network or open the gates.
