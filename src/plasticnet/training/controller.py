@@ -218,6 +218,12 @@ class Controller(Force):
             factor = SLOWER if not self.within else faster if passed <= RISE * epochs else 1.0
             self.level = (self.level + math.log(factor)).clamp(math.log(LOWEST), math.log(HIGHEST))
 
+    def metrics(self) -> dict[str, float]:
+        """Return the level of each multiplier, as "multiplier/COST", and the targets, as "target/COST"."""
+        levels = zip(self.costs, self.level.exp().tolist(), strict=True)
+        targets = {f"target/{cost}": float(target) for cost, target in self.targets.items()}
+        return {f"multiplier/{cost}": level for cost, level in levels} | targets
+
     def remember(self, net: PlasticNet) -> None:
         """Keep a copy of the present logits, to which a budget of loss may return once the pressure has begun."""
         if self.loss is not None and not math.isnan(self.begun):

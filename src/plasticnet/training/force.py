@@ -88,6 +88,10 @@ class Force:
         """
         self.steps, self.per_epoch = 0, self.steps
 
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers that say how hard it presses, by name."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
         return {}
@@ -134,6 +138,10 @@ class Price(Force):
         whole = {cost: 1.0 if self.scale == "linear" else float(net.cost.full(cost)) for cost in self.prices}
         prices = unit_prices(net, {cost: price / whole[cost] for cost, price in self.prices.items()})
         return {name: site.strength * prices[name] for name, site in net.sites.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Return what one unit of each cost is worth, as "price/COST"."""
+        return {f"price/{cost}": price for cost, price in self.prices.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the prices, which may stem from a network that was larger or a latency that was measured, and more."""

@@ -21,6 +21,7 @@ from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.tools.batches import check_batches
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
+from plasticnet.training.metrics import metrics
 from plasticnet.training.pressing import pressing
 from plasticnet.training.stages import Change, Stage
 from plasticnet.training.state import restore, state_of
@@ -60,6 +61,9 @@ class Schedule:
         on_resize: A function that is called with the network at the end of a `step` in which sizes changed. It should
             renew whatever refers to the old parameters, such as a copy for an average of the weights. A
             `DistributedDataParallel` follows by itself.
+        on_change: A function that is called at the end of every `step`, after ``on_resize``, with the numbers of the
+            epoch: a dict of plain numbers by name, for TensorBoard, W&B, MLflow or a list. "epoch" says how many epochs
+            are over, and "val_loss" is there if it was given; `plasticnet.training.metrics.metrics` names the others.
 
     Raises:
         PlasticError: There are no epochs, an option is out of range, the optimizers lack a parameter of the network or
@@ -98,6 +102,7 @@ class Schedule:
         multiple_of: int = 1,
         repair: Iterable[Any] | None = None,
         on_resize: Callable[[PlasticNet], object] | None = None,
+        on_change: Callable[[dict[str, float]], object] | None = None,
     ) -> None:
         self.timeline = Timeline(stages)
         self.net = net
@@ -107,7 +112,8 @@ class Schedule:
             raise PlasticError(f"hibernate={hibernate}: the probability below which a unit is cut, from 0 to 1")
         check_multiple(multiple_of)
         self.hibernate, self.growth = hibernate, growth
-        self.multiple_of, self.repair, self.on_resize = multiple_of, repair, on_resize
+        self.multiple_of, self.repair = multiple_of, repair
+        self.on_resize, self.on_change = on_resize, on_change
         if repair is not None:
             check_batches(repair)
         self.force = pressing(net, self.stages, budget, pressure, growth)
@@ -205,7 +211,11 @@ class Schedule:
         if not self.stage.plastic or timeline.over:
             net.sampler.missed = None
         self._stillness.begin(net)
-        return Change(cut, grown, net.k, undecided)
+        change = Change(cut, grown, net.k, undecided)
+        if self.on_change is not None:
+            given = {} if val_loss is None else {"val_loss": float(val_loss)}
+            self.on_change({"epoch": timeline.epoch, **given, **metrics(net, self.growth, force, change)})
+        return change
 
     def _end_epoch(self, loss: float) -> tuple[dict[str, int], dict[str, int]]:
         """Do what `step` does; ``loss`` is the mean validation loss or NaN. Return what was cut, and what was added."""
