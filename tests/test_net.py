@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -352,6 +353,15 @@ def test_gates_that_are_not_finite_cut_nothing() -> None:
     with pytest.raises(PlasticError, match="not finite"):
         net.prune()
     assert len(net.sites["0"]) == 6
+
+
+@pytest.mark.parametrize("name", ["inputs", "exclude", "blocks", "weights"])
+@pytest.mark.parametrize("wrong", [5, None, ["0", 1]])
+def test_patterns_that_are_no_names(name: str, wrong: Any) -> None:
+    model = mlp(4, 6, 3)
+    with pytest.raises(PlasticError, match=rf"{name}=.*one name pattern or several, such as {name}="):
+        PlasticNet(model, (torch.randn(2, 4),), **{name: wrong})
+    PlasticNet(model, (torch.randn(2, 4),))  # nothing has changed in it
 
 
 def test_other_refusals() -> None:

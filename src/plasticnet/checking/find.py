@@ -6,7 +6,7 @@ It traces the model, leaves out what the user excludes, checks the rest, and loo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -73,14 +73,16 @@ def find(
         PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
     calls = calls_of(example_inputs, more_inputs, outputs)
-    traced, runs = explore(model, calls, _listed(inputs), residual, _listed(blocks))
-    for pattern in _listed(exclude):
+    given = {"inputs": inputs, "exclude": exclude, "blocks": blocks, "weights": weights}
+    patterns = {name: _listed(name, value) for name, value in given.items()}
+    traced, runs = explore(model, calls, patterns["inputs"], residual, patterns["blocks"])
+    for pattern in patterns["exclude"]:
         if not any(fnmatchcase(n, pattern) for n in traced.sites):
             raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
-    excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in _listed(exclude)))
+    excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in patterns["exclude"]))
     traced.sites = without_lost_inputs({n: u for n, u in traced.sites.items() if n not in excluded})
     traced = self_check(model, traced, runs.calls)
-    tensors, ungated = gateable(model, _listed(weights), calls[0].args, calls[0].kwargs)
+    tensors, ungated = gateable(model, patterns["weights"], calls[0].args, calls[0].kwargs)
     if not traced.sites and not tensors:
         reasons = "; ".join(f"{n}: {r}" for n, r in [*ungated.items(), *traced.frozen.items()][:5])
         way_out = (
@@ -102,6 +104,11 @@ def find(
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)
 
 
-def _listed(patterns: Patterns) -> tuple[str, ...]:
-    """Return the patterns as a tuple, even if a single one was given."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _listed(name: str, patterns: Patterns) -> tuple[str, ...]:
+    """Return the patterns of an argument as a tuple, even if a single one was given."""
+    if isinstance(patterns, str):
+        return (patterns,)
+    listed = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    if not all(isinstance(pattern, str) for pattern in listed):
+        raise PlasticError(f'{name}={patterns!r}: one name pattern or several, such as {name}=["layer1.*"]')
+    return listed
