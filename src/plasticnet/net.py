@@ -277,6 +277,9 @@ class PlasticNet(GatedModel):
     ) -> None:
         """Add units to sites: ``{"conv1": 2}`` adds two units to ``conv1``.
 
+        In a site of blocks, the next ones that sleep (see `narrow`) open. They begin anew as the identity, with the
+        widths of the blocks beside them.
+
         Args:
             counts: How many units each site gets.
             optimizer: The optimizer, or all optimizers, of the parameters.
@@ -286,7 +289,8 @@ class PlasticNet(GatedModel):
             loss: For "gradmax", a function that runs the network on some training data and returns the losses.
 
         Raises:
-            PlasticError: A number is negative, the loss for "gradmax" is missing, or as `resize` raises it.
+            PlasticError: A number is negative, fewer blocks sleep, the loss for "gradmax" is missing, or as `resize`
+                raises it.
         """
         with passes.changing(self, self.sampler):
             if init != "gradmax":

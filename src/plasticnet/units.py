@@ -247,6 +247,8 @@ class BlockUnits(Units):
 
     Attributes:
         blocks: The names of the modules. Their output has the shape of their first input.
+        ends: For each block the names of the modules at the ends of its branches: where their weights and biases are
+            zero, the block returns its first input. None for a block that has no such modules.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -257,6 +259,7 @@ class BlockUnits(Units):
     """
 
     blocks: tuple[str, ...] = ()
+    ends: tuple[tuple[str, ...] | None, ...] = ()
 
     def inside(self, tensor: str) -> int | None:
         """Return the place of the block that contains a module or a tensor, or None.

@@ -146,8 +146,8 @@ def test_a_network_of_another_size_is_not_measured() -> None:
 
 
 def test_sites_take_turns_whatever_their_widths() -> None:
-    assert in_turn([(0, 0, 4), (4, 1, 3)]) == [0, 5, 1, 2, 6, 3]
-    assert sorted(in_turn([(0, 0, 4), (4, 1, 3)])) == [0, 1, 2, 3, 5, 6]
+    assert in_turn([(range(4), 1), ((5, 6), 1)]) == [0, 5, 1, 2, 6, 3]
+    assert sorted(in_turn([(range(4), 1), ((5, 6), 1)])) == [0, 1, 2, 3, 5, 6]
 
 
 def test_goes_on_from_its_state() -> None:

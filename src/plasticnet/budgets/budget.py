@@ -113,11 +113,11 @@ class Budget:
 
 
 def present(net: GatedModel, cost: str) -> float:
-    """Return what the network costs with all its units and those single weights that are open.
+    """Return what the network costs with all its units that do not sleep, and those single weights that are open.
 
     Args:
         net: The network.
         cost: "units", "parameters", "macs" or "latency".
     """
-    units = torch.ones(sum(map(len, net.sites.values())), dtype=torch.float64, device=net.like.device)
+    units = net.cost.awake
     return float(net.cost.expected(torch.cat([units, *(w.open.flatten() for w in net.weights.values())]), cost))

@@ -93,8 +93,9 @@ class _Units:
         producer: For every feature the place of the channel that it comes from, and -1 for other units.
         follows: Which channels are read through gated features only, and by no norm.
         reading: How many gated features come from a channel, but at least 1.
-        order: The places of all units, the best first.
-        rank: The position of each unit in this order.
+        order: The places of all units that do not sleep, the best first.
+        rank: The position of each unit in this order, those that sleep included.
+        asleep: Which units sleep, and so stay closed.
         kept: Which units stay at any cost.
     """
 
@@ -123,6 +124,9 @@ class _Units:
         share = np.concatenate([ranks(e) / max(len(e), 1) for e in np.split(effective, np.cumsum(sizes)[:-1])])
         self.order = np.lexsort((share, -effective))
         self.rank = np.argsort(self.order)
+        asleep = [site.asleep.cpu().numpy() for site in self.sites.values()]
+        self.asleep = np.concatenate([np.zeros(0, dtype=bool), *asleep])
+        self.order = self.order[~self.asleep[self.order]]
         self.kept = self._must()
 
     def _depend(self) -> None:
@@ -162,7 +166,7 @@ class _Units:
             best_first = here[np.lexsort((self.rank[here], ~ready, ~must[here]))]
             must[best_first[: self.sites[name].least]] = True
         self._with_channels(must)
-        return must
+        return must & ~self.asleep
 
     def places(self, name: str) -> np.ndarray:
         """Return the places of a site's units in the vector."""
@@ -223,7 +227,7 @@ class _Units:
         its channel. As long as a channel is closed, its open features cost nothing. So all features of closed channels
         are opened at once, and the price of each channel then includes all its features.
         """
-        closed = np.flatnonzero(~z & ~self.follows)
+        closed = np.flatnonzero(~z & ~self.follows & ~self.asleep)
         channel = self.producer[closed]
         both = (channel >= 0) & ~z[channel]
         ready = z.copy()

@@ -33,9 +33,12 @@ class CostModel:
         uses: How often each entry of a parameter is multiplied for one sample, by the name of the parameter.
         latency: A measured latency, or None where none was measured.
         weights: The names of the parameters whose entries have gates.
+        asleep: The units that sleep, as indices among all units. They cost nothing, and all costs of a whole network
+            leave them out.
 
     Attributes:
         entries: The entries of the gated weights.
+        awake: For every unit 1, or 0 if it sleeps, shape (units,).
     """
 
     def __init__(
@@ -45,11 +48,14 @@ class CostModel:
         uses: Mapping[str, float],
         latency: Latency | None = None,
         weights: Sequence[str] = (),
+        asleep: Sequence[int] = (),
     ) -> None:
         meta = next(model.parameters()).is_meta  # a model without values can still be counted
         self.device = torch.device("cpu") if meta else next(model.parameters()).device
         self._places = Places(sites, self.device)
         self._blocks = {name for name, u in sites.items() if isinstance(u, BlockUnits)}
+        self.awake = torch.ones(self._places.one, dtype=torch.float64, device=self.device)
+        self.awake[list(asleep)] = 0.0
         self._lengths = Lengths(self._places)
         tensors, timed, ungated = (Terms(self._places) for _ in range(3))
         self._terms = {"parameters": tensors, "macs": tensors, **({} if latency is None else {"latency": timed})}
@@ -88,13 +94,13 @@ class CostModel:
             self._terms["latency"].add(dims, self._places.block_of(t.tensor), {"latency": t.rate})
 
     def full(self, cost: str) -> Tensor:
-        """Return the cost of the network with all units open, a scalar.
+        """Return the cost of the network with all units open that do not sleep, a scalar.
 
         Args:
             cost: "units", "parameters", "macs" or "latency".
         """
         if cost not in self._full:
-            self._full[cost] = self.expected(torch.ones(self._places.one, device=self.device), cost)
+            self._full[cost] = self.expected(self.awake.to(torch.get_default_dtype()), cost)
         return self._full[cost]
 
     def expected(self, pi: Tensor, cost: str) -> Tensor:
@@ -134,17 +140,17 @@ class CostModel:
     def unit_costs(self, cost: str) -> list[float]:
         """Return for each site what one unit costs in addition to all others.
 
-        Blocks may differ in cost, so for them this is the mean.
+        Blocks may differ in cost, so for them this is the mean over those that do not sleep.
 
         Args:
             cost: "units", "parameters", "macs" or "latency".
         """
-        full = torch.ones(self._places.one, dtype=torch.float64, device=self.device)
-        whole, found = float(self.expected(full, cost)), []
+        whole, found = float(self.expected(self.awake, cost)), []
         for (name, start), size in zip(self._places.starts.items(), self._places.sizes, strict=True):
-            fewer, units = full.clone(), size if name in self._blocks else 1
+            fewer, units = self.awake.clone(), size if name in self._blocks else 1
             fewer[start : start + units] = 0.0
-            found.append((whole - float(self.expected(fewer, cost))) / units)
+            there = float(self.awake[start : start + units].sum())
+            found.append((whole - float(self.expected(fewer, cost))) / max(there, 1.0))
         return found
 
     def entry_costs(self, cost: str) -> list[float]:

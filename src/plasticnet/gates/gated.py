@@ -113,7 +113,7 @@ class GatedModel(nn.Module):
             weights = list(self.weights)
             before = self.gating if "gating" in vars(self) else None
             self.gating = Gating(units, self.model, weights, self.lock)
-            self.cost = CostModel(units, self.model, self.uses, self.latency, weights)
+            self.cost = CostModel(units, self.model, self.uses, self.latency, weights, self.asleep())
             self._means = self._means_of_weights = None
             if before is not None and not self.gating.holds_what(before):
                 self.sizes.past, self.sizes = True, Sizes()
@@ -145,6 +145,13 @@ class GatedModel(nn.Module):
     def frozen(self) -> Mapping[str, str]:
         """Why something cannot be gated, by its name."""
         return MappingProxyType(self._frozen)
+
+    def asleep(self) -> list[int]:
+        """Return the units that sleep, as indices among all units."""
+        graces = [s.grace for s in self.sites.values()]
+        if not any(isinstance(s.units, BlockUnits) for s in self.sites.values()) or graces[0].is_meta:
+            return []  # Only blocks sleep, and what is within them.
+        return (torch.cat(graces) < 0).nonzero()[:, 0].tolist()
 
     def all_gates(self) -> list[Site | WeightSite]:
         """Return all sites, followed by all gated weights."""

@@ -38,14 +38,13 @@ def own_gates(net: GatedModel, opened: Mapping[str, Tensor] | None = None) -> It
 
     Args:
         net: The network.
-        opened: Which units are open at first, shape (units,), for each site; by default all are.
+        opened: Which units are open at first, shape (units,), for each site; by default all that do not sleep.
     """
     before = [(site, site.phi, site.grace) for site in net.sites.values()]
     try:
         for site, phi, grace in before:
             logits = torch.full_like(phi, INITIAL_LOGIT)
-            if opened is not None:
-                logits[~opened[site.name]] = -INITIAL_LOGIT
+            logits[site.asleep if opened is None else ~opened[site.name]] = -INITIAL_LOGIT
             site.phi = nn.Parameter(logits, requires_grad=False)
             site.grace = torch.zeros_like(grace)
         yield

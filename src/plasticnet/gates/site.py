@@ -18,6 +18,8 @@ from plasticnet.units import BlockUnits, InputUnits, Units
 INITIAL_LOGIT = 3.0 / 7
 # Gates that are opened later start with this k phi: sigmoid(3) = 0.95, as in a new network.
 OPEN_LOGIT = 3.0
+# The grace of what sleeps: it is closed, has no price, and stays so whatever its logit is, until growth wakes it.
+ASLEEP = -1
 
 
 def gate_key(name: str) -> str:
@@ -45,15 +47,15 @@ def probability(phi: Tensor, k: float) -> Tensor:
 
 
 def held_open(pi: Tensor, grace: Tensor) -> Tensor:
-    """Return the probabilities with 1 for every gate in its grace period.
+    """Return the probabilities with 1 for every gate in its grace period, and 0 for every gate that sleeps.
 
     Args:
         pi: The probabilities, shape (gates,).
-        grace: How many epochs are left of each grace period. Where it is shorter than ``pi``, the gates at the end have
-            no grace period.
+        grace: How many epochs are left of each grace period, or `ASLEEP`. Where it is shorter than ``pi``, the gates at
+            the end have no grace period.
     """
     grace = grace if len(grace) == len(pi) else nn.functional.pad(grace, (0, len(pi) - len(grace)))
-    return torch.where(grace > 0, 1.0, pi)
+    return torch.where(grace == 0, pi, (grace > 0).to(pi.dtype))
 
 
 class _Gates(nn.Module):
@@ -85,7 +87,8 @@ class Site(_Gates):
 
     Attributes:
         phi: The logits of the gates, shape (units,).
-        grace: For how many epochs each unit is still held open and unpriced, shape (units,).
+        grace: For how many epochs each unit is still held open and unpriced, shape (units,); `ASLEEP` for blocks that
+            sleep, and for the units within them.
         minimum: How many units pruning leaves.
         maximum: The number of units at which growth stops.
         strength: What the pressure on these gates is multiplied by.
@@ -140,13 +143,25 @@ class Site(_Gates):
 
     @property
     def room(self) -> float:
-        """How many units growth may add, given the maximum and the number of closed features."""
-        return max(0, min(self.maximum - len(self), self.features_left))
+        """How many units growth may add, given the maximum, and the number of closed features or sleeping blocks."""
+        return max(0, min(self.maximum - self.awake, self.spare))
 
     @property
-    def features_left(self) -> float:
-        """How many features of an input site have been cut; infinity for other sites."""
+    def spare(self) -> float:
+        """How many features of an input site have been cut, or how many blocks sleep; infinity for other sites."""
+        if isinstance(self.units, BlockUnits):
+            return len(self) - self.awake
         return self.units.full - len(self) if isinstance(self.units, InputUnits) else math.inf
+
+    @property
+    def asleep(self) -> Tensor:
+        """Which units sleep, a boolean mask of shape (units,): they are closed, without a price, until they are woken."""
+        return self.grace < 0
+
+    @property
+    def awake(self) -> int:
+        """How many units do not sleep."""
+        return len(self) if self.grace.is_meta else len(self) - int(self.asleep.sum())
 
     @property
     def best(self) -> Tensor:
@@ -154,14 +169,18 @@ class Site(_Gates):
         return self.phi.detach().argmax()
 
     def likely(self, n: int) -> np.ndarray:
-        """Return the indices of the ``n`` units that are most likely to be open, or of all if there are fewer."""
-        return self.phi.detach().argsort(descending=True, stable=True)[:n].cpu().numpy()
+        """Return the indices of the ``n`` units that are most likely to be open, or of all if there are fewer.
+
+        Units that sleep come last.
+        """
+        phi = self.phi.detach().masked_fill(self.asleep, -math.inf)
+        return phi.argsort(descending=True, stable=True)[:n].cpu().numpy()
 
     def __len__(self) -> int:
         return self.units.size
 
     def probability(self, k: float) -> Tensor:
-        """Return the probability of each gate at this k, shape (units,); it is 1 in a grace period."""
+        """Return the probability of each gate at this k, shape (units,); 1 in a grace period, 0 for what sleeps."""
         return held_open(probability(self.phi, k), self.grace)
 
     def mean_gate(self, k: float) -> Tensor:
@@ -211,7 +230,10 @@ def mean_gates(sites: Sequence[Site], k: float) -> tuple[Tensor, bool]:
         PlasticError: A logit is NaN. Infinite ones say what they mean: open or closed.
     """
     one = sites[0].phi.new_ones(1)
-    phi = torch.cat([*(s.phi.detach() for s in sites), one])
+    depth = any(isinstance(s.units, BlockUnits) for s in sites)
+    # What sleeps is closed whatever its logit is; only blocks sleep, and what is within them.
+    logits = [s.phi.detach().masked_fill(s.asleep, -1.0) if depth else s.phi.detach() for s in sites]
+    phi = torch.cat([*logits, one])
     lowest = phi.min()  # this is NaN where any of them is
     if math.isinf(k) and bool(lowest >= 0):  # the usual case in ordinary training
         return torch.ones_like(phi), True

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from plasticnet.errors import PlasticError
+from plasticnet.growing.depth import growing_sites, is_depth, only_depth
 from plasticnet.growing.moves import Moves, even_out, grow_together
 from plasticnet.growing.paper import PaperGrowth
 from plasticnet.growing.rule import LATE, GrowthRule, Turnover
@@ -21,6 +22,8 @@ from plasticnet.surgery.optimizers import Optimizers
 STEPS = 32
 # At least so many units of a site are judged, as far as there are so many.
 FEWEST = 4
+# Blocks have so many turns together for each turn of a unit.
+BLOCKS = 1 / 3
 # Growth stops after so many judgements in a row by which nothing grows, and when this share of the plastic epochs has
 # brought none.
 PATIENCE = 4
@@ -100,6 +103,7 @@ class Growth(GrowthRule):
     """
 
     needs_price = True
+    deeper = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +126,8 @@ class Growth(GrowthRule):
         """Keep every unit open and unpriced, and ask for what the newest ones are worth, unless growth has stopped."""
         if not self.stopped:
             for site in net.sites.values():
-                site.grace.clamp_(min=GRACE + 1)
+                held = site.grace.clamp(min=GRACE + 1)
+                site.grace.copy_(torch.where(site.asleep, site.grace, held))
             if self._missed is None or not self._missed.fits(net):
                 self._missed = Missed(torch.tensor(self._judged_units(net), dtype=torch.int64), sizes_of(net))
         self.attend(net)
@@ -135,14 +140,21 @@ class Growth(GrowthRule):
 
         They are the newest ones, and under a budget on costs all, whose worth is only compared between the sites.
         """
-        sizes, start = [], 0
+        units: list[range] = []
+        blocks: list[list[int]] = []
+        growing, start = growing_sites(net), 0
         for name, site in net.sites.items():
             newest = len(site) if self.priced.relative else self.newest.get(name, len(site))
-            count = min(max(newest, FEWEST), len(site))
-            if site.units.growable:
-                sizes.append((start, len(site) - count, len(site)))
+            if name in growing and is_depth(site):
+                there = (~site.asleep).nonzero()[:, 0].tolist()
+                blocks.append([start + i for i in there[max(0, len(there) - newest) :]])
+            elif name in growing:
+                count = min(max(newest, FEWEST), len(site))
+                units.append(range(start + len(site) - count, start + len(site)))
             start += len(site)
-        return in_turn(sizes)
+        # There are few blocks beside all these units, and each says whether a whole block pays.
+        times = max(1, round(BLOCKS * sum(map(len, units)) / max(1, sum(map(len, blocks)))))
+        return in_turn([*((some, 1) for some in units), *((some, times) for some in blocks)])
 
     def check(self, net: PlasticNet, penalties: int) -> None:
         """Raise `PlasticError` if the epoch that ends has measured nothing, or its gates have felt no pressure."""
@@ -173,7 +185,7 @@ class Growth(GrowthRule):
         """Stop growth because it is late, so that the pressure begins at once; say so if nothing was ever judged."""
         self.stop()
         for site in net.sites.values():
-            site.grace.zero_()
+            site.grace.clamp_(max=0)
         if not self.judged:
             steps = 0 if missed is None else missed.steps
             warnings.warn(
@@ -187,7 +199,8 @@ class Growth(GrowthRule):
         found, relative = self.verdicts(net), self.priced.relative
         pays = missed_at_all(found)
         # Where only the newest units were judged, older ones may have learned something.
-        learned = relative or pays or any(len(v.ranked) < len(net.sites[name]) for name, v in found.items())
+        some = any(len(v.ranked) < len(net.sites[name]) for name, v in found.items() if not v.depth)
+        learned = relative or pays or some
         if relative:
             moves = even_out(net, found, self.priced)
         elif pays:
@@ -199,7 +212,7 @@ class Growth(GrowthRule):
             self.failed, self.grown_at = 0, over
         else:
             self.failed += 1
-        full = not any(site.room for site in net.sites.values() if site.units.growable)
+        full = not any(site.room for site in growing_sites(net).values())
         # Widths that are even stay so, while units that do not pay may do so when they have learned more.
         patient = self.failed < PATIENCE or over - self.grown_at < WAIT
         self.stopped = full or not (moves if relative else patient)
@@ -210,23 +223,27 @@ class Growth(GrowthRule):
         changes = self._move(net, optimizer, moves)
         if not learned:
             self.newest = {}
-        self._missed = missed.anew() if missed.fits(net) else None
+        self._missed = missed.anew() if missed.fits(net) and not only_depth(net, moves.added) else None
         return changes
 
     def _move(self, net: PlasticNet, optimizer: Optimizers, moves: Moves) -> Turnover:
-        """Let units leave and add others, and note which are the newest now."""
-        sources = moves.sources(net)
+        """Let units leave, add others and open blocks, and note which are the newest now."""
+        sources, blocks = moves.sources(net), only_depth(net, moves.added)
         for name, site in net.sites.items():
             left, new = moves.leaving.get(name, ()), moves.added.get(name, 0)
-            before = min(self.newest.get(name, len(site)), len(site))
+            before = min(self.newest.get(name, site.awake), site.awake)
             self.newest[name] = new or before - sum(unit >= len(site) - before for unit in left)
         net.resize(sources, optimizer, init="random", grace=GRACE + 1)
+        if blocks:
+            asleep = [name for name, site in net.sites.items() if not site.awake]
+            net.grow(blocks, optimizer, grace=GRACE + 1)
+            self.newest.update({name: len(net.sites[name]) for name in asleep if net.sites[name].awake})
         return Turnover({n: len(left) for n, left in moves.leaving.items()}, moves.added)
 
     def _twice(self, net: PlasticNet, missed: Missed) -> Moves:
         """Return how a network that has learned nothing doubles, where that is cheap."""
         loss = net.ranks.mean(float(missed.loss) / missed.steps, net.like.device)
-        counts = {name: len(site) for name, site in net.sites.items()}
+        counts = {name: site.awake for name, site in net.sites.items()}
         prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
         whole = 2 * sum(prices[name] * n for name, n in counts.items())

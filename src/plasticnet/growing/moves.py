@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plasticnet.gates.site import Site
+from plasticnet.growing.depth import growing_sites, is_depth
 from plasticnet.growing.rule import Priced
 from plasticnet.growing.verdicts import ERRORS, Verdict, worth_over_price
 from plasticnet.net import PlasticNet
@@ -23,7 +24,7 @@ HALVINGS = 20
 
 @dataclass(frozen=True)
 class Moves:
-    """Units that come, and units that leave.
+    """Units that come, and units that leave. Blocks come, too: those that open. None of them leaves by growth.
 
     Attributes:
         added: How many units come, for each site that gets some.
@@ -36,16 +37,22 @@ class Moves:
     def __bool__(self) -> bool:
         return bool(self.added or self.leaving)
 
-    def allowed(self, net: PlasticNet) -> Moves:
-        """Return what of this the limits of the sites allow, with what sites lack that are below their minimum."""
+    def allowed(self, net: PlasticNet, deeper: bool = True) -> Moves:
+        """Return what of this the limits of the sites allow, with what sites lack that are below their minimum.
+
+        Args:
+            net: The network.
+            deeper: Whether blocks may open.
+        """
         added, leaving = dict[str, int](), dict[str, tuple[int, ...]]()
+        growing = growing_sites(net, deeper)
         for name, site in net.sites.items():
             left = self.leaving.get(name, ())
-            stay = len(site) - len(left)
+            stay = site.awake - len(left)
             low, high = bounds(site)
             # Features that leave cannot come back at the same time, as new units do in the place of others.
-            new = int(min(min(max(stay + self.added.get(name, 0), low), high) - stay, site.features_left))
-            new = max(new, 0) if site.units.growable else 0
+            new = int(min(min(max(stay + self.added.get(name, 0), low), high) - stay, site.spare))
+            new = max(new, 0) if name in growing else 0
             left = left[: len(left) - max(0, site.least - stay - new)]
             if left:
                 leaving[name] = left
@@ -54,8 +61,9 @@ class Moves:
         return Moves(added, leaving)
 
     def sources(self, net: PlasticNet) -> dict[str, list[int]]:
-        """Return the units that stay, and -1 for each new one, as `PlasticNet.resize` takes them."""
-        left = {name: set(self.leaving.get(name, ())) for name in {**self.added, **self.leaving}}
+        """Return the units that stay, and -1 for each new one, as `PlasticNet.resize` takes them; not for blocks."""
+        names = [name for name in {**self.added, **self.leaving} if not is_depth(net.sites[name])]
+        left = {name: set(self.leaving.get(name, ())) for name in names}
         return {
             name: [*(i for i in range(len(net.sites[name])) if i not in gone), *[-1] * self.added.get(name, 0)]
             for name, gone in left.items()
@@ -63,7 +71,9 @@ class Moves:
 
 
 def bounds(site: Site) -> tuple[float, float]:
-    """Return the smallest and the largest width that growth may give to a site."""
+    """Return the smallest and the largest width that growth may give to a site; for blocks, how many may be open."""
+    if is_depth(site):
+        return max(site.least, site.awake), max(site.least, site.awake + site.room)
     return site.least, max(site.least, len(site) + site.room) if site.units.growable else len(site)
 
 
@@ -71,6 +81,9 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
     """Return how sites grow at prices that are known: all by the same factor, but those that are far too wide already.
 
     Worthless units leave as soon as others come. In a site that does not grow, others take their place.
+
+    A block is a lump, so that a small factor never opens one beside few others. So where the newest blocks of a site
+    are worth more than others, beyond chance, the site follows them instead of the common factor.
 
     Args:
         net: The network.
@@ -80,8 +93,10 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
     factor = min(FASTEST, r ** (1 / POWER))
     # A site that is so far below the mean is already twice as wide as it should be beside the others.
     least = r / FASTEST**POWER if math.isfinite(r) else 0.0
+    own = {name: max(factor, min(FASTEST, _by_itself(v))) if v.depth else factor for name, v in found.items()}
+    widths = {name: net.sites[name].awake for name in found}
     counts = {
-        name: round(factor * len(net.sites[name])) - len(net.sites[name]) if v.worth > least * v.price else 0
+        name: round(own[name] * widths[name]) - widths[name] if v.worth > least * v.price else 0
         for name, v in found.items()
     }
     if not any(n > 0 for n in counts.values()):
@@ -109,8 +124,8 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
         counts = {}
         for name, f in own.items():
             site, (low, high) = net.sites[name], bounds(net.sites[name])
-            width = round(min(max(common * f, slowest), FASTEST) * len(site))
-            counts[name] = int(min(max(width, low), high)) - len(site)
+            width = round(min(max(common * f, slowest), FASTEST) * site.awake)
+            counts[name] = int(min(max(width, low), high)) - site.awake
         return counts
 
     counts = changes(FASTEST, slowest=1.0)
@@ -120,7 +135,7 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
             middle = (low + high) / 2
             low, high = (middle, high) if priced.has_room(net, changes(middle)) else (low, middle)
         counts = changes(low)
-    ratios = [1 + n / len(net.sites[name]) for name, n in counts.items()]
+    ratios = [1 + n / net.sites[name].awake for name, n in counts.items()]
     if priced.has_room(net, {}) and not any(f >= UNEVEN or f <= 1 / UNEVEN for f in ratios):
         return Moves()
     leaving = {
@@ -129,6 +144,12 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
     }
     added = {name: n + len(leaving[name]) for name, n in counts.items()}
     return Moves({name: n for name, n in added.items() if n > 0}, {name: us for name, us in leaving.items() if us})
+
+
+def _by_itself(v: Verdict) -> float:
+    """Return the factor by which a site would grow by what its own units are worth, as far as that is beyond chance."""
+    worth = max(0.0, v.worth - ERRORS * v.error)
+    return (worth / v.price) ** (1 / POWER) if v.price else FASTEST
 
 
 def _beyond_chance(v: Verdict, r: float) -> float:

@@ -1,4 +1,4 @@
-"""Makes an untrained network narrow, so that it can grow from there."""
+"""Makes an untrained network narrow, and shallow on request, so that it can grow from there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import torch
 
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
+from plasticnet.surgery.depth import begin_anew, check_sleep, put_to_sleep
 from plasticnet.units import InputUnits
 
 
-def narrow(net: PlasticNet, units: int) -> None:
+def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
     """Make an untrained network narrow, so that it can grow from there.
 
     Every site that can grow and has more than ``units`` units is cut to its first ``units`` ones; an input site keeps
     ``units`` features at random. Then all modules with a method ``reset_parameters`` initialise themselves for the new
     widths, which overwrites their weights; modules whose parameters do not train are left alone.
+
+    With ``blocks``, all but the first so many blocks of every site of blocks (see the ``blocks`` of `PlasticNet`) sleep:
+    they are closed, are not run and cost nothing. `Growth` opens them one after the other where that pays, each as the
+    identity. So the model has the largest depth.
 
     What refers to the network as it is, such as a share in a `Budget` or ``Pressure(relative_to=net)``, refers to the
     narrow network afterwards. Ask before: `Budget.absolute` fixes the shares.
@@ -24,10 +29,11 @@ def narrow(net: PlasticNet, units: int) -> None:
     Args:
         net: The network. Build its optimizers afterwards.
         units: The number of units that sites keep, 1 or more.
+        blocks: The number of blocks of each site that stay open, 1 or more; None leaves depth alone.
 
     Raises:
-        PlasticError: The number of units is not a whole number from 1 on, or the network is no `PlasticNet`. Nothing
-            was changed.
+        PlasticError: A number is not a whole number from 1 on; the network is no `PlasticNet`; or it has no blocks, or
+            one that would sleep cannot begin as the identity. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -43,17 +49,18 @@ def narrow(net: PlasticNet, units: int) -> None:
         )
     if type(units) is not int or units < 1:
         raise PlasticError(f"cannot start from {units!r} units a site; a whole number, at least 1, is needed")
+    if blocks is not None:
+        check_sleep(net, blocks)
     # Sites that cannot grow would stay narrow for good.
     wide = {n: s for n, s in net.sites.items() if len(s) > units and s.units.growable}
     channels = {n: list(range(units)) for n, s in wide.items() if not _selects(s)}
     net.resize(channels)
     features = {n: _spread(len(s), units) for n, s in net.sites.items() if len(s) > units and _selects(s)}
     net.resize(features)
-    for module in net.model.modules():
-        reset = getattr(module, "reset_parameters", None)
-        own = list(module.parameters(recurse=False))
-        if callable(reset) and (not own or any(p.requires_grad for p in own)):
-            reset()
+    begin_anew(net.model)
+    if blocks is not None:
+        with net.lock:
+            put_to_sleep(net, blocks)
 
 
 def _selects(site: Any) -> bool:

@@ -17,7 +17,8 @@ class PaperGrowth(GrowthRule):
     """The rule of the paper (Neural Plasticity Networks, arXiv 1908.08118, section 4.2).
 
     After each epoch whose validation loss is the best so far, every site gets one unit, with random weights and a
-    probability of 1/2. The unit is under pressure at once. This rule does not stop by itself.
+    probability of 1/2. The unit is under pressure at once. This rule does not stop by itself. It leaves depth alone:
+    blocks that sleep (see `narrow`) stay closed.
 
     Attributes:
         best: The lowest validation loss so far.
@@ -38,7 +39,7 @@ class PaperGrowth(GrowthRule):
         if self.stopped or val_loss >= self.best:
             return Turnover()
         self.best = val_loss
-        moves = Moves(dict.fromkeys(net.sites, 1)).allowed(net)
+        moves = Moves(dict.fromkeys(net.sites, 1)).allowed(net, deeper=False)
         self.stopped = not moves
         net.grow(moves.added, optimizer, init="paper")
         return Turnover(grown=moves.added)

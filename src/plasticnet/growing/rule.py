@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from plasticnet.errors import PlasticError
+from plasticnet.growing.depth import growing_sites
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 
@@ -49,12 +50,14 @@ class GrowthRule:
         endless: Whether the rule never stops by itself, so that a pressure does not wait for its end.
         needs_loss: Whether it judges by validation losses.
         needs_price: Whether it judges by the price of a pressure or a budget.
+        deeper: Whether it opens blocks that sleep.
         priced: What presses on the gates, once a schedule has taken the rule.
     """
 
     endless = False
     needs_loss = False
     needs_price = False
+    deeper = False
 
     def __init__(self) -> None:
         self.stopped = False
@@ -75,7 +78,7 @@ class GrowthRule:
             raise PlasticError(
                 "this growth belongs to another schedule, and goes on from what it knows of that; make a new one"
             )
-        if not any(site.units.growable for site in net.sites.values()):
+        if not growing_sites(net, self.deeper):
             raise PlasticError("no site of this network can grow: net.sites and net.frozen say why; leave growth= out")
         self._taken, self.priced = True, priced
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from plasticnet.growing.depth import is_depth
 from plasticnet.growing.rule import Priced
 from plasticnet.learning.missed import Missed
 from plasticnet.net import PlasticNet
@@ -25,10 +26,12 @@ class Verdict:
     Attributes:
         worth: By how much the loss rises when one of them is closed, on average.
         price: What one of them costs.
-        samples: Over how many samples or batches the worth was measured.
+        samples: Over how many samples or batches the worth was measured. Where the units have several turns, as blocks
+            have, this is the number for one turn, so that they count like others.
         error: The standard error of the worth.
         ranked: The places of these units in the site, those that are missed least first.
         worthless: The places of those that are worth next to nothing for their price, beyond what chance explains.
+        depth: Whether the units are whole blocks. These are not ranked, because they do not leave.
     """
 
     worth: float
@@ -37,6 +40,7 @@ class Verdict:
     error: float
     ranked: tuple[int, ...] = ()
     worthless: tuple[int, ...] = ()
+    depth: bool = False
 
 
 def verdicts(net: PlasticNet, missed: Missed, priced: Priced) -> dict[str, Verdict]:
@@ -59,7 +63,7 @@ def verdicts(net: PlasticNet, missed: Missed, priced: Priced) -> dict[str, Verdi
             worth = rises[own] / n
             most = worth + ERRORS * (squares[own] / net.ranks.count).sqrt() / n
             samples = float(n.sum())
-            found[name] = Verdict(
+            verdict = Verdict(
                 float(rises[own].sum()) / samples,
                 price,
                 samples,
@@ -67,6 +71,10 @@ def verdicts(net: PlasticNet, missed: Missed, priced: Priced) -> dict[str, Verdi
                 tuple(places[worth.argsort(stable=True)].tolist()),
                 tuple(places[most <= 0 if priced.relative else most < WORTHLESS * price].tolist()),
             )
+            if is_depth(site):
+                once = samples * len(set(places.tolist())) / len(places)
+                verdict = replace(verdict, samples=once, ranked=(), worthless=(), depth=True)
+            found[name] = verdict
     return found
 
 
@@ -78,7 +86,11 @@ def missed_at_all(found: Mapping[str, Verdict]) -> bool:
 
 
 def worth_over_price(found: Mapping[str, Verdict]) -> float:
-    """Return what all units that were judged are worth over what they cost; infinity where they cost nothing."""
+    """Return what all units that were judged are worth over what they cost; infinity where they cost nothing.
+
+    Blocks do not count beside units: what one is worth and costs is that of the units within it, once more.
+    """
+    found = {name: v for name, v in found.items() if not v.depth} or found
     worth = sum(v.worth * v.samples for v in found.values())
     price = sum(v.price * v.samples for v in found.values())
     return max(0.0, worth / price) if price else math.inf

@@ -163,6 +163,6 @@ def _of_slopes(estimator: Estimator, k: float, draw: Draw, slopes: Tensor, toget
 
 
 def _held(net: GatedModel) -> Tensor | None:
-    """Return which units are held open, a mask of shape (units,), or None where there are no units."""
+    """Return which units are held open or sleep, a mask of shape (units,), or None where there are no units."""
     graces = [s.grace for s in net.sites.values()]
-    return torch.cat(graces) > 0 if graces else None
+    return torch.cat(graces) != 0 if graces else None

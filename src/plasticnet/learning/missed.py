@@ -23,7 +23,7 @@ class Missed:
 
     Args:
         units: The indices of the units, counted over all sites, in the order in which they have their turn; shape
-            (units,).
+            (units,). A unit may have several turns.
         sizes: How many units each site of the network has.
 
     Attributes:
@@ -115,12 +115,14 @@ def sizes_of(net: GatedModel) -> tuple[int, ...]:
 _TENSORS = ("units", "rises", "counts", "squares", "loss")
 
 
-def in_turn(sizes: Sequence[tuple[int, int, int]]) -> list[int]:
+def in_turn(sites: Sequence[tuple[Sequence[int], int]]) -> list[int]:
     """Return units of several sites in an order in which each site has its turn early, whatever its width.
 
     Args:
-        sizes: For each site the index of its first unit among all units, and which of its units are meant: from the
-            first of these numbers on, and before the second.
+        sites: For each site the units that are meant, as indices among all units, and how often each of them has its
+            turn.
     """
-    found = [((i - a + 0.5) / (b - a), start + i) for start, a, b in sizes for i in range(a, b)]
+    found = [
+        ((i + 0.5) / (len(units) * times), unit) for units, times in sites for i, unit in enumerate([*units] * times)
+    ]
     return [unit for _, unit in sorted(found)]

@@ -110,6 +110,7 @@ def _open(net: Any) -> None:
     net.k = math.inf
     for site in net.sites.values():
         set_logits(site, slice(None), INITIAL_LOGIT)
+        site.grace.zero_()  # Blocks that sleep are measured, too.
 
 
 def _gates(sites: Mapping[str, Units], generator: np.random.Generator) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from plasticnet.surgery.survivors import alive
 from plasticnet.tools.inputs import Loss
 from plasticnet.tools.shapes import along
 from plasticnet.tools.snapshot import left_as_it_was
-from plasticnet.units import InputUnits
+from plasticnet.units import BlockUnits, InputUnits
 
 ASCENT = 4  # the number of steps by which the incoming weights of a candidate enlarge the gradient
 _SHARE = 0.5  # the length of the first step, as a share of the weights' own norm
@@ -60,13 +60,17 @@ def grow_by_gradient(
     """
     check_counts(net, counts)
     for name, n in counts.items():
-        if n > (left := net.sites[name].features_left):
+        if isinstance(net.sites[name].units, BlockUnits):
+            raise PlasticError(
+                f'site {name!r} holds whole blocks, which begin as the identity: init="gradmax" has nothing to choose'
+            )
+        if n > (left := net.sites[name].spare):
             raise PlasticError(f"site {name!r}: {n} features were to be re-opened, but only {left} are closed")
     before = {name: site.grace.clone() for name, site in net.sites.items()}
     new: dict[str, Tensor] = {}
     try:
         for site in net.sites.values():
-            site.grace.zero_()
+            site.grace.clamp_(max=0)  # What sleeps goes on sleeping.
         grow(net, {name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
         new = {name: site.grace == 1 for name, site in net.sites.items()}
         with aside(net):
@@ -107,7 +111,7 @@ def _settle(
 
 def _candidates(net: GatedModel, name: str, n: int) -> int:
     """Return how many candidates a site gets when ``n`` units are wanted."""
-    return int(min(2 * n, net.sites[name].features_left))
+    return int(min(2 * n, net.sites[name].spare))
 
 
 @contextmanager

@@ -95,8 +95,10 @@ def _load_unsaved(net: GatedModel, state: MutableMapping[str, Any], prefix: str,
 def settle(net: GatedModel) -> None:
     """Let the gates act on the tensors that a network holds after torch has loaded it, and let DDP know of them."""
     known, now = net.gating.known, [*net.model.parameters(), *net.model.buffers()]
-    if len(known) != len(now) or any(t is not u for t, u in zip(known, now, strict=True)):
+    others = len(known) != len(now) or any(t is not u for t, u in zip(known, now, strict=True))
+    if others or (net.cost.awake == 0).nonzero()[:, 0].tolist() != net.asleep():
         net.refresh()
+    if others:
         if {id(t) for t in now if isinstance(t, nn.Parameter)} - {id(t) for t in known}:
             net.ranks.replaced()
 

@@ -15,11 +15,12 @@ import torch
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import INITIAL_LOGIT, OPEN_LOGIT
+from plasticnet.surgery.depth import check_wake, wake
 from plasticnet.surgery.optimizers import Optimizers, listed
 from plasticnet.surgery.plan import Plan, Sources, lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan, rewrite
 from plasticnet.surgery.survivors import to_keep
-from plasticnet.units import InputUnits
+from plasticnet.units import BlockUnits, InputUnits
 
 
 def resize(
@@ -72,7 +73,7 @@ def adopt(net: GatedModel, planned: Plan) -> None:
 def grow(
     net: GatedModel, counts: Mapping[str, int], optimizer: Optimizers = None, init: str = "preserve", grace: int = 0
 ) -> None:
-    """Add units: ``{"conv1": 2}`` adds two to a site.
+    """Add units: ``{"conv1": 2}`` adds two to a site. In a site of blocks, the next ones that sleep wake.
 
     Args:
         net: The network.
@@ -82,11 +83,16 @@ def grow(
         grace: For how many epochs of the schedule new units are held open and unpriced.
 
     Raises:
-        PlasticError: A site is unknown, a number is negative or not whole, or `resize` raises it. Nothing was changed.
+        PlasticError: A site is unknown, a number is negative or not whole, fewer blocks sleep, or `resize` raises it.
+            Nothing was changed.
     """
     check_counts(net, counts)
-    sources = {n: [*range(len(net.sites[n])), *[-1] * count] for n, count in counts.items()}
+    deeper = {n: count for n, count in counts.items() if isinstance(net.sites[n].units, BlockUnits)}
+    check_wake(net, deeper)
+    sources = {n: [*range(len(net.sites[n])), *[-1] * count] for n, count in counts.items() if n not in deeper}
     resize(net, sources, optimizer, init, grace)
+    if any(deeper.values()):  # after the others, since a block gets the widths that it finds beside it
+        wake(net, deeper, listed(optimizer), lambda sources: resize(net, sources, optimizer, "random", grace), grace)
 
 
 def check_counts(net: GatedModel, counts: Mapping[str, int]) -> None:

@@ -31,6 +31,8 @@ def to_keep(net: GatedModel, below: float, multiple_of: int) -> dict[str, list[i
     check_multiple(multiple_of)
     values = {s.name: s.probability(net.k).detach().cpu().numpy() for s in net.sites.values()}
     check_finite(net)
+    for site in net.sites.values():  # What sleeps has no say, and stays as it is.
+        values[site.name][site.asleep.cpu().numpy()] = 1.0
     floor = float(np.nextafter(np.float32(below), np.float32(-1)))
     if net.weights and math.isinf(net.k):
         left = read_units(net, {s.name: s.mean_gate(net.k) > 0 for s in net.sites.values()})

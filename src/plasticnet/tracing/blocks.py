@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
@@ -63,12 +63,20 @@ def find_blocks(model: nn.Module, patterns: Sequence[str], calls: Sequence[Call]
     return [name for name in names if name not in frozen], frozen
 
 
-def block_sites(names: Sequence[str]) -> dict[str, BlockUnits]:
-    """Return a site for each module that holds blocks, such as ``layer1.depth`` for ``layer1.0`` and ``layer1.1``."""
+def block_sites(names: Sequence[str], ends: Mapping[str, tuple[str, ...] | None]) -> dict[str, BlockUnits]:
+    """Return a site for each module that holds blocks, such as ``layer1.depth`` for ``layer1.0`` and ``layer1.1``.
+
+    Args:
+        names: The names of the blocks.
+        ends: For each block what `branch_ends` returns of it.
+    """
     held: dict[str, list[str]] = {}
     for name in names:
         held.setdefault(f"{name.rpartition('.')[0]}.depth".lstrip("."), []).append(name)
-    return {n: BlockUnits(n, len(b), [], blocks=tuple(b), growable=False) for n, b in held.items()}
+    return {
+        n: BlockUnits(n, len(b), [], blocks=tuple(b), ends=tuple(ends[block] for block in b), growable=False)
+        for n, b in held.items()
+    }
 
 
 def _noted(model: nn.Module, names: Sequence[str], call: Call, fallible: bool) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.tools.torch_private import is_scripted, schema_name
 from plasticnet.tracing import contractions, rules, views  # noqa: F401  (importing registers the rules)
 from plasticnet.tracing.blocks import block_sites, find_blocks
+from plasticnet.tracing.identity import branch_ends
 from plasticnet.tracing.mode import RULES, Rule, Tracer
 from plasticnet.tracing.runs import Runs, observe
 from plasticnet.tracing.sites import build
@@ -116,6 +117,7 @@ def explore(
     with unfused(), left_as_it_was(model):
         with blaming_inputs(model, calls[0].args, calls[0].kwargs):
             skipped, reasons = find_blocks(model, blocks, calls)
+            ends = branch_ends(model, skipped, calls)
         tracer = partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped)
         runs = observe(model, tracer, calls)
     facts = runs.facts
@@ -131,7 +133,7 @@ def explore(
     traced = build(facts, [name for name in tensors if name not in facts.seen], runs.refused)
     traced.positional, traced.steered, traced.stateful = facts.ledger.positional, facts.steered, facts.stateful
     traced.random = facts.random
-    traced.sites.update(block_sites([name for name in skipped if name not in reasons]))
+    traced.sites.update(block_sites([name for name in skipped if name not in reasons], ends))
     traced.frozen.update((f"{name} (as a block)", reason) for name, reason in reasons.items())
     traced.frozen.update(_idle(model, facts.seen))
     return traced, runs

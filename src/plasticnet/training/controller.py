@@ -108,16 +108,17 @@ class Controller(Force):
         loss.
         """
         if self.loss is not None:
-            return dict.fromkeys(net.sites, self.loss / max(1, sum(map(len, net.sites.values()))))
+            return dict.fromkeys(net.sites, self.loss / max(1, sum(s.awake for s in net.sites.values())))
         return unit_prices(net, {cost: 1 / target for cost, target in self.targets.items()})
 
     def has_room(self, net: PlasticNet, counts: Mapping[str, int]) -> bool:
         """Return whether the network may get so many units more: a little above the targets, to choose from."""
         scales = [
-            torch.full((len(site),), 1 + counts.get(name, 0) / len(site), dtype=torch.float64, device=net.like.device)
-            for name, site in net.sites.items()
+            torch.full((len(s),), 1 + counts.get(name, 0) / max(1, s.awake), dtype=torch.float64, device=s.phi.device)
+            for name, s in net.sites.items()
         ]
-        pi = torch.cat(scales)  # A cost is a sum of products of widths, so that it follows them beyond 1, too.
+        # A cost is a sum of products of widths, so that it follows them beyond 1, too.
+        pi = torch.cat(scales) * net.cost.awake
         return all(float(net.cost.expected(pi, c)) <= OUTGROWN * target for c, target in self.targets.items())
 
     def penalty(self, net: PlasticNet, growth: GrowthRule | None, epoch: int, end: int) -> Tensor:
@@ -134,7 +135,7 @@ class Controller(Force):
         """
         sites = net.sites.values()
         growing = growth is not None and not growth.stopped
-        if growing or (math.isnan(self.begun) and any(bool(s.grace.any()) for s in sites)):
+        if growing or (math.isnan(self.begun) and any(bool((s.grace > 0).any()) for s in sites)):
             return net.like.new_zeros(())
         phi = net.phi()
         self.like = net.like  # the network may have been brought to another device or precision

@@ -47,7 +47,7 @@ def cut_epoch(
         How many units were cut, for each site that lost some.
     """
     for site in net.sites.values():
-        site.grace.sub_(1).clamp_(min=0)
+        site.grace.sub_((site.grace > 0).to(site.grace.dtype))
     recover(net, optimizers)
     if not kept_to_loss(net, optimizers, force):
         return {}
@@ -61,7 +61,7 @@ def recover(net: PlasticNet, optimizers: Sequence[Optimizer]) -> None:
     the size of the gradients, because without it the next step could have any length.
     """
     for site in net.sites.values():
-        if int(site.open.sum()) < min(site.minimum, len(site)):
+        if int(site.open.sum()) < min(site.minimum, site.awake):
             units = torch.from_numpy(site.likely(site.minimum)).to(site.phi.device)
             set_logits(site, units, OPEN_LOGIT / net.k)
             forget(optimizers, site.phi, units)
@@ -140,8 +140,8 @@ def pays(net: PlasticNet, keep: Mapping[str, list[int]]) -> bool:
     sites = net.sites.items()
     kept = [np.isin(np.arange(len(site)), keep.get(name, range(len(site)))) for name, site in sites]
     then = torch.from_numpy(np.concatenate(kept)).to(next(iter(net.parameters())).device, torch.float32)
-    cost, now = net.cost.expected, torch.ones_like(then)
-    return any(float(cost(then, c)) <= (1 - PAYS) * float(cost(now, c)) for c in ("macs", "parameters"))
+    cost, now = net.cost.expected, net.cost.awake.to(then)
+    return any(float(cost(then * now, c)) <= (1 - PAYS) * float(cost(now, c)) for c in ("macs", "parameters"))
 
 
 def harden(
@@ -168,7 +168,7 @@ def harden(
     """
     sizes = {name: len(site) for name, site in net.sites.items()}
     for site in net.sites.values():
-        site.grace.zero_()
+        site.grace.clamp_(max=0)
     if force.targets:
         were = {name: site.open for name, site in net.sites.items()}
         _open_the_wanted(net, optimizers, force)
@@ -176,7 +176,7 @@ def harden(
             _mend(net, were, batches)
     net.prune(0.5, optimizers, multiple_of)
     for site in net.sites.values():  # A site has a minimum so that these units are used, not only kept.
-        if int(site.open.sum()) < site.minimum:
+        if int(site.open.sum()) < min(site.minimum, site.awake):
             set_logits(site, torch.from_numpy(site.likely(site.minimum)).to(site.phi.device), INITIAL_LOGIT)
     return _changes(net, sizes)
 

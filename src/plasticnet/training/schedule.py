@@ -121,7 +121,9 @@ class Schedule:
             growth.take(net, self.force)
         net.multiple_of = multiple_of
         # The gates of a network that has been trained or loaded stay, or will be loaded from a checkpoint.
-        fresh = bool((net.phi() == INITIAL_LOGIT).all())
+        fresh = all(bool((g.phi == INITIAL_LOGIT).all()) for g in net.weights.values()) and all(
+            bool(((s.phi == INITIAL_LOGIT) | s.asleep).all()) for s in net.sites.values()
+        )
         before, net.k = net.k, self.timeline.k
         if fresh and 0 < net.k < math.inf and before != net.k:
             self._open()
