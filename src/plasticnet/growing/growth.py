@@ -241,9 +241,14 @@ class Growth(GrowthRule):
         return Turnover({n: len(left) for n, left in moves.leaving.items()}, moves.added)
 
     def _twice(self, net: PlasticNet, missed: Missed) -> Moves:
-        """Return how a network that has learned nothing doubles, where that is cheap."""
+        """Return how a network that has learned nothing doubles its widths, where that is cheap.
+
+        Depth stays as long as a width has room, because a block costs many units, and dead ones beside it stay dead.
+        """
         loss = net.ranks.mean(float(missed.loss) / missed.steps, net.like.device)
-        counts = {name: site.awake for name, site in net.sites.items()}
+        growing = growing_sites(net)
+        wider = any(site.room for site in growing.values() if not is_depth(site))
+        counts = {name: site.awake for name, site in net.sites.items() if not (wider and is_depth(site))}
         prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
         whole = 2 * sum(prices[name] * n for name, n in counts.items())

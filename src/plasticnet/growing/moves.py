@@ -83,7 +83,7 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
     Worthless units leave as soon as others come. In a site that does not grow, others take their place.
 
     A block is a lump, so that a small factor never opens one beside few others. So where the newest blocks of a site
-    are worth more than others, beyond chance, the site follows them instead of the common factor.
+    are missed beyond chance, and are worth more for their price than units are, the site follows its own blocks.
 
     Args:
         net: The network.
@@ -147,9 +147,10 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
 
 
 def _by_itself(v: Verdict) -> float:
-    """Return the factor by which a site would grow by what its own units are worth, as far as that is beyond chance."""
-    worth = max(0.0, v.worth - ERRORS * v.error)
-    return (worth / v.price) ** (1 / POWER) if v.price else FASTEST
+    """Return the factor by which a site would grow by what its own units are worth; 0 if that may be chance."""
+    if v.worth <= ERRORS * v.error:
+        return 0.0
+    return (v.worth / v.price) ** (1 / POWER) if v.price else FASTEST
 
 
 def _beyond_chance(v: Verdict, r: float) -> float:
