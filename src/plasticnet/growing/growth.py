@@ -248,7 +248,8 @@ class Growth(GrowthRule):
         loss = net.ranks.mean(float(missed.loss) / missed.steps, net.like.device)
         growing = growing_sites(net)
         wider = any(site.room for site in growing.values() if not is_depth(site))
-        counts = {name: site.awake for name, site in net.sites.items() if not (wider and is_depth(site))}
+        stay = {name for name, site in growing.items() if wider and is_depth(site)}
+        counts = {name: site.awake for name, site in net.sites.items() if name not in stay}
         prices = self.priced.unit_prices(net)
         # The cost of weights between two sites quadruples.
         whole = 2 * sum(prices[name] * n for name, n in counts.items())

@@ -67,15 +67,16 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
 
 
 def _all_open(net: GatedModel, rows: int) -> Tensor:
-    """Return gates that are all 1, shape (rows, units + 1)."""
-    units = sum(len(s) for s in net.sites.values())
-    return torch.ones(rows, units + 1, device=net.like.device)
+    """Return gates that are all 1, but for what sleeps, shape (rows, units + 1)."""
+    z = torch.ones(rows, len(net.cost.awake) + 1, device=net.like.device)
+    z[:, :-1] = net.cost.awake
+    return z
 
 
 def _half_random(net: GatedModel, rows: int) -> Tensor:
     """Return gates that are random in the first half of the rows and open in the other, shape (rows, units + 1)."""
     z, before = _all_open(net, rows), RandomState(net.model)
     half, units = rows // 2, z.shape[1] - 1
-    z[:half, :-1] = torch.where(shared(net), 1.0, torch.rand(half, units, device=z.device).round())
+    z[:half, :-1] = torch.where(shared(net), z[:half, :-1], torch.rand(half, units, device=z.device).round())
     before.restore()  # so that the network's own dropout is the same in both probes
     return z
