@@ -214,7 +214,7 @@ class PlasticNet(GatedModel):
             pattern: A name pattern of sites.
             minimum: How many units pruning leaves. By default it is 1, and 0 for blocks. With 0 all units of a site may
                 close, as in a residual branch; one unit then stays, and is read with weights of zero.
-            maximum: The number of units at which a schedule stops to grow a site.
+            maximum: The number of units at which a schedule stops to grow a site; of blocks, those that do not sleep.
             strength: What the pressure on the gates is multiplied by.
 
         Raises:

@@ -70,11 +70,16 @@ class Growth(GrowthRule):
     together, has not learned anything yet: it is too small, or its units are dead. It doubles, up to four times in a
     row, as long as its whole price is then at most a tenth of its loss.
 
+    Depth: blocks that sleep (see `narrow`) open one after the other, each as the identity. The newest blocks of a site
+    are judged as units are, by a price that is the mean of the blocks beside them. The site grows by the factor of the
+    units, or by what its own newest blocks are worth, if these are missed beyond chance and call for more. Blocks do not
+    leave by growth.
+
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.
 
     Attributes:
-        newest: How many units came last, for each site.
+        newest: How many units came last, or blocks opened last, for each site.
         failed: How many judgements in a row were against growth.
         grown_at: The share of the plastic epochs that was over when the network last grew.
         judged: Whether units were ever judged.
