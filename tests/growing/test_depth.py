@@ -28,7 +28,7 @@ from plasticnet.growing.verdicts import Verdict
 from tests.growing.test_moves import Prices
 from tests.kit.blocks import After, InOrder, Reader, Stages
 from tests.kit.networks import assert_same, mlp
-from tests.kit.training import quadrants, train_epoch
+from tests.kit.training import train_epoch
 
 DEPTH = "layers.depth"
 
@@ -47,16 +47,16 @@ class Run:
         model: nn.Module | None = None,
         data: tuple[Tensor, Tensor] | None = None,
         *,
-        stages: Any = (Stage(8, 7.0), Stage(1)),
+        stages: Any = (Stage(16, 7.0), Stage(1)),
         growth: Any = None,
-        seed: int = 0,
+        seed: int = 3,
         start: int = 3,
         blocks: str = "layers.?",
         **options: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.x, self.y = quadrants() if data is None else data
-        self.y = self.y % 3
+        self.x, self.y = ring() if data is None else data
+        torch.manual_seed(seed)
         self.net = PlasticNet(InOrder() if model is None else model, (self.x[:2],), blocks=[blocks])
         narrow(self.net, start, blocks=1)
         self.optimizer = Adam(self.net.param_groups(1e-2, 0.1))
@@ -157,9 +157,9 @@ def test_limits_bind_depth() -> None:
 
 def test_within_a_budget_blocks_open_and_never_leave() -> None:
     net = deep(2)
-    found = {"0": judged(1.0), "1.depth": judged(0.0, depth=True)}
+    found = {"0": judged(1.0), "1.depth": judged(1.0, depth=True)}
     assert even_out(net, found, Prices(relative=True)).added["1.depth"] == 2
-    moves = even_out(net, found, Prices(most=30, relative=True))
+    moves = even_out(net, {**found, "1.depth": judged(0.0, depth=True)}, Prices(most=10, relative=True))
     assert "1.depth" not in moves.leaving
     assert moves.added.get("1.depth", 0) == 0
 
@@ -200,12 +200,9 @@ def test_what_sleeps_when_growth_has_ended_sleeps_on() -> None:
     small = run.net.eval().compact()
     with torch.no_grad():
         torch.testing.assert_close(small(run.x), run.net(run.x), rtol=0, atol=1e-5)
-    # Another round may open it.
-    run.net.limit(DEPTH)
+    run.net.limit(DEPTH, minimum=3)
     run.schedule.wake([Stage(8, 7.0), Stage(1)])
-    while not run.growth.stopped:
-        run.epoch()
-    assert run.awake() == 3
+    assert run.epoch()[DEPTH] == 1  # in another round
 
 
 def test_a_block_opens_below_the_minimum_whatever_it_is_worth() -> None:
@@ -247,7 +244,7 @@ def test_the_rule_of_the_paper_leaves_depth_alone() -> None:
 
 def test_a_network_that_can_only_become_deeper_grows() -> None:
     torch.manual_seed(0)
-    x, y = quadrants()
+    x, y = ring()
     exclude = ["stem", "layers.?.up"]
     for growth in (Growth(), Growth.paper()):
         net = PlasticNet(InOrder(), (x[:2],), blocks=["layers.?"], exclude=exclude)
@@ -257,7 +254,7 @@ def test_a_network_that_can_only_become_deeper_grows() -> None:
         if growth.deeper:
             schedule = Schedule(net, optimizer, [Stage(8, 7.0)], **options)
             for _ in range(3):
-                train_epoch(net, optimizer, schedule, x, y % 3)
+                train_epoch(net, optimizer, schedule, x, y)
                 schedule.step()
             assert net.sites[DEPTH].awake > 1
         else:
@@ -268,8 +265,7 @@ def test_a_network_that_can_only_become_deeper_grows() -> None:
 # -- state ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["MLP", "ResNet"])
-@pytest.mark.parametrize("stop", [1, 3, 7])
+@pytest.mark.parametrize(("kind", "stop"), [("MLP", 1), ("MLP", 4), ("ResNet", 2)])
 def test_resume_equals_the_uninterrupted(kind: str, stop: int, tmp_path: Path) -> None:
     def new() -> Run:
         if kind == "MLP":
@@ -288,11 +284,11 @@ def test_resume_equals_the_uninterrupted(kind: str, stop: int, tmp_path: Path) -
     run = new()
     go(run, stop)
     save_checkpoint(run.state(), tmp_path / "run")
-    go(run, 8)
+    go(run, 6)
     assert next(s for n, s in run.net.sites.items() if n.endswith("depth")).awake > 1
     again = new()
     again.load(load_checkpoint(tmp_path / "run"))
-    go(again, 8)
+    go(again, 6)
     assert_same(again.state(), run.state())
 
 

@@ -134,7 +134,9 @@ class Growth(GrowthRule):
                 held = site.grace.clamp(min=GRACE + 1)
                 site.grace.copy_(torch.where(site.asleep, site.grace, held))
             if self._missed is None or not self._missed.fits(net):
-                self._missed = Missed(torch.tensor(self._judged_units(net), dtype=torch.int64), sizes_of(net))
+                units = self._judged_units(net)
+                self._missed = Missed(torch.tensor(units, dtype=torch.int64), sizes_of(net))
+                self.stopped = not units  # All blocks have opened, and nothing else can grow.
         self.attend(net)
 
     def attend(self, net: PlasticNet) -> None:
