@@ -31,6 +31,7 @@ from tests.kit.networks import assert_same, mlp
 from tests.kit.training import train_epoch
 
 DEPTH = "layers.depth"
+STAGES = (Stage(16, 7.0), Stage(1))
 
 
 def ring(n: int = 256) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ class Run:
         model: nn.Module | None = None,
         data: tuple[Tensor, Tensor] | None = None,
         *,
-        stages: Any = (Stage(16, 7.0), Stage(1)),
+        stages: Any = STAGES,
         growth: Any = None,
         seed: int = 3,
         start: int = 3,
@@ -171,6 +172,7 @@ def test_the_newest_blocks_are_judged_and_what_sleeps_is_left_alone() -> None:
     run = Run()
     sites = run.net.sites
     assert [s.grace.tolist() for s in sites.values()] == [[3] * 3, [3] * 3, [-1] * 3, [-1] * 3, [3, -1, -1]]
+    grown: dict[str, int] = {}
     while run.awake() == 1:
         grown = run.epoch()
     assert grown[DEPTH] == 1

@@ -155,7 +155,7 @@ class Site(_Gates):
 
     @property
     def asleep(self) -> Tensor:
-        """Which units sleep, a boolean mask of shape (units,): they are closed, without a price, until they are woken."""
+        """Which units sleep, a boolean mask of shape (units,): they are closed and have no price."""
         return self.grace < 0
 
     @property

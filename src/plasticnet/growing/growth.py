@@ -72,8 +72,8 @@ class Growth(GrowthRule):
 
     Depth: blocks that sleep (see `narrow`) open one after the other, each as the identity. The newest blocks of a site
     are judged as units are, by a price that is the mean of the blocks beside them. The site grows by the factor of the
-    units, or by what its own newest blocks are worth, if these are missed beyond chance and call for more. Blocks do not
-    leave by growth.
+    units, or by what its own newest blocks are worth, if these are missed beyond chance and call for more. Blocks do
+    not leave by growth.
 
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.

@@ -19,9 +19,9 @@ def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
     ``units`` features at random. Then all modules with a method ``reset_parameters`` initialise themselves for the new
     widths, which overwrites their weights; modules whose parameters do not train are left alone.
 
-    With ``blocks``, all but the first so many blocks of every site of blocks (see the ``blocks`` of `PlasticNet`) sleep:
-    they are closed, are not run and cost nothing. `Growth` opens them one after the other where that pays, each as the
-    identity. So the model has the largest depth.
+    With ``blocks``, all but the first so many blocks of every site of blocks (see the ``blocks`` of `PlasticNet`)
+    sleep: they are closed, are not run and cost nothing. `Growth` opens them one after the other where that pays, each
+    as the identity. So the model has the largest depth.
 
     What refers to the network as it is, such as a share in a `Budget` or ``Pressure(relative_to=net)``, refers to the
     narrow network afterwards. Ask before: `Budget.absolute` fixes the shares.

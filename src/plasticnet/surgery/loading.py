@@ -98,9 +98,8 @@ def settle(net: GatedModel) -> None:
     others = len(known) != len(now) or any(t is not u for t, u in zip(known, now, strict=True))
     if others or (net.cost.awake == 0).nonzero()[:, 0].tolist() != net.asleep():
         net.refresh()
-    if others:
-        if {id(t) for t in now if isinstance(t, nn.Parameter)} - {id(t) for t in known}:
-            net.ranks.replaced()
+    if others and {id(t) for t in now if isinstance(t, nn.Parameter)} - {id(t) for t in known}:
+        net.ranks.replaced()
 
 
 def _compare_keys(net: GatedModel, state: Mapping[str, Any]) -> None:
