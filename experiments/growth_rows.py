@@ -16,7 +16,7 @@ import plasticnet
 Row = dict[str, Any]
 SOURCE = Path(plasticnet.__file__).parent
 FILES = (
-    *(f"growing/{name}.py" for name in ("growth", "verdicts", "moves", "rule", "narrow")),
+    *(f"growing/{name}.py" for name in ("growth", "verdicts", "moves", "depth", "rule", "narrow")),
     *(f"learning/{name}.py" for name in ("missed", "closing")),
 )
 
