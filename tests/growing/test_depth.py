@@ -126,12 +126,14 @@ def judged(worth: float, error: float = 0.0, depth: bool = False) -> Verdict:
 @pytest.mark.parametrize(
     ("awake", "units", "block", "opened"),
     [
-        (1, 16.0, 2.0, 1),  # by the common factor, which is 2
-        (3, 16.0, 2.0, 3),
+        (1, 16.0, 16.0, 1),
+        (1, 16.0, 2.0, 0),  # not by the factor of the units, which is 2
+        (3, 16.0, 16.0, 3),
+        (3, 16.0, 2.0, 1),
         (1, 4.0, 4.0, 0),  # 1.41 times one block is one block
         (2, 4.0, 4.0, 1),
         (2, 2.0, 2.0, 0),
-        (1, 2.0, 6.0, 1),  # a block that is worth much by itself
+        (1, 2.0, 6.0, 1),
         (2, 2.0, 3.0, 1),
         (2, 0.5, 3.0, 1),  # also where no unit pays
         (5, 100.0, 5.0, 0),  # it waits: its worth is less than a sixteenth of that of units
@@ -188,7 +190,7 @@ def test_the_newest_blocks_are_judged_and_what_sleeps_is_left_alone() -> None:
     assert not any(starts["layers.2.up"] <= u < starts[DEPTH] for u in units)
     assert set(range(starts["layers.1.up"], starts["layers.2.up"])) <= set(units)
     turns = units.count(starts[DEPTH] + 1)
-    assert turns == pytest.approx((len(units) - turns) / 3, abs=1)  # a quarter of all turns
+    assert turns == len(units) / 2
     assert run.schedule.penalty().item() == 0
 
 

@@ -23,7 +23,7 @@ STEPS = 32
 # At least so many units of a site are judged, as far as there are so many.
 FEWEST = 4
 # Blocks have so many turns together for each turn of a unit.
-BLOCKS = 1 / 3
+BLOCKS = 1.0
 # Growth stops after so many judgements in a row by which nothing grows, and when this share of the plastic epochs has
 # brought none.
 PATIENCE = 4
@@ -71,9 +71,9 @@ class Growth(GrowthRule):
     row, as long as its whole price is then at most a tenth of its loss.
 
     Depth: blocks that sleep (see `narrow`) open one after the other, each as the identity. The newest blocks of a site
-    are judged as units are, by a price that is the mean of the blocks beside them. The site grows by the factor of the
-    units, or by what its own newest blocks are worth, if these are missed beyond chance and call for more. Blocks do
-    not leave by growth.
+    are judged as units are, by a price that is the mean of the blocks beside them. Each site of blocks grows by what its
+    own newest blocks are worth, once the newest blocks of all sites together are missed beyond chance. Blocks do not
+    leave by growth.
 
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.

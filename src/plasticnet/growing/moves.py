@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from plasticnet.gates.site import Site
 from plasticnet.growing.depth import growing_sites, is_depth
 from plasticnet.growing.rule import Priced
-from plasticnet.growing.verdicts import ERRORS, Verdict, worth_over_price
+from plasticnet.growing.verdicts import ERRORS, Verdict, missed_at_all, worth_over_price
 from plasticnet.net import PlasticNet
 
 # The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
@@ -82,8 +82,9 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
 
     Worthless units leave as soon as others come. In a site that does not grow, others take their place.
 
-    A block is a lump, so that a small factor never opens one beside few others. So where the newest blocks of a site
-    are missed beyond chance, and are worth more for their price than units are, the site follows its own blocks.
+    A site of blocks grows in the same way, but by what its own newest blocks are worth, once the blocks of all sites
+    together are missed beyond chance. While a network is small, units are worth far more than they cost, and their
+    common factor would open all blocks before any has shown what it is worth.
 
     Args:
         net: The network.
@@ -93,7 +94,8 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
     factor = min(FASTEST, r ** (1 / POWER))
     # A site that is so far below the mean is already twice as wide as it should be beside the others.
     least = r / FASTEST**POWER if math.isfinite(r) else 0.0
-    own = {name: max(factor, min(FASTEST, _by_itself(v))) if v.depth else factor for name, v in found.items()}
+    deeper = missed_at_all({name: v for name, v in found.items() if v.depth})
+    own = {name: (_by_itself(v) if deeper else 0.0) if v.depth else factor for name, v in found.items()}
     widths = {name: net.sites[name].awake for name in found}
     counts = {
         name: round(own[name] * widths[name]) - widths[name] if v.worth > least * v.price else 0
@@ -147,10 +149,8 @@ def even_out(net: PlasticNet, found: Mapping[str, Verdict], priced: Priced) -> M
 
 
 def _by_itself(v: Verdict) -> float:
-    """Return the factor by which a site would grow by what its own units are worth; 0 if that may be chance."""
-    if v.worth <= ERRORS * v.error:
-        return 0.0
-    return (v.worth / v.price) ** (1 / POWER) if v.price else FASTEST
+    """Return the factor by which a site grows by what its own units are worth."""
+    return min(FASTEST, (max(0.0, v.worth) / v.price) ** (1 / POWER)) if v.price else FASTEST
 
 
 def _beyond_chance(v: Verdict, r: float) -> float:
