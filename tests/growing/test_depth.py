@@ -24,7 +24,7 @@ from plasticnet import (
     save_checkpoint,
 )
 from plasticnet.growing.moves import Moves, even_out, grow_together
-from plasticnet.growing.verdicts import Verdict
+from plasticnet.growing.verdicts import Verdict, beyond_chance
 from tests.growing.test_moves import Prices
 from tests.kit.blocks import After, InOrder, Reader, Stages
 from tests.kit.networks import assert_same, mlp
@@ -87,16 +87,15 @@ class Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_blocks_open_where_depth_pays_and_not_where_it_does_not(seed: int) -> None:
+def test_blocks_open_where_depth_pays_and_not_where_it_does_not() -> None:
     """The second block is opened to see what it is worth; where a linear network is enough, no third one follows."""
     depths = {}
     for task in ("linear", "ring"):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         x, y = ring(384)
         y = (x[:, 0] + x[:, 1] > 0).long() if task == "linear" else y
         stages = [Stage(2), Stage(16, 7.0), Stage(1)]
-        run = Run(data=(x, y), stages=stages, seed=seed, pressure=Pressure(3e-4))
+        run = Run(data=(x, y), stages=stages, seed=0, pressure=Pressure(3e-4))
         while not run.growth.stopped:
             run.epoch()
         depths[task] = run.awake()
@@ -144,8 +143,16 @@ def test_how_many_blocks_open(awake: int, units: float, block: float, opened: in
     net = deep(awake)
     moves = grow_together(net, {"0": judged(units), "1.depth": judged(block, depth=True)}).allowed(net)
     assert moves.added.get("1.depth", 0) == opened
-    by_chance = grow_together(net, {"0": judged(0.5), "1.depth": judged(block, error=block, depth=True)})
-    assert "1.depth" not in by_chance.added
+
+
+def test_units_and_blocks_are_beyond_chance_each_by_themselves() -> None:
+    """The noise of units does not hide what blocks are worth, and the blocks of all sites are judged together."""
+    sure, noisy = judged(3.0, error=1.0, depth=True), judged(1.0, error=2.0)
+    assert beyond_chance({"a": noisy, "b": sure}) == {"b": sure}
+    assert beyond_chance({"a": judged(9.0), "b": judged(1.0, error=2.0, depth=True)}) == {"a": judged(9.0)}
+    several = {str(i): judged(1.5, error=1.0, depth=True) for i in range(2)}
+    assert beyond_chance(several) == several
+    assert beyond_chance({"0": several["0"]}) == {}
 
 
 def test_limits_bind_depth() -> None:

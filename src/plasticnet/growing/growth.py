@@ -13,7 +13,7 @@ from plasticnet.growing.depth import growing_sites, is_depth, only_depth
 from plasticnet.growing.moves import Moves, even_out, grow_together
 from plasticnet.growing.paper import PaperGrowth
 from plasticnet.growing.rule import LATE, GrowthRule, Turnover
-from plasticnet.growing.verdicts import Verdict, missed_at_all, verdicts
+from plasticnet.growing.verdicts import Verdict, beyond_chance, verdicts
 from plasticnet.learning.missed import Missed, in_turn, sizes_of
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
@@ -71,9 +71,9 @@ class Growth(GrowthRule):
     row, as long as its whole price is then at most a tenth of its loss.
 
     Depth: blocks that sleep (see `narrow`) open one after the other, each as the identity. The newest blocks of a site
-    are judged as units are, by a price that is the mean of the blocks beside them. Each site of blocks grows by what its
-    own newest blocks are worth, once the newest blocks of all sites together are missed beyond chance. Blocks do not
-    leave by growth.
+    are judged as units are, by a price that is the mean of the blocks beside them. Each site of blocks grows by what
+    its own newest blocks are worth, once the newest blocks of all sites together are missed beyond chance. Blocks do
+    not leave by growth.
 
     New units begin with random weights. The losses that the closure of `expected_loss` returns must not be divided, as
     for the accumulation of gradients, because the price is not either: divide the sum of both.
@@ -204,14 +204,14 @@ class Growth(GrowthRule):
     def _judge(self, net: PlasticNet, optimizer: Optimizers, missed: Missed, over: float) -> Turnover:
         """Judge units, and let the network grow if they pay; return what was changed."""
         found, relative = self.verdicts(net), self.priced.relative
-        pays = missed_at_all(found)
+        pays = beyond_chance(found)
         # Where only the newest units were judged, older ones may have learned something.
         some = any(len(v.ranked) < len(net.sites[name]) for name, v in found.items() if not v.depth)
-        learned = relative or pays or some
+        learned = relative or bool(pays) or some
         if relative:
             moves = even_out(net, found, self.priced)
         elif pays:
-            moves = grow_together(net, found)
+            moves = grow_together(net, pays)
         else:
             moves = Moves() if learned else self._twice(net, missed)
         moves = moves.allowed(net)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from plasticnet.gates.site import Site
 from plasticnet.growing.depth import growing_sites, is_depth
 from plasticnet.growing.rule import Priced
-from plasticnet.growing.verdicts import ERRORS, Verdict, missed_at_all, worth_over_price
+from plasticnet.growing.verdicts import ERRORS, Verdict, worth_over_price
 from plasticnet.net import PlasticNet
 
 # The worth of units falls with about this power of the width; docs/design/growth.md says why that need not be exact.
@@ -82,20 +82,18 @@ def grow_together(net: PlasticNet, found: Mapping[str, Verdict]) -> Moves:
 
     Worthless units leave as soon as others come. In a site that does not grow, others take their place.
 
-    A site of blocks grows in the same way, but by what its own newest blocks are worth, once the blocks of all sites
-    together are missed beyond chance. While a network is small, units are worth far more than they cost, and their
-    common factor would open all blocks before any has shown what it is worth.
+    A site of blocks grows in the same way, but by what its own newest blocks are worth. While a network is small, units
+    are worth far more than they cost, and their common factor would open all blocks before any has shown its worth.
 
     Args:
         net: The network.
-        found: What the newest units of each site are worth.
+        found: What the newest units of each site are worth, as far as that is beyond chance.
     """
     r = worth_over_price(found)
     factor = min(FASTEST, r ** (1 / POWER))
     # A site that is so far below the mean is already twice as wide as it should be beside the others.
     least = r / FASTEST**POWER if math.isfinite(r) else 0.0
-    deeper = missed_at_all({name: v for name, v in found.items() if v.depth})
-    own = {name: (_by_itself(v) if deeper else 0.0) if v.depth else factor for name, v in found.items()}
+    own = {name: _by_itself(v) if v.depth else factor for name, v in found.items()}
     widths = {name: net.sites[name].awake for name in found}
     counts = {
         name: round(own[name] * widths[name]) - widths[name] if v.worth > least * v.price else 0

@@ -85,6 +85,12 @@ def missed_at_all(found: Mapping[str, Verdict]) -> bool:
     return worth > ERRORS * error
 
 
+def beyond_chance(found: Mapping[str, Verdict]) -> dict[str, Verdict]:
+    """Return the verdicts on units if these are missed beyond chance, and those on blocks if these are."""
+    kinds = ({name: v for name, v in found.items() if v.depth is depth} for depth in (False, True))
+    return {name: v for kind in kinds if missed_at_all(kind) for name, v in kind.items()}
+
+
 def worth_over_price(found: Mapping[str, Verdict]) -> float:
     """Return what all units that were judged are worth over what they cost; infinity where they cost nothing.
 
