@@ -5,7 +5,7 @@ site, "grown at full depth" with three blocks, whose number only the pressure ch
 16 channels. All of them get the same epochs, batches, learning rates and price of a parameter. Test data are read once,
 at the end of a run.
 
-All runs of three seeds take eight minutes on one core: python experiments/growth_depth.py. Writes
+All runs of three seeds take four minutes on one core: python experiments/growth_depth.py. Writes
 results/growth_depth.json; what is there is not run again, unless it was grown by another rule.
 """
 
