@@ -1,0 +1,123 @@
+"""A schedule whose steps are late, so that what a training loop saves is the network that was validated.
+
+A loop saves its checkpoints at the end of an epoch or after the validation, and knows the validation loss by then. If
+the schedule had already cut the network, the weights in the checkpoint would not be those that the loss belongs to.
+So the step of an epoch is taken when the next one begins, or when the training ends. A loop that goes on from a
+checkpoint takes it first. Steps draw random numbers of their own, so that it does not matter whether a loop restores
+its random numbers before or after a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from plasticnet.errors import PlasticError
+from plasticnet.integrations.chance import own_random
+from plasticnet.net import PlasticNet
+from plasticnet.surgery.optimizers import check_optimizers, listed
+from plasticnet.training.schedule import Schedule
+from plasticnet.training.stages import Change, Stage
+
+_KEYS = ("schedule", "begun", "val_loss", "seed")
+
+
+class LateSchedule:
+    """A schedule that is built before a checkpoint is loaded, gets its optimizers afterwards, and takes its steps late.
+
+    It is built first because shares in a budget are those of the whole network, which a checkpoint may make smaller.
+
+    Attributes:
+        schedule: The schedule.
+        val_loss: The last validation loss that is known, the mean over all ranks; or None.
+
+    Args:
+        net: The network, before a checkpoint is loaded into it.
+        stages: The stages.
+        options: The keyword arguments of `Schedule`.
+    """
+
+    def __init__(self, net: PlasticNet, stages: Sequence[Stage], **options: Any) -> None:
+        self.schedule = Schedule(net, [], stages, **options)
+        self.val_loss: float | None = None
+        self._begun: int | None = None  # the epoch of the loop in which the schedule began
+        self._seed = torch.initial_seed()
+        self._loaded: Mapping[str, Any] | None = None  # a state that waits for the optimizers
+
+    @property
+    def net(self) -> PlasticNet:
+        """The network."""
+        return self.schedule.net
+
+    def attach(self, optimizers: Optimizer | Sequence[Optimizer]) -> None:
+        """Take the optimizers, now that they exist, and then the state that was loaded, if there is one.
+
+        Raises:
+            PlasticError: There are no optimizers, they lack a parameter or cannot follow a change of size, the state
+                does not fit, or the network was loaded from a checkpoint without a state of the schedule.
+        """
+        found = listed(optimizers)
+        if not found:
+            raise PlasticError("there is no optimizer: build one from net.param_groups(lr)")
+        check_optimizers(found, dict(self.net.named_parameters()))
+        if self._loaded is not None:
+            self.schedule.load_state_dict(self._loaded["schedule"])
+            self._begun, self.val_loss = self._loaded["begun"], self._loaded["val_loss"]
+            self._seed, self._loaded = self._loaded["seed"], None
+        elif self.net.k != self.schedule.timeline.k:
+            raise PlasticError(
+                f"the network is at k={self.net.k:g}, and its schedule begins at k={self.schedule.timeline.k:g}: it was "
+                "loaded from a checkpoint that holds no state of this callback. Go on from one that was written with "
+                "the callback, or set net.k and begin anew without a checkpoint"
+            )
+        self.schedule.optimizers = found
+
+    def observe(self, val_loss: float) -> None:
+        """Note the validation loss of an epoch; all ranks must call this, and the mean counts."""
+        self.val_loss = self.net.ranks.mean(float(val_loss), self.net.like.device)
+
+    def advance(self, epoch: int) -> Change | None:
+        """Take the step of the last epoch, unless it was taken or the schedule is over.
+
+        Args:
+            epoch: How many epochs of the loop are over, which may have begun before the schedule.
+
+        Returns:
+            What the step did, or None where there was none.
+
+        Raises:
+            PlasticError: As `Schedule.step` raises it; or the schedule has missed epochs of the loop.
+        """
+        schedule = self.schedule
+        if self._begun is None:
+            self._begun = epoch
+        behind = min(epoch - self._begun, schedule.epochs) - schedule.epoch
+        if behind > 1:
+            raise PlasticError(
+                f"{epoch - self._begun} epochs are over, and the schedule has ended {schedule.epoch} of them: some were "
+                "trained without the callback. Go on from a checkpoint that was written with it"
+            )
+        if behind < 1:
+            return None
+        with own_random(self.net.like.device, (self._seed + schedule.epoch) % 2**63):
+            return schedule.step(self.val_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs, beside the states of the network and of the optimizers."""
+        if self._loaded is not None:
+            return dict(self._loaded)
+        values = (self.schedule.state_dict(), self._begun, self.val_loss, self._seed)
+        return dict(zip(_KEYS, values, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep what `state_dict` returned, until `attach` restores it.
+
+        Raises:
+            PlasticError: It is no such state.
+        """
+        if not isinstance(state, Mapping) or any(key not in state for key in _KEYS):
+            raise PlasticError(f"the state of the callback lacks some of {', '.join(_KEYS)}")
+        self._loaded = state
