@@ -38,12 +38,12 @@ def training_loss(
         return (loss + schedule.penalty()) / batches
     before = net.sampler.estimates
     loss = losses()
-    if schedule.stage.plastic and torch.is_grad_enabled() and net.sampler.estimates == before:
-        if transition(probabilities(net.all_gates(), net.k).detach()) > 0:
-            raise PlasticError(
-                "the training step was to take the expected loss itself, and has not called net.expected_loss, so that "
-                "no gate would learn. Call it there, or let the callback do it: leave out expected=True"
-            )
+    learns = schedule.stage.plastic and torch.is_grad_enabled() and net.sampler.estimates == before
+    if loss.dim() or (learns and transition(probabilities(net.all_gates(), net.k).detach()) > 0):
+        raise PlasticError(
+            "the training step was to take the expected loss itself, and has not called net.expected_loss, so that no "
+            "gate would learn. Call it there, or let the callback do it: leave out expected=True"
+        )
     return loss + schedule.penalty() / batches
 
 
@@ -68,12 +68,14 @@ def losses_within(output: Any) -> Tensor:
     found, mean = output.get(LOSSES), output.get("loss")
     if found is None:
         return output["loss"]
-    if isinstance(mean, Tensor) and not torch.allclose(mean.detach().float(), found.detach().float().mean(), rtol=1e-2):
-        raise PlasticError(
-            f"the training step returned a 'loss' of {float(mean):.5g}, which is not the mean of its '{LOSSES}', "
-            f"{float(found.detach().float().mean()):.5g}. The latter is trained: add to the losses what else the loss "
-            f"has, or return no '{LOSSES}'"
-        )
+    if isinstance(mean, Tensor):
+        given, of_samples = mean.detach().float(), found.detach().float().mean()
+        if not torch.allclose(given, of_samples, rtol=1e-2, atol=1e-6, equal_nan=True):
+            raise PlasticError(
+                f"the training step returned a 'loss' of {float(given):.5g}, which is not the mean of its '{LOSSES}', "
+                f"{float(of_samples):.5g}. The latter is trained: add to the losses what else the loss has, or return "
+                f"no '{LOSSES}'"
+            )
     return found
 
 

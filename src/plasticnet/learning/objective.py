@@ -49,7 +49,10 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
         if not net.training:
             raise PlasticError("expected_loss needs training mode; call net.train() first")
         if sampler.running.role != "free":
-            raise PlasticError("expected_loss was called in the closure of expected_loss; call net(x) there")
+            raise PlasticError(
+                "expected_loss was called in the closure of expected_loss; call net(x) there. Where a callback makes an "
+                "expected loss of the training step, and the step takes it by itself, tell the callback: expected=True"
+            )
         check_logits(net, sampler)
         enter(net)
         before = Snapshot(net.model)
