@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import can_return_loss, find_labels
 
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
@@ -189,6 +190,11 @@ class PlasticTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, PlasticNet):  # The Trainer has asked its class, which may be given anything.
+            kind = type(self.model.model)
+            self.can_return_loss = can_return_loss(kind)
+            if self.args.label_names is None:
+                self.label_names = find_labels(kind)
         if self.model is not None:
             self.plastic.build(self.model)
 

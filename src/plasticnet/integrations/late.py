@@ -22,7 +22,7 @@ from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.training.schedule import Schedule
 from plasticnet.training.stages import Change, Stage
 
-_KEYS = ("schedule", "begun", "val_loss", "seed")
+_KEYS = ("schedule", "begun", "val_loss", "seed", "gradient")
 
 
 class LateSchedule:
@@ -66,7 +66,9 @@ class LateSchedule:
         if self._loaded is not None:
             self.schedule.load_state_dict(self._loaded["schedule"])
             self._begun, self.val_loss = self._loaded["begun"], self._loaded["val_loss"]
-            self._seed, self._loaded = self._loaded["seed"], None
+            self._seed, gradient = self._loaded["seed"], self._loaded["gradient"]
+            self.net.sampler.gradient = None if gradient is None else gradient.to(self.net.like.device)
+            self._loaded = None
         elif self.net.k != self.schedule.timeline.k:
             raise PlasticError(
                 f"the network is at k={self.net.k:g}, and its schedule begins at k={self.schedule.timeline.k:g}: it was "
@@ -109,7 +111,10 @@ class LateSchedule:
         """Return what a checkpoint needs, beside the states of the network and of the optimizers."""
         if self._loaded is not None:
             return dict(self._loaded)
-        values = (self.schedule.state_dict(), self._begun, self.val_loss, self._seed)
+        # By this gradient a budget measures its pressure in the next step. It matters within an epoch only.
+        gradient = self.net.sampler.gradient
+        gradient = None if gradient is None else gradient.detach().clone()
+        values = (self.schedule.state_dict(), self._begun, self.val_loss, self._seed, gradient)
         return dict(zip(_KEYS, values, strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
