@@ -21,7 +21,7 @@ def points(n: int, seed: int) -> tuple[Tensor, Tensor]:
     centres = 1.5 * torch.randn(8, WIDE[0], generator=torch.Generator().manual_seed(7))
     random = torch.Generator().manual_seed(seed)
     which = torch.randint(8, (n,), generator=random)
-    return centres[which] + 0.8 * torch.randn(n, WIDE[0], generator=random), which % 4
+    return centres[which] + 0.6 * torch.randn(n, WIDE[0], generator=random), which % 4
 
 
 def dataset(n: int = 320, seed: int = 1) -> TensorDataset:
