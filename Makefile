@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint zoo cost gates growth random detectors clean
+.PHONY: demo test quick lint zoo cost gates growth random detectors integrations clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,16 @@ random: $(VENV)/.installed
 # All detectors of torchvision; the heavy ones are left out of `make test`.
 detectors: $(VENV)/.installed
 	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_detectors.py
+
+$(VENV)/.integrations: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,integrations]"
+	touch $@
+
+# Lightning, the Trainer and Accelerate, in one and in two processes: some ten minutes; INTEGRATIONS="-k lightning" runs
+# some of it, and leaves the other rows as they are.
+integrations: $(VENV)/.integrations
+	$(BIN)/python experiments/integrations.py $(INTEGRATIONS); code=$$?; \
+		$(BIN)/python experiments/integrations_table.py && exit $$code
 
 clean:
 	rm -rf $(VENV) runs
