@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import can_return_loss, find_labels
+from transformers.utils.generic import can_return_loss, find_labels
 
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
@@ -216,7 +216,8 @@ class PlasticTrainer(Trainer):
             last = resume_from_checkpoint is True
             folder = get_last_checkpoint(str(self.args.output_dir)) if last else str(resume_from_checkpoint)
             if folder is not None:  # If not, the Trainer says so.
-                self.plastic.build(self.model)
+                held: Any = self.model
+                self.plastic.build(held)
                 self.plastic.resume(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

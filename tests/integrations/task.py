@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def validation_loader(batch: int = 256) -> DataLoader[tuple[Tensor, ...]]:
 
 def network() -> pn.PlasticNet:
     layers: list[nn.Module] = []
-    for a, b in zip(WIDE, WIDE[1:], strict=False):
+    for a, b in pairwise(WIDE):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return pn.PlasticNet(nn.Sequential(*layers[:-1]), (torch.zeros(2, WIDE[0]),))
 
@@ -62,7 +63,7 @@ def parameters(net: pn.PlasticNet) -> int:
 
 def most() -> float:
     """How many parameters the budget leaves, at most."""
-    return SHARE * sum(a * b + b for a, b in zip(WIDE, WIDE[1:], strict=False))
+    return SHARE * sum(a * b + b for a, b in pairwise(WIDE))
 
 
 def accuracy(net: pn.PlasticNet) -> float:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -36,20 +37,27 @@ def end(printed: str) -> tuple[float, str]:
     return float(accuracy), total
 
 
-def test_bf16(tmp_path: Path) -> None:
-    """In bf16 a loop ends within the budget, within a point of single precision, and one that goes on is equal to the bit."""
-    single, _ = end(alone("--cpu"))
-    accuracy, total = end(alone("--cpu", "--precision", "bf16"))
-    assert abs(accuracy - single) <= 1.0
-    assert accuracy > 88
-    folder = ["--cpu", "--precision", "bf16", "--folder", str(tmp_path / "state")]
+def mean_accuracy(*arguments: str) -> float:
+    """The mean over three seeds. A single accuracy is that of 360 images, and varies by a point."""
+    return fmean(end(alone(*arguments, "--seed", str(seed)))[0] for seed in range(3))
+
+
+def test_bf16() -> None:
+    """In bf16 a loop ends within the budget, and on average within a point of single precision."""
+    assert abs(mean_accuracy("--cpu", "--precision", "bf16") - mean_accuracy("--cpu")) <= 1.0
+
+
+def test_resumed(tmp_path: Path) -> None:
+    """A loop that goes on from a state of Accelerate ends in the same network to the bit."""
+    options = ["--cpu", "--precision", "bf16"]
+    whole, folder = end(alone(*options)), [*options, "--folder", str(tmp_path / "state")]
     assert "epoch  9" in alone(*folder, "--stop", "9")
-    assert end(alone(*folder, "--resume")) == (accuracy, total)
+    assert end(alone(*folder, "--resume")) == whole
 
 
 @pytest.mark.integration("Accelerate", 2)
 def test_two_processes(tmp_path: Path) -> None:
-    """In two processes ranks have equal sizes; bf16, accumulation and clipping together; one that goes on is equal to the bit."""
+    """Two processes have equal sizes, with bf16, accumulation and clipping; going on is equal to the bit."""
     options = [EXAMPLE, "--cpu", "--precision", "bf16", "--accumulate", "2"]
     accuracy, total = end(torchrun(*options))
     assert accuracy > 85
@@ -60,7 +68,5 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 with a GradScaler needs a GPU")
 def test_fp16() -> None:
-    """In fp16, with the GradScaler of Accelerate on a GPU, a loop ends within the budget, within a point of single precision."""
-    single, _ = end(alone())
-    accuracy, _ = end(alone("--precision", "fp16"))
-    assert abs(accuracy - single) <= 1.0
+    """In fp16, with a GradScaler on a GPU, a loop ends within the budget, and within a point of single precision."""
+    assert abs(mean_accuracy("--precision", "fp16") - mean_accuracy()) <= 1.0

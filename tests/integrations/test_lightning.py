@@ -1,11 +1,10 @@
-"""The callback for Lightning on one process: what a fit leaves, and that one that goes on ends in the same network."""
+"""The callback for Lightning on one process: what a fit leaves, and what is refused."""
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L = pytest.importorskip("lightning.pytorch", reason="lightning is not installed: see `make integrations`")
-PL = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed: see `make integrations`")
+pytest.importorskip("lightning.pytorch", reason="lightning is not installed: see `make integrations`")
+pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed: see `make integrations`")
+
+import lightning.pytorch as L
+import pytorch_lightning as PL
 
 import plasticnet as pn
 from plasticnet.lightning import PlasticCallback
 from tests.integrations import task
+from tests.integrations.kit_lightning import EPOCHS, Module, Scheduled, begin, fit
 
 pytestmark = [
     pytest.mark.integration("Lightning", 1),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
 ]
-EPOCHS = 10
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    yield
-
-
-class Module(L.LightningModule):
-    """A module that knows nothing of schedules."""
-
-    def __init__(self, rate: float = 5e-3) -> None:
-        super().__init__()
-        self.net, self.rate = task.network(), rate
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        x, y = batch
-        losses = F.cross_entropy(self.net(x), y, reduction="none")
-        self.log("train_loss", losses.mean(), on_step=False, on_epoch=True)
-        return losses
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        x, y = batch
-        self.log("val_loss", F.cross_entropy(self.net(x), y))
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.net.param_groups(self.rate))
-
-
-class Stop(L.Callback):
-    """Raises when an epoch begins."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch:
-            raise KeyError("stopped by the test")
-
-
-def fit(
-    folder: Path,
-    module: Any = None,
-    callback: PlasticCallback | None = None,
-    *,
-    more: Any = (),
-    start: str | None = None,
-    family: Any = L,
-    data: Any = None,
-    **options: Any,
-) -> tuple[Any, PlasticCallback, Any]:
-    """Fit a module, and return it with its callback and the trainer."""
-    module = Module() if module is None else module
-    callback = callback or PlasticCallback(task.stages(), budget=task.budget())
-    options = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, **options}
-    options.setdefault("enable_checkpointing", any(hasattr(c, "best_model_path") for c in more))
-    trainer = family.Trainer(
-        accelerator="cpu", devices=1, callbacks=[callback, *more], logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, **options,
-    )  # fmt: skip
-    trainer.fit(module, data or task.loader(), task.validation_loader(), ckpt_path=start)
-    return module, callback, trainer
-
-
-def begin(seed: int = 0) -> None:
-    torch.manual_seed(seed)
 
 
 # -- one fit ----------------------------------------------------------------------------------
@@ -103,7 +37,7 @@ def begin(seed: int = 0) -> None:
 def test_a_fit_prunes_to_the_budget(tmp_path: Path) -> None:
     """A fit ends within the budget, as accurate as a plain loop with the same budget."""
     begin()
-    module, callback, trainer = fit(tmp_path)
+    module, callback, _ = fit(tmp_path)
     task.assert_pruned(module.net)
     assert callback.schedule.epoch == EPOCHS
     assert module.net.sampler.samples_apart  # gates were drawn per sample, because the step returns (batch,)
@@ -117,6 +51,7 @@ def test_a_fit_prunes_to_the_budget(tmp_path: Path) -> None:
     assert task.accuracy(module.net) > 97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, 0.0), (3, 0.0), (2, 0.5)])
 def test_a_fit_is_a_plain_loop(accumulate: int, clip: float, tmp_path: Path) -> None:
     """On the same batches a fit is a plain loop to the bit, also with accumulation and gradient clipping."""
@@ -131,6 +66,7 @@ def test_a_fit_is_a_plain_loop(accumulate: int, clip: float, tmp_path: Path) -> 
     task.assert_pruned(module.net)
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path: Path) -> None:
     """Under bf16-mixed a fit prunes to the budget, and loses no accuracy."""
     begin()
@@ -139,14 +75,6 @@ def test_bf16(tmp_path: Path) -> None:
     begin()
     single, _, _ = fit(tmp_path)
     assert abs(task.accuracy(module.net) - task.accuracy(single.net)) <= 1.0
-
-
-class Scheduled(Module):
-    """Rates fall with the epochs."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.net.param_groups(self.rate))
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)}
 
 
 def test_rates_follow(tmp_path: Path) -> None:
@@ -162,7 +90,6 @@ def test_rates_follow(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [L, PL], ids=["lightning", "pytorch_lightning"])
 def test_both_packages(family: Any, tmp_path: Path) -> None:
     """The callback is one of both packages, and works in the Trainer of either."""
-
     kind = type("Own", (family.LightningModule,), {k: v for k, v in vars(Module).items() if k != "__init__"})
     begin()
     module = kind()
@@ -173,6 +100,7 @@ def test_both_packages(family: Any, tmp_path: Path) -> None:
     task.assert_pruned(module.net)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "loaded", "not_loaded"),
     [
@@ -207,6 +135,7 @@ class Returns(Module):
         return self.made(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "apart"),
     [
@@ -294,162 +223,3 @@ def test_refusals(tmp_path: Path) -> None:
         _ = PlasticCallback(task.stages()).schedule
     with pytest.warns(UserWarning, match="ends after 2 epochs"):
         fit(tmp_path, max_epochs=2)
-
-
-# -- checkpoints ------------------------------------------------------------------------------
-
-
-def checkpoints(folder: Path, **options: Any) -> Any:
-    return L.callbacks.ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, **options)
-
-
-def resumed(
-    folder: Path,
-    epoch: int,
-    checkpoint: Callable[[], Any],
-    module: Callable[[], Any] = Module,
-    callback: Callable[[], PlasticCallback] = lambda: PlasticCallback(task.stages(), budget=task.budget()),
-    more: Callable[[], list[Any]] = list,
-) -> tuple[Any, Any]:
-    """A module that was fitted at once, and one whose fit was stopped as an epoch began, and went on."""
-    begin()
-    whole, _, _ = fit(folder / "whole", module(), callback(), more=more())
-    begin()
-    with pytest.raises(KeyError):
-        fit(folder, module(), callback(), more=[*more(), Stop(epoch), checkpoint()])
-    (last,) = folder.glob(f"epoch={epoch - 1}-*.ckpt")
-    begin(99)
-    torch.rand(5)
-    went_on, _, trainer = fit(folder, module(), callback(), more=[*more(), checkpoint()], start=str(last))
-    assert trainer.current_epoch == EPOCHS
-    return whole, went_on
-
-
-@pytest.mark.parametrize("epoch", [1, 5, 7, 9])
-@pytest.mark.parametrize("at_the_end", [False, True], ids=["after validation", "after the epoch"])
-def test_resumed(epoch: int, at_the_end: bool, tmp_path: Path) -> None:
-    """A fit that was stopped and goes on ends in the same network to the bit, before and after cuts."""
-    whole, went_on = resumed(tmp_path, epoch, lambda: checkpoints(tmp_path, save_on_train_epoch_end=at_the_end), Scheduled)
-    task.assert_same_state(whole.net, went_on.net)
-    task.assert_pruned(went_on.net)
-
-
-def test_resumed_growth(tmp_path: Path) -> None:
-    """A fit that grows by its validation loss goes on to the bit: the state holds that loss."""
-
-    def callback() -> PlasticCallback:
-        return PlasticCallback(
-            task.stages(), growth=pn.Growth.paper(), pressure=pn.Pressure(1e-4, "parameters"), monitor="val_loss"
-        )
-
-    def narrow() -> Module:
-        module = Module()
-        pn.narrow(module.net, 3)
-        return module
-
-    whole, went_on = resumed(tmp_path, 4, lambda: checkpoints(tmp_path, monitor="val_loss"), narrow, callback)
-    task.assert_same_state(whole.net, went_on.net)
-    assert sum(map(len, whole.net.sites.values())) != 6
-
-
-def test_monitor_that_is_not_logged(tmp_path: Path) -> None:
-    """A monitored loss that nobody logs is named."""
-    callback = PlasticCallback(task.stages(), budget=pn.Budget(loss=0.1), monitor="loss_of_nobody")
-    with pytest.raises(pn.PlasticError, match=r"loss_of_nobody.*val_loss"):
-        fit(tmp_path, None, callback)
-
-
-def test_resumed_within_an_epoch(tmp_path: Path) -> None:
-    """A fit goes on from a checkpoint within an epoch, and ends within the budget."""
-    begin()
-    with pytest.raises(KeyError):
-        fit(tmp_path, more=[Stop(6), checkpoints(tmp_path, every_n_train_steps=7)])
-    start = max(tmp_path.glob("*.ckpt"), key=lambda p: int(p.stem.rpartition("=")[2]))
-    assert int(start.stem.rpartition("=")[2]) % 10  # an epoch has ten steps
-    module, callback, _ = fit(tmp_path, start=str(start))
-    assert callback.schedule.epoch == EPOCHS
-    task.assert_pruned(module.net)
-
-
-def test_metrics_belong_to_the_weights(tmp_path: Path) -> None:
-    """The best checkpoint, loaded into a whole network, has the validation loss that it was chosen by."""
-    begin()
-    saving = L.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=2)
-    module, _, trainer = fit(tmp_path, more=[saving])
-    for path, score in saving.best_k_models.items():
-        best = Module.load_from_checkpoint(path)
-        (found,) = trainer.validate(best, task.validation_loader(), verbose=False)
-        assert found["val_loss"] == pytest.approx(float(score), rel=1e-5)
-    size = task.parameters(module.net)
-    trainer.validate(module, task.validation_loader(), ckpt_path="best", verbose=False)
-    assert task.parameters(module.net) >= size
-
-
-def test_a_checkpoint_without_the_callback(tmp_path: Path) -> None:
-    """A checkpoint that was written without the callback's state is refused where its network is in another stage."""
-    begin()
-    with pytest.raises(KeyError):
-        fit(tmp_path, more=[Stop(4), checkpoints(tmp_path)])
-    (last,) = tmp_path.glob("epoch=3-*.ckpt")
-    content = torch.load(last, weights_only=False)
-    content["callbacks"].pop("PlasticCallback")
-    torch.save(content, last)
-    with pytest.raises(pn.PlasticError, match="holds no state of this callback"):
-        fit(tmp_path, start=str(last))
-
-
-def test_early_stopping(tmp_path: Path) -> None:
-    """A fit that stops early has taken the step of its last epoch."""
-    begin()
-    stopping = L.callbacks.EarlyStopping("val_loss", patience=1, stopping_threshold=1.2)
-    module, callback, trainer = fit(tmp_path, more=[stopping])
-    assert 0 < trainer.current_epoch < EPOCHS
-    assert callback.schedule.epoch == trainer.current_epoch
-    assert len(list(module.net.compact().parameters())) == 6
-
-
-def test_fitted_twice(tmp_path: Path) -> None:
-    """A second fit with the same callback goes on where the first one has ended."""
-    begin()
-    with pytest.warns(UserWarning, match="ends after 4 epochs"):
-        module, callback, trainer = fit(tmp_path, max_epochs=4)
-    assert callback.schedule.epoch == 4
-    trainer.fit_loop.max_epochs = EPOCHS
-    trainer.fit(module, task.loader(), task.validation_loader())
-    assert callback.schedule.epoch == EPOCHS
-    task.assert_pruned(module.net)
-
-
-# -- averages ---------------------------------------------------------------------------------
-
-
-def averages() -> dict[str, Any]:
-    made = {"SWA": lambda: L.callbacks.StochasticWeightAveraging(5e-3, swa_epoch_start=2)}
-    if hasattr(L.callbacks, "EMAWeightAveraging"):
-        made["EMA"] = lambda: L.callbacks.EMAWeightAveraging(decay=0.9)
-    return made
-
-
-@pytest.mark.parametrize("name", averages())
-@pytest.mark.parametrize("first", [True, False], ids=["average first", "average last"])
-def test_averages(name: str, first: bool, tmp_path: Path) -> None:
-    """An average of the weights begins anew with each change of size, and the network ends with it."""
-    begin()
-    average = averages()[name]()
-    callback = PlasticCallback(task.stages(), budget=task.budget())
-    module = Module()
-    if first:
-        trainer_callbacks = (average, [callback])
-    else:
-        trainer_callbacks = (callback, [average])
-    fit(tmp_path, module, trainer_callbacks[0], more=trainer_callbacks[1])
-    task.assert_pruned(module.net)
-    assert task.accuracy(module.net) > 97
-
-
-@pytest.mark.parametrize("name", averages())
-def test_averages_resumed(name: str, tmp_path: Path) -> None:
-    """A fit with an average of the weights goes on from a checkpoint."""
-    _, went_on = resumed(tmp_path, 8, lambda: checkpoints(tmp_path), more=lambda: [averages()[name]()])
-    task.assert_pruned(went_on.net)
-    assert task.accuracy(went_on.net) > 97

@@ -37,7 +37,7 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.integration("Hugging Face Trainer", 1)
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of this page for the Trainer runs, with 5 lines of plasticnet, and halves the multiply-adds of a BERT."""
+    """The code for the Trainer runs, with 5 lines of plasticnet, and halves the multiply-adds of a BERT."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed: see `make integrations`")
     monkeypatch.chdir(tmp_path)

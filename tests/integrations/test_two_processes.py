@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.integrations import task
-from tests.integrations.processes import torchrun
+from tests.integrations.processes import python, torchrun
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,7 +62,7 @@ def need(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes(name: str, tmp_path: Path) -> None:
-    """Ranks end with equal networks within the budget, as accurate as a plain loop; one that goes on is equal to the bit."""
+    """Ranks end equal, within the budget, as accurate as a plain loop; going on is equal to the bit."""
     need(name)
     whole = ends(name, tmp_path / "whole", "whole")
     assert_good(whole)
@@ -75,8 +75,19 @@ def test_two_processes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_together(name: str, tmp_path: Path) -> None:
-    """Accumulation, clipping, bf16, falling rates, and an average (Lightning) or the best model (Trainer), all together."""
+    """Accumulation, clipping, bf16, falling rates, and an average or the best model, all together."""
     need(name)
     found = ends(name, tmp_path, "rich")
     assert_good(found)
     assert found[0]["accuracy"] > 95
+
+
+@pytest.mark.integration("Lightning", 2)
+def test_spawned(tmp_path: Path) -> None:
+    """With strategy="ddp_spawn" the network of the first process has the size that the others have found."""
+    need("lightning")
+    python("-m", "tests.integrations.two", "lightning", str(tmp_path), "spawn")
+    end = torch.load(tmp_path / "spawn-0.pt")
+    assert math.isinf(end["k"])
+    assert 0.8 * task.most() <= end["parameters"] <= task.most()
+    assert end["accuracy"] > 95

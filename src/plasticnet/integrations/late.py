@@ -71,7 +71,7 @@ class LateSchedule:
             self._loaded = None
         elif self.net.k != self.schedule.timeline.k:
             raise PlasticError(
-                f"the network is at k={self.net.k:g}, and its schedule begins at k={self.schedule.timeline.k:g}: it was "
+                f"the network is at k={self.net.k:g}, and its schedule at k={self.schedule.timeline.k:g}: it was "
                 "loaded from a checkpoint that holds no state of this callback. Go on from one that was written with "
                 "the callback, or set net.k and begin anew without a checkpoint"
             )
@@ -99,8 +99,8 @@ class LateSchedule:
         behind = min(epoch - self._begun, schedule.epochs) - schedule.epoch
         if behind > 1:
             raise PlasticError(
-                f"{epoch - self._begun} epochs are over, and the schedule has ended {schedule.epoch} of them: some were "
-                "trained without the callback. Go on from a checkpoint that was written with it"
+                f"{epoch - self._begun} epochs are over, and the schedule has ended {schedule.epoch} of them: some "
+                "were trained without the callback. Go on from a checkpoint that was written with it"
             )
         if behind < 1:
             return None

@@ -50,8 +50,8 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
             raise PlasticError("expected_loss needs training mode; call net.train() first")
         if sampler.running.role != "free":
             raise PlasticError(
-                "expected_loss was called in the closure of expected_loss; call net(x) there. Where a callback makes an "
-                "expected loss of the training step, and the step takes it by itself, tell the callback: expected=True"
+                "expected_loss was called in the closure of expected_loss; call net(x) there. Where a callback makes "
+                "an expected loss of a training step that takes it by itself, tell the callback so: expected=True"
             )
         check_logits(net, sampler)
         enter(net)
