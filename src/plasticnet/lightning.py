@@ -231,7 +231,7 @@ class PlasticCallback(*_bases()):
         """Take the step of the last epoch that is over, unless it was taken."""
         late = self._known()
         sizes, k = late.net.sizes, late.net.k
-        if self._monitor is not None and late.val_loss is None and trainer.current_epoch > late.schedule.epoch:
+        if late.due(trainer.current_epoch) and self._monitor is not None and late.val_loss is None:
             known = ", ".join(map(str, trainer.callback_metrics)) or "none"
             raise PlasticError(
                 f"monitor={self._monitor!r} is not among trainer.callback_metrics ({known}): log it in validation_step"

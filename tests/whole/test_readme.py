@@ -91,6 +91,7 @@ SCRIPTS = [
     "experiments/tables.py",
     "experiments/gates_table.py",
     "experiments/growth_table.py",
+    "experiments/integrations_table.py",
     "experiments/packages_table.py",
     "experiments/shrinking_table.py",
     "benchmarks/zoo_table.py",

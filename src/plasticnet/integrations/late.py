@@ -81,6 +81,25 @@ class LateSchedule:
         """Note the validation loss of an epoch; all ranks must call this, and the mean counts."""
         self.val_loss = self.net.ranks.mean(float(val_loss), self.net.like.device)
 
+    def due(self, epoch: int) -> bool:
+        """Return whether a step is due.
+
+        Args:
+            epoch: How many epochs of the loop are over, which may have begun before the schedule.
+
+        Raises:
+            PlasticError: The schedule has missed epochs of the loop.
+        """
+        if self._begun is None:
+            self._begun = epoch
+        over, ended = epoch - self._begun, self.schedule.epoch
+        if min(over, self.schedule.epochs) - ended > 1:
+            raise PlasticError(
+                f"{over} epochs are over, and the schedule has ended {ended} of them: some were trained without the "
+                "callback. Go on from a checkpoint that was written with it"
+            )
+        return min(over, self.schedule.epochs) > ended
+
     def advance(self, epoch: int) -> Change | None:
         """Take the step of the last epoch, unless it was taken or the schedule is over.
 
@@ -91,21 +110,12 @@ class LateSchedule:
             What the step did, or None where there was none.
 
         Raises:
-            PlasticError: As `Schedule.step` raises it; or the schedule has missed epochs of the loop.
+            PlasticError: As `due` and `Schedule.step` raise it.
         """
-        schedule = self.schedule
-        if self._begun is None:
-            self._begun = epoch
-        behind = min(epoch - self._begun, schedule.epochs) - schedule.epoch
-        if behind > 1:
-            raise PlasticError(
-                f"{epoch - self._begun} epochs are over, and the schedule has ended {schedule.epoch} of them: some "
-                "were trained without the callback. Go on from a checkpoint that was written with it"
-            )
-        if behind < 1:
+        if not self.due(epoch):
             return None
-        with own_random(self.net.like.device, (self._seed + schedule.epoch) % 2**63):
-            return schedule.step(self.val_loss)
+        with own_random(self.net.like.device, (self._seed + self.schedule.epoch) % 2**63):
+            return self.schedule.step(self.val_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, beside the states of the network and of the optimizers."""
