@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 import plasticnet as pn
 from tests.integrations import task
@@ -46,7 +47,8 @@ def lightning(folder: Path, phase: str) -> Any:
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
     )  # fmt: skip
     start = str(folder / f"epoch={KILLED - 1}.ckpt") if phase == "resumed" else None
-    trainer.fit(module, task.loader(16), task.validation_loader(), ckpt_path=start)
+    held_out = DataLoader(task.dataset(256, 2), 256)  # without a generator, which torch cannot hand to what it spawns
+    trainer.fit(module, task.loader(16), held_out, ckpt_path=start)
     return module.net, trainer.optimizers, None
 
 
