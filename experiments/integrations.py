@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write, written
+from common import environment, write, written
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
@@ -52,6 +52,7 @@ def row(case: ET.Element) -> dict[str, Any]:
         "seconds": round(float(case.attrib["time"]), 1),
         "versions": versions(properties["integration"]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "commit": environment()["commit"],
         "date": datetime.date.today().isoformat(),
     }
 

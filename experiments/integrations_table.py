@@ -39,7 +39,7 @@ def main() -> int:
     header = ["integration", "processes", "what is checked", "cases", "outcome", "seconds", "date", "test"]
     found = {n: v for r in content["results"] for n, v in r["versions"].items()}
     e = content["environment"]
-    note = f"{', '.join(f'{n} {v}' for n, v in sorted(found.items()))}; {e['device']}, commit {e['commit']}."
+    note = f"{', '.join(f'{n} {v}' for n, v in sorted(found.items()))}; {e['device']}, {e['threads']} thread."
     text = between(PAGE.read_text(), "table", "\n".join([*table(header, cells), "", note]))
     return publish({PAGE: text})
 
