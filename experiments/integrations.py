@@ -20,6 +20,7 @@ import torch
 from common import environment, write, written
 
 ROOT = Path(__file__).parent.parent
+HEAVY = "PLASTICNET_INTEGRATIONS"  # with this variable, tests run that are too heavy for every day
 PACKAGES = {
     "Lightning": ("lightning", "pytorch-lightning"), "Hugging Face Trainer": ("transformers", "accelerate"),
     "Accelerate": ("accelerate",),
@@ -64,7 +65,9 @@ def main() -> int:
         options = ["-o", "addopts=", "-q", "-o", "junit_family=xunit1", f"--junitxml={report}", *sys.argv[1:]]
         command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "integrations"), *options]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, HEAVY: "1"}, check=False
+        ).returncode
         cases = list(ET.parse(report).getroot().iter("testcase"))
     found = [row(case) for case in cases if any(p.attrib["name"] == "check" for p in case.iter("property"))]
     before = {r["test"]: r for r in written("integrations")}

@@ -71,13 +71,14 @@ class PlasticCallback(TrainerCallback):
         multiple_of: int = 1,
         repair: Iterable[Any] | None = None,
         on_resize: Callable[[PlasticNet], object] | None = None,
+        on_change: Callable[[dict[str, float]], object] | None = None,
         gate_lr: float | None = None,
         monitor: str = "eval_loss",
     ) -> None:
         self._stages = stages
         self._options: dict[str, Any] = {
             "pressure": pressure, "budget": budget, "growth": growth, "multiple_of": multiple_of, "repair": repair,
-            "on_resize": on_resize,
+            "on_resize": on_resize, "on_change": on_change,
         }  # fmt: skip
         self.gate_lr, self._monitor = gate_lr, monitor
         self._late: LateSchedule | None = None

@@ -91,6 +91,7 @@ class PlasticCallback(*_bases()):
         multiple_of: int = 1,
         repair: Iterable[Any] | None = None,
         on_resize: Callable[[PlasticNet], object] | None = None,
+        on_change: Callable[[dict[str, float]], object] | None = None,
         monitor: str | None = None,
         expected: bool = False,
     ) -> None:
@@ -98,7 +99,7 @@ class PlasticCallback(*_bases()):
         self._stages = stages
         self._options: dict[str, Any] = {
             "pressure": pressure, "budget": budget, "growth": growth, "multiple_of": multiple_of, "repair": repair,
-            "on_resize": on_resize,
+            "on_resize": on_resize, "on_change": on_change,
         }  # fmt: skip
         self._monitor, self._expected = monitor, expected
         self._late: LateSchedule | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+HEAVY = "PLASTICNET_INTEGRATIONS"
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,5 @@ def _row(request: pytest.FixtureRequest, record_property: Callable[[str, Any], N
     record_property("integration", name)
     record_property("processes", processes)
     record_property("check", (request.function.__doc__ or "").split("\n")[0])
+    if request.node.get_closest_marker("slow") and not os.environ.get(HEAVY):
+        pytest.skip(f"it is heavy, and `make integrations` runs it; {HEAVY}=1 does so here")
