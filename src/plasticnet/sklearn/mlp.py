@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state, compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
@@ -104,8 +104,10 @@ class _PlasticMLP(BaseEstimator):
             raise BadParameter(
                 f"sample_weight has shape {weight.shape}; there are {rows} rows, so that it is ({rows},)"
             )
-        if not np.isfinite(weight).all() or (weight < 0).any() or not weight.any():
-            raise BadParameter("sample_weight: finite numbers from 0, of which some are above 0")
+        if not np.isfinite(weight).all() or (weight < 0).any():
+            raise BadParameter("sample_weight: finite numbers, 0 or more; some are negative, infinite or NaN")
+        if not weight.any():
+            raise BadParameter("sample_weight: all weights are zero, so that there is nothing to train on")
         return weight
 
     def _train(self, x: np.ndarray, y: np.ndarray, weight: np.ndarray, out: int, labels: np.ndarray | None) -> None:
@@ -453,12 +455,14 @@ class PlasticMLPRegressor(RegressorMixin, _PlasticMLP):
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return checked inputs, and targets of shape (rows, outputs)."""
         X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), multi_output=True, y_numeric=True, reset=reset)
+        y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else np.asarray(y)
         if reset:
             self._flat = y.ndim == 1
-        y = np.asarray(y, dtype=np.float64)
+        y = y.astype(np.float64)
         return X, y[:, None] if y.ndim == 1 else y
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the predictions, shape (rows,) or (rows, outputs), as the targets were."""
-        found = self._target.restored(self._outputs(X).numpy())
+        scaled = self._outputs(X).numpy()  # first of all it asks whether there is a network
+        found = self._target.restored(scaled)
         return found[:, 0] if self._flat else found
