@@ -23,9 +23,19 @@ from plasticnet.cost.model import CostModel
 from plasticnet.errors import PlasticError
 from plasticnet.gates.living import check_free, register
 from plasticnet.gates.run import Gating
-from plasticnet.gates.site import Site, WeightSite, buffer_key, gate_key, mean_gates, refuse_nan, weight_key
+from plasticnet.gates.site import (
+    Gates,
+    Site,
+    WeightSite,
+    buffer_key,
+    gate_key,
+    mean_gates,
+    refuse_nan,
+    weight_key,
+)
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
+from plasticnet.tools.sharding import checked_mesh
 from plasticnet.tools.torch_private import buffers_of, buffers_stay_shared, unsaved_buffers, version
 from plasticnet.units import BlockUnits, Units
 
@@ -62,7 +72,6 @@ class GatedModel(nn.Module):
         gates: The gates, one module for each site or weight, under the keys of `gate_key` and `weight_key`.
         latency: The latency that was measured, or None.
         multiple_of: What widths were last pruned to multiples of, by `PlasticNet.prune` or a `Schedule`; 1 at first.
-        ranks: The processes that train the network together.
         gating: How gates enter a run of the model, for the present sizes of the sites.
         cost: What the network is expected to cost, for the present sizes of the sites.
         lock: What a thread holds while it runs or changes the network.
@@ -88,7 +97,7 @@ class GatedModel(nn.Module):
         self.model = model
         parameters = [p.real if p.is_complex() else p for p in model.parameters()]
         like = next(p for p in parameters if p.is_floating_point())
-        self.gates = nn.ModuleDict({gate_key(n): Site(u, like) for n, u in sites.items()})
+        self.gates = Gates({gate_key(n): Site(u, like) for n, u in sites.items()})
         self.gates.update({weight_key(n): WeightSite(n, model.get_parameter(n)) for n in weights})
         self._sites = {g.name: g for g in self.gates.values() if isinstance(g, Site)}
         self._weights = {g.name: g for g in self.gates.values() if isinstance(g, WeightSite)}
@@ -96,7 +105,7 @@ class GatedModel(nn.Module):
         self.latency: Latency | None = None
         self.multiple_of = 1
         self.resized = False
-        self.ranks = Ranks()
+        self._ranks = Ranks()
         self.lock, self.sizes = Lock(), Sizes()
         self._frozen = dict(frozen)
         self._k = math.inf
@@ -128,6 +137,17 @@ class GatedModel(nn.Module):
             super()._apply(fn, recurse)
         self.refresh()  # because the indices of the readers lie on the device of the parameters
         return self
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the network together.
+
+        Raises:
+            PlasticError: Its parameters are distributed in a way that cannot follow a change of size, or its gates are.
+        """
+        if not self._ranks.sharded and (mesh := checked_mesh(self)) is not None:
+            self._ranks.shard(mesh)
+        return self._ranks
 
     # -- gates --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.tools.shapes import along
+from plasticnet.tools.torch_private import version
 from plasticnet.units import InputUnits, Units, gate_offsets, gate_positions
 
 
@@ -97,6 +98,27 @@ def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> di
         weight = folded.get(r.tensor, parameters[r.tensor])
         folded[r.tensor] = multiplied(weight, r.multiplier(z), r.dim)
     return folded
+
+
+class Folded:
+    """Weights that gates were multiplied into, kept for as long as neither changes."""
+
+    def __init__(self) -> None:
+        self._z: Tensor | None = None
+        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # of each weight what it was made of, and its version
+
+    def fold(self, parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
+        """Return what `fold` of the readers does."""
+        if self._z is None or not torch.equal(self._z, z):
+            self._z, self._kept = z.clone(), {}
+        names = {r.tensor for r in found}
+        for name in names & self._kept.keys():
+            of, then, _ = self._kept[name]
+            if of is not parameters[name] or version(of) != then:
+                del self._kept[name]
+        new = fold(parameters, [r for r in found if r.tensor not in self._kept], z)
+        self._kept |= {n: (parameters[n], version(parameters[n]), t) for n, t in new.items()}
+        return {n: self._kept[n][2] for n in dict.fromkeys(r.tensor for r in found)}
 
 
 def multiplied(t: Tensor, gates: Tensor, dims: int | tuple[int, ...]) -> Tensor:

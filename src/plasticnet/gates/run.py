@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, swapped
 from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.norms import open_statistics
-from plasticnet.gates.readers import Reader, fold, multiplied, readers
+from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
+from plasticnet.gates.sharded import folding_later, gathered_later
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.locks import Lock
-from plasticnet.tools.torch_private import is_compiled, parameters_of, version
+from plasticnet.tools.torch_private import is_compiled, parameters_of
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
 
@@ -100,7 +101,7 @@ class Gating:
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = places_of(model, {r.tensor for r in self.readers} | set(weights))
         self.keep_results = False
-        self._folded: _Folded | None = None
+        self._folded: Folded | None = None
         self.known = [*model.parameters(), *model.buffers()]
         self.shapes = [t.shape for t in self.known]
         fixed = {(r.tensor, r.dim) for r in self.readers if not r.per_sample}
@@ -154,7 +155,7 @@ class Gating:
     @contextmanager
     def folding_once(self) -> Iterator[None]:
         """Keep the weights that gates were multiplied into within this context, for runs under the same gates."""
-        before, self._folded = self._folded, _Folded()
+        before, self._folded = self._folded, Folded()
         try:
             yield
         finally:
@@ -191,37 +192,23 @@ class Gating:
             compiled: Whether a module of the model was compiled in place.
         """
         compiled |= torch.compiler.is_compiling()
-        return swapped(self._places, tensors, self._recurrent, compiled)
+        holders = {module for name in tensors for module, _ in self._places[name]}
+        recurrent = [m for m in self._recurrent if not holders.isdisjoint(m.modules())]
+        return swapped(self._places, tensors, recurrent, compiled)
 
     @property
     def normed(self) -> list[nn.Module]:
         """The norms that can count open units only."""
         return [norm for norm, *_ in self._norms]
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the parameters that gates act on, by name, as they are now."""
-        return {name: parameters_of(held[0][0])[held[0][1]] for name, held in self._places.items()}  # pyright: ignore[reportReturnType]
+    def places_of(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+        """Return for some of the parameters that gates act on the modules that hold them, as `places_of` does."""
+        return {name: self._places[name] for name in names}
 
-
-class _Folded:
-    """Weights that gates were multiplied into, kept for as long as neither changes."""
-
-    def __init__(self) -> None:
-        self._z: Tensor | None = None
-        self._kept: dict[str, tuple[Tensor, int, Tensor]] = {}  # of each weight what it was made of, and its version
-
-    def fold(self, parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> dict[str, Tensor]:
-        """Return what `fold` of the readers does."""
-        if self._z is None or not torch.equal(self._z, z):
-            self._z, self._kept = z.clone(), {}
-        names = {r.tensor for r in found}
-        for name in names & self._kept.keys():
-            of, then, _ = self._kept[name]
-            if of is not parameters[name] or version(of) != then:
-                del self._kept[name]
-        new = fold(parameters, [r for r in found if r.tensor not in self._kept], z)
-        self._kept |= {n: (parameters[n], version(parameters[n]), t) for n, t in new.items()}
-        return {n: self._kept[n][2] for n in dict.fromkeys(r.tensor for r in found)}
+    def parameters(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return some of the parameters that gates act on, by name, as they are now."""
+        places = self.places_of(names).items()
+        return {name: parameters_of(held[0][0])[held[0][1]] for name, held in places}  # pyright: ignore[reportReturnType]
 
 
 class _Run:
@@ -258,25 +245,48 @@ class _Run:
         per_sample = z.dim() == 2 and len(z) > 1
         reads = [r for r in gating.readers if r.per_sample] if per_sample else []
         folded = [r for r in gating.readers if not (per_sample and r.per_sample)]
-        parameters = gating.parameters() if weights or not all_open else {}
-        self.tensors = {n: multiplied(parameters[n], g, tuple(range(g.dim()))) for n, g in weights.items()}
+        self._weights, self._shared = weights, shared
+        self._read = [] if all_open else folded
+        changed = {*weights, *(r.tensor for r in self._read)}
+        self._later = gathered_later(gating.model, gating.places_of(changed)) if changed else []
+        self.tensors = self._multiplied(changed.difference(*(held for _, held in self._later)))
         self.masks: list[tuple[nn.Module, int, Tensor]] = []
         self.skipped: list[nn.Module] = []
         if not all_open:
-            self.tensors |= gating.folded({**parameters, **self.tensors}, folded, shared)
             self.masks = gating.masks(shared, best)
             if gating.blocks:
                 closed = (shared == 0).tolist()
                 self.skipped = [module for module, i in gating.blocks if closed[i]]
         hooks_of_gates = input_hooks(reads, z)
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
-        self._acts = bool(self.tensors or self._hooks) or not all_open
+        self._acts = bool(changed or self._hooks) or not all_open
         self._eager = self.compiled and bool(hooks_of_gates or self.masks or (gating.blocks and not all_open))
-        self._unfused = gating.fused and (bool(self.tensors) or not all_open)
+        self._unfused = gating.fused and (bool(changed) or not all_open)
+
+    def _multiplied(self, names: set[str], once: bool = False) -> dict[str, Tensor]:
+        """Return some of the weights that gates act on, multiplied by these, by the names of the parameters.
+
+        Args:
+            names: The names of the parameters.
+            once: Whether the products are not to be kept, because the parameters change without a notice.
+        """
+        if not names:
+            return {}
+        parameters = self.gating.parameters(names)
+        tensors = {
+            n: multiplied(parameters[n], g, tuple(range(g.dim()))) for n, g in self._weights.items() if n in names
+        }
+        read = [r for r in self._read if r.tensor in names]
+        folded = fold if once else self.gating.folded
+        return tensors | folded({**parameters, **tensors}, read, self._shared) if read else tensors
 
     @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Let the gates act within this context."""
+    def acting(self, again: bool = False) -> Iterator[None]:
+        """Let the gates act within this context.
+
+        Args:
+            again: Whether a part of the model runs again, which may lie within modules whose parameters were gathered.
+        """
         with ExitStack() as stack:
             if self._eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -290,10 +300,16 @@ class _Run:
                 stack.enter_context(skipping(self.skipped))
             if self.tensors:
                 stack.enter_context(self.gating.holding(self.tensors, self.compiled))
+            if self._later:
+                stack.enter_context(folding_later(self._later, self._held, now=again))
             if self.watch is not None:
                 stack.enter_context(hooked([(m, self.watch.end) for m in self._gates_within()]))
             stack.enter_context(hooked(self._hooks))
             yield
+
+    def _held(self, names: set[str]) -> AbstractContextManager[None]:
+        """Return a context in which modules hold some of the weights multiplied by their gates."""
+        return self.gating.holding(self._multiplied(names, once=True), self.compiled)
 
     def end(self) -> None:
         """Note that the run is over."""
@@ -318,5 +334,5 @@ class _Run:
         """Run a function once more, in the backward pass."""
         if self._running:  # The model itself takes a gradient, so the gates are where they were.
             return function(*args, **kwargs)
-        with self.gating.lock.again(self._hold), self.acting():
+        with self.gating.lock.again(self._hold), self.acting(again=True):
             return function(*args, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.fsdp_private import keep_whole
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 # Gates start with this phi in a new network: they are open, with pi = 0.95 at k = 7, the setting of the authors.
@@ -76,6 +77,16 @@ def _of_its_kind(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     wanted = new.dtype.to_real()
     wanted = wanted if wanted == torch.float64 else torch.float32
     return new if new.dtype == wanted else tensor.to(new.device, wanted)
+
+
+class Gates(nn.ModuleDict):
+    """All gates of a network, one module for each site or weight; ``fully_shard`` leaves them whole.
+
+    There are few of them, and every process needs all.
+    """
+
+
+keep_whole(Gates)
 
 
 class Site(_Gates):

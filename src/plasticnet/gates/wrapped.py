@@ -1,10 +1,13 @@
-"""Keeps a network right in `DistributedDataParallel` (DDP), whoever wraps it and however deep it lies.
+"""Keeps a network right in `DistributedDataParallel` (DDP) and FSDP2, whoever wraps it and however deep it lies.
 
 DDP averages the gradients of the parameters that it found when it was built, and expects one of each. Three things are
 different here. The gates get gradients from the loss alone: where DDP wraps the network itself, it is told to ignore
 them, and `Ranks` averages their estimates; where it wraps a module around the network, it watches them, and the output
 is tied to them. Sizes change: then DDP is told to watch the new parameters. And before each training pass the buffers
 become those of rank 0, because DDP leaves that out after a pass without gradients, such as that of a partner.
+
+FSDP2 (``fully_shard``) leaves the gates whole, and gathers the other parameters before a forward. There, too, the
+estimates of the gates are averaged, and buffers are those of rank 0.
 
 Each rank draws gates of its own. Everything else that could make the ranks differ in size is equal by construction:
 what a resize draws at random comes from one seed, and a schedule decides by the mean validation loss.
@@ -20,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
+from plasticnet.tools.sharding import left_whole
 from plasticnet.tools.torch_private import ignored_by_ddp
 from plasticnet.units import InputUnits
 
@@ -64,10 +68,28 @@ def meet(net: GatedModel) -> None:
     ranks.fresh = False
     _compare_sites(net)
     ignored = ignored_by_ddp(net.model)
-    held = [*net.model.named_parameters(), *net.model.named_buffers()]
+    if ranks.sharded:
+        _check_sharded(net)
+    held = [*left_whole(net.model).items(), *net.model.named_buffers()]
     ranks.broadcast([*(t for name, t in held if name not in ignored), *(g.phi for g in net.all_gates())])
     if (latency := ranks.first(net.latency)) != net.latency:
         net.use_latency(latency)
+
+
+def _check_sharded(net: GatedModel) -> None:
+    """Raise `PlasticError` if FSDP2 shards the gates, or leaves out parameters, whose gradients it would not average."""
+    whole = {id(p) for p in left_whole(net).values()}
+    if any(id(g.phi) not in whole for g in net.all_gates()):
+        raise PlasticError(
+            "fully_shard has sharded the gates, which every process needs as a whole: call it with "
+            "ignored_params=set(net.gates.parameters())"
+        )
+    for name, p in left_whole(net.model).items():
+        if p.requires_grad:
+            raise PlasticError(
+                f"fully_shard was called for some modules of the network only, and {name} is in none of them, so that "
+                "every process would train it alone: call fully_shard for the network itself, too, after its parts"
+            )
 
 
 def tied(net: GatedModel, output: Any) -> Any:

@@ -123,7 +123,9 @@ def _passes(
     estimator = sampler.rule
     running = draws_per_sample(net, sampler) and compares_running(net.model)
     indices = [i for i in estimator.reads if running or i]
-    step.prefix = _prefix(net) if indices and not sampler.differentiates else None
+    # What FSDP2 gathers within a pass is freed after it, and all ranks must run the same passes.
+    handed = indices and not sampler.differentiates and not net.ranks.sharded
+    step.prefix = _prefix(net) if handed else None
     found: dict[int, Tensor] = {}
     slopes: list[Tensor] = []
     try:

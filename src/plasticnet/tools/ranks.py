@@ -1,7 +1,7 @@
 """Several processes that train one network together.
 
 `Ranks` knows the `DistributedDataParallel` (DDP) in which the network runs, however deep the network lies in what DDP
-wraps, and keeps the copies of the network alike: it computes means, broadcasts tensors, lets all ranks draw equal
+wraps, or the mesh over which FSDP2 (``fully_shard``) shards it, and keeps the copies of the network alike: it computes means, broadcasts tensors, lets all ranks draw equal
 random numbers, and lets DDP watch new parameters. It works on tensors and numbers and knows no network.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from plasticnet.tools.torch_private import process_group, running_ddp, unwatched, watch_again, watched_by_ddp
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that train a network together; this is a single one unless the network runs in DDP.
+    """The processes that train a network together; this is a single one unless the network runs in DDP or is sharded.
 
     A copy belongs to no DDP, and so trains alone.
 
@@ -36,6 +39,7 @@ class Ranks:
         self.aside = False
         self._asked = False  # Somebody, DDP most likely, has asked for the names that it is to ignore.
         self._ddp: weakref.ref[nn.Module] | None = None
+        self._mesh: DeviceMesh | None = None  # over which FSDP2 shards the network
         self._outgrown = False  # Shapes have changed since a DDP may have been built.
         self._watched: set[int] = set()  # The ids of the parameters whose gradients DDP averages.
 
@@ -50,14 +54,28 @@ class Ranks:
     @property
     def count(self) -> int:
         """The number of processes that train this network together."""
-        if not (dist.is_available() and dist.is_initialized()) or not (self._asked or self.ddp is not None):
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        if not (self.sharded or self._asked or self.ddp is not None):
             return 1
         return dist.get_world_size(self._group)
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        """The process group of DDP; None stands for the default one."""
+        """The process group of DDP or of FSDP2; None stands for the default one."""
+        if self._mesh is not None:
+            return None if self._mesh.size() == dist.get_world_size() else self._mesh.get_group()
         return None if self.ddp is None else process_group(self.ddp)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the network, so that every call of it must happen on all ranks alike."""
+        return self._mesh is not None
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Note over which mesh, of one dimension, FSDP2 shards the network."""
+        if self._mesh is None:
+            self._mesh, self.fresh = mesh, True
 
     def wrap(self) -> None:
         """Note that a wrapper has asked for the names that it is to ignore."""
