@@ -28,6 +28,7 @@ from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
+from plasticnet.tools.sharding import held_parameters
 from plasticnet.tools.torch_private import has_child
 
 
@@ -171,7 +172,7 @@ class PlasticNet(GatedModel):
         """
         rate = 10 * lr if gate_lr is None else gate_lr
         with self.lock:
-            weights = {"params": list(self.model.parameters()), "lr": lr, **options}
+            weights = {"params": list(held_parameters(self.model).values()), "lr": lr, **options}
         gates = {"params": [g.phi for g in self.all_gates()], "lr": rate, "weight_decay": 0.0, "betas": gate_betas}
         return [weights, gates]
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.sharding import is_sharded
 
 Optimizers = Optimizer | Sequence[Optimizer] | None  # one, all of those that hold the parameters, or none
 
@@ -70,6 +71,11 @@ def check_optimizers(optimizers: Sequence[Optimizer], parameters: Mapping[str, n
         _check_kind(optimizer)
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
+    if optimizers and any(is_sharded(parameters[n]) for n in missing):
+        raise PlasticError(
+            f"the optimizers do not hold the DTensors that fully_shard has made of {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; build them after fully_shard, from net.param_groups()"
+        )
     if optimizers and missing:
         raise PlasticError(
             f"the optimizers do not hold {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; "
@@ -165,7 +171,7 @@ def _unsliceable(p: Any, value: Any) -> str:
 
     State is fine if it has one number for each entry of the parameter, or one number for all of them.
     """
-    if type(value) in (Tensor, nn.Parameter):
+    if type(value) in (Tensor, nn.Parameter) or is_sharded(value):
         if value.numel() == 1:
             return ""
         if p is None or value.shape != p.shape:

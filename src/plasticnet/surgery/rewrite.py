@@ -13,6 +13,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.surgery.attributes import shift_widths, update_attributes, weights_of
 from plasticnet.surgery.optimizers import check_optimizers, rebind
 from plasticnet.surgery.plan import Plan
+from plasticnet.tools.sharding import Shards, distributed, gathered
 from plasticnet.tools.torch_private import (
     BatchOrInstanceNorm,
     buffers_of,
@@ -55,6 +56,7 @@ def apply_plan(
     """
     if init not in INITS:
         raise PlasticError(f"init={init!r}: choose one of {', '.join(INITS)}")
+    shards = Shards(model)  # brings the parameters back to their parts, and so comes first
     parameters = dict(model.named_parameters())
     every = [*gates.items(), *(weights or {}).items()]
     check_optimizers(optimizers, {**parameters, **{f"the gates of {n}": p for n, (p, _) in every}})
@@ -62,6 +64,9 @@ def apply_plan(
     for (tensor, dim), take in plan.takes.items():
         by_tensor.setdefault(tensor, {})[dim] = _Take(take)
     by_site = {site: {0: _Take(source)} for site, source in plan.sources.items()}
+    for name, takes in by_tensor.items():
+        if name in parameters:
+            shards.check(name, parameters[name], {dim: take.length for dim, take in takes.items()})
     named = weights_of(model, by_tensor)
     with torch.no_grad():
         rewritten = [
@@ -73,10 +78,11 @@ def apply_plan(
         moved = {o: n for o, n, _ in rewritten if isinstance(o, nn.Parameter) and isinstance(n, nn.Parameter)}
         for old, new in moved.items():
             if old.grad is not None:
-                new.grad = _rewrite(old.grad, takes_of[old])
+                new.grad = _rewrite_part(old.grad, takes_of[old])
         replace_tensors(model, [(old, new) for old, new, _ in rewritten])
+        shards.take(moved.items())
         for optimizer in optimizers:
-            rebind(optimizer, moved, lambda old, value, mean: _rewrite(value, takes_of[old], mean))
+            rebind(optimizer, moved, lambda old, value, mean: _rewrite_part(value, takes_of[old], mean))
     shift_widths(model, plan.shifts)
     update_attributes(model, plan.takes, plan.groups, named)
     return moved
@@ -89,8 +95,9 @@ def _rewritten_tensors(
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     for name, takes in by_tensor.items():
         old = tensors[name]
-        new = _rewrite(old, takes)
+        new = _rewrite(gathered(old), takes)
         _initialise(model, name, new, takes, consumed, init)
+        new = distributed(new, old)
         is_parameter = isinstance(old, nn.Parameter)
         yield old, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new, takes
 
@@ -180,6 +187,11 @@ def _rewrite(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> 
             return new.clone(memory_format=memory_format)
     shared = new.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return new.clone(memory_format=torch.contiguous_format) if shared else new.contiguous()
+
+
+def _rewrite_part(tensor: Tensor, takes: Mapping[int, _Take], mean: bool = False) -> Tensor:
+    """Return what `_rewrite` does; a tensor of which every process holds a part is gathered, and sharded again."""
+    return distributed(_rewrite(gathered(tensor), takes, mean), tensor)
 
 
 def _fill(new: Tensor, kept: Tensor, takes: Sequence[tuple[int, _Take]], mean: bool) -> None:

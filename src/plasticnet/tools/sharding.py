@@ -88,6 +88,13 @@ def checked_mesh(module: nn.Module) -> Any:
     return first
 
 
+def held_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module, by name, as optimizers hold them: what FSDP2 has gathered is sharded again."""
+    for p in sharded_parameters(module):
+        p.reshard()
+    return dict(module.named_parameters())
+
+
 def left_whole(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a module, by name, that FSDP2 does not shard, whether it has gathered others or not."""
     held = {(id(m), leaf) for p in sharded_parameters(module) for m, leaf in p.places}

@@ -20,6 +20,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.tools.batches import check_batches
+from plasticnet.tools.sharding import held_parameters
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
 from plasticnet.training.metrics import metrics
 from plasticnet.training.pressing import pressing
@@ -107,7 +108,7 @@ class Schedule:
         self.timeline = Timeline(stages)
         self.net = net
         self.optimizers = listed(optimizer)
-        check_optimizers(self.optimizers, dict(net.named_parameters()))
+        check_optimizers(self.optimizers, held_parameters(net))
         if not 0 <= hibernate <= 1:
             raise PlasticError(f"hibernate={hibernate}: the probability below which a unit is cut, from 0 to 1")
         check_multiple(multiple_of)
@@ -194,7 +195,7 @@ class Schedule:
         if timeline.over:
             raise PlasticError(f"the schedule is over: it has {self.epochs} epochs, and all of them were ended")
         stage, loss = timeline.stage, self._loss(val_loss)
-        check_optimizers(self.optimizers, dict(net.named_parameters()))
+        check_optimizers(self.optimizers, held_parameters(net))
         if stage.plastic:
             check_finite(net)
             if self.growth is not None:
