@@ -28,7 +28,7 @@ from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
-from plasticnet.tools.sharding import held_parameters
+from plasticnet.tools.sharding import as_whole, held_parameters
 from plasticnet.tools.torch_private import has_child
 
 
@@ -103,12 +103,13 @@ class PlasticNet(GatedModel):
         sampler = Sampler(estimator, gates)
         if not isinstance(model, nn.Module) or any(isinstance(m, GatedModel) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
-        found = with_gradients_if_needed(
-            lambda: find(
-                model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
-                residual=residual, blocks=blocks, weights=weights,
-            )
-        )  # fmt: skip
+        with as_whole(model):
+            found = with_gradients_if_needed(
+                lambda: find(
+                    model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
+                    residual=residual, blocks=blocks, weights=weights,
+                )
+            )  # fmt: skip
         super().__init__(
             model, found.sites, found.weights, uses=found.uses, frozen=found.frozen, excluded=found.excluded,
             checked=found.checked,

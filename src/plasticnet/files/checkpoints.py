@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.files.container import FORMAT, read_file, write_file
+from plasticnet.tools.sharding import is_sharded
 
 _DEPTH = 64  # the most levels of nested dicts and lists; state dicts have about five
 
@@ -74,6 +75,11 @@ def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """
     if depth > _DEPTH:
         raise PlasticError(f"a checkpoint cannot be nested more than {_DEPTH} deep")
+    if is_sharded(tree):
+        raise PlasticError(
+            "a tensor of the checkpoint is a DTensor (FSDP2), of which every process holds a part: write it by "
+            "save_distributed, or save the plain module that net.compact() returns"
+        )
     if isinstance(tree, Tensor):
         key = f"{len(tensors):06d}"
         tensors[key] = tree.detach().cpu().contiguous().clone()

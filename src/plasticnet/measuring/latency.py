@@ -30,6 +30,7 @@ from plasticnet.layers.take import Take
 from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of
 from plasticnet.surgery.compact import cut
 from plasticnet.tools.inputs import batch_size, blaming_inputs, call_arguments, copy_inputs
+from plasticnet.tools.sharding import as_whole
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
 from plasticnet.units import BlockUnits, Units
 
@@ -77,7 +78,8 @@ def measure_latency(net: GatedModel, example_inputs: Any, networks: int, repeats
     inputs = args, kwargs = call_arguments(example_inputs)
     device = device_of(net, inputs)
     sites = {s.name: s.units for s in net.sites.values()}
-    twin: Any = duplicate(net).eval()
+    with as_whole(net):
+        twin: Any = duplicate(net).eval()
     whole: nn.Module = twin.model
     with left_as_it_was(twin), one_thread():
         _open(twin)

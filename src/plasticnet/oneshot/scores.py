@@ -20,6 +20,7 @@ from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.batches import Forward
 from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Loss, Outputs
+from plasticnet.tools.sharding import refuse_sharded
 from plasticnet.tools.snapshot import left_as_it_was
 
 Scores = str | Mapping[str, Tensor]  # a kind of score, or for each site the scores of its units
@@ -114,6 +115,7 @@ def scores(
     """
     if kind not in KINDS:
         raise PlasticError(f"scores={kind!r}: choose one of {', '.join(KINDS)}")
+    refuse_sharded(net, f"scores={kind!r}")
     if kind == "magnitude":
         squares = _of_sizes(net)
     else:

@@ -23,6 +23,7 @@ from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.precision import full_precision
+from plasticnet.tools.sharding import refuse_sharded
 from plasticnet.tools.snapshot import left_as_it_was
 
 
@@ -82,6 +83,7 @@ def repair(
         raise PlasticError(f"repair mends a network whose units are open or closed, at k = infinity; k is {net.k:g}")
     if type(calibrate) is not int or calibrate < 2:
         raise PlasticError(f"calibrate={calibrate!r}: the number of inputs to read, 2 or more")
+    refuse_sharded(net, "repair")
     data = calibration(batches, calibrate)
     with net.lock:
         aim = None if towards is None else _checked(net, towards)

@@ -22,6 +22,7 @@ from plasticnet.surgery.resize import check_counts, grow, resize
 from plasticnet.surgery.survivors import alive
 from plasticnet.tools.inputs import Loss
 from plasticnet.tools.shapes import along
+from plasticnet.tools.sharding import refuse_sharded
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.units import BlockUnits, InputUnits
 
@@ -59,6 +60,7 @@ def grow_by_gradient(
             resized. Candidates that were added before the error are removed again.
     """
     check_counts(net, counts)
+    refuse_sharded(net, 'grow(init="gradmax")')
     for name, n in counts.items():
         if isinstance(net.sites[name].units, BlockUnits):
             raise PlasticError(

@@ -19,6 +19,7 @@ from plasticnet.layers.take import Take, insert_take
 from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors
 from plasticnet.surgery.survivors import alive, check_multiple, read_units, survivors
+from plasticnet.tools.sharding import as_whole
 from plasticnet.tools.snapshot import duplicate
 from plasticnet.units import BlockUnits, InputUnits, Units
 
@@ -38,7 +39,8 @@ def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
     """
     multiple_of = net.multiple_of if multiple_of is None else multiple_of
     check_multiple(multiple_of)
-    small = duplicate(net.model).eval()
+    with as_whole(net.model):
+        small = duplicate(net.model).eval()
     sites = net.sites.values()
     best = {s.name: int(s.best) for s in sites}
     factors = {s.name: s.mean_gate(net.k) for s in sites}

@@ -20,7 +20,9 @@ from plasticnet.gates.site import buffer_key, gate_key, weight_key
 from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.resize import adopt
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors, rewrite
+from plasticnet.tools.fsdp_private import give_parts
 from plasticnet.tools.inputs import MORE
+from plasticnet.tools.sharding import Shards, distributed, gathered, held_parameters, is_sharded
 from plasticnet.tools.torch_private import give_shape
 from plasticnet.units import IDLE, InputUnits, Units
 
@@ -46,6 +48,7 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if prefix and not own:
         return
+    held_parameters(net)  # are sharded again, where FSDP2 has gathered them
     _compare_keys(net, own)
     _check_k(own["_extra_state"])
     _check_entries(net, own)
@@ -54,11 +57,20 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
     before = [p.shape for p in net.parameters()]
     _resize_in_place(net, planned)
     adopt(net, planned)
+    _share_out(net, state, prefix)
     _load_unsaved(net, state, prefix, assign)
     if assign:  # torch puts the tensors of the state in their place afterwards, see `settle`
         _prepare_assignment(net, state, prefix)
     elif before != [p.shape for p in net.parameters()]:
         net.ranks.outgrow()
+
+
+def _share_out(net: GatedModel, state: MutableMapping[str, Any], prefix: str) -> None:
+    """Shard entries of a state dict as the network's parameters are, and gather those that are whole in the network."""
+    for name, t in net.named_parameters(remove_duplicate=False):
+        found = state[prefix + name]
+        if is_sharded(t) or is_sharded(found):
+            state[prefix + name] = distributed(gathered(found).to(t.device, t.dtype), t)
 
 
 def _prepare_assignment(net: GatedModel, state: MutableMapping[str, Any], prefix: str) -> None:
@@ -193,11 +205,13 @@ def _finite(t: Tensor) -> bool:
     """Return whether a tensor has no NaN and no infinity, which is not known of one without values."""
     if t.is_meta or t.is_quantized or t.layout != torch.strided or not (t.is_floating_point() or t.is_complex()):
         return True
+    t = gathered(t)
     return bool(torch.isfinite(t.float() if t.dtype.itemsize == 1 else t).all())
 
 
 def _equal(t: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal, as far as they have values."""
+    t, other = gathered(t), gathered(other)
     return t is other or (t.shape == other.shape and (t.is_meta or torch.equal(t, other.to(t.device, t.dtype))))
 
 
@@ -314,9 +328,11 @@ def _resize_in_place(net: GatedModel, planned: Plan) -> None:
     sites = net.sites.values()
     logits = {s.name: (s.phi, 0.0) for s in sites}
     moved = apply_plan(net.model, planned, logits, weights={w.name: (w.phi, 0.0) for w in net.weights.values()})
+    shards = Shards(net.model)
     for old, new in moved.items():
-        give_shape(old, new)
+        give_parts(old, new) if is_sharded(old) else give_shape(old, new)
     replace_tensors(net.model, [(new, old) for old, new in moved.items()])
+    shards.take((new, old) for old, new in moved.items())
     for site in sites:
         if site.name in planned.sources:
             site.grace = rewrite(site.grace, {0: planned.sources[site.name]})

@@ -14,13 +14,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 # FSDP2 takes modules with this name in their registry to be replicated, and leaves their parameters whole.
 _REPLICATE = "replicate"
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params", "__composable_api_state_key")  # of attributes it adds
 _FSDP = "torch.distributed.fsdp._fully_shard"
 
 
@@ -109,6 +110,14 @@ class ShardedParameter:
         return restore
 
 
+def give_parts(parameter: nn.Parameter, new: Tensor) -> None:
+    """Let a DTensor hold the parts of another one, of any shape, and no gradient; it stays the same object."""
+    held, given = cast(Any, parameter), cast(Any, new)
+    held.grad = None
+    held.data = given.data
+    held._local_tensor, held._spec = given._local_tensor, given._spec
+
+
 def sharded_parameters(module: nn.Module) -> list[ShardedParameter]:
     """Return the parameters within a module that FSDP2 shards, also where it shards a module around this one."""
     states = _states()
@@ -122,6 +131,21 @@ def sharded_parameters(module: nn.Module) -> list[ShardedParameter]:
             if group is not None:
                 found += [ShardedParameter(group, r) for r in group.fsdp_params if id(r._module_info.module) in inside]
     return found
+
+
+def gathers(module: nn.Module) -> bool:
+    """Return whether FSDP2 gathers parameters at the forward of a module, or of one within it."""
+    return any(_plain_class(m) is not type(m) for m in module.modules())
+
+
+def _plain_class(module: nn.Module) -> type:
+    """Return the class that a module had before FSDP2 gave it one of its own."""
+    if _FSDP not in sys.modules:
+        return type(module)
+    from torch.distributed.fsdp import FSDPModule
+
+    order = type(module).__mro__
+    return order[order.index(FSDPModule) + 1] if FSDPModule in order else order[0]
 
 
 def _states() -> list[Any]:
@@ -178,13 +202,10 @@ def _stripped(module: nn.Module) -> Iterator[Callable[[], None]]:
                     d.pop(key, None)
                 yield lambda d=d, before=before: (d.clear(), d.update(before))[0]
     kind = type(module)
-    if kind.__module__.startswith(_FSDP) or any(b.__module__.startswith(_FSDP) for b in kind.__bases__):
-        module.__class__ = next(c for c in kind.__mro__[1:] if not c.__module__.startswith(_FSDP))
+    if (plain := _plain_class(module)) is not kind:
+        module.__class__ = plain
         yield lambda: setattr(module, "__class__", kind)
-    marks = {n: v for n, v in held.items() if n in ("_is_fsdp_managed_module", "_fsdp_use_orig_params")}
-    registry = {n: v for n, v in held.items() if isinstance(v, dict) and "fully_shard" in v}
-    states = {n: v for n, v in held.items() if isinstance(v, dict) and any(_of_fsdp(s) for s in v.values())}
-    for n in {**marks, **registry, **states}:
+    for n in [n for n in held if n.startswith(_MARKS)]:
         value = held.pop(n)
         yield lambda n=n, value=value: held.update({n: value})
 

@@ -179,7 +179,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         model: The model.
         what: What cannot be done then, as the beginning of a sentence.
     """
-    if sharded_parameters(model) or any(is_sharded(p) for p in model.parameters()):
+    if any(is_sharded(p) for p in model.parameters()) or sharded_parameters(model):
         raise PlasticError(
             f"{what} needs all parameters in one process, and fully_shard has left a part in each: do it before "
             "fully_shard, or with the plain module that net.compact() returns"

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from plasticnet.errors import PlasticError
 from plasticnet.tools.copying import deep_copy
+from plasticnet.tools.fsdp_private import gathers
 from plasticnet.tools.gradients import without_gradients
+from plasticnet.tools.sharding import is_sharded
 from plasticnet.tools.torch_private import buffers_of, forget_parametrized
 
 
@@ -26,6 +29,11 @@ def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Paramete
     Raises:
         PlasticError: A module within the model refuses to be copied.
     """
+    if any(is_sharded(p) for p in model.parameters()) or gathers(model):
+        raise PlasticError(
+            f"{type(model).__name__} cannot be copied: fully_shard has left a part of it in every process. Do it before "
+            "fully_shard, or with the plain module that net.compact() returns"
+        )
     known = {} if parameters is None else {id(p): parameters(p) for p in model.parameters()}
     return deep_copy(model, known)
 

@@ -20,7 +20,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.tools.batches import check_batches
-from plasticnet.tools.sharding import held_parameters
+from plasticnet.tools.sharding import held_parameters, refuse_sharded
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
 from plasticnet.training.metrics import metrics
 from plasticnet.training.pressing import pressing
@@ -117,6 +117,7 @@ class Schedule:
         self.on_resize, self.on_change = on_resize, on_change
         if repair is not None:
             check_batches(repair)
+            refuse_sharded(net, "a schedule with repair=")
         self.force = pressing(net, self.stages, budget, pressure, growth)
         if growth is not None:
             growth.take(net, self.force)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from plasticnet.net import PlasticNet
+from plasticnet.tools.sharding import Shards
 from plasticnet.tools.snapshot import RandomState
 
 
@@ -38,6 +39,7 @@ class _Before:
     """What a network, its optimizers and other objects are at a moment; see `undone_on_error`."""
 
     def __init__(self, net: PlasticNet, optimizers: Sequence[Optimizer], others: Sequence[object]) -> None:
+        self._put_shards_back = Shards(net).kept()  # first, because it may change what the modules hold
         self._random = RandomState(net.model)
         self._modules = [(m, type(m), _attributes(m)) for m in net.modules()]
         self._others = [(o, _attributes(o)) for o in others]
@@ -55,6 +57,7 @@ class _Before:
             if type(module) is not kind:
                 module.__class__ = kind
             _put_back(module, attributes)
+        self._put_shards_back()
         for other, attributes in self._others:
             _put_back(other, attributes)
         for group, items in self._groups:
