@@ -34,6 +34,7 @@ from plasticnet.layers.sparse import sparsify  # make linear layers with many ze
 # -- Files -------------------------------------------------------------------------------------
 from plasticnet.files.modules import load, save  # a compact module
 from plasticnet.files.checkpoints import load_checkpoint, save_checkpoint  # a training run that goes on
+from plasticnet.files.distributed import load_distributed, save_distributed  # the same from several processes
 from plasticnet.files.exporting import export  # an ONNX file or a torch.export program
 from plasticnet.files.exporting import Exported  # what export returns
 from plasticnet.files.pretrained import save_pretrained  # a folder that from_pretrained reads
@@ -70,7 +71,8 @@ __all__ = [
     "shrink", "Report", "Milestone", "SiteChange",
     "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "repair", "Repaired", "RepairedReader",
     "equalise", "sparsify",
-    "save", "load", "save_checkpoint", "load_checkpoint", "export", "Exported", "save_pretrained",
+    "save", "load", "save_checkpoint", "load_checkpoint", "save_distributed", "load_distributed",
+    "export", "Exported", "save_pretrained",
     "Site", "WeightSite", "Summary", "SiteSummary", "profile", "Profile", "ModuleProfile", "Latency", "Term",
     "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "Slice", "Consumer", "Norm", "Width",
     "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention", "SparseLinear",

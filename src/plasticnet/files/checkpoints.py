@@ -37,7 +37,7 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
         (3, ['weight', 'bias'])
     """
     tensors: dict[str, Tensor] = {}
-    write_file(path, tensors, {"format": FORMAT, "kind": "checkpoint", "tree": _encode(tree, tensors)})
+    write_file(path, tensors, {"format": FORMAT, "kind": "checkpoint", "tree": encode(tree, tensors)})
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Any:
@@ -63,12 +63,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     """
     tensors, recipe = read_file(path, "checkpoint")
     try:
-        return _decode(recipe["tree"], tensors)
+        return decode(recipe["tree"], tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PlasticError(f"{path}: damaged ({error!r})") from error
 
 
-def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+def encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     """Return a tree as JSON data, in which every tensor is replaced by its key in ``tensors``, where it is added.
 
     A container becomes a dict with one key, which says of what type it is.
@@ -85,16 +85,16 @@ def _encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
         tensors[key] = tree.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(tree, Mapping):
-        return {"dict": [[_encode(k, tensors), _encode(v, tensors, depth + 1)] for k, v in tree.items()]}
+        return {"dict": [[encode(k, tensors), encode(v, tensors, depth + 1)] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
-        return {"list" if isinstance(tree, list) else "tuple": [_encode(v, tensors, depth + 1) for v in tree]}
+        return {"list" if isinstance(tree, list) else "tuple": [encode(v, tensors, depth + 1) for v in tree]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise PlasticError(f"a checkpoint cannot hold a {type(tree).__name__}")
 
 
-def _decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
-    """Return the tree that `_encode` was given. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
+def decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
+    """Return the tree that `encode` was given. Raises `KeyError`, `TypeError` or `ValueError` for other data."""
     if not isinstance(data, dict):
         return data
     if depth > _DEPTH:
@@ -103,8 +103,8 @@ def _decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
-        return {_decode(k, tensors, depth + 1): _decode(v, tensors, depth + 1) for k, v in value}
+        return {decode(k, tensors, depth + 1): decode(v, tensors, depth + 1) for k, v in value}
     if kind not in ("list", "tuple"):
         raise ValueError(kind)
-    items = [_decode(v, tensors, depth + 1) for v in value]
+    items = [decode(v, tensors, depth + 1) for v in value]
     return items if kind == "list" else tuple(items)

@@ -65,6 +65,26 @@ def prepare(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assig
         net.ranks.outgrow()
 
 
+def fit(net: GatedModel, state: Mapping[str, Tensor]) -> None:
+    """Resize a network to the sizes in a state whose values are loaded later; the parameters stay the same objects.
+
+    Args:
+        net: The network.
+        state: A state dict of the network. All but the tensors of its gates may lie on the meta device.
+
+    Raises:
+        PlasticError: The state does not fit the network. Nothing was changed.
+    """
+    held_parameters(net)
+    _compare_keys(net, state)
+    planned = _plan_load(net, state)
+    before = [p.shape for p in net.parameters()]
+    _resize_in_place(net, planned)
+    adopt(net, planned)
+    if before != [p.shape for p in net.parameters()]:
+        net.ranks.outgrow()
+
+
 def _share_out(net: GatedModel, state: MutableMapping[str, Any], prefix: str) -> None:
     """Shard entries of a state dict as the network's parameters are, and gather those that are whole in the network."""
     for name, t in net.named_parameters(remove_duplicate=False):

@@ -134,6 +134,11 @@ def running_ddp() -> nn.Module | None:
     return DistributedDataParallel._active_ddp_module if dist.is_available() else None
 
 
+def inside_ddp(module: nn.Module) -> nn.Module:
+    """Return what a `DistributedDataParallel` wraps, or the module itself."""
+    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+
+
 def process_group(ddp: nn.Module) -> Any:
     """Return the process group of a `DistributedDataParallel`."""
     return cast(Any, ddp).process_group
