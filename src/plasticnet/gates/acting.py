@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.readers import Reader, multiplied
 from plasticnet.layers.skip import Skip
 from plasticnet.tools.lending import lend
 from plasticnet.tools.shapes import along
+from plasticnet.tools.sharding import is_sharded
 from plasticnet.tools.torch_private import (
     flat_names,
     flat_weights,
@@ -85,11 +87,16 @@ def _exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[],
 
 
 @contextmanager
-def skipping(skipped: Sequence[nn.Module]) -> Iterator[None]:
-    """Let these modules return their first input within this context."""
+def skipping(skipped: Sequence[nn.Module], tied: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let these modules return their first input within this context.
+
+    Args:
+        skipped: The modules.
+        tied: Those whose parameters get gradients of zero all the same, because another process runs them.
+    """
     own = [module.__dict__.get("forward") for module in skipped]
     for module in skipped:
-        module.forward = Skip.forward.__get__(module)
+        module.forward = (_skip_tied if any(module is m for m in tied) else Skip.forward).__get__(module)
     try:
         yield
     finally:
@@ -97,6 +104,36 @@ def skipping(skipped: Sequence[nn.Module]) -> Iterator[None]:
             del module.__dict__["forward"]
             if forward is not None:
                 module.forward = forward
+
+
+def _skip_tied(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return the first input of a module, so that its parameters get gradients of zero."""
+    trained = [p for p in module.parameters() if p.requires_grad and not is_sharded(p)]
+    return tied_to(trained, Skip.forward(cast(Any, module), *args, **kwargs))
+
+
+def tied_to(parameters: Sequence[Tensor], output: Any) -> Any:
+    """Return an output so that gradients of it reach some parameters, as zeros."""
+    if not parameters or not torch.is_grad_enabled():
+        return output
+
+    def tie(t: Tensor) -> Any:
+        return _Tied.apply(t, *parameters) if t.is_floating_point() or t.is_complex() else t
+
+    return tree_map_only(Tensor, tie, output)
+
+
+class _Tied(torch.autograd.Function):
+    """A tensor as it is; in the backward pass the other arguments get gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, *parameters: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.like = [(p.new_zeros(()), p.shape) for p in parameters]
+        return t.clone()  # a view could not be changed in place by the caller
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, *(zero.expand(shape) for zero, shape in ctx.like)
 
 
 def input_hooks(found: Sequence[Reader], z: Tensor | None) -> list[tuple[nn.Module, Callable[..., Any]]]:

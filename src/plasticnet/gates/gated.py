@@ -285,7 +285,8 @@ class GatedModel(nn.Module):
             PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
         best = {name: s.best for name, s in self.sites.items() if s.units.norms}
-        return self.gating.run(z, args, kwargs, best, **options)
+        ranks = self.ranks if self.ranks.sharded else None
+        return self.gating.run(z, args, kwargs, best, ranks=ranks, **options)
 
     # -- from several threads -----------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
 from plasticnet.gates.sharded import folding_later, gathered_later
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.locks import Lock
+from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
 
@@ -120,6 +121,7 @@ class Gating:
         all_open: bool = False,
         watching: Watching | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> Any:
         """Run the model under the given gates and return its output.
 
@@ -137,12 +139,13 @@ class Gating:
             all_open: Whether all gates of units are 1, so that they need not act at all.
             watching: Makes a `Watch` around the call, from the tensors that gates were multiplied into.
             weights: The gates of single weights, by the name of the parameter and of its shape. None stands for open.
+            ranks: The processes that run the model alike, where FSDP2 shards it.
 
         Raises:
             PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
         with self.lock, ExitStack() as stack:
-            run = _Run(self, z, best, all_open, weights or {})
+            run = _Run(self, z, best, all_open, weights or {}, ranks)
             if watching is not None and not run.compiled:  # the compiler cannot follow the mode
                 run.watch = watching(run.tensors.values())
             stack.callback(run.end)
@@ -220,6 +223,7 @@ class _Run:
         best: The unit that a norm counts where all units of a site are closed.
         all_open: Whether all gates of units are 1.
         weights: The gates of single weights.
+        ranks: The processes that run the model alike, where FSDP2 shards it.
 
     Attributes:
         tensors: The weights that gates were multiplied into, by the name of the parameter.
@@ -236,6 +240,7 @@ class _Run:
         best: Mapping[str, Tensor] | None,
         all_open: bool,
         weights: Mapping[str, Tensor],
+        ranks: Ranks | None = None,
     ) -> None:
         self.gating = gating
         self.watch: Watch | None = None
@@ -252,11 +257,15 @@ class _Run:
         self.tensors = self._multiplied(changed.difference(*(held for _, held in self._later)))
         self.masks: list[tuple[nn.Module, int, Tensor]] = []
         self.skipped: list[nn.Module] = []
+        self._tied: list[nn.Module] = []  # closed blocks that are open on another rank
         if not all_open:
             self.masks = gating.masks(shared, best)
             if gating.blocks:
                 closed = (shared == 0).tolist()
                 self.skipped = [module for module, i in gating.blocks if closed[i]]
+                if ranks is not None and torch.is_grad_enabled():
+                    everywhere = ranks.average((shared == 0).double()).tolist()
+                    self._tied = [m for m, i in gating.blocks if closed[i] and everywhere[i] < 1]
         hooks_of_gates = input_hooks(reads, z)
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
         self._acts = bool(changed or self._hooks) or not all_open
@@ -297,7 +306,7 @@ class _Run:
             for norm, axis, mask in self.masks:
                 stack.enter_context(open_statistics(norm, axis, mask))
             if self.skipped:
-                stack.enter_context(skipping(self.skipped))
+                stack.enter_context(skipping(self.skipped, self._tied))
             if self.tensors:
                 stack.enter_context(self.gating.holding(self.tensors, self.compiled))
             if self._later:

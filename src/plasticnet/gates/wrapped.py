@@ -18,14 +18,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from plasticnet.errors import PlasticError
+from plasticnet.gates.acting import tied_to
 from plasticnet.gates.gated import GatedModel
+from plasticnet.tools.fsdp_private import sharded_parameters
 from plasticnet.tools.sharding import left_whole
 from plasticnet.tools.torch_private import ignored_by_ddp
-from plasticnet.units import InputUnits
+from plasticnet.units import BlockUnits, InputUnits
 
 
 def ignored_names(net: GatedModel) -> list[str]:
@@ -90,6 +90,15 @@ def _check_sharded(net: GatedModel) -> None:
                 f"fully_shard was called for some modules of the network only, and {name} is in none of them, so that "
                 "every process would train it alone: call fully_shard for the network itself, too, after its parts"
             )
+    inside = {id(m): m for p in sharded_parameters(net.model) for m in p.modules}
+    for block in [b for s in net.sites.values() if isinstance(s.units, BlockUnits) for b in s.units.blocks]:
+        for name, module in net.model.get_submodule(block).named_modules():
+            if name and id(module) in inside:
+                raise PlasticError(
+                    f"fully_shard was called for {block}.{name}, which lies in the block {block}, and processes that "
+                    f"skip this block would not gather it with those that run it: call fully_shard for {block} as a "
+                    "whole, or for what lies around it"
+                )
 
 
 def tied(net: GatedModel, output: Any) -> Any:
@@ -98,29 +107,7 @@ def tied(net: GatedModel, output: Any) -> Any:
     DDP waits for the gradients of everything that it watches, and those of the gates come from the loss alone, or not
     at all.
     """
-    watched = [g.phi.flatten() for g in net.all_gates() if net.ranks.watches(g.phi)]
-    if not watched or not torch.is_grad_enabled():
-        return output
-    phi = torch.cat(watched)
-
-    def tie(t: Tensor) -> Any:
-        return _Tied.apply(phi, t) if t.is_floating_point() or t.is_complex() else t
-
-    return tree_map_only(Tensor, tie, output)
-
-
-class _Tied(torch.autograd.Function):
-    """A tensor as it is; in the backward pass the logits get a gradient of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, phi: Tensor, t: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.like = phi.new_zeros(()), phi.shape
-        return t.clone()  # a view could not be changed in place by the caller
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        zero, shape = ctx.like
-        return zero.expand(shape), grad
+    return tied_to([g.phi for g in net.all_gates() if net.ranks.watches(g.phi)], output)
 
 
 def _compare_sites(net: GatedModel) -> None:

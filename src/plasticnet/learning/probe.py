@@ -31,6 +31,14 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
     """
     if sampler.mode != "auto" or sampler.samples_apart is not None or uses_batch_statistics(net.model):
         return
+    _probe(net, sampler, closure)
+    if net.ranks.sharded:  # All ranks must run the same passes, in this step and in later ones.
+        answers = net.ranks.everywhere(sampler.samples_apart)
+        sampler.samples_apart = False if False in answers else None if None in answers else True
+
+
+def _probe(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]) -> None:
+    """Do what `resolve_auto` does, on this rank."""
     calls: list[int] = []
 
     def opened(rows: int) -> Tensor:
@@ -45,7 +53,8 @@ def resolve_auto(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor
         sampler.samples_apart = False
         return
     each = reference.dim() and all(rows == len(reference) for rows in calls)
-    if each and len(reference) < 2:
+    samples = len(reference) if each else 2
+    if (min(net.ranks.everywhere(samples)) if net.ranks.sharded else samples) < 2:
         return  # a single sample shows nothing about two: ask the next batch
     if not each or not any(net.gating.per_sample.values()):
         sampler.samples_apart = False
