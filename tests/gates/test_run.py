@@ -261,7 +261,8 @@ def test_weights_are_folded_once_until_they_or_the_gates_change(monkeypatch: pyt
         folded.extend(new)
         return new
 
-    monkeypatch.setattr("plasticnet.gates.run.fold", counting)
+    for module in ("run", "readers"):
+        monkeypatch.setattr(f"plasticnet.gates.{module}.fold", counting)
     x = torch.randn(5, 4)
     net = PlasticNet(mlp(4, 8, 6, 3), (x,)).eval()
     names = [r.tensor for r in net.gating.readers]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -96,9 +98,10 @@ def save_distributed(
     tensors |= {f"small.{key}": t for key, t in small.items()}
     tensors["tree"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     tensors |= {f"random.{_rank()}.{kind}": state for kind, state in _random().items()}
-    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    checkpoint.save(tensors, checkpoint_id=os.fspath(folder), no_dist=not _together())
+    with _quiet():
+        save(tensors, checkpoint_id=os.fspath(folder), no_dist=not _together())
 
 
 def load_distributed(
@@ -160,11 +163,11 @@ class _Saved:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         self.folder = os.fspath(folder)
         try:
-            found = checkpoint.FileSystemReader(self.folder).read_metadata().state_dict_metadata
+            found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
         except Exception as error:
             raise PlasticError(f"{self.folder}: no distributed checkpoint can be read here ({error})") from error
         self.entries: Mapping[str, Any] = found
@@ -173,9 +176,10 @@ class _Saved:
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Read into tensors, by the names of their entries; all processes must call it alike."""
-        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        checkpoint.load(dict(tensors), checkpoint_id=self.folder, no_dist=not _together())
+        with _quiet():
+            load(dict(tensors), checkpoint_id=self.folder, no_dist=not _together())
 
     def empty(self, prefix: str, device: str = "cpu") -> dict[str, Tensor]:
         """Return a tensor without values for each entry whose name begins with a prefix."""
@@ -223,7 +227,8 @@ class _State:
     def put(self, optimizer: Optimizer) -> None:
         """Give an optimizer this state, and the options of its groups."""
         optimizer.state.clear()
-        optimizer.state.update(self._states)
+        for parameter, state in self._states.items():
+            optimizer.state[parameter] = state
         for group, was in zip(optimizer.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in was.items() if key != "params"})
 
@@ -267,7 +272,7 @@ def _check_names(optimizer: Optimizer, names: Mapping[int, str]) -> None:
 def _check(
     tree: Mapping[str, Any], optimizers: Sequence[Optimizer], schedule: Stateful | None, names: Mapping[int, str]
 ) -> None:
-    """Raise `PlasticError` unless a checkpoint has the states of these optimizers, and of a schedule if there is one."""
+    """Raise `PlasticError` unless a checkpoint has the states of these optimizers, and of the schedule."""
     for o in optimizers:
         _check_names(o, names)
     now = [[[names[id(p)] for p in g["params"]] for g in o.param_groups] for o in optimizers]
@@ -301,6 +306,14 @@ def _networks(module: nn.Module) -> dict[str, PlasticNet]:
     """Return the networks within a module, by what the names of their entries begin with."""
     found = {name: m for name, m in module.named_modules() if isinstance(m, PlasticNet)}
     return {f"{name}." if name else "": m for name, m in found.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning within this context that there is a single process, as there may be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _together() -> bool:

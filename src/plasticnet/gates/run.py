@@ -20,7 +20,7 @@ from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, sw
 from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.norms import open_statistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
-from plasticnet.gates.sharded import folding_later, gathered_later
+from plasticnet.gates.sharded import folding_later, gathered_later, values_of
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
@@ -273,12 +273,7 @@ class _Run:
         self._unfused = gating.fused and (bool(changed) or not all_open)
 
     def _multiplied(self, names: set[str], once: bool = False) -> dict[str, Tensor]:
-        """Return some of the weights that gates act on, multiplied by these, by the names of the parameters.
-
-        Args:
-            names: The names of the parameters.
-            once: Whether the products are not to be kept, because the parameters change without a notice.
-        """
+        """Return the weights of these names multiplied by their gates; with ``once`` the products are not kept."""
         if not names:
             return {}
         parameters = self.gating.parameters(names)
@@ -316,9 +311,13 @@ class _Run:
             stack.enter_context(hooked(self._hooks))
             yield
 
-    def _held(self, names: set[str]) -> AbstractContextManager[None]:
-        """Return a context in which modules hold some of the weights multiplied by their gates."""
-        return self.gating.holding(self._multiplied(names, once=True), self.compiled)
+    def _held(self, names: set[str], again: bool) -> AbstractContextManager[None]:
+        """Return a context in which modules hold some of the weights multiplied by their gates, perhaps once again."""
+        if not again:
+            return self.gating.holding(self._multiplied(names, once=True), self.compiled)
+        gates = [self._shared, *self._weights.values()]
+        tensors = values_of(partial(self._multiplied, names, once=True), self.gating.parameters(names), gates)
+        return self.gating.holding(tensors, self.compiled)
 
     def end(self) -> None:
         """Note that the run is over."""

@@ -77,7 +77,7 @@ def meet(net: GatedModel) -> None:
 
 
 def _check_sharded(net: GatedModel) -> None:
-    """Raise `PlasticError` if FSDP2 shards the gates, or leaves out parameters, whose gradients it would not average."""
+    """Raise `PlasticError` if FSDP2 shards the gates, leaves out parameters, or shards what lies within a block."""
     whole = {id(p) for p in left_whole(net).values()}
     if any(id(g.phi) not in whole for g in net.all_gates()):
         raise PlasticError(

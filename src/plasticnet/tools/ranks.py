@@ -1,8 +1,9 @@
 """Several processes that train one network together.
 
 `Ranks` knows the `DistributedDataParallel` (DDP) in which the network runs, however deep the network lies in what DDP
-wraps, or the mesh over which FSDP2 (``fully_shard``) shards it, and keeps the copies of the network alike: it computes means, broadcasts tensors, lets all ranks draw equal
-random numbers, and lets DDP watch new parameters. It works on tensors and numbers and knows no network.
+wraps, or the mesh over which FSDP2 (``fully_shard``) shards it. It keeps the copies of the network alike: it computes
+means, broadcasts tensors, lets all ranks draw equal random numbers, and lets DDP watch new parameters. It works on
+tensors and numbers and knows no network.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -82,8 +81,8 @@ def checked_mesh(module: nn.Module) -> Any:
         )
     if first.ndim != 1:
         raise PlasticError(
-            f"fully_shard was called with a mesh of {first.ndim} dimensions (HSDP), which plasticnet does not know; use "
-            "a 1D mesh of all processes, or DistributedDataParallel"
+            f"fully_shard was called with a mesh of {first.ndim} dimensions (HSDP), which plasticnet does not know; "
+            "use a 1D mesh of all processes, or DistributedDataParallel"
         )
     return first
 

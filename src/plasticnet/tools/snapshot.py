@@ -31,8 +31,8 @@ def duplicate(model: nn.Module, parameters: Callable[[nn.Parameter], nn.Paramete
     """
     if any(is_sharded(p) for p in model.parameters()) or gathers(model):
         raise PlasticError(
-            f"{type(model).__name__} cannot be copied: fully_shard has left a part of it in every process. Do it before "
-            "fully_shard, or with the plain module that net.compact() returns"
+            f"{type(model).__name__} cannot be copied: fully_shard has left a part of it in every process. Do it "
+            "before fully_shard, or with the plain module that net.compact() returns"
         )
     known = {} if parameters is None else {id(p): parameters(p) for p in model.parameters()}
     return deep_copy(model, known)
