@@ -35,9 +35,9 @@ class Shares:
 
 
 def whole(t: Tensor) -> Tensor:
-    """All values of a tensor, of which every process may hold a part."""
+    """A copy of all values of a tensor, of which every process may hold a part."""
     full: Any = t.detach()
-    return full.full_tensor() if hasattr(full, "full_tensor") else full
+    return full.full_tensor() if hasattr(full, "full_tensor") else full.clone()
 
 
 def everything(net: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def gradients(net: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assert_near(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-9) -> None:
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     for name, t in found.items():
         other = expected[name]
         assert (t is None) == (other is None), name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.optim import SGD, Adam, Optimizer
 from plasticnet import Budget, Growth, PlasticError, PlasticNet, Pressure, Schedule, Stage, narrow
 from tests.kit.networks import ConvNet, assert_same, images, mlp, small
 from tests.kit.processes import everywhere, start, together
+from tests.kit.shares import Shares, assert_near, everything
 
 INF = math.inf
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -99,6 +101,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         normalised_deep_within,
         states_of_another_size,
     )
+
+
+@pytest.mark.slow
+def test_two_ranks_are_as_one_process(tmp_path: Path) -> None:
+    together(tmp_path, as_one_process, built_after_a_cut)
 
 
 def assert_alike(net: PlasticNet) -> None:
@@ -437,3 +444,101 @@ def states_of_another_size(rank: int) -> None:
 
 def _prefix(parent: nn.Module, net: PlasticNet) -> str:
     return next(f"{name}." for name, module in parent.named_modules() if module is net)
+
+
+# -- as one process on the whole batch --------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Blocks that can be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([mlp(4, 8, 4) for _ in range(3)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def as_one_process(rank: int) -> None:
+    """Weights, gates, moments and sizes, whatever DDP is asked for, through cuts and new units, and accumulated."""
+    plain: Any = lambda: mlp(4, 12, 9, 3)  # noqa: E731
+    ways: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (plain, {}, {}),
+        (plain, {}, {"find_unused_parameters": True}),
+        (plain, {}, {"gradient_as_bucket_view": True}),
+        (plain, {}, {"static_graph": True}),
+        (plain, {"weights": ("2",)}, {}),
+        (Deep, {"blocks": ("blocks.?",), "gates": "batch"}, {"find_unused_parameters": True}),
+    ]
+    for (model, options, of_ddp), around, accumulated in product(ways, (False, True), (False, True)):
+        if of_ddp.get("static_graph") and accumulated:  # torch has no static graph with no_sync
+            continue
+        found = []
+        for ranks in ((rank,), (0, 1)):
+            torch.manual_seed(0)
+            net = PlasticNet(model().double(), (torch.randn(3, 4).double(),), **options)
+            inner: nn.Module = Task(net).double() if around else net
+            top = inner if len(ranks) > 1 else DDP(inner, **of_ddp)
+            shares = Shares(*ranks)
+            others = [] if not around else [{"params": list(cast(Task, inner).inner["head"].parameters()), "lr": 1e-2}]
+            optimizer = Adam([*net.param_groups(1e-2), *others])
+            pressure = Pressure(0.3, cost="parameters", scale="log")
+            schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0), Stage(1)], pressure=pressure, hibernate=0.5)
+            with torch.no_grad():  # some units hibernate
+                for site in net.sites.values():
+                    site.phi[1 : len(site) : 3] = -0.02
+            sizes = []
+            for epoch in range(schedule.epochs):
+                for i in range(2):
+                    generator = torch.Generator().manual_seed(10 * epoch + i)
+                    data = [torch.randn(6, 4, generator=generator).double() for _ in range(4)]
+                    top.train()
+                    optimizer.zero_grad()
+
+                    def step(x: Tensor, top: Any = top, net: Any = net, schedule: Any = schedule) -> Tensor:
+                        y = torch.arange(len(x)) % 3
+                        f = net.expected_loss(lambda: F.cross_entropy(_logits(top(x)), y, reduction="none"))
+                        return f + schedule.penalty()
+
+                    if accumulated:
+                        with top.no_sync() if isinstance(top, DDP) else nullcontext():
+                            shares.backward(step, data[2:])
+                    shares.backward(step, data[:2])
+                    optimizer.step()
+                schedule.step()
+                if epoch == 2 and "0" in net.sites:
+                    shares.alike()
+                    net.resize({"0": [*range(len(net.sites["0"])), -1]}, optimizer, init="random")
+                sizes.append([len(s) for s in net.sites.values()])
+            found.append((sizes, everything(inner, optimizer)))
+        assert found[0][0] == found[1][0]
+        assert model is Deep or found[0][0][0] != found[0][0][1]
+        assert_near(*(state for _, state in found))
+
+
+def _logits(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output
+
+
+def built_after_a_cut(rank: int) -> None:
+    """The network trains in a DDP, is cut, and trains in another one."""
+    states = []
+    for ranks in ((rank,), (0, 1)):
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 12, 9, 3).double(), (torch.randn(3, 4).double(),))
+        optimizer = Adam(net.param_groups(1e-2))
+        net.k, shares = 7.0, Shares(*ranks)
+        for i in range(4):
+            top = net if len(ranks) > 1 else DDP(net)
+            generator = torch.Generator().manual_seed(i)
+            data = [torch.randn(6, 4, generator=generator).double() for _ in range(2)]
+            optimizer.zero_grad()
+            shares.backward(lambda x, net=net, top=top: loss(net, top.train(), x), data)
+            optimizer.step()
+            net.resize({"0": range(len(net.sites["0"]) - 1)}, optimizer)
+        states.append(everything(net, optimizer))
+    assert_near(*states)

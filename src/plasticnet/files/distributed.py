@@ -128,6 +128,20 @@ def load_distributed(
 
     Raises:
         PlasticError: The folder cannot be read, or does not fit the module, the optimizers or the schedule.
+
+    Example:
+        >>> import tempfile, torch, plasticnet as pn
+        >>> def built():
+        ...     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        ...     return pn.PlasticNet(model, (torch.randn(2, 4),))
+        >>> net, other = built(), built()
+        >>> net.resize({"0": [2, 3]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pn.save_distributed(folder, net, extra="the best so far")
+        ...     pn.load_distributed(folder, other)
+        'the best so far'
+        >>> len(other.sites["0"])
+        2
     """
     module, optimizers = inside_ddp(module), listed(optimizer)
     saved = _Saved(folder)
@@ -139,7 +153,8 @@ def load_distributed(
         fit(net, saved.network(f"module.{prefix}"))
     target, _ = _of_module(module)
     held = {names[id(p)]: p for o in optimizers for g in o.param_groups for p in g["params"]}
-    states = [_State(described, held, saved, i) for i, described in enumerate(tree["optimizers"])]
+    described = tree["optimizers"] if optimizers else []  # without any, only the module is loaded
+    states = [_State(each, held, saved, i) for i, each in enumerate(described)]
     random = saved.empty(f"random.{_rank()}.") if tree["ranks"] == _ranks() else {}
     saved.read(target | random | {k: t for state in states for k, t in state.tensors.items()})
     found = {k.removeprefix("module."): t for k, t in target.items()}

@@ -17,6 +17,7 @@ from plasticnet.tools.lending import lend
 from plasticnet.tools.shapes import along
 from plasticnet.tools.sharding import is_sharded
 from plasticnet.tools.torch_private import (
+    after_backward,
     flat_names,
     flat_weights,
     is_scripted,
@@ -112,28 +113,37 @@ def _skip_tied(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return tied_to(trained, Skip.forward(cast(Any, module), *args, **kwargs))
 
 
-def tied_to(parameters: Sequence[Tensor], output: Any) -> Any:
-    """Return an output so that gradients of it reach some parameters, as zeros."""
+def tied_to(parameters: Sequence[Tensor], output: Any, after: Callable[[], None] | None = None) -> Any:
+    """Return an output so that gradients of it reach some parameters, as zeros.
+
+    Args:
+        parameters: The parameters.
+        output: What a module returns.
+        after: What is called at the end of the backward pass.
+    """
     if not parameters or not torch.is_grad_enabled():
         return output
 
     def tie(t: Tensor) -> Any:
-        return _Tied.apply(t, *parameters) if t.is_floating_point() or t.is_complex() else t
+        return _Tied.apply(t, after, *parameters) if t.is_floating_point() or t.is_complex() else t
 
     return tree_map_only(Tensor, tie, output)
 
 
 class _Tied(torch.autograd.Function):
-    """A tensor as it is; in the backward pass the other arguments get gradients of zero."""
+    """A tensor as it is; the backward pass gives the parameters gradients of zero, and calls ``after`` at its end."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, *parameters: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, t: Tensor, after: Any, *parameters: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.after = after
         ctx.like = [(p.new_zeros(()), p.shape) for p in parameters]
         return t.clone()  # a view could not be changed in place by the caller
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, *(zero.expand(shape) for zero, shape in ctx.like)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.after is not None:
+            after_backward(ctx.after)
+        return grad, None, *(zero.expand(shape) for zero, shape in ctx.like)
 
 
 def input_hooks(found: Sequence[Reader], z: Tensor | None) -> list[tuple[nn.Module, Callable[..., Any]]]:

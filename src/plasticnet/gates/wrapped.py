@@ -15,6 +15,7 @@ what a resize draws at random comes from one seed, and a schedule decides by the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -105,9 +106,16 @@ def tied(net: GatedModel, output: Any) -> Any:
     """Return the output of a training pass so that gradients of it reach all gates that DDP watches, as zeros.
 
     DDP waits for the gradients of everything that it watches, and those of the gates come from the loss alone, or not
-    at all.
+    at all. Where the gates have none, at k = 0 and infinity, the zeros go once DDP has them: an optimizer counts them.
     """
-    return tied_to([g.phi for g in net.all_gates() if net.ranks.watches(g.phi)], output)
+    watched = [g.phi for g in net.all_gates() if net.ranks.watches(g.phi)]
+
+    def without_gradients() -> None:
+        for phi in watched:
+            phi.grad = None
+
+    plastic = 0 < net.k < math.inf
+    return tied_to(watched, output, None if plastic else without_gradients)
 
 
 def _compare_sites(net: GatedModel) -> None:

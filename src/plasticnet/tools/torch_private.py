@@ -235,6 +235,12 @@ def differentiates_now() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that this thread runs, after what others do at its end."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(function))
+
+
 def storage_key(storage: torch.UntypedStorage) -> int:
     """Return a number that tells storages apart while they exist; several objects may stand for the same storage."""
     return storage._cdata

@@ -1,0 +1,201 @@
+"""Distributed checkpoints: from two processes into one, and back, also after cuts; a run that resumes goes on alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from plasticnet import Budget, PlasticError, PlasticNet, Schedule, Stage, load_distributed, save_distributed
+from tests.kit.networks import mlp
+from tests.kit.processes import together
+from tests.kit.shares import assert_near, everything
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+if dist.is_available():
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+Run = tuple[PlasticNet, nn.Module, Optimizer, Schedule]
+
+
+class Buffered(nn.Module):
+    """Units own entries of a buffer that no state dict holds, and features of the input are gated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 20), nn.Linear(20, 3)
+        self.register_buffer("shift", torch.randn(20), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(x) + self.shift).tanh())
+
+
+def started(way: str = "alone", model: Callable[[], nn.Module] = lambda: mlp(4, 20, 12, 3), **options: Any) -> Run:
+    torch.manual_seed(0)
+    net = PlasticNet(model().double(), (torch.randn(3, 4).double(),), **options)
+    top = DDP(net) if way == "ddp" else net
+    if way == "fsdp":
+        fully_shard(net)
+    optimizer = Adam(net.param_groups(1e-2))
+    stages = [Stage(1), Stage(5, 7.0), Stage(1)]
+    return net, top, optimizer, Schedule(net, optimizer, stages, budget=Budget(macs=0.4), hibernate=0.3)
+
+
+def goes_on(run: Run, rank: int, epochs: int) -> list[list[int]]:
+    """Train for some epochs, and return the sizes after each."""
+    net, top, optimizer, schedule = run
+    sizes = []
+    for _ in range(epochs):
+        generator = torch.Generator().manual_seed(10 * schedule.epoch + rank)
+        for _ in range(4):
+            x = torch.randn(6, 4, generator=generator).double()
+            y = torch.arange(6) % 3
+            top.train()
+            optimizer.zero_grad()
+            value = net.expected_loss(lambda x=x, y=y: F.cross_entropy(top(x), y, reduction="none"))
+            (value + schedule.penalty()).backward()
+            optimizer.step()
+        schedule.step()
+        sizes.append([len(s) for s in net.sites.values()])
+    return sizes
+
+
+# -- one process ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": ("*",)}, {"weights": ("last",)}])
+def test_a_run_in_one_process_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = Buffered if options else lambda: mlp(4, 20, 12, 3)
+    run = started(model=model, **options)
+    goes_on(run, 0, 4)
+    save_distributed(tmp_path / "a", run[0], run[2], run[3], extra={"epoch": 4, "best": torch.tensor([0.5])})
+    before, sizes = everything(run[0], run[2]), goes_on(run, 0, 3)
+    after = everything(run[0], run[2])
+    assert sizes[-1] != [20, 12]
+    again = started(model=model, **options)
+    held = [id(p) for p in again[0].parameters()]
+    torch.manual_seed(99)
+    extra = load_distributed(tmp_path / "a", again[0], again[2], again[3])
+    assert extra["epoch"] == 4
+    assert float(extra["best"]) == 0.5
+    assert [id(p) for p in again[0].parameters()] == held
+    assert_near(everything(again[0], again[2]), before, 0)
+    assert goes_on(again, 0, 3) == sizes
+    assert_near(everything(again[0], again[2]), after, 0)
+
+
+def test_several_optimizers_and_a_module_around_the_network(tmp_path: Path) -> None:
+    def made() -> tuple[nn.Module, list[Optimizer]]:
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 6, 3), (torch.randn(3, 4),))
+        task = nn.ModuleDict({"net": net, "head": nn.Linear(3, 3)})
+        optimizers: list[Optimizer] = [
+            Adam(net.param_groups(1e-2)),
+            SGD(task["head"].parameters(), 1e-2, momentum=0.9),
+        ]
+        return task, optimizers
+
+    def step(task: nn.Module, optimizers: list[Optimizer]) -> None:
+        net: Any = task["net"]  # pyright: ignore[reportIndexIssue]
+        net.k = 7.0
+        task.zero_grad()
+        torch.manual_seed(3)
+        net.expected_loss(lambda: task["head"](net(torch.ones(2, 4))).square().mean(1)).backward()  # pyright: ignore[reportIndexIssue]
+        for o in optimizers:
+            o.step()
+
+    task, optimizers = made()
+    step(task, optimizers)
+    task["net"].resize({"0": [0, 1, 5]}, optimizers[0])  # pyright: ignore[reportIndexIssue]
+    optimizers[1].param_groups[0]["lr"] = 0.5
+    save_distributed(tmp_path / "a", task, optimizers)
+    other, its_optimizers = made()
+    load_distributed(tmp_path / "a", other, its_optimizers)
+    assert its_optimizers[1].param_groups[0]["lr"] == 0.5
+    for t, o in ((task, optimizers), (other, its_optimizers)):
+        step(t, o)
+    assert_near(everything(other), everything(task), 0)
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    net, _, optimizer, _ = started()
+    net.resize({"0": [0, 1]}, optimizer)
+    save_distributed(tmp_path / "a", net, optimizer)
+    with pytest.raises(PlasticError, match="holds a parameter that the module does not have"):
+        save_distributed(tmp_path / "b", net, Adam([nn.Parameter(torch.zeros(2))]))
+    with pytest.raises(PlasticError, match="cannot hold a set"):
+        save_distributed(tmp_path / "b", net, extra={1})
+    (tmp_path / "empty").mkdir()
+    again = started()
+    before = everything(again[0])
+    wide = PlasticNet(mlp(4, 20, 12, 7), (torch.randn(3, 4),))
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("no distributed checkpoint can be read", lambda: load_distributed(tmp_path / "empty", again[0])),
+        ("do not hold the parameters", lambda: load_distributed(tmp_path / "a", again[0], [again[2], again[2]])),
+        ("do not hold the parameters", lambda: load_distributed(tmp_path / "a", again[0], Adam(again[0].parameters()))),
+        ("has no schedule", lambda: load_distributed(tmp_path / "a", again[0], again[2], again[3])),
+        ("belongs to another architecture: 4.weight", lambda: load_distributed(tmp_path / "a", wide)),
+        ("belongs to another module", lambda: load_distributed(tmp_path / "a", nn.Linear(2, 3))),
+    ]
+    for message, call in calls:
+        with pytest.raises(PlasticError, match=message):
+            call()
+    assert_near(everything(again[0]), before, 0)
+    load_distributed(tmp_path / "a", again[0])
+    assert len(again[0].sites["0"]) == 2
+
+
+# -- two processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_from_two_processes_into_one_and_back(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    together(tmp_path / "first", partial(saved_by_two, folder=tmp_path))
+    for way in ("fsdp", "ddp"):
+        net, _, optimizer, schedule = run = started()
+        assert load_distributed(tmp_path / way, net, optimizer, schedule) == way
+        assert_near(everything(net, optimizer), torch.load(tmp_path / f"{way}.pt"), 0)
+        assert schedule.epoch == 4
+        goes_on(run, 0, 1)
+        save_distributed(tmp_path / f"{way} alone", net, optimizer, schedule)
+        torch.save(everything(net, optimizer), tmp_path / f"{way} alone.pt")
+    (tmp_path / "second").mkdir()
+    together(tmp_path / "second", partial(loaded_by_two, folder=tmp_path))
+
+
+def saved_by_two(rank: int, folder: Path) -> None:
+    """After cuts; and a run that resumes is the same as one that was not stopped."""
+    for way in ("fsdp", "ddp"):
+        net, top, optimizer, schedule = run = started(way)
+        torch.manual_seed(rank + 1)
+        assert goes_on(run, rank, 4)[-1] != [20, 12]
+        save_distributed(folder / way, top, optimizer, schedule, extra=way)
+        state = everything(net, optimizer)
+        if rank == 0:
+            torch.save(state, folder / f"{way}.pt")
+        sizes, after = goes_on(run, rank, 3), everything(net, optimizer)
+        for other in ("fsdp", "ddp"):
+            again = started(other)
+            torch.manual_seed(5)
+            load_distributed(folder / way, again[1], again[2], again[3])
+            assert_near(everything(again[0], again[2]), state, 0)
+            assert goes_on(again, rank, 3) == sizes
+            assert_near(everything(again[0], again[2]), after, 0 if other == way else 1e-7)
+
+
+def loaded_by_two(rank: int, folder: Path) -> None:
+    for way in ("fsdp", "ddp"):
+        net, top, optimizer, schedule = run = started(way)
+        load_distributed(folder / f"{way} alone", top, optimizer, schedule)
+        assert_near(everything(net, optimizer), torch.load(folder / f"{way} alone.pt"), 0)
+        goes_on(run, rank, 2)
