@@ -35,6 +35,19 @@ def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (tmp_path / "small.safetensors").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [(), ("--ddp",)])
+def test_example_of_several_processes(way: tuple[str, ...]) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "distributed.py"), *way]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert f"saved under {'ddp' if way else 'fsdp'}" in found.stdout
+    (share,) = re.findall(r"(\d+)% of the multiply-adds", found.stdout)
+    assert int(share) <= 34
+    (right,) = re.findall(r"([\d.]+) % right", found.stdout)
+    assert float(right) > 75
+
+
 def blocks_of(page: str, kind: str) -> list[str]:
     """The blocks of code of one kind in a page."""
     return re.findall(rf"```{kind}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

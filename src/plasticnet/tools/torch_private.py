@@ -1,10 +1,11 @@
 """Reads the private names of torch, for everything that has no public name.
 
-No other module reads them, so there is one place to look at when a new version of torch changes something.
+No other module reads them, apart from `fsdp_private` for FSDP2, so there is one place to look at when a new version of
+torch changes something.
 """
 
 # pyright: reportPrivateUsage=false
-# This is the only module with the line above, because reading private names is its purpose.
+# Only this module and `fsdp_private` have the line above, because reading private names is their purpose.
 
 from __future__ import annotations
 
