@@ -42,7 +42,7 @@ pytestmark = [
 ]
 if dist.is_available():
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
     from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -609,8 +609,15 @@ def other_meshes(rank: int) -> None:
     net = built()
     mesh = init_device_mesh("cpu", (2,))
     net.model[0].weight = nn.Parameter(distribute_tensor(net.model[0].weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(PlasticError, match=r"0.weight is a DTensor that fully_shard has not made.*tensor parallelism"):
-        net.resize({"0": [0]})
+    parallel = mlp(4, 6, 5, 3)
+    parallel[0].weight = nn.Parameter(distribute_tensor(parallel[0].weight.detach(), mesh, [Shard(0)]))
+    for call in (lambda: net.resize({"0": [0]}), lambda: PlasticNet(parallel, (torch.randn(3, 4),)), net.compact):
+        with pytest.raises(PlasticError, match=r"0.weight is a DTensor that fully_shard has not made.*parallelism"):
+            call()
+    flat = FullyShardedDataParallel(net := built(), device_id=torch.device("cpu"))
+    for call in (lambda: flat.train()(x), lambda: net.resize({"0": [0]}), lambda: PlasticNet(flat, (x,))):
+        with pytest.raises(PlasticError, match=r"\(FSDP1\) makes one flat tensor.*use fully_shard|not gated yet"):
+            call()
     net = built()
     fully_shard(net, mesh=mesh)
     loss(net.train(), x).backward()

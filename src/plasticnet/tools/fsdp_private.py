@@ -133,6 +133,12 @@ def sharded_parameters(module: nn.Module) -> list[ShardedParameter]:
     return found
 
 
+def flattened(module: nn.Module) -> bool:
+    """Return whether `FullyShardedDataParallel` (FSDP1) has a module; FSDP2 marks modules alike."""
+    held = [module, *module.children()]
+    return any(vars(m).get(_MARKS[0]) or type(m).__name__ == "FullyShardedDataParallel" for m in held)
+
+
 def gathers(module: nn.Module) -> bool:
     """Return whether FSDP2 gathers parameters at the forward of a module, or of one within it."""
     return any(_plain_class(m) is not type(m) for m in module.modules())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.tools.fsdp_private import ShardedParameter, sharded_parameters, without_sharding
+from plasticnet.tools.fsdp_private import ShardedParameter, flattened, sharded_parameters, without_sharding
 from plasticnet.tools.torch_private import parameters_of
 
 
@@ -65,6 +65,11 @@ def checked_mesh(module: nn.Module) -> Any:
         PlasticError: FSDP2 shards the parameters in a way that cannot follow a change of size.
     """
     found = sharded_parameters(module)
+    if not found and flattened(module):
+        raise PlasticError(
+            "FullyShardedDataParallel (FSDP1) makes one flat tensor of many parameters, whose sizes cannot change; use "
+            "fully_shard (FSDP2) or DistributedDataParallel"
+        )
     if not found:
         return None
     meshes = {id(p.mesh): p.mesh for p in found}
@@ -164,6 +169,7 @@ def as_whole(model: nn.Module) -> Iterator[None]:
     All processes must call this alike, and each of them needs memory for all parameters. They must not be replaced.
     Without FSDP2 nothing is done.
     """
+    refuse_foreign(model)
     if checked_mesh(model) is None:
         yield
         return
