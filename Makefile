@@ -50,6 +50,7 @@ gates: $(VENV)/.installed
 # Growth, and what it is compared with: an hour. What another rule has grown is measured anew; all else stays.
 growth: $(VENV)/.installed
 	$(BIN)/python experiments/growth_stalls.py
+	$(BIN)/python experiments/growth_depth.py
 	$(BIN)/python experiments/growth_peers.py --data-dir $(DATA)
 	$(BIN)/python experiments/growth_budget.py --data-dir $(DATA)
 	$(BIN)/python experiments/growth_lifelong.py --data-dir $(DATA)

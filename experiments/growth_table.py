@@ -129,6 +129,25 @@ def peers(content: Mapping[str, Any]) -> list[str]:
     return table(["task", "way", "seeds", "units", "parameters", "peak over end", "test error, %", "CPU s"], cells)
 
 
+def depth(content: Mapping[str, Any]) -> list[str]:
+    """Blocks and parameters of the ways to find the depth of a ResNet."""
+    cells = []
+    for (way,), rows in grouped(content["results"], "way").items():
+        paths = [[sum(map(int, b.split("-"))) for b in r["blocks"].split()] for r in rows]
+        cells.append(
+            [
+                way, str(len(rows)), spread([float(p[0]) for p in paths], 1), spread([float(max(p)) for p in paths], 1),
+                spread([float(p[-1]) for p in paths], 1), spread([r["parameters"] for r in rows], 0), over_end(rows),
+                errors(rows, "digits"), objectives(rows), f"{fmean(r['seconds'] for r in rows):.1f}",
+            ]
+        )  # fmt: skip
+    header = [
+        "way", "seeds", "blocks after an epoch", "at most", "at the end", "parameters", "peak over end", "error, %",
+        "objective", "CPU s",
+    ]  # fmt: skip
+    return table(header, cells)
+
+
 def budget(content: Mapping[str, Any]) -> list[str]:
     """Growing beside pruning, under one budget."""
     rows = sorted(content["results"], key=lambda r: r["way"] == "grown")
@@ -194,7 +213,7 @@ def lifelong(content: Mapping[str, Any]) -> list[str]:
 
 PARTS = {
     "price": ("growth_price", price), "stalls": ("growth_stalls", stalls), "peers": ("growth_peers", peers),
-    "budget": ("growth_budget", budget), "lifelong": ("growth_lifelong", lifelong),
+    "budget": ("growth_budget", budget), "depth": ("growth_depth", depth), "lifelong": ("growth_lifelong", lifelong),
 }  # fmt: skip
 
 
