@@ -14,6 +14,7 @@ from plasticnet.checking.find import Patterns, find
 from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
+from plasticnet.gates.tiers import Tiers
 from plasticnet.gates.wrapped import ignored_names
 from plasticnet.learning import objective, passes, pressure
 from plasticnet.learning.sampler import Sampler
@@ -149,13 +150,29 @@ class PlasticNet(GatedModel):
             "torch.nn.DataParallel cannot run a PlasticNet; use DistributedDataParallel, with a process each"
         )
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model in place, as `torch.nn.Module.compile` does, with the same arguments.
+    def compile(self, *args: Any, after: float = 20.0, **kwargs: Any) -> None:
+        """Compile the model in place, as `torch.nn.Module.compile` does, as soon as that pays.
 
-        Gates per batch, ordinary training and evaluation then run compiled. Gates per sample and masked norms run as
-        they were written. ``torch.compile(net)`` gives the same results, with random numbers of its own.
+        To compile takes as long as many training steps, and every change of size makes what was compiled worthless. So
+        the model runs as it was written until its runs at the present sizes have taken ``after`` seconds. Ordinary
+        training, gates per batch and evaluation then run compiled, each by itself. Where compiled runs turn out slower,
+        the model goes on as it was written. Gates per sample, blocks that may be skipped and masked norms always run
+        as they were written. ``torch.compile(net)`` compiles at once, with random numbers of its own.
+
+        Args:
+            args: The arguments of `torch.compile`.
+            after: The seconds of runs after which a model of settled size is compiled; 0 compiles at once.
+            kwargs: The keyword arguments of `torch.compile`.
+
+        Raises:
+            PlasticError: ``after`` is no number from 0 on.
         """
-        self.model.compile(*args, **kwargs)
+        if not isinstance(after, int | float) or not after >= 0:
+            raise PlasticError(f"compile(after={after!r}): the seconds after which it compiles, a number from 0 on")
+        with self.lock:
+            self.tiers = Tiers(float(after))
+            self.refresh()
+            self.model.compile(*args, **kwargs)
 
     # -- training -----------------------------------------------------------------------------
 

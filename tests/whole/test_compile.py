@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plasticnet import PlasticNet
+from plasticnet import PlasticError, PlasticNet
 from tests.kit.networks import mlp
 
 INDUCTOR = pytest.param(
@@ -40,7 +41,7 @@ def results(net: PlasticNet, compiled: str | None) -> list[Tensor]:
     """Losses and gradients of a few steps, at infinite and finite k by turns and at another size."""
     torch.compiler.reset()
     if compiled:
-        net.compile(backend=compiled)
+        net.compile(backend=compiled, after=0)
     x, y = torch.linspace(-1, 1, 72).reshape(12, 6), torch.arange(12) % 3
     found = []
     for k in (math.inf, 2.0, math.inf, 2.0, "resize", 2.0):
@@ -87,3 +88,78 @@ def test_the_whole_network_compiled() -> None:
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Backend:
+    """A compiler that compiles nothing: it counts what it gets, and how often that runs."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.graphs = self.runs = 0
+        self.seconds = seconds
+
+    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            time.sleep(self.seconds)
+            return graph.forward(*args)
+
+        return run
+
+
+def trained(net: PlasticNet, steps: int) -> None:
+    """Take training steps at infinite k."""
+    x, y = torch.linspace(-1, 1, 72).reshape(12, 6), torch.arange(12) % 3
+    net.train()
+    for _ in range(steps):
+        net.zero_grad()
+        net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none")).backward()
+
+
+def test_nothing_is_compiled_before_it_pays() -> None:
+    torch.compiler.reset()
+    backend, net = Backend(), PlasticNet(mlp(6, 16, 3), (torch.randn(2, 6),))
+    net.compile(backend=backend, after=3600)
+    trained(net, 5)
+    net.k = 2.0
+    trained(net, 5)
+    assert backend.graphs == 0
+    net.compile(backend=backend, after=0)
+    net.k = math.inf
+    trained(net, 1)
+    assert backend.graphs > 0
+
+
+def test_it_is_compiled_anew_for_every_size_and_never_given_up() -> None:
+    """The compiler has a limit of eight recompilations, beyond which it runs code as it was written."""
+    torch.compiler.reset()
+    backend, net = Backend(), PlasticNet(mlp(6, 32, 3), (torch.randn(2, 6),))
+    net.compile(backend=backend, after=0)
+    name = next(iter(net.sites))
+    for size in range(32, 16, -1):
+        net.resize({name: list(range(size))})
+        before = backend.runs
+        trained(net, 2)
+        assert backend.runs >= before + 2
+
+
+def test_it_goes_back_where_what_is_compiled_is_slower() -> None:
+    torch.compiler.reset()
+    backend, net = Backend(seconds=0.05), PlasticNet(mlp(6, 16, 3), (torch.randn(2, 6),))
+    net.compile(backend=backend, after=1e-9)
+    trained(net, 30)
+    runs = backend.runs
+    assert 0 < runs < 30
+    trained(net, 5)
+    assert backend.runs == runs
+    net.resize({"0": list(range(8))})
+    trained(net, 3)
+    assert backend.runs > runs  # another size is tried anew
+
+
+@pytest.mark.parametrize("wrong", [-1, "soon", float("nan")])
+def test_when_it_compiles_is_a_number(wrong: Any) -> None:
+    net = PlasticNet(mlp(6, 16, 3), (torch.randn(2, 6),))
+    with pytest.raises(PlasticError, match="after="):
+        net.compile(after=wrong)

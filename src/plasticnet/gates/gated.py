@@ -33,6 +33,7 @@ from plasticnet.gates.site import (
     refuse_nan,
     weight_key,
 )
+from plasticnet.gates.tiers import Tiers
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.sharding import checked_mesh
@@ -75,6 +76,7 @@ class GatedModel(nn.Module):
         gating: How gates enter a run of the model, for the present sizes of the sites.
         cost: What the network is expected to cost, for the present sizes of the sites.
         lock: What a thread holds while it runs or changes the network.
+        tiers: Which runs of a model that was compiled in place run compiled.
         sizes: The present sizes, to tell whether they are still those of an earlier moment.
         resized: Whether units were ever cut or added, so that unsaved buffers may have other entries than at first.
 
@@ -107,6 +109,7 @@ class GatedModel(nn.Module):
         self.resized = False
         self._ranks = Ranks()
         self.lock, self.sizes = Lock(), Sizes()
+        self.tiers = Tiers(0.0)
         self._frozen = dict(frozen)
         self._k = math.inf
         self._means: tuple[float, _Versions, tuple[Tensor, bool]] | None = None
@@ -121,11 +124,12 @@ class GatedModel(nn.Module):
             units = {s.name: s.units for s in self.sites.values()}
             weights = list(self.weights)
             before = self.gating if "gating" in vars(self) else None
-            self.gating = Gating(units, self.model, weights, self.lock)
+            self.gating = Gating(units, self.model, weights, self.lock, self.tiers)
             self.cost = CostModel(units, self.model, self.uses, self.latency, weights, self.asleep())
             self._means = self._means_of_weights = None
             if before is not None and not self.gating.holds_what(before):
                 self.sizes.past, self.sizes = True, Sizes()
+                self.tiers.renew()
 
     def use_latency(self, latency: Latency | None) -> None:
         """Let a measured latency be the cost "latency"; None takes this cost away."""

@@ -9,7 +9,7 @@ the open units, and closed blocks are skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.norms import open_statistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
 from plasticnet.gates.sharded import folding_later, gathered_later, values_of
+from plasticnet.gates.tiers import Tiers
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
@@ -60,6 +61,7 @@ class Gating:
         model: The model.
         weights: The names of the parameters whose entries have gates of their own.
         lock: The lock of the network, which is held in every run.
+        tiers: What decides which runs of a compiled model run compiled; by default all of them.
 
     Attributes:
         readers: The gated dimensions of parameters.
@@ -74,10 +76,15 @@ class Gating:
     """
 
     def __init__(
-        self, sites: Mapping[str, Units], model: nn.Module, weights: Iterable[str] = (), lock: Lock | None = None
+        self,
+        sites: Mapping[str, Units],
+        model: nn.Module,
+        weights: Iterable[str] = (),
+        lock: Lock | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.model = model
-        self.lock = lock or Lock()
+        self.lock, self.tiers = lock or Lock(), tiers or Tiers(0.0)
         self.readers = readers(sites, model)
         offsets, _ = gate_offsets(sites)
         shapes = {name: t.shape for name, t in model.named_parameters()}
@@ -125,9 +132,9 @@ class Gating:
     ) -> Any:
         """Run the model under the given gates and return its output.
 
-        A model that was compiled in place, by ``model.compile()``, runs compiled unless gates act by hooks, norms are
-        masked or blocks may be skipped. What is compiled would not notice those, so the model then runs as it was
-        written.
+        A model that was compiled in place, by ``model.compile()``, runs compiled where that pays (see `Tiers`), unless
+        gates act by hooks, norms are masked or blocks may be skipped. What is compiled would not notice those, so the
+        model then runs as it was written.
 
         Args:
             z: The gates of the units, shape (units + 1,) or (rows, units + 1), with a constant 1 at the end. There is
@@ -146,6 +153,7 @@ class Gating:
         """
         with self.lock, ExitStack() as stack:
             run = _Run(self, z, best, all_open, weights or {}, ranks)
+            stack.enter_context(run.timed)
             if watching is not None and not run.compiled:  # the compiler cannot follow the mode
                 run.watch = watching(run.tensors.values())
             stack.callback(run.end)
@@ -229,7 +237,8 @@ class _Run:
         tensors: The weights that gates were multiplied into, by the name of the parameter.
         masks: The norms that count open units only, each with the axis and the mask of its open entries.
         skipped: The closed blocks.
-        compiled: Whether a module of the model was compiled in place.
+        compiled: Whether a module of the model was compiled in place, and runs so.
+        timed: A context that times the run, where the model was compiled in place.
         watch: What follows the run until the first gate acts, or None.
     """
 
@@ -244,7 +253,6 @@ class _Run:
     ) -> None:
         self.gating = gating
         self.watch: Watch | None = None
-        self.compiled = any(is_compiled(m) for m in gating.model.modules())
         self._running, self._hold = True, gating.lock.hold
         shared = z[0] if z.dim() == 2 else z
         per_sample = z.dim() == 2 and len(z) > 1
@@ -269,7 +277,12 @@ class _Run:
         hooks_of_gates = input_hooks(reads, z)
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
         self._acts = bool(changed or self._hooks) or not all_open
-        self._eager = self.compiled and bool(hooks_of_gates or self.masks or (gating.blocks and not all_open))
+        in_place = any(is_compiled(m) for m in gating.model.modules())
+        unseen = bool(hooks_of_gates or self.masks or (gating.blocks and not all_open))
+        kind = (gating.model.training, torch.is_grad_enabled(), bool(changed))
+        self.compiled = in_place and not unseen and gating.tiers.compiles(kind)
+        self._eager = in_place and not self.compiled
+        self.timed = gating.tiers.timing(kind, self.compiled) if in_place and not unseen else nullcontext()
         self._unfused = gating.fused and (bool(changed) or not all_open)
 
     def _multiplied(self, names: set[str], once: bool = False) -> dict[str, Tensor]:
