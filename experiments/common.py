@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
     )
     command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": re.sub(r"(--data-dir[ =])\S+", r"\1DIR", command),
+        "command": re.sub(r"(--(?:data-dir|cache)[ =])\S+", r"\1DIR", command),
         "plasticnet": plasticnet.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
