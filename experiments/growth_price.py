@@ -99,7 +99,12 @@ def network(task: Task, seed: int, widths: list[int] | None = None, start: int |
     if start is not None:
         pn.narrow(net, start)
     if widths is not None:
-        net.resize({name: range(n) for name, n in zip(net.sites, widths, strict=True)})
+        # A site may have grown beyond the width that the model has at first.
+        sources = {
+            n: [*range(min(w, len(s))), *[-1] * (w - len(s))]
+            for (n, s), w in zip(net.sites.items(), widths, strict=True)
+        }
+        net.resize(sources)
         for module in net.model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
