@@ -38,7 +38,7 @@ class Tiers:
     def __init__(self, after: float) -> None:
         self.after = after
         self._kinds: dict[Hashable, _Kind] = {}
-        self._compiled = False  # whether anything was compiled at these or earlier sizes
+        self._compiled = False  # whether anything was compiled at these sizes
 
     def renew(self) -> None:
         """Begin anew, because sizes have changed; what was compiled for others is thrown away."""
