@@ -1,10 +1,11 @@
-"""MNIST with at most 6,200 parameters: a convolutional network that grows from three channels a layer under that budget.
+"""MNIST with 6,200 parameters at most: a convolutional network that grows from three channels a layer to that budget.
 
-It grows, moves units between its layers and is pruned while it sees eight times all training images, in 32 periods of a
-quarter of them; the network of the found size is then trained on, with a learning rate that falls to zero. Images are
-turned, scaled, sheared and shifted at random. The architecture and all settings were chosen on 5,000 validation images,
-which are not trained on; test images are read once, at the end of a run. "From the beginning" trains the widths that
-were found from random weights, for as many images. GNAP (arXiv 2603.19759) reports 99.44 % with 6.2 thousand parameters.
+It grows, moves units between its layers and is pruned while it sees all training images eight times, in 32 periods of
+a quarter of them. The network of the size that was found is then trained on, with a learning rate that falls to zero.
+Images are turned, scaled, sheared and shifted at random. The architecture and all settings were chosen on 5,000
+validation images, which are not trained on; test images are read once, at the end of a run. "From the beginning" trains
+the widths that were found from random weights, for as many images. GNAP (arXiv 2603.19759) reports 99.44 % with 6.2
+thousand parameters.
 
 A run takes a quarter of an hour on one core: python experiments/growth_few.py --data-dir DIR. Adds rows to
 results/growth_few.json; what is there is not run again, unless it was grown by another rule.
