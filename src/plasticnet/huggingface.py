@@ -185,6 +185,7 @@ class PlasticTrainer(Trainer):
         ...     args = TrainingArguments(folder, num_train_epochs=2, report_to=[], disable_tqdm=True, use_cpu=True)
         ...     trainer = PlasticTrainer(net, args, train_dataset=data, callbacks=[callback])
         ...     result = trainer.train()
+        {'train_runtime': ...}
         >>> callback.schedule.epoch
         2
     """
