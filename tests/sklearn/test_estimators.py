@@ -173,3 +173,20 @@ def test_weights_that_fit_nothing_are_refused(wrong: np.ndarray) -> None:
     x, y = moons()
     with pytest.raises(PlasticError, match="sample_weight"):
         PlasticMLPClassifier().fit(x, y, sample_weight=wrong)
+
+
+def test_noise_on_the_inputs_is_chosen_by_rows_that_are_held_out() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(400, 20))
+    by_heart = (x[:, 0] + 2 * random.normal(size=400) > 0).astype(int)  # most of which cannot be learned
+    precise = np.sin(4 * x[:, 0])  # which noise would blur
+    assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x, by_heart).noise_ == 0.25
+    assert PlasticMLPRegressor(random_state=0, max_iter=30).fit(x[:, :2], precise).noise_ == 0.0
+    assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x[:150], by_heart[:150]).noise_ == 0.0  # too few
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(100, 100), (5000, 100), (20_000, 63), (10**6, 30)])
+def test_large_tables_have_fewer_epochs(rows: int, epochs: int) -> None:
+    from plasticnet.sklearn.fitting import batch_size, number_of_epochs
+
+    assert number_of_epochs(rows, batch_size(rows)) == epochs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any
@@ -27,11 +28,13 @@ from plasticnet.sklearn.fitting import (
     Rows,
     Training,
     batch_size,
+    number_of_epochs,
     one_epoch,
     outputs,
     perceptron,
     plain_step,
 )
+from plasticnet.sklearn.noise import chosen_noise
 
 
 class BadParameter(PlasticError, ValueError):
@@ -49,7 +52,7 @@ class PlasticMLP(BaseEstimator):
         activation: str = "relu",
         batch_size: Any = "auto",
         learning_rate_init: float = 3e-3,
-        max_iter: int = 100,
+        max_iter: Any = "auto",
         random_state: Any = None,
         tol: float = 1e-4,
         verbose: bool = False,
@@ -82,10 +85,11 @@ class PlasticMLP(BaseEstimator):
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise BadParameter(f"{name}={value!r}: a whole number, {least} or more")
 
-        for name in ("hidden_layers", "max_iter", "n_iter_no_change"):
+        for name in ("hidden_layers", "n_iter_no_change"):
             whole(name, 1)
-        if self.batch_size != "auto":
-            whole("batch_size", 1)
+        for name in ("batch_size", "max_iter"):
+            if getattr(self, name) != "auto":
+                whole(name, 1)
         for name, most in (("price", math.inf), ("learning_rate_init", math.inf), ("validation_fraction", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= float(value) < most or (name != "price" and not value):
@@ -139,13 +143,17 @@ class PlasticMLP(BaseEstimator):
                 if again
                 else perceptron([x.shape[1], *[START] * self.hidden_layers, out], self.activation, parts[0].x.dtype)
             )
-            self._run(Fit(model, parts[0], self._how(len(parts[0]))), parts[1])
+            how = self._how(len(parts[0]))
+            if not again:
+                self.noise_ = chosen_noise(parts[0], how, self.activation, self.hidden_layers, out, self._order)
+            self._run(Fit(model, parts[0], replace(how, noise=self.noise_)), parts[1])
         self._optimizer = None
 
     def _how(self, rows: int) -> Training:
         """Return how a network is trained on so many rows."""
         size = batch_size(rows) if self.batch_size == "auto" else int(self.batch_size)
-        return Training(self._losses, float(self.price), float(self.learning_rate_init), size, int(self.max_iter))
+        epochs = number_of_epochs(rows, size) if self.max_iter == "auto" else int(self.max_iter)
+        return Training(self._losses, float(self.price), float(self.learning_rate_init), size, epochs)
 
     def _run(self, fit: Fit, held_out: Rows) -> None:
         """Train to the end, or until held-out rows get no better, and note what came of it."""
@@ -168,7 +176,7 @@ class PlasticMLP(BaseEstimator):
                     break
         if fit.schedule.growth is None:
             warnings.warn(
-                f"max_iter={self.max_iter} epochs of {len(fit.rows)} rows are too few to choose widths by, which stay",
+                f"max_iter={fit.how.epochs} epochs of {len(fit.rows)} rows are too few to choose widths by, which stay",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -189,7 +197,8 @@ class PlasticMLP(BaseEstimator):
             self._optimizer = torch.optim.Adam(self.module_.parameters(), self.learning_rate_init)
         step = partial(plain_step, self._optimizer)
         with torch.enable_grad():
-            self.loss_curve_.append(one_epoch(self.module_, step, rows, self._how(len(rows)), self._order))
+            how = replace(self._how(len(rows)), noise=self.noise_)
+            self.loss_curve_.append(one_epoch(self.module_, step, rows, how, self._order))
         self.n_iter_ += 1
 
     # -- predicting ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -24,6 +24,9 @@ SETTLED = 0.2
 K, GATE_RATE = 7.0, 0.1
 # A batch has between these numbers of rows, and a small epoch about so many batches.
 SMALLEST, LARGEST, BATCHES = 64, 256, 32
+
+# If nobody says, there are so many epochs, or fewer, but not below the second number, if these have so many batches.
+EPOCHS, FEWEST_EPOCHS, MOST_BATCHES = 100, 30, 5000
 
 # It returns the losses of rows from outputs and targets, shape (rows,).
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -62,6 +65,7 @@ class Training:
         rate: The learning rate.
         batch: How many rows a batch has.
         epochs: How many epochs there are.
+        noise: The standard deviation of the noise that is added to the inputs.
     """
 
     losses: Losses
@@ -69,6 +73,7 @@ class Training:
     rate: float
     batch: int
     epochs: int
+    noise: float = 0.0
 
     def stages(self, rows: int) -> list[Stage]:
         """Return the plastic epochs and those at the widths that were found; only the latter where there are too few.
@@ -86,6 +91,16 @@ class Training:
 def batch_size(rows: int) -> int:
     """Return how many rows a batch has if nobody says."""
     return min(max(rows // BATCHES, SMALLEST), LARGEST)
+
+
+def number_of_epochs(rows: int, batch: int) -> int:
+    """Return how many epochs there are if nobody says.
+
+    Args:
+        rows: How many rows an epoch has.
+        batch: How many rows a batch has.
+    """
+    return max(FEWEST_EPOCHS, min(EPOCHS, MOST_BATCHES // math.ceil(max(rows, 1) / batch)))
 
 
 def perceptron(widths: list[int], activation: str, dtype: torch.dtype) -> nn.Sequential:
@@ -173,12 +188,15 @@ def one_epoch(
         step: Takes a training step on the losses that a function returns, and returns their mean.
         rows: The rows to train on.
         how: How the network is trained.
-        order: Draws the order of the rows.
+        order: Draws the order of the rows, and noise.
     """
     network.train()
     total = weighed = 0.0
     for chosen in torch.randperm(len(rows), generator=order).split(how.batch):
         batch = rows.take(chosen)
+        if how.noise:
+            drawn = torch.randn(batch.x.shape, generator=order, dtype=batch.x.dtype)
+            batch = replace(batch, x=batch.x + how.noise * drawn)
         weight = float(batch.weight.sum())
         if weight > 0:
             share = batch.weight * (len(batch) / weight)

@@ -25,7 +25,8 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
         activation: "relu", "gelu" or "tanh".
         batch_size: How many rows a batch has; "auto" takes between 64 and 256.
         learning_rate_init: The learning rate of Adam, which falls to 0 over the last fifth of the epochs.
-        max_iter: The number of epochs. About 100 training steps or more are needed to choose widths.
+        max_iter: The number of epochs. About 100 training steps or more are needed to choose widths. "auto" takes 100
+            epochs, or fewer, 30 at least, if these have more than 5,000 steps.
         random_state: A seed, a `RandomState`, or None.
         tol: By how much a held-out loss must fall to count as better, with ``early_stopping``.
         verbose: Whether a line is printed for each epoch.
@@ -37,6 +38,8 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
     Attributes:
         widths_: The numbers of hidden units that were chosen.
         n_params_: The number of parameters.
+        noise_: The noise that was added to the normalised inputs while training, as a standard deviation: what helped a
+            small network most on rows that it was not trained on, if anything did.
         module_: The network, a plain `torch.nn.Sequential` from normalised columns to normalised targets.
         loss_curve_: The mean loss of each epoch, in units of the variance of the targets.
         validation_scores_: The negative held-out losses with ``early_stopping``, else None.
