@@ -16,7 +16,7 @@ from plasticnet.apps.models import example_inputs, factory
 from plasticnet.files.pretrained import equalise, save_pretrained
 from tests.kit.networks import mlp
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 def network(kind: str, **options: Any) -> tuple[PlasticNet, dict[str, Tensor]]:
@@ -67,6 +67,14 @@ def test_round_trip(kind: str, exclude: tuple[str, ...], fields: dict[str, Any],
     assert {f: getattr(small.config, f) for f in fields} == fields
     assert {f: getattr(net.model.config, f, None) for f in fields} == before  # of the network, not the copy
     assert save_pretrained(small, tmp_path / "new") == {}  # the config describes it already
+
+
+def test_blocks_of_a_stage_that_differ_are_refused(tmp_path: Path) -> None:
+    """Swin does not count its layers, and has lists with an entry for each stage."""
+    net, _ = network("swin", exclude=("*attention*",))
+    keep(net, 0.5, sites=[n for n in net.sites if "layers.1.blocks.0" in n])
+    with pytest.raises(PlasticError, match="SwinModel reads one width for all"):
+        save_pretrained(net.compact(), tmp_path / "new")
 
 
 def test_layers_that_differ_are_refused_and_named(tmp_path: Path) -> None:
@@ -153,3 +161,83 @@ def test_equalise_leaves_stages_apart() -> None:
     assert sorted(set(counts.values())) == [64, 128, 256, 512]
     keep(net, 0.5)
     assert sorted(set(equalise(net).values())) == [32, 64, 128, 256]
+
+
+def tiny(kind: str, **fields: Any) -> Any:
+    """A config of three layers."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
+    return transformers.AutoConfig.for_model(kind, **{**sizes, "num_key_value_heads": 2, **fields})
+
+
+def cut_and_saved(model: nn.Module, example: dict[str, Tensor], counts: dict[str, int], then: str, folder: Path) -> Any:
+    """Cut sites of a model to so many units, save it, cut another one to a unit, save again: the first fields set."""
+    net = PlasticNet(model, example)
+    net.resize({name: range(count) for name, count in counts.items()})
+    small = net.compact()
+    before = small.config.to_dict()
+    fields = save_pretrained(small, folder, example)
+    assert net.model.config.to_dict() == before  # of the network, not the copy
+    loaded = type(small).from_pretrained(folder)
+    assert torch.equal(last(loaded(**example)), last(small(**example)))
+    assert small.config.to_dict() == type(small.config).from_pretrained(folder).to_dict() | {
+        key: small.config.to_dict().get(key) for key in ("architectures", "dtype", "_name_or_path")
+    }
+    again = PlasticNet(loaded, example)  # what was saved can be cut and saved once more
+    again.resize({then: range(1)})
+    smaller = again.compact()
+    assert save_pretrained(smaller, folder, example)
+    assert torch.equal(last(type(small).from_pretrained(folder)(**example)), last(smaller(**example)))
+    return fields
+
+
+TEXT = {"input_ids": torch.randint(64, (2, 6), generator=torch.Generator().manual_seed(0))}
+LAYERS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+
+
+@pytest.mark.slow
+def test_widths_in_a_list(tmp_path: Path) -> None:
+    config = tiny(
+        "gemma3n_text", intermediate_size=[48, 48, 48], hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
+        num_kv_shared_layers=0, laurel_rank=4, activation_sparsity_pattern=[0.0] * 3, **LAYERS,
+    )  # fmt: skip
+    counts = {"layers.0.mlp.gate_proj": 20, "layers.2.mlp.gate_proj": 7}
+    fields = cut_and_saved(transformers.AutoModel.from_config(config), TEXT, counts, "layers.0.mlp.gate_proj", tmp_path)
+    assert fields == {"intermediate_size": [20, 48, 7]}
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    assert [layer.mlp.gate_proj.out_features for layer in loaded.layers] == [1, 48, 7]
+
+
+@pytest.mark.slow
+def test_heads_in_the_config_of_a_layer(tmp_path: Path) -> None:
+    config = tiny(
+        "step3p5", intermediate_size=48, moe_intermediate_size=16, share_expert_dim=16, sliding_window=4,
+        mlp_layer_types=["dense"] * 3, **LAYERS,
+    )  # fmt: skip
+    config.per_layer_config = {2: {"attention_dropout": 0.25}}  # what it says of a layer already is kept
+    step = pytest.importorskip("transformers.models.step3p7.modeling_step3p7").Step3p7TextModel
+    every = {f"layers.{i}.mlp.gate_proj": 12 for i in range(3)}
+    counts = {**every, "layers.1.self_attn.q_proj": 1}
+    fields = cut_and_saved(step(config), TEXT, counts, "layers.0.self_attn.q_proj", tmp_path)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    assert fields == {
+        "intermediate_size": 12, "per_layer_config": {1: heads, 2: {"attention_dropout": 0.25}},
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_layers_that_the_architecture_does_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    """Gemma 4 reads only the heads of keys and values per layer."""
+    config = tiny(
+        "gemma4_text", intermediate_size=48, hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
+        num_kv_shared_layers=0, global_head_dim=8, use_double_wide_mlp=False, **LAYERS,
+    )  # fmt: skip
+    net = PlasticNet(transformers.AutoModel.from_config(config), TEXT)
+    net.resize({"layers.0.mlp.gate_proj": range(20)})
+    small = net.compact()
+    before = small.config.to_dict()
+    with pytest.raises(PlasticError, match=r"Gemma4TextModel reads one width for all.*equalise"):
+        save_pretrained(small, tmp_path / "new", TEXT)
+    assert small.config.to_dict() == before
+    assert not list(tmp_path.iterdir())
+    assert equalise(net)
+    assert save_pretrained(net.compact(), tmp_path / "new", TEXT) == {}

@@ -1,7 +1,7 @@
 """Writes compact transformers models in the format of Hugging Face, where a config describes the model.
 
-A config has one width for all layers. `equalise` gives the layers of a network equal widths, and `save_pretrained`
-finds the fields of the config that describe these widths, by trying.
+`save_pretrained` finds the fields of the config that describe the widths, by trying. Most architectures read one width
+for all layers; `equalise` gives the layers of a network equal widths.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from torch import nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.files.exporting import check_outputs, evaluation, outputs
+from plasticnet.files.fields import Fields, Search, kind_of, layers_apart, set_fields, shapes_of
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import Optimizers
 from plasticnet.tools.inputs import call_arguments, transformer_inputs
 from plasticnet.units import InputUnits
 
 _WAY_OUT = "use plasticnet.save, whose recipe holds any widths"
-_UNSET = {"n_inner": ("n_embd", 4)}  # a field that may be None, and is then a multiple of another one
-Fields = dict[str, float]  # fields of a config and their values: widths, numbers of heads, a ratio of widths
-Shapes = dict[str, tuple[int, ...]]  # the shapes of tensors, by name
 
 
 def equalise(net: PlasticNet, optimizer: Optimizers = None) -> dict[str, int]:
     """Give the layers of a transformers model equal widths, so that `save_pretrained` can write the compact model.
+
+    Architectures that read a width for each layer do not need it: see `save_pretrained`.
 
     Each site gets as many open units as the site of its kind that has most. Two sites are of the same kind if they are
     produced by layers of the same name, in modules of the same class, and with the same original width. Closed units
@@ -57,7 +58,7 @@ def equalise(net: PlasticNet, optimizer: Optimizers = None) -> dict[str, int]:
         >>> pn.equalise(net)
         {'encoder.layer.0.intermediate.dense': 9, 'encoder.layer.1.intermediate.dense': 9}
     """
-    original = _shapes(net.model, _config(net.model))
+    original = shapes_of(net.model, _config(net.model))
     kinds: dict[Any, list[str]] = {}
     for name, site in net.sites.items():
         own = [s for s in site.units.slices if s.tensor in original]
@@ -83,8 +84,9 @@ def equalise(net: PlasticNet, optimizer: Optimizers = None) -> dict[str, int]:
 def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: Any = None) -> Fields:
     """Write a compact transformers model so that ``type(module).from_pretrained(folder)`` gives it back.
 
-    The fields of the config that hold widths are set to those of the module, also in ``module.config``. Before the
-    files appear in the folder, the model is loaded from them and compared with the module.
+    The fields of the config that hold widths are set to those of the module, also in ``module.config``. Where the
+    layers differ, these are entries of lists, or fields of ``per_layer_config``, if the architecture reads them. Before
+    the files appear in the folder, the model is loaded from them and compared with the module.
 
     Args:
         module: The compact model.
@@ -96,9 +98,9 @@ def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: 
         The fields of the config that were set, and their values.
 
     Raises:
-        PlasticError: No config describes the module, because its layers differ or because the config has no field for
-            a width (as for the size of a head in BERT); the module is no transformers model; or the loaded model gives
-            other outputs. Nothing was written.
+        PlasticError: No config describes the module, because its layers differ and the architecture reads one width
+            for all, or because it has no field for a width (as for the size of a head in BERT); the module is no
+            transformers model; or the loaded model gives other outputs. Nothing was written.
 
     Example:
         >>> import tempfile, torch, transformers, plasticnet as pn
@@ -115,11 +117,10 @@ def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: 
     """
     config = _config(module)
     found = _fit(module, config)
-    before = {field: getattr(config, field, None) for field in found}
+    before = copy.deepcopy(vars(config))
     folder = Path(folder)
-    for field, value in found.items():
-        setattr(config, field, value)
     try:
+        set_fields(config, found)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
             writer: Any = module
             writer.save_pretrained(partial)
@@ -128,8 +129,8 @@ def save_pretrained(module: nn.Module, folder: str | os.PathLike[str], example: 
             for file in Path(partial).iterdir():
                 os.replace(file, folder / file.name)
     except Exception as error:  # from transformers, which may refuse the config in any way, or the file system
-        for field, value in before.items():
-            setattr(config, field, value)
+        vars(config).clear()
+        vars(config).update(before)
         if isinstance(error, PlasticError):
             raise
         what = " ".join(str(error).split()) or repr(error)
@@ -145,110 +146,38 @@ def _config(module: nn.Module) -> Any:
     return config
 
 
-def _shapes(module: nn.Module, config: Any) -> Shapes:
-    """Return the shapes that the architecture of a module has with a config."""
-    make: Any = type(module)
-    with torch.device("meta"):
-        fresh: nn.Module = make(copy.deepcopy(config))
-    return {name: tuple(t.shape) for name, t in fresh.state_dict().items()}
-
-
 def _fit(module: nn.Module, config: Any) -> Fields:
     """Find the fields to change, and their values, so that the config describes the shapes of the module.
 
     Raises:
-        PlasticError: The module has tensors of other names than its config describes, its layers differ, or no config
-            was found.
+        PlasticError: The module has tensors of other names than its config describes, or no config was found.
     """
-    original = _shapes(module, config)
+    original = shapes_of(module, config)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     extra = sorted(original.keys() ^ wanted.keys())[:3]
     if extra:
         raise PlasticError(f"{type(module).__name__} has not the names of its config's model: {extra}; {_WAY_OUT}")
-    _check_uniform(original, wanted)
-    fields = {f: v for f, v in config.to_dict().items() if type(v) is int and v > 0 and "head_dim" not in f}
-    fields |= {f: n * getattr(config, of) for f, (of, n) in _UNSET.items() if getattr(config, f, n) is None}
-    changed = {(a, b) for n in wanted for a, b in zip(original[n], wanted[n], strict=True) if a != b}
-    tries: set[tuple[str, float]] = {
-        (f, v * b // a) for f, v in fields.items() for a, b in changed if a % v == 0 and v * b % a == 0
-    }
-    ratio = getattr(config, "mlp_ratio", None)
-    if isinstance(ratio, float):
-        tries |= {("mlp_ratio", ratio * b / a) for a, b in changed}
-    heads, hidden = (getattr(config, f, None) for f in ("num_attention_heads", "hidden_size"))
+    search, wrong = Search(module, config, original, wanted), list[str]()
+    heads, hidden = (config.to_dict().get(f) for f in ("num_attention_heads", "hidden_size"))
     # Many models compute the size of a head, but take it from the config if the config has a field for it.
     derived = {"head_dim": hidden // heads} if type(heads) is type(hidden) is int and heads else {}
-    wrong: list[str] = []
     for start in ({}, derived):
-        found, wrong = _search(module, config, wanted, sorted(tries), start)
+        found, wrong = search.run(start)
         if not wrong:
             return found
+    apart = [names for names in layers_apart(original, wanted) if kind_of(names[0]) in map(kind_of, wrong)]
+    if apart:
+        raise PlasticError(
+            f"the layers differ in {len(apart)} tensors, and {type(module).__name__} reads one width for all: "
+            f"{_some(apart[0], wanted)}. Call equalise(net) before net.compact(), or {_WAY_OUT}"
+        )
     raise PlasticError(
         f"no config of {type(module).__name__} has these widths: {_some(wrong, wanted)} (some derive the size of a "
         f"head from the number of heads). Exclude such sites from the network, or {_WAY_OUT}"
     )
 
 
-def _search(
-    module: nn.Module, config: Any, wanted: Shapes, tries: list[tuple[str, float]], start: Fields
-) -> tuple[Fields, list[str]]:
-    """Change one field of the config after the other, each time the one that helps most.
-
-    Args:
-        module: The module.
-        config: Its config, which is not changed.
-        wanted: The shapes of the module.
-        tries: Fields and values that may be set.
-        start: Fields that are set from the start.
-
-    Returns:
-        The fields that were set, and the names of the tensors whose shapes are still wrong.
-    """
-    found, wrong = start, _wrong(module, config, wanted, start)
-    while wrong and tries:
-        options = [{**found, field: value} for field, value in tries]
-        outcomes = [(_wrong(module, config, wanted, option), option) for option in options]
-        least, option = min(outcomes, key=lambda outcome: len(outcome[0]))
-        if len(least) >= len(wrong):
-            break
-        found, wrong = option, least
-    return found, wrong
-
-
-def _wrong(module: nn.Module, config: Any, wanted: Shapes, fields: Fields) -> list[str]:
-    """Return the names of the tensors that have another shape when the config has these fields."""
-    changed = copy.deepcopy(config)
-    try:
-        for field, value in fields.items():
-            setattr(changed, field, value)
-        built = _shapes(module, changed)
-    except Exception:  # the architecture may refuse a combination of fields in any way
-        return list(wanted)
-    return [name for name, shape in wanted.items() if built.get(name) != shape]
-
-
-def _check_uniform(original: Shapes, wanted: Shapes) -> None:
-    """Raise `PlasticError` unless corresponding tensors of all layers still have equal shapes.
-
-    Tensors correspond if their names differ in numbers only, and if their original shapes are equal.
-    """
-    layers: dict[Any, dict[tuple[int, ...], str]] = {}
-    for name, shape in wanted.items():
-        layers.setdefault((_kind(name), original[name]), {}).setdefault(shape, name)
-    apart = [list(seen.values()) for seen in layers.values() if len(seen) > 1]
-    if apart:
-        raise PlasticError(
-            f"the layers differ in {len(apart)} tensors, and a config has one width for all: "
-            f"{_some(apart[0], wanted)}. Call equalise(net) before net.compact(), or {_WAY_OUT}"
-        )
-
-
-def _kind(name: str) -> str:
-    """Return what the names of corresponding tensors of all layers share: ``layer.#.weight``."""
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
-
-
-def _some(names: list[str], shapes: Shapes) -> str:
+def _some(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return the first names with their shapes, for a message."""
     return ", ".join(f"{name} {shapes[name]}" for name in names[:3])
 
