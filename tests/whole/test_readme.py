@@ -127,6 +127,21 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_of_adapters() -> None:
+    """The example itself compares what PEFT loads and merges with the network."""
+    pytest.importorskip("peft")
+    command = [sys.executable, str(ROOT / "examples" / "lora_ranks.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ranks = [int(rank) for rank in re.findall(r"^ ?(\d+) of 16  bert", printed, re.MULTILINE)]
+    assert len(ranks) == 10
+    assert sum(ranks) == 40
+    assert min(ranks) <= 2 < 5 <= max(ranks)
+    before, after = re.findall(r"accuracy before: ([\d.]+)%.*learned: ([\d.]+)%", printed)[0]
+    assert min(float(before), float(after)) > 95
+    assert len(re.findall(r"the outputs differ by at most", printed)) == 2
+
+
+@pytest.mark.slow
 def test_after_shrinking() -> None:
     command = [sys.executable, str(ROOT / "examples" / "after_shrinking.py")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # it checks its own outputs
