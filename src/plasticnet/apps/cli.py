@@ -14,7 +14,7 @@ from plasticnet.apps.console import console, print_line
 from plasticnet.apps.inspecting import inspect_model, print_inspection
 from plasticnet.apps.models import IMAGE, example_inputs, factory
 from plasticnet.apps.own_data import KNOWN, Reading
-from plasticnet.apps.runs import holds_demo, rewrite_report, train_modes
+from plasticnet.apps.runs import compare_runs, holds_demo, rewrite_report, train_modes
 from plasticnet.apps.settings import MODES, Config
 from plasticnet.apps.shrinking import LOSSES, Options, shrink_model
 from plasticnet.budgets.budget import Budget
@@ -216,10 +216,18 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
 
 
 @app.command("report")
-def report_command(run: Annotated[Path, typer.Argument(help="A folder that train or demo wrote.")]) -> None:
-    """Write the report.html of a finished run again."""
-    rewrite_report(run)
-    console.print(f"written {run / 'report.html'}")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that train or demo wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page that compares the runs, such as page.html.")] = None,
+) -> None:
+    """Write the report.html of a finished run again; or, with --out, a page that compares several."""
+    if out is not None:
+        compare_runs(runs, out)
+    elif len(runs) == 1:
+        rewrite_report(runs[0])
+    else:
+        raise PlasticError(f"to compare {len(runs)} runs, name the page: --out page.html")
+    print_line(f"written {out or runs[0] / 'report.html'}")
 
 
 @app.command("export")

@@ -12,22 +12,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from plasticnet.apps.page import page, table
 from plasticnet.cost.latency import TIME
 from plasticnet.tools.table import readable_bytes
 
 mpl.use("Agg")
 
-
 _COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
-td:first-child, th:first-child { text-align: left; } figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; }
-figcaption { color: #555; } details { margin: 1rem 0; overflow-x: auto; } summary { cursor: pointer; }
-details table { font-size: .8rem; } details td, details th { padding: .15rem .5rem; }
-th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid #ddd; }
-"""
 
 _WHEN = ("before", "during", "after")
 
@@ -90,17 +81,11 @@ def render(
         ("Plasticity k over the epochs (infinity at the top), and the mean transition probability 2π(1-π).",
          _svg(lambda f: _plasticity(f.subplots(), plastic))),
     ]  # fmt: skip
-    head = "".join(f"<th>{c}</th>" for c in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows(results))
     figures = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in pictures)
     profiles = "".join(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
-    settings = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in config.items())
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1><table><tr>{head}</tr>{body}</table>{figures}"
-        f"<h2>Profile</h2>{profiles}"
-        f"<h2>Settings</h2><table>{settings}</table></body></html>\n"
-    )
+    settings = table((), config.items())
+    body = f"{table(COLUMNS, rows(results))}{figures}<h2>Profile</h2>{profiles}<h2>Settings</h2>{settings}"
+    return page(title, body)
 
 
 def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
@@ -129,8 +114,9 @@ def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str
         f"<tr><td>{name}</td>{''.join(f'<td>{_cell(p, key, write)}</td>' for p in profiles)}</tr>"
         for key, name, write in _MEASURES
     )
+    when = "".join(f"<th>{w}</th>" for w in _WHEN)
     return (
-        f"{head}<p>{text}</p><table><tr><th></th>{''.join(f'<th>{w}</th>' for w in _WHEN)}</tr>{total}</table>"
+        f'{head}<p>{text}</p><div class="scroll" tabindex="0"><table><tr><th></th>{when}</tr>{total}</table></div>'
         f"<details><summary>per module</summary>{_modules(profiles)}</details>"
     )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from torch import nn
 
+from plasticnet.apps.comparing import Entry, compare
 from plasticnet.apps.console import console, print_line
 from plasticnet.apps.data import Data, load_data
 from plasticnet.apps.folder import (
@@ -37,6 +39,7 @@ from plasticnet.apps.folder import (
 )
 from plasticnet.apps.loop import prepare_run, train_run
 from plasticnet.apps.models import factory
+from plasticnet.apps.page import START
 from plasticnet.apps.report import COLUMNS, render, rows
 from plasticnet.apps.saving import restore_run
 from plasticnet.apps.settings import Config, Mode, describe_model, differences, identity, plain, settings
@@ -142,6 +145,42 @@ def holds_demo(folder: Path, data_name: str, model_name: str, modes: tuple[Mode,
 
 def rewrite_report(folder: Path) -> None:
     """Write the report of a folder again. Raises `PlasticError` where the folder does not hold a finished run."""
+    config, results, metrics = _finished(folder)
+    with _complete(folder):
+        _write_page(folder, config, results, metrics)
+
+
+def compare_runs(folders: Sequence[Path], out: Path) -> None:
+    """Write a page that compares the networks of some folders.
+
+    Args:
+        folders: The folders, each with a finished run of one or more networks.
+        out: The page. A file that is there already is replaced only if it is a page of this library.
+
+    Raises:
+        PlasticError: A folder does not hold a finished run, a folder is named twice, or the page cannot be written.
+    """
+    paths = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
+        raise PlasticError(f"{twice[0]} is named twice: name each run once")
+    if out.exists() and not (out.is_file() and out.read_bytes().startswith(f"{START}plasticnet: ".encode())):
+        raise PlasticError(f"--out {out} is not a page of plasticnet, and would be replaced: give another name")
+    short = [path.name for path in paths]
+    entries: list[Entry] = []
+    for folder, name in zip(folders, short, strict=True):
+        config, results, metrics = _finished(folder)
+        title = name if short.count(name) == 1 else str(folder)
+        with _complete(folder):
+            for run, result in results.items():
+                own = [record for record in metrics if record["run"] == run]
+                label = title if len(results) == 1 else f"{title}, {run}"
+                entries.append(Entry(label, str(config["data"]), str(config["model"]), result, own))
+                compare(entries[-1:])  # so that what is missing is found in its folder
+    write_text(out, compare(entries))
+
+
+def _finished(folder: Path) -> tuple[dict[str, Any], Any, list[Any]]:
+    """Return the settings, the summary and the records in a folder. Raises `PlasticError` where its run is not over."""
     for name in (CONFIG, SUMMARY, METRICS):
         if not (folder / name).exists():
             way_out = "train --resume goes on with it" if name != CONFIG else "name the --out of a train"
@@ -149,9 +188,15 @@ def rewrite_report(folder: Path) -> None:
     config = read_settings(folder, str(folder / CONFIG))
     way_out = "train --resume, with the options of the run, writes it anew"
     (results,) = read_json(folder / SUMMARY, str(folder / SUMMARY), way_out)
-    metrics = read_json(folder / METRICS, str(folder / METRICS), way_out)
+    return config, results, read_json(folder / METRICS, str(folder / METRICS), way_out)
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Explain errors in this context, in which the records in a folder are shown, by what these lack."""
+    way_out = "train --resume, with the options of the run, writes it anew"
     try:
-        _write_page(folder, config, results, metrics)
+        yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise PlasticError(
             f"{SUMMARY} or {METRICS} in {folder} is damaged, as it lacks what a report shows: {way_out}"

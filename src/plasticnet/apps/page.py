@@ -1,0 +1,65 @@
+"""The frame of an HTML page: its style for light and dark, for wide and narrow screens, and its tables.
+
+A page loads nothing from elsewhere. Whatever is not markup of ours goes through `text` or `table`, which escape it.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+START = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'  # a run's page is told from others by it
+
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #5c5c5c; --line: #ddd;
+  --c0: #c0392b; --c1: #2471a3; --c2: #6b6b6b; --c3: #1e8449;
+  --c4: #9a5b00; --c5: #7d3c98; --c6: #00707a; --c7: #a3316f; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16181c; --ink: #e6e6e6; --faint: #a8a8a8; --line: #3a3d44;
+    --c0: #ff8a7a; --c1: #74b9ff; --c2: #b5b5b5; --c3: #6fdc8c;
+    --c4: #ffc46b; --c5: #d5a6f0; --c6: #67d6df; --c7: #ff9ccf; }
+}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem;
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; max-width: 100%; } table { border-collapse: collapse; overflow-wrap: normal; }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+td:first-child, th:first-child { text-align: left; } .scroll td { white-space: nowrap; }
+figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; } figcaption, .faint { color: var(--faint); }
+figure > svg { background: #fff; border-radius: .3rem; }
+details { margin: 1rem 0; overflow-x: auto; } summary { cursor: pointer; }
+details table { font-size: .8rem; } details td, details th { padding: .15rem .5rem; }
+th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid var(--line); }
+"""
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """Return the text of a page.
+
+    Args:
+        title: The title, which is escaped.
+        body: The HTML below the title.
+        style: More CSS.
+    """
+    return (
+        f"{START}{html.escape(title)}</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}{style}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def text(value: object) -> str:
+    """Return a value as text that HTML shows as it is, also within the quotes of an attribute."""
+    return html.escape(str(value))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table, which scrolls by itself where it is wider than the screen; all of its cells are escaped.
+
+    Args:
+        head: The names of the columns; nothing for a table without a head.
+        rows: The cells.
+    """
+    top = "<tr>" + "".join(f"<th>{text(c)}</th>" for c in head) + "</tr>" if head else ""
+    body = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="scroll" tabindex="0"><table>{top}{body}</table></div>'
