@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint zoo cost gates growth random detectors integrations clean
+.PHONY: demo test quick lint wheel zoo cost gates growth random detectors integrations clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --project pyproject.toml
+
+# The wheel in dist, tried in an empty environment, into which it brings what it asks for: some minutes, and gigabytes.
+wheel: $(VENV)/.installed
+	$(BIN)/python release/wheel.py
 
 $(VENV)/.zoo: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,zoo]"
