@@ -19,6 +19,7 @@ from tests.kit.commands import fail, succeed
 
 VOID = {"meta", "path", "br"}
 MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100"]
+ALL, ONE = ("--mode", "both"), ("--mode", "prune")  # three networks in a folder, and one
 
 
 class Parsed(HTMLParser):
@@ -146,8 +147,8 @@ def test_many_networks_and_many_sites() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("compared")
-    succeed(*MOONS, "--mode", "both", "--out", folder / "one")
-    succeed(*MOONS, "--mode", "prune", "--seed", "1", "--out", folder / "two")
+    succeed(*MOONS, *ALL, "--out", folder / "one")
+    succeed(*MOONS, *ONE, "--seed", "1", "--out", folder / "two")
     return folder / "one", folder / "two"
 
 
@@ -180,6 +181,9 @@ def test_what_cannot_be_compared_is_refused(
     line = fail(monkeypatch, capsys, "report", runs[0], broken, "--out", tmp_path / "p.html")
     assert f"in {broken} is damaged" in line
     assert not (tmp_path / "p.html").exists()
+    missing = tmp_path / "no folder" / "p.html"
+    assert f"{missing} cannot be written" in fail(monkeypatch, capsys, "report", *runs, "--out", missing)
+    assert "would be replaced" in fail(monkeypatch, capsys, "report", *runs, "--out", tmp_path)
 
 
 # -- in a browser -----------------------------------------------------------------------------
