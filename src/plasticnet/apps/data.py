@@ -1,4 +1,4 @@
-"""Loads the data sets of the command line as tensors, split for training, validation and test."""
+"""Holds data as tensors, split for training, validation and test, and loads the data sets that have a name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from plasticnet.apps.tables import Table
 from plasticnet.errors import PlasticError
 
-DATASETS = ("digits", "moons", "mnist")
+DATASETS = ("digits", "moons", "mnist", "fashion")
+Task = Literal["classification", "regression"]
+
+# For images in torchvision's layout: the mean and the deviation of their pixels, and the class that reads them.
+_PIXELS = {"mnist": (0.1307, 0.3081, "MNIST"), "fashion": (0.2860, 0.3530, "FashionMNIST")}
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Split:
 
     Attributes:
         x: The inputs, shape (samples, ...).
-        y: The integer labels, shape (samples,).
+        y: The integer labels, or the normalised targets of a regression, shape (samples,).
     """
 
     x: Tensor
@@ -33,12 +39,41 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What is to be predicted.
+
+    Attributes:
+        task: What kind of answer that is.
+        name: How it is called, as a column of a table is, or None.
+        labels: The names of the classes in the order of their numbers; empty where they are the numbers themselves.
+        mean: In a regression, the mean of the target in the training rows, which was subtracted.
+        deviation: In a regression, the standard deviation by which it was then divided.
+    """
+
+    task: Task = "classification"
+    name: str | None = None
+    labels: tuple[str, ...] = ()
+    mean: float = 0.0
+    deviation: float = 1.0
+
+
+@dataclass(frozen=True)
 class Data:
-    """A data set in three parts: for training, for validation, and for the test, which is read only at the end."""
+    """A data set in three parts: for training, for validation, and for the test, which is read only at the end.
+
+    Attributes:
+        train: The part to train on.
+        val: The part by which decisions are made.
+        test: The part that is read at the end.
+        target: What is to be predicted.
+        table: How the columns of a table became inputs, or None.
+    """
 
     train: Split
     val: Split
     test: Split
+    target: Target = Target()
+    table: Table | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,9 +81,26 @@ class Data:
         return tuple(self.train.x.shape[1:])
 
     @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return int(self.train.y.max()) + 1
+    def task(self) -> Task:
+        """What kind of answer is to be predicted."""
+        return self.target.task
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs that a network needs: one for each class, or a single one."""
+        return 1 if self.task == "regression" else len(self.target.labels) or int(self.train.y.max()) + 1
+
+    def to(self, device: torch.device | str) -> Data:
+        """Return the data on a device."""
+        train, val, test = (Split(p.x.to(device), p.y.to(device)) for p in (self.train, self.val, self.test))
+        return Data(train, val, test, self.target, self.table)
+
+    def floating(self) -> Data:
+        """Return the data with inputs of floating numbers, which whole numbers become."""
+        if self.train.x.is_floating_point():
+            return self
+        train, val, test = (Split(p.x.float(), p.y) for p in (self.train, self.val, self.test))
+        return Data(train, val, test, self.target, self.table)
 
     @cached_property
     def sha256(self) -> str:
@@ -65,20 +117,20 @@ def load_data(name: str, data_dir: str | Path | None = None, seed: int = 0) -> D
     """Load a data set.
 
     Args:
-        name: "digits" (those that come with scikit-learn), "moons" (generated) or "mnist".
-        data_dir: The folder that holds MNIST in torchvision's layout.
+        name: "digits" (those that come with scikit-learn), "moons" (generated), "mnist" or "fashion".
+        data_dir: The folder that holds MNIST or Fashion-MNIST in torchvision's layout.
         seed: The seed of the split, and of the moons.
 
     Raises:
-        PlasticError: The name is unknown, or there is no MNIST in the folder.
+        PlasticError: The name is unknown, or the folder does not hold these images.
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "digits":
         return _digits(generator)
     if name == "moons":
         return moons(generator)
-    if name == "mnist":
-        return _mnist(data_dir, generator)
+    if name in _PIXELS:
+        return _mnist(name, data_dir, generator)
     raise PlasticError(f"unknown data {name!r}: choose one of {', '.join(DATASETS)}")
 
 
@@ -90,8 +142,8 @@ def _digits(generator: torch.Generator) -> Data:
     inputs = torch.from_numpy(x).float().reshape(-1, 1, 8, 8) / 8 - 1
     labels = torch.from_numpy(y).long()
     order = torch.randperm(len(labels), generator=generator)
-    parts = [Split(inputs[i], labels[i]) for i in order.split([1077, 360, 360])]
-    return Data(*parts)
+    train, val, test = (Split(inputs[i], labels[i]) for i in order.split([1077, 360, 360]))
+    return Data(train, val, test)
 
 
 def moons(generator: torch.Generator, train: int = 500, test: int = 500, noise: float = 0.1) -> Data:
@@ -117,26 +169,27 @@ def moons(generator: torch.Generator, train: int = 500, test: int = 500, noise: 
     x = plane @ basis
     order = torch.randperm(n, generator=generator)
     fit = train - train // 5
-    parts = order.split([fit, train - fit, test])
-    return Data(*[Split(x[i], labels[i]) for i in parts])
+    first, second, last = (Split(x[i], labels[i]) for i in order.split([fit, train - fit, test]))
+    return Data(first, second, last)
 
 
-def _mnist(data_dir: str | Path | None, generator: torch.Generator) -> Data:
-    """Load MNIST as images of shape (1, 28, 28), of mean 0 and variance 1 over the training data.
+def _mnist(name: str, data_dir: str | Path | None, generator: torch.Generator) -> Data:
+    """Load MNIST or its like as images of shape (1, 28, 28), of mean 0 and variance 1 over the training data.
 
     The validation data are 5,000 of the training images.
     """
-    from torchvision.datasets import MNIST
+    from torchvision import datasets
 
+    mean, deviation, kind = _PIXELS[name]
     if data_dir is None:
-        raise PlasticError("mnist needs --data-dir, the folder that holds MNIST/raw (torchvision's layout)")
+        raise PlasticError(f"{name} needs --data-dir, the folder that holds {kind}/raw (torchvision's layout)")
     try:
-        train, test = (MNIST(str(data_dir), train=t, download=False) for t in (True, False))
+        train, test = (getattr(datasets, kind)(str(data_dir), train=t, download=False) for t in (True, False))
     except (RuntimeError, ValueError, OSError, EOFError, AssertionError, IndexError) as error:
-        raise PlasticError(f"no MNIST in {data_dir}: {error}") from error
+        raise PlasticError(f"no {kind} in {data_dir}: {error}") from error
 
-    def split(images: Tensor, labels: Tensor) -> Split:
-        return Split(((images.float() / 255 - 0.1307) / 0.3081)[:, None], labels)
+    def split(images: Any, labels: Any) -> Split:
+        return Split(((images.float() / 255 - mean) / deviation)[:, None], labels)
 
     order = torch.randperm(len(train.targets), generator=generator)
     fit, val = order[5000:], order[:5000]

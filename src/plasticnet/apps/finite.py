@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plasticnet.apps.data import Split
+from plasticnet.apps.data import Split, Task
+from plasticnet.apps.scores import losses
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 
@@ -94,7 +94,7 @@ def first_culprit(tensors: Iterable[tuple[str, Tensor]], infinite: Iterable[str]
     return None
 
 
-def check_loss(loss: float, module: nn.Module, split: Split, part: str) -> None:
+def check_loss(loss: float, module: nn.Module, split: Split, part: str, task: Task) -> None:
     """Raise `PlasticError` unless a mean loss over samples is finite.
 
     Args:
@@ -102,17 +102,18 @@ def check_loss(loss: float, module: nn.Module, split: Split, part: str) -> None:
         module: What computed the loss, in evaluation mode.
         split: The samples.
         part: What they are called.
+        task: What kind of answer they ask for.
     """
     if not math.isfinite(loss):
-        raise PlasticError(f"the {part} loss is {loss}{_first_sample(module, split, part)}")
+        raise PlasticError(f"the {part} loss is {loss}{_first_sample(module, split, part, task)}")
 
 
 @torch.no_grad()
-def _first_sample(module: nn.Module, split: Split, part: str, batch: int = 1000) -> str:
+def _first_sample(module: nn.Module, split: Split, part: str, task: Task, batch: int = 1000) -> str:
     """Return a text about the first sample whose loss is not finite."""
     start = 0
     for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
-        bad = ~torch.isfinite(F.cross_entropy(module(x), y, reduction="none"))
+        bad = ~torch.isfinite(losses(module(x), y, task))
         if bool(bad.any()):
             at = int(bad.int().argmax())
             why = "has a finite input" if _finite(x[at]) else "is itself not finite"

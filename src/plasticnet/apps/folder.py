@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plasticnet.apps.console import print_line
-from plasticnet.apps.settings import MODES
+from plasticnet.apps.settings import MODES, Run, flat
 from plasticnet.errors import PlasticError
 from plasticnet.files.container import PARTIAL, replace_file
 
@@ -28,16 +28,18 @@ else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-CONFIG, METRICS, SUMMARY, REPORT = "config.json", "metrics.jsonl", "summary.json", "report.html"
+CONFIG, PREPARED, METRICS = "run.json", "prepared.json", "metrics.jsonl"
+SUMMARY, REPORT = "summary.json", "report.html"
 CHECKPOINT, COMPACT = "checkpoint.safetensors", "compact.safetensors"
 
 _LOCK = ".plasticnet.lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the two systems answer where a lock is held
-_RUNS = MODES["both"]
+_RUNS = MODES["compare"]
 
 # How each file of a run may begin. By this a user's own file of the same name is told from one of a run.
 _BEGINNINGS = {
     CONFIG: [b'{\n  "data": "'],
+    PREPARED: [b'{\n  "shape": ['],
     METRICS: [f'{{"run": "{run}", "epoch": '.encode() for run in _RUNS],
     SUMMARY: [f'{{\n  "{run}": {{\n    "mode": "{run}",'.encode() for run in _RUNS],
     REPORT: [b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>plasticnet: '],
@@ -56,7 +58,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path, what: str) -> dict[str, Any]:
-    """Return what config.json holds. Raises `PlasticError` where this is not what a run writes there.
+    """Return the settings in a folder side by side, with what run.json records beside them.
+
+    Raises `PlasticError` where this is not what a run writes there.
 
     Args:
         folder: The folder of a run.
@@ -67,10 +71,29 @@ def read_settings(folder: Path, what: str) -> dict[str, Any]:
         way_out = "replace the run by train --overwrite, or choose another folder"
     else:
         way_out = "move it, or choose another folder"
-    (config,) = read_json(path, what, way_out)
-    if not isinstance(config, dict) or not {"data", "model", "modes"} <= config.keys():
-        raise PlasticError(f"{what} does not hold the settings of a run: {way_out}")
-    return config
+    run, record = read_run(path, what, way_out)
+    return {**flat(run), **record}
+
+
+def read_run(path: Path, what: str, way_out: str) -> tuple[Run, dict[str, Any]]:
+    """Return the settings that a run.json holds, and what it records beside them, which may be missing.
+
+    Args:
+        path: The file.
+        what: What the message begins with.
+        way_out: What the user can do where the file is damaged.
+
+    Raises:
+        PlasticError: The file cannot be read, or has fields that are unknown, missing or of another type.
+    """
+    (content,) = read_json(path, what, way_out)
+    try:
+        if not isinstance(content, dict) or not isinstance(content.get("record", {}), dict):
+            raise PlasticError("it is no object of JSON")
+        run = Run.from_dict({name: value for name, value in content.items() if name != "record"})
+    except PlasticError as error:
+        raise PlasticError(f"{what} does not hold the settings of a run: {error}: {way_out}") from error
+    return run, content.get("record", {})
 
 
 def read_json(path: Path, what: str, way_out: str) -> list[Any]:
@@ -123,7 +146,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove the files of a run from a folder, except its config.json, which is to be replaced next.
+    """Remove the files of a run from a folder, except its run.json, which is to be replaced next.
 
     What a process that was killed has left behind is removed, too, and so are folders that are empty then. The settings
     go last, so that what is left if this is interrupted says what it was.
@@ -236,5 +259,5 @@ def _replaceable(path: Path) -> bool:
     if path.name not in _BEGINNINGS:
         return found[8:].startswith(_TENSORS)
     if path.name == CONFIG and found.rstrip().endswith(b"}") and b'"plasticnet": "' not in found:
-        return False  # many a config.json begins with its data, but it does not name our version
+        return False  # many a run.json may begin with its data, but it does not name our version
     return any(found.startswith(b) or b.startswith(found) for b in _BEGINNINGS[path.name])

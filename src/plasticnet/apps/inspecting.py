@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from plasticnet.apps.console import print_line, print_table
-from plasticnet.apps.data import load_data
-from plasticnet.apps.loop import evaluate
+from plasticnet.apps.loading import example_of, load_any
 from plasticnet.apps.models import IMAGE, build_model, example_inputs, factory
+from plasticnet.apps.own_data import Reading
+from plasticnet.apps.scores import evaluate
 from plasticnet.errors import PlasticError
 from plasticnet.files.modules import load
 from plasticnet.measuring.profiling import PROFILE_COLUMNS, Profile, profile
@@ -59,7 +60,7 @@ def inspect_model(
     full: bool = False,
     meta: bool = False,
     data: str | None = None,
-    data_dir: Path | None = None,
+    how: Reading | None = None,
     weights: Path | None = None,
     with_profile: bool = False,
     with_sensitivity: bool = False,
@@ -74,8 +75,8 @@ def inspect_model(
         blocks: An option of `PlasticNet`.
         full: Whether a transformers model has its own size, and not a tiny one.
         meta: Whether the model is built on the meta device, where nothing is computed.
-        data: The name of the data set that the model reads.
-        data_dir: The folder that holds MNIST.
+        data: Where the data lie that the model reads.
+        how: How they are read, or None where there is nothing to say.
         weights: The file of a compact module of this model, whose weights it gets.
         with_profile: Whether to measure memory and time.
         with_sensitivity: Whether to measure how much each site can lose, on the validation data of ``data``.
@@ -88,11 +89,13 @@ def inspect_model(
         what = "--profile" if with_profile else "--sensitivity" if with_sensitivity else "--weights"
         raise PlasticError(f"{what} runs the network, and with --meta nothing is computed: leave out one of them")
     if with_sensitivity and data is None:
-        raise PlasticError("--sensitivity needs the data that the model reads: --data digits, moons or mnist")
-    splits = None if data is None else load_data(data, data_dir)
-    if shape is None and splits is not None:
-        shape = (2, *splits.shape)
-    make = factory(name, (shape or IMAGE)[1:], 10 if splits is None else splits.classes, full=full)
+        raise PlasticError("--sensitivity needs the data that the model reads: --data digits, my.csv, ...")
+    how = how or Reading()
+    splits = load_any(data, how) if with_sensitivity and data is not None else None
+    given, outputs = (None, None) if data is None else example_of(data, how)
+    if shape is None and given is not None:
+        shape = (2, *given.shape[1:])
+    make = factory(name, (shape or IMAGE)[1:], outputs, full=full)
     module = build_model(make, meta) if weights is None else load(weights, make)
     examples = example_inputs(name, module, shape)
     net = PlasticNet(module, examples, inputs=tuple(inputs), residual=residual, blocks=tuple(blocks))
@@ -100,7 +103,7 @@ def inspect_model(
         net.summary(),
         net.checked,
         profile(net, examples) if with_profile else None,
-        sensitivity(net, lambda n: evaluate(n, splits.val)[0]) if with_sensitivity and splits is not None else None,
+        None if splits is None else sensitivity(net, lambda n: evaluate(n, splits.val, splits.task).loss),
         weights,
     )
 

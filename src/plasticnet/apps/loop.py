@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plasticnet.apps.data import Data, Split
+from plasticnet.apps.data import Data, Split, Task
 from plasticnet.apps.finite import Guard, check_loss, named
-from plasticnet.apps.saving import restore_run, save_run
-from plasticnet.apps.settings import Config, Mode, describe_model, identity
+from plasticnet.apps.identity import describe_model, identity
+from plasticnet.apps.saving import restore_run, save_run, set_random_states
+from plasticnet.apps.scores import SCORES, evaluate, losses
+from plasticnet.apps.settings import Config, Mode
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import transition
 from plasticnet.growing.growth import Growth
@@ -39,7 +40,7 @@ class Result:
         mode: What the run did: "dense", "prune" or "grow".
         net: The network, hardened and in evaluation mode.
         compact: The compact module.
-        summary: How the run ended, as plain data: accuracies, sizes, times and profiles.
+        summary: How the run ended, as plain data: scores, sizes, times and profiles.
     """
 
     mode: Mode
@@ -49,34 +50,41 @@ class Result:
 
 
 def prepare_run(
-    model: nn.Module, data: Data, config: Config, mode: Mode
+    model: nn.Module, data: Data, config: Config, mode: Mode, *, limited: bool = True
 ) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
     """Build the network, its optimizer and its schedule for a run.
 
     Args:
-        model: The model, which is gated in place. A network that grows starts narrow, and grows at most to its widths.
+        model: The model, which is gated in place, on the device of the data. A network that grows starts narrow.
         data: The data.
         config: The settings.
         mode: What the run does.
+        limited: Whether a network that grows keeps to the widths of the model.
 
     Raises:
         PlasticError: The settings, the model and the data do not fit together.
     """
+    model.to(data.train.x.device)
     net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
     budget = None if config.budget is None or mode == "dense" else config.budget.absolute(net)
     if mode == "grow":
-        for name, site in net.sites.items():
+        for name, site in net.sites.items() if limited else ():
             net.limit(name, maximum=len(site))
         narrow(net, config.start)
     optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
     growth = Growth() if mode == "grow" else None
-    pressure = Pressure(config.penalty, config.cost, config.scale) if budget is None else None
+    pressure = Pressure(config.price / len(data.train), config.cost) if budget is None else None
     schedule = Schedule(net, optimizer, config.stages(mode), growth=growth, pressure=pressure, budget=budget)
     return net, optimizer, schedule
 
 
 def train_epoch(
-    net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, train: Split, config: Config
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    train: Split,
+    config: Config,
+    task: Task = "classification",
 ) -> float:
     """Train for one epoch over shuffled batches.
 
@@ -86,6 +94,7 @@ def train_epoch(
         schedule: Its schedule, whose penalty is added to the loss where k is finite.
         train: The training data.
         config: The settings, of which the size of a batch counts here.
+        task: What kind of answer the data ask for.
 
     Returns:
         The mean training loss, without the pressure.
@@ -94,16 +103,16 @@ def train_epoch(
         PlasticError: The loss or the pressure of a step is not finite. The network has then not made this step.
     """
     net.train()
-    total = torch.zeros(())
-    batches = torch.randperm(len(train)).split(config.batch)
+    total = torch.zeros((), device=train.x.device)
+    batches = torch.randperm(len(train)).to(train.x.device).split(config.batch)
     for step, index in enumerate(batches, 1):
         x, y = train.x[index], train.y[index]
 
-        def losses(x: Tensor = x, y: Tensor = y) -> Tensor:
-            return F.cross_entropy(net(x), y, reduction="none")
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return losses(net(x), y, task)
 
         with named(f"step {step} of {len(batches)}"):
-            loss = net.expected_loss(losses)
+            loss = net.expected_loss(closure)
             total += loss.detach() * len(index)
             if not math.isinf(net.k):
                 loss = loss + schedule.penalty()
@@ -113,24 +122,6 @@ def train_epoch(
         loss.backward()
         optimizer.step()
     return float(total / len(train))
-
-
-@torch.no_grad()
-def evaluate(module: nn.Module, split: Split, batch: int = 1000) -> tuple[float, float]:
-    """Return the mean cross-entropy and the accuracy of a module, which is left in evaluation mode.
-
-    Args:
-        module: A network or a plain module that returns logits, shape (batch, classes).
-        split: The data.
-        batch: The batch size.
-    """
-    module.eval()
-    loss = correct = 0.0
-    for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
-        logits = module(x)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        correct += (logits.argmax(1) == y).sum().item()
-    return loss / len(split), correct / len(split)
 
 
 def train_epochs(
@@ -163,13 +154,13 @@ def _one_epoch(
     """Train for one epoch, let the schedule end it, and return its record, unless something is not finite."""
     started = time.process_time()
     k = net.k
-    loss = train_epoch(net, optimizer, schedule, data.train, config)
+    loss = train_epoch(net, optimizer, schedule, data.train, config, data.task)
     if not math.isfinite(loss):  # a sum of finite losses
         raise PlasticError("the mean training loss is not finite (NaN or infinite)")
     steps = -(-len(data.train) // config.batch)
     guard.check(f"after step {steps} of {steps}")
-    val_loss, val_accuracy = evaluate(net, data.val)
-    check_loss(val_loss, net, data.val, "validation")
+    val_loss, val_score = evaluate(net, data.val, data.task)
+    check_loss(val_loss, net, data.val, "validation", data.task)
     paused = time.process_time()
     measured = profile_dict(net, data, config) if schedule.epoch % -(-schedule.epochs // _PROFILES) == 0 else None
     started += time.process_time() - paused
@@ -180,7 +171,7 @@ def _one_epoch(
         "k": "inf" if math.isinf(k) else k,
         "loss": loss,
         "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        "val_score": val_score,
         **_size(net),
         "cut": sum(change.cut.values()),
         "grown": sum(change.grown.values()),
@@ -213,6 +204,7 @@ def train_run(
     config: Config,
     mode: Mode,
     *,
+    limited: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -220,10 +212,11 @@ def train_run(
     """Train one network to the end of its schedule.
 
     Args:
-        model: The model, of which a copy is trained.
+        model: The model, of which a copy is trained, on the device of the data.
         data: The data.
         config: The settings.
         mode: What the run does.
+        limited: Whether a network that grows keeps to the widths of the model.
         on_epoch: Called with the record of each epoch. When a run is resumed, it is first called with the records of
             the epochs that are over.
         checkpoint: The file in which the state is saved after each epoch.
@@ -237,11 +230,12 @@ def train_run(
     """
     own = identity(data, describe_model(model), config, mode)
     torch.manual_seed(config.seed)
-    net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode)
+    model = copy.deepcopy(model).to(data.train.x.device)
+    net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode, limited=limited)
     history: list[dict[str, Any]] = []
     if resume and checkpoint is not None and checkpoint.exists():
         history, rng = restore_run(checkpoint, net, optimizer, schedule, own)
-        torch.set_rng_state(rng)
+        set_random_states(rng)
         for record in history:
             if on_epoch:
                 on_epoch(record)
@@ -269,18 +263,23 @@ def _summary(
     Raises:
         PlasticError: The test loss is not finite.
     """
-    test_loss, test_accuracy = evaluate(small, data.test)
-    check_loss(test_loss, small, data.test, "test")
+    val, test = evaluate(small, data.val, data.task), evaluate(small, data.test, data.task)
+    check_loss(test.loss, small, data.test, "test", data.task)
+    deviation = data.target.deviation
+    errors = {"val_rmse": val.error * deviation, "test_rmse": test.error * deviation}
     size = net.summary()
     return {
         "mode": mode,
-        "test_accuracy": test_accuracy,
-        "test_loss": test_loss,
-        "val_accuracy": history[-1]["val_accuracy"] if history else None,
+        "task": data.task,
+        "score": SCORES[data.task],
+        "test_score": test.score,
+        "test_loss": test.loss,
+        "val_score": history[-1]["val_score"] if history else None,
+        **(errors if data.task == "regression" else {}),
         "units": {s.name: s.open for s in size.sites},
         "parameters": sum(p.numel() for p in small.parameters()),
         "macs": size.open_macs,
-        "ms_per_1000": time_per_thousand(small, data.test.x),
+        "ms_per_1000": time_per_thousand(copy.deepcopy(small).cpu(), data.test.x[:1000].cpu()),
         "train_cpu_seconds": sum(r["cpu_seconds"] for r in history),
         "peak_parameters": max((r["parameters"] for r in history), default=0),
     }

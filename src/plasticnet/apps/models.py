@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +16,9 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import transformer_inputs
 
 IMAGE = (1, 1, 28, 28)  # the input of LeNet-5, and of an MLP unless another shape is given
-_KNOWN = "mlp:300-100, lenet5, torchvision:NAME, timm:NAME, transformers:TYPE or PACKAGE:FACTORY"
+START = 3  # the units of each hidden layer of an MLP that is to choose its widths
+_OUTPUTS = 10  # of an MLP and of LeNet-5 unless somebody says
+_KNOWN = "mlp, mlp:300-100, lenet5, torchvision:NAME, timm:NAME, transformers:TYPE or PACKAGE:FACTORY"
 
 # The sizes of a transformer that is small enough to be tried in a second. A config has some of these fields.
 _TINY = {
@@ -45,58 +49,80 @@ class MLP(nn.Sequential):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5-Caffe with 20-50-500 units: (batch, 1, 28, 28) to (batch, 10)."""
+    """LeNet-5-Caffe with 20-50-500 units: (batch, 1, 28, 28) to (batch, outputs).
 
-    def __init__(self) -> None:
+    Args:
+        outputs: The number of outputs.
+    """
+
+    def __init__(self, outputs: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(800, 500)
-        self.fc2 = nn.Linear(500, 10)
+        self.fc2 = nn.Linear(500, outputs)
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images, shape (batch, 1, 28, 28), to logits, shape (batch, 10)."""
+        """Map images, shape (batch, 1, 28, 28), to logits, shape (batch, outputs)."""
         x = self.pool(self.conv1(x).relu())
         x = self.pool(self.conv2(x).relu()).flatten(1)
         return self.fc2(self.fc1(x).relu())
 
 
-def factory(name: str, shape: Sequence[int], classes: int, *, full: bool = False) -> Callable[[], nn.Module]:
+def chooses(name: str) -> bool:
+    """Return whether a model of this name has no widths of its own, and is to choose them."""
+    return name == "mlp"
+
+
+def takes_classes(name: str) -> bool:
+    """Return whether what builds a model that is not ours takes the number of its outputs, as ``num_classes=``."""
+    head, _, tail = name.partition(":")
+    if head in ("torchvision", "timm"):
+        return True
+    if head in ("mlp", "lenet5", "transformers") or not tail:
+        return False
+    try:
+        return "num_classes" in inspect.signature(getattr(_import(head, name), tail)).parameters
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+def factory(name: str, shape: Sequence[int], classes: int | None, *, full: bool = False) -> Callable[[], nn.Module]:
     """Return a factory for the model of a name. The weights of what it builds are random.
 
     Args:
-        name: ``mlp:300-100`` (with the hidden widths), ``lenet5``, ``torchvision:NAME``, ``timm:NAME``,
-            ``transformers:TYPE`` (with a model type such as ``bert``), or ``PACKAGE:FACTORY`` (with a function that
-            takes no arguments).
+        name: ``mlp`` (with two hidden layers of 3 units, from which it can grow), ``mlp:300-100`` (with the hidden
+            widths), ``lenet5``, ``torchvision:NAME``, ``timm:NAME``, ``transformers:TYPE`` (with a model type such as
+            ``bert``), or ``PACKAGE:FACTORY`` (with a function that takes no arguments, or only ``num_classes=``).
         shape: The shape of one input, which an MLP needs.
-        classes: The number of outputs, which an MLP needs.
+        classes: The number of outputs. Models of torchvision and timm, and a factory that takes it, get it as
+            ``num_classes=``. With None they keep their own number, and an MLP has 10.
         full: Whether a transformers model has the default sizes of its config, and not tiny ones.
 
     Raises:
-        PlasticError: There is no such model, or its package is not installed. Some of this is noticed only when the
-            factory is called.
+        PlasticError: There is no such model, or its package is not installed, or it does not read such inputs. Some of
+            this is noticed only when the factory is called.
     """
     head, _, tail = name.partition(":")
+    outputs = _OUTPUTS if classes is None else classes
+    given = {"num_classes": classes} if classes is not None and takes_classes(name) else {}
     if name == "lenet5":
-        return LeNet5
+        if tuple(shape) != IMAGE[1:]:
+            raise PlasticError(
+                f"lenet5 reads images of the shape {IMAGE[1:]}, and not inputs of the shape {tuple(shape)}: give grey "
+                "images and --image-size 28, or another model, such as mlp or torchvision:resnet18"
+            )
+        return lambda: LeNet5(outputs)
     if head == "mlp":
-        try:
-            hidden = [int(w) for w in tail.split("-")]
-            if min(hidden) < 1:
-                raise ValueError
-        except ValueError:
-            raise PlasticError(f"model {name!r}: write the hidden widths as in mlp:300-100") from None
-        features = 1
-        for n in shape:
-            features *= n
-        return lambda: MLP([features, *hidden, classes])
+        widths = [math.prod(shape), *_widths(name, tail), outputs]
+        return lambda: MLP(widths)
     if head == "torchvision":
         models = _import("torchvision.models", name)
-        return lambda: _call(models.get_model, name, tail, weights=None)
+        return lambda: _call(models.get_model, name, tail, weights=None, **given)
     if head == "timm":
         timm = _import("timm", name)
-        return lambda: _call(timm.create_model, name, tail, pretrained=False)
+        return lambda: _call(timm.create_model, name, tail, pretrained=False, **given)
     if head == "transformers":
         library = _import("transformers", name)
         return lambda: _call(_transformer, name, library, tail, full)
@@ -104,8 +130,26 @@ def factory(name: str, shape: Sequence[int], classes: int, *, full: bool = False
         function = getattr(_import(head, name), tail, None)
         if not callable(function):
             raise PlasticError(f"model {name!r}: {head} has no factory {tail!r}")
-        return lambda: _call(function, name)
+        return lambda: _call(function, name, **given)
     raise PlasticError(f"unknown model {name!r}: use {_KNOWN}")
+
+
+def reads_numbers(name: str) -> bool:
+    """Return whether a model of this name reads floating numbers only, so that whole ones are converted for it."""
+    return name.partition(":")[0] in ("mlp", "lenet5", "torchvision", "timm")
+
+
+def _widths(name: str, text: str) -> list[int]:
+    """Return the hidden widths of an MLP."""
+    if chooses(name):
+        return [START, START]
+    try:
+        hidden = [int(w) for w in text.split("-")]
+        if min(hidden) < 1:
+            raise ValueError
+    except ValueError:
+        raise PlasticError(f"model {name!r}: write the hidden widths as in mlp:300-100") from None
+    return hidden
 
 
 def build_model(make: Callable[[], nn.Module], meta: bool) -> nn.Module:

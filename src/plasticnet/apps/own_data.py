@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plasticnet.apps.data import DATASETS, load_data
+from plasticnet.apps.columns import read_csv, read_parquet
+from plasticnet.apps.data import DATASETS, Task
+from plasticnet.apps.images import Pixels, encoded, image_folder, images_in
+from plasticnet.apps.tables import Columns
 from plasticnet.errors import PlasticError
 from plasticnet.tools.batches import check_batches
 
 KNOWN = (
-    "PACKAGE:FUNCTION that returns batches, a folder with a folder of images for each class, a .npz file with the "
-    "arrays x and y, a .csv or .parquet table, a .parquet file with images, or one of " + ", ".join(DATASETS)
+    f"{', '.join(DATASETS)}, a .csv or .parquet table, a .npz file with the arrays x and y, a folder with a folder of "
+    "images for each class, a .parquet file with images, or PACKAGE:FUNCTION that returns (x, y) or batches"
 )
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_LABELS = ("label", "labels", "y")  # how the classes of images in a table are called if nobody says
 
 
 @dataclass(frozen=True)
@@ -30,72 +31,114 @@ class Reading:
     """How data are read.
 
     Attributes:
-        batch: The number of inputs in a batch.
         target: The column of a table that holds what is to be predicted, or None.
-        size: The height and width that images are brought to, or None where they have one size.
+        task: What kind of answer that is, or None, which leaves it to the values.
+        ignore: The columns of a table to leave out.
+        image_size: The height and width that images are brought to, or None where they have one size.
         mean: What is subtracted from pixels between 0 and 1.
         std: What they are then divided by.
-        data_dir: The folder that holds MNIST/raw.
+        data_dir: The folder that holds MNIST or Fashion-MNIST.
+
+    Raises:
+        PlasticError: A number or the task is out of range.
     """
 
-    batch: int = 64
     target: str | None = None
-    size: int | None = None
+    task: Task | None = None
+    ignore: tuple[str, ...] = ()
+    image_size: int | None = None
     mean: float = 0.0
     std: float = 1.0
-    data_dir: Path | None = None
+    data_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--image-size", self.image_size), ("--std", self.std)):
+            if value is not None and not value > 0:
+                raise PlasticError(f"{option} {value}: a number above 0")
+        if self.task not in (None, "classification", "regression"):
+            raise PlasticError(f"--task {self.task}: classification or regression")
+
+    @property
+    def pixels(self) -> Pixels:
+        """How images are read."""
+        return Pixels(self.image_size, self.mean, self.std)
 
 
-def read_batches(source: str, how: Reading) -> Iterable[Any]:
-    """Return batches of data: of inputs, or pairs of inputs and labels.
+@dataclass(frozen=True)
+class Found:
+    """What was read, before it becomes inputs and targets.
+
+    Attributes:
+        x: The inputs, or the columns of a table that are inputs.
+        y: The target of each row, or None.
+        target: How the target is called.
+        task: What kind of answer it is, where the source says it.
+    """
+
+    x: Tensor | Columns
+    y: Sequence[Any] | None
+    target: str = "y"
+    task: Task | None = None
+
+
+def read(source: str, how: Reading) -> Found:
+    """Read data that lie in files or come from a function.
 
     Args:
-        source: Where the data are; `KNOWN` lists the forms.
+        source: Where the data are; one of `KNOWN` without the data sets that have a name.
         how: How they are read.
 
     Raises:
-        PlasticError: There are no such data, they cannot be read, or a package for it is missing.
+        PlasticError: There are no such data, or they cannot be read.
     """
-    for option, value in (("--batch", how.batch), ("--image-size", how.size), ("--std", how.std)):
-        if value is not None and not value > 0:
-            raise PlasticError(f"{option} {value}: a number above 0")
     path = Path(source)
-    if source in DATASETS:
-        train = load_data(source, how.data_dir).train
-        return _batches(train.x, train.y, how.batch)
     if path.is_dir():
-        x, y = _image_folder(path, how)
-        return _batches(x, y, how.batch)
-    readers = {".npz": _arrays, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix in readers:
-        if not path.is_file():
-            raise PlasticError(f"--data {source}: there is no such file")
-        x, y = readers[path.suffix](path, how)
-        return _batches(x, y, how.batch)
+        check_options(source, how, ("image_size", "mean", "std"))
+        x, names = image_folder(path, how.pixels)
+        return Found(x, names, "the name of the folder", None if names is None else "classification")
+    if path.suffix in (".npz", ".csv", ".parquet") and not path.is_file():
+        raise PlasticError(f"--data {source}: there is no such file")
+    if path.suffix == ".npz":
+        check_options(source, how, ())
+        return _arrays(path)
+    if path.suffix in (".csv", ".parquet"):
+        return _table(path, how)
     package, _, function = source.partition(":")
     if function and not path.exists():
-        return _called(source, package, function)
+        check_options(source, how, ())
+        return joined(source, call(source, package, function))
     raise PlasticError(f"--data {source}: give {KNOWN}")
 
 
-def _batches(x: Tensor, y: Tensor | None, batch: int) -> list[Any]:
-    """Return the rows in batches."""
-    if not len(x):
-        raise PlasticError("--data: there is not a single input in it")
-    return list(x.split(batch)) if y is None else list(zip(x.split(batch), y.split(batch), strict=True))
+def check_options(source: str, how: Reading, used: Sequence[str]) -> None:
+    """Raise `PlasticError` where an option was given that says nothing about these data."""
+    usual = Reading()
+    for name in ("target", "ignore", "image_size", "mean", "std"):
+        if name not in used and getattr(how, name) != getattr(usual, name):
+            raise PlasticError(f"--{name.replace('_', '-')} says nothing about --data {source}: leave it out")
 
 
-def _called(source: str, package: str, function: str) -> Iterable[Any]:
-    """Return what a function returns, which must be batches that can be read again and again."""
-    try:
-        found = getattr(importlib.import_module(package), function)()
-    except Exception as error:  # the function can raise anything
-        raise PlasticError(f"--data {source}: {type(error).__name__}: {error}") from error
-    check_batches(found)
-    return found
+def _table(path: Path, how: Reading) -> Found:
+    """Read a table, or images that lie in one."""
+    columns = read_csv(path) if path.suffix == ".csv" else read_parquet(path)
+    for option, names in (("--target", (how.target,) if how.target else ()), ("--ignore", how.ignore)):
+        if missing := [name for name in names if name not in columns]:
+            raise PlasticError(
+                f"--data {path}: {option} {missing[0]}: there is no such column, only {', '.join(columns)}; the first "
+                "line of a .csv table has the names"
+            )
+    images = [name for name, cells in columns.items() if encoded(cells[0]) is not None]
+    if images:
+        target = how.target or next((n for n in columns if n in _LABELS), None)
+        check_options(str(path), how, ("target", "ignore", "image_size", "mean", "std"))
+        y = None if target is None else columns[target]
+        return Found(images_in(path, columns[images[0]], how.pixels), y, target or "y")
+    check_options(str(path), how, ("target", "ignore"))
+    inputs = {name: cells for name, cells in columns.items() if name != how.target and name not in how.ignore}
+    return Found(inputs, None if how.target is None else columns[how.target], how.target or "y")
 
 
-def _arrays(path: Path, _: Reading) -> tuple[Tensor, Tensor | None]:
+def _arrays(path: Path) -> Found:
     """Read the arrays x and y of a file of numpy; a single array is x whatever its name."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -106,136 +149,67 @@ def _arrays(path: Path, _: Reading) -> tuple[Tensor, Tensor | None]:
         arrays = {"x": next(iter(arrays.values()))}
     if "x" not in arrays:
         raise PlasticError(f"--data {path}: it has the arrays {', '.join(arrays)}; the inputs must be named x")
-    x, y = _tensor(path, "x", arrays["x"]), arrays.get("y")
+    return _pair(str(path), arrays["x"], arrays.get("y"))
+
+
+def _pair(source: str, x: Any, y: Any) -> Found:
+    """Return arrays or tensors of inputs and targets."""
+    x, y = _array(source, "x", x), None if y is None else _array(source, "y", y)
+    if x.dtype.kind not in "biuf":
+        raise PlasticError(f"--data {source}: x does not hold numbers")
+    if not x.ndim:
+        raise PlasticError(f"--data {source}: x is a single number, and has no rows")
+    if not len(x):
+        raise PlasticError(f"--data {source}: there is not a single input in it")
     if y is not None and (y.ndim == 0 or len(y) != len(x)):
-        raise PlasticError(f"--data {path}: x has {len(x)} rows, and y has {len(y) if y.ndim else 'none'}")
-    named = y is not None and y.dtype.kind in "US"  # names of classes
-    labels = None if y is None else _classes(y.tolist()) if named else _tensor(path, "y", y)
-    return x.float() if x.dtype == torch.float64 else x, labels
+        raise PlasticError(f"--data {source}: x has {len(x)} rows, and y has {len(y) if y.ndim else 'none'}")
+    if y is not None and y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y is not None and y.ndim > 1:
+        raise PlasticError(f"--data {source}: y has the shape {y.shape}; one target for each row is needed")
+    inputs = torch.from_numpy(np.ascontiguousarray(x))
+    return Found(inputs.float() if inputs.dtype == torch.float64 else inputs, None if y is None else y.tolist())
 
 
-def _tensor(path: Path, name: str, array: np.ndarray) -> Tensor:
-    """Return an array as a tensor. Raises `PlasticError` where it holds no numbers, or is a single one."""
+def _array(source: str, name: str, values: Any) -> np.ndarray:
+    """Return an array or a tensor as an array."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if not isinstance(values, np.ndarray):
+        raise PlasticError(f"--data {source}: {name} is a {type(values).__name__}, not a tensor or an array")
+    return values
+
+
+def call(source: str, package: str, function: str) -> Any:
+    """Return what a function returns. Raises `PlasticError` where it cannot be called."""
     try:
-        found = torch.from_numpy(array)
-    except TypeError as error:
-        raise PlasticError(f"--data {path}: {name} does not hold numbers: {error}") from error
-    if not found.dim():
-        raise PlasticError(f"--data {path}: {name} is a single number, and has no rows")
-    return found
+        return getattr(importlib.import_module(package), function)()
+    except Exception as error:  # the function can raise anything
+        raise PlasticError(f"--data {source}: {type(error).__name__}: {error}") from error
 
 
-def _csv(path: Path, how: Reading) -> tuple[Tensor, Tensor | None]:
-    """Read a table with a head, whose columns are numbers, and the target names of classes or numbers."""
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if len(rows) < 2:
-        raise PlasticError(f"--data {path}: a head and a row are needed")
-    head = [name.strip() for name in rows[0]]
-    if all("." in name and _is_number(name) for name in head):
-        raise PlasticError(f"--data {path}: the first line holds numbers; write a head with the names of the columns")
-    if uneven := next((i for i, row in enumerate(rows, 1) if len(row) != len(head)), None):
-        raise PlasticError(f"--data {path}: line {uneven} has not {len(head)} columns")
-    return _table(path, {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(head)}, how)
+def is_pair(returned: Any) -> bool:
+    """Return whether a function has returned all inputs and their targets: a tuple of two arrays or tensors."""
+    whole = isinstance(returned, tuple) and len(returned) == 2
+    return whole and all(isinstance(part, Tensor | np.ndarray) for part in returned)
 
 
-def _is_number(text: str) -> bool:
-    """Return whether a text is a number."""
+def joined(source: str, returned: Any) -> Found:
+    """Return what a function returned, which is a pair of inputs and targets, or batches, whose rows are joined."""
+    if is_pair(returned):
+        return _pair(source, *returned)
+    check_batches(returned)
+    batches = list(returned)
+    if not batches:
+        raise PlasticError(f"--data {source}: there is not a single batch in it")
+    pairs: list[Any] = [
+        batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None) for batch in batches
+    ]
+    if not all(isinstance(part, Tensor) or part is None for pair in pairs for part in pair):
+        raise PlasticError(f"--data {source}: batches are tensors of inputs, or pairs (inputs, targets) of tensors")
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _parquet(path: Path, how: Reading) -> tuple[Tensor, Tensor | None]:
-    """Read a table, or images that lie in a column as bytes."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise PlasticError(f"--data {path}: reading it needs pyarrow: pip install pyarrow") from None
-    try:
-        columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
-    except Exception as error:  # pyarrow has many kinds of error
-        raise PlasticError(f"--data {path}: {error}") from error
-    images = next((name for name, values in columns.items() if values and _encoded(values[0]) is not None), None)
-    if images is None:
-        return _table(path, columns, how)
-    x = _stacked(path, [_pixels(_encoded(value), how) for value in columns[images]])
-    target = how.target or next((n for n in columns if n in ("label", "labels", "y")), None)
-    if target is None:
-        return x, None
-    if target not in columns:
-        raise PlasticError(f"--data {path}: there is no column {target!r}, only {', '.join(columns)}")
-    return x, _classes(columns[target])
-
-
-def _encoded(value: Any) -> bytes | None:
-    """Return the bytes of an encoded image, which may lie in a struct, or None."""
-    value = value.get("bytes") if isinstance(value, Mapping) else value
-    return value if isinstance(value, bytes) else None
-
-
-def _table(path: Path, columns: Mapping[str, Sequence[Any]], how: Reading) -> tuple[Tensor, Tensor | None]:
-    """Return the columns of a table as inputs, and its target."""
-    if how.target is not None and how.target not in columns:
-        raise PlasticError(f"--data {path}: there is no column {how.target!r}, only {', '.join(columns)}")
-    found: list[np.ndarray] = []
-    for name, values in columns.items():
-        if name != how.target:
-            try:
-                found.append(np.asarray(values, dtype=np.float32))
-            except (ValueError, TypeError) as error:
-                raise PlasticError(
-                    f"--data {path}: the column {name!r} does not hold numbers only ({error}); give --target if it is "
-                    "what is to be predicted, or encode it before"
-                ) from error
-    if not found:
-        raise PlasticError(f"--data {path}: there is no column beside the target")
-    x = torch.from_numpy(np.stack(found, 1))
-    return x, None if how.target is None else _classes(columns[how.target])
-
-
-def _classes(values: Sequence[Any]) -> Tensor:
-    """Return the target: whole numbers and names as classes, and other numbers as they are."""
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (ValueError, TypeError):
-        return torch.from_numpy(np.unique(np.asarray(values, dtype=str), return_inverse=True)[1])
-    whole = bool((numbers == np.round(numbers)).all())
-    return torch.from_numpy(numbers.astype(np.int64) if whole else numbers.astype(np.float32))
-
-
-def _image_folder(folder: Path, how: Reading) -> tuple[Tensor, Tensor | None]:
-    """Read the images in the folders of a folder, one for each class, or those that lie in it without classes."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
-    files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.rglob("*")) if p.suffix.lower() in _IMAGES]
-    plain = [(p, -1) for p in sorted(folder.iterdir()) if p.suffix.lower() in _IMAGES]
-    if not (files or plain):
-        raise PlasticError(f"--data {folder}: there are no images in it ({', '.join(_IMAGES)})")
-    chosen = files or plain
-    x = _stacked(folder, [_pixels(p.read_bytes(), how) for p, _ in chosen])
-    return x, torch.tensor([i for _, i in chosen]) if files else None
-
-
-def _pixels(encoded: bytes | None, how: Reading) -> Tensor:
-    """Return an image as numbers, shape (channels, height, width)."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(io.BytesIO(encoded or b""))
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise PlasticError(f"--data: {error}") from error
-    if how.size is not None:
-        image = image.resize((how.size, how.size))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
-    pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    return (pixels - how.mean) / how.std
-
-
-def _stacked(path: Path, images: list[Tensor]) -> Tensor:
-    """Return images of one size in one tensor."""
-    if sizes := sorted({tuple(t.shape) for t in images})[1:]:
-        raise PlasticError(f"--data {path}: the images have several sizes, such as {sizes[0]}; give --image-size")
-    return torch.stack(images)
+        x = torch.cat([pair[0] for pair in pairs])
+        y = None if pairs[0][1] is None else torch.cat([pair[1] for pair in pairs])
+    except (RuntimeError, TypeError) as error:
+        raise PlasticError(f"--data {source}: the batches cannot be joined: {error}") from error
+    return _pair(source, x, y)

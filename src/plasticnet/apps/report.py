@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plasticnet.apps.page import page, table
+from plasticnet.apps.scores import shown
 from plasticnet.cost.latency import TIME
 from plasticnet.tools.table import readable_bytes
 
@@ -33,7 +34,7 @@ _MEASURES: list[tuple[str, str, Callable[[Any], str]]] = [
     ("training_milliseconds", "ms with the backward pass", "{:.3f}".format),
 ]
 
-COLUMNS = ("network", "test accuracy", "units per site", "parameters", "MACs", "ms per 1,000 inputs")
+COLUMNS = ("network", "test score", "units per site", "parameters", "MACs", "ms per 1,000 inputs")
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -45,7 +46,7 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             name,
-            f"{100 * r['test_accuracy']:.2f} %",
+            shown(r["test_score"], r.get("task", "classification")),
             "-".join(str(n) for n in r["units"].values()),
             f"{r['parameters']:,}",
             f"{r['macs']:,}",
@@ -73,7 +74,7 @@ def render(
     by_run = {run: [r for r in history if r["run"] == run] for run in runs}
     plastic = {run: h for run, h in by_run.items() if run != "dense"}
     pictures = [
-        ("Accuracy against size: validation accuracy after every epoch; stars are the test accuracy at the end.",
+        ("Score against size: validation score after every epoch; stars are the test score at the end.",
          _svg(lambda f: _size(f.subplots(), by_run, results))),
         ("Open units per site over the epochs.", _svg(lambda f: _units(f, plastic))),
         ("Gate probabilities over the epochs: the share of the gates in each bin; they decide by leaving the middle.",
@@ -168,13 +169,14 @@ def _svg(draw: Any) -> str:
 
 
 def _size(axes: Axes, by_run: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Draw the accuracy against the number of parameters."""
+    """Draw the score against the number of parameters."""
     for run, h in by_run.items():
-        x, y = [r["parameters"] for r in h], [100 * r["val_accuracy"] for r in h]
+        x, y = [r["parameters"] for r in h], [100 * r["val_score"] for r in h]
         axes.plot(x, y, ".-", alpha=0.5, lw=0.8, color=_COLOURS.get(run), label=run)
     for run, r in results.items():
-        axes.plot(r["parameters"], 100 * r["test_accuracy"], "*", ms=14, color=_COLOURS.get(run), mec="white")
-    axes.set(xscale="log", xlabel="parameters of the open units", ylabel="accuracy, %")
+        axes.plot(r["parameters"], 100 * r["test_score"], "*", ms=14, color=_COLOURS.get(run), mec="white")
+    score = next((r["score"] for r in results.values() if "score" in r), "accuracy")
+    axes.set(xscale="log", xlabel="parameters of the open units", ylabel=f"{score}, %")
     axes.legend()
 
 

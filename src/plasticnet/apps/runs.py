@@ -1,7 +1,8 @@
 """Writes the folder of the command train: a run for each mode, their records, and a report on all of them.
 
-The folder holds ``config.json`` (the settings), ``metrics.jsonl`` (a line per epoch), ``summary.json`` (how each run
-ended), ``report.html``, and for each mode a folder with ``checkpoint.safetensors`` and ``compact.safetensors``.
+The folder holds ``run.json`` (the settings), ``prepared.json`` (what was found out about the data), ``metrics.jsonl``
+(a line per epoch), ``summary.json`` (how each run ended), ``report.html``, and for each mode a folder with
+``checkpoint.safetensors`` and ``compact.safetensors``.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from typing import Any
 
 import torch
 from rich.live import Live
-from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from plasticnet.apps.comparing import Entry, compare
 from plasticnet.apps.console import console, print_line
-from plasticnet.apps.data import Data, load_data
+from plasticnet.apps.data import Data
 from plasticnet.apps.folder import (
     CHECKPOINT,
     COMPACT,
     CONFIG,
     METRICS,
+    PREPARED,
     REPORT,
     SUMMARY,
     check_free,
@@ -37,25 +38,35 @@ from plasticnet.apps.folder import (
     read_settings,
     write_text,
 )
+from plasticnet.apps.identity import describe_model, differences, hashes, identity, settings
 from plasticnet.apps.loop import prepare_run, train_run
 from plasticnet.apps.models import factory
 from plasticnet.apps.page import START
-from plasticnet.apps.report import COLUMNS, render, rows
+from plasticnet.apps.prepared import Prepared
+from plasticnet.apps.printing import print_results, print_start, progress
+from plasticnet.apps.report import render
 from plasticnet.apps.saving import restore_run
-from plasticnet.apps.settings import Config, Mode, describe_model, differences, identity, plain, settings
+from plasticnet.apps.settings import Mode, Run
 from plasticnet.errors import PlasticError
 from plasticnet.files.modules import save
 from plasticnet.version import __version__
 
 
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise `PlasticError` where a folder holds nothing to resume, or what must not be replaced."""
+    if resume and overwrite:
+        raise PlasticError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if resume:
+        read_config(folder)  # so that a folder without a run is refused before a lock is made in it
+    else:
+        check_free(folder, overwrite)
+
+
 def train_modes(
-    data_name: str,
-    model_name: str,
-    modes: tuple[Mode, ...],
-    config: Config,
+    run: Run,
+    data: Data,
     folder: Path,
     *,
-    data_dir: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     command: str = "train",
@@ -63,15 +74,12 @@ def train_modes(
     """Train one network for each mode, show the progress, and write everything into a folder.
 
     Args:
-        data_name: The name of the data set, as `load_data` takes it.
-        model_name: The name of the model, as `factory` takes it.
-        modes: What to train, in order.
-        config: The settings.
+        run: The settings.
+        data: The data, on the device of the run.
         folder: The folder, which is made if it does not exist.
-        data_dir: The folder that holds MNIST.
         resume: Whether to go on with the runs in the folder. They must have begun with the same settings and data.
         overwrite: Whether a run that the folder holds may be replaced. Files that are not of a run always stay.
-        command: The command that was called, for config.json.
+        command: The command that was called, for run.json.
 
     Raises:
         PlasticError: The settings cannot be used for training; the folder holds a run and neither ``resume`` nor
@@ -79,32 +87,46 @@ def train_modes(
             process is at work in the folder. Nothing was written then. Or the training itself fails: what it has
             written so far is then still there.
     """
-    if resume and overwrite:
-        raise PlasticError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if resume:
-        read_config(folder)  # so that a folder without a run is refused before a lock is made in it
-    else:
-        check_free(folder, overwrite)
-    data = load_data(data_name, data_dir, config.seed)
-    make = factory(model_name, data.shape, data.classes)
-    now = settings(data_name, data, model_name, describe_model(make()), modes, config)
+    check_folder(folder, resume, overwrite)
+    make = factory(run.built, data.shape, data.outputs)
+    structure = describe_model(make())
     if not resume:
-        for mode in modes:  # so that settings are refused before anything is written
-            prepare_run(make(), data, config, mode)
+        for mode in run.modes:  # so that settings are refused before anything is written
+            prepare_run(make(), data, run.config, mode, limited=run.limited)
+        _check_outputs(make().to(data.train.x.device), run.model, data)
     with locked(folder):
         if resume:
-            described = _check_same(folder, now)
-            over = sum(_check_checkpoint(make(), data, config, mode, folder) for mode in modes)
+            described = _check_same(folder, settings(run, data, structure))
+            over = sum(_check_checkpoint(make(), data, run, mode, folder) for mode in run.modes)
         else:
             check_free(folder, overwrite)  # again, because another process may have been here in the meantime
             clear(folder)
-            described, over = {**now, "command": command, **environment()}, 0
-            write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+            record, over = {"command": command, **hashes(data, structure), **environment()}, 0
+            _write_json(folder / CONFIG, {**run.as_dict(), "record": record})
+            described = read_settings(folder, str(folder / CONFIG))
+            _write_json(folder / PREPARED, Prepared.of(data).as_dict())
+        print_start(run, data)
         metrics = Metrics(folder / METRICS, over)
-        results = {mode: _train_mode(make, data, config, mode, folder, metrics, resume) for mode in modes}
-        write_text(folder / SUMMARY, json.dumps(results, indent=2) + "\n")
+        results = {mode: _train_mode(make, data, run, mode, folder, metrics, resume) for mode in run.modes}
+        _write_json(folder / SUMMARY, results)
         _write_page(folder, described, results, metrics.records)
-    _print_results(results, folder)
+    print_results(results, run, data, folder)
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, name: str, data: Data) -> None:
+    """Raise `PlasticError` where a model does not return what the data ask for."""
+    found = model.eval()(data.train.x[:2])
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if data.task == "regression":
+        fits = shape in ((2, 1), (2,))
+    else:
+        fits = isinstance(shape, tuple) and len(shape) == 2 and shape[1] >= data.outputs
+    if not fits:
+        raise PlasticError(
+            f"model {name!r} returns {shape} for two inputs, and ({2}, {data.outputs}) is needed for a {data.task}: a "
+            "factory of your own may take num_classes="
+        )
 
 
 class Metrics:
@@ -129,18 +151,12 @@ class Metrics:
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
 
-def holds_demo(folder: Path, data_name: str, model_name: str, modes: tuple[Mode, ...], config: Config) -> bool:
-    """Return whether a folder holds a run of the command demo.
-
-    Its config.json names the command. One of an older version does not, and is then told by its settings, which are
-    the other arguments.
-    """
+def holds_demo(folder: Path) -> bool:
+    """Return whether a folder holds a run of the command demo, as its run.json says."""
     try:
-        held = read_config(folder)
+        return read_config(folder).get("command") == "demo"
     except PlasticError:
         return False
-    now = {"data": data_name, "model": model_name, "modes": list(modes), **plain(config)}
-    return held["command"] == "demo" if "command" in held else not differences(held, now)
 
 
 def rewrite_report(folder: Path) -> None:
@@ -209,7 +225,7 @@ def environment() -> dict[str, Any]:
         "plasticnet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": platform.processor() or platform.machine(),
+        "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
 
@@ -217,7 +233,7 @@ def environment() -> dict[str, Any]:
 def _train_mode(
     make: Callable[[], nn.Module],
     data: Data,
-    config: Config,
+    run: Run,
     mode: Mode,
     folder: Path,
     metrics: Metrics,
@@ -228,7 +244,7 @@ def _train_mode(
     Args:
         make: Builds the model.
         data: The data.
-        config: The settings.
+        run: The settings.
         mode: What the run does.
         folder: The folder of all runs.
         metrics: Takes the record of every epoch.
@@ -240,10 +256,13 @@ def _train_mode(
 
         def show(record: dict[str, Any]) -> None:
             metrics.add(mode, record)
-            live.update(_progress(mode, record, config.epochs))
+            live.update(progress(mode, record, run.config.epochs, data.task))
 
-        torch.manual_seed(config.seed)
-        result = train_run(make(), data, config, mode, on_epoch=show, checkpoint=own / CHECKPOINT, resume=resume)
+        torch.manual_seed(run.config.seed)
+        result = train_run(
+            make(), data, run.config, mode,
+            limited=run.limited, on_epoch=show, checkpoint=own / CHECKPOINT, resume=resume,
+        )  # fmt: skip
     if not console.is_terminal:  # Live ends without a new line where the console is no terminal
         console.print()
     if not result.summary.get("growth_stopped", True):
@@ -253,7 +272,7 @@ def _train_mode(
 
 
 def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config.json of the run in a folder. Raises `PlasticError` where its settings are not those of now."""
+    """Return the settings of the run in a folder. Raises `PlasticError` where they are not those of now."""
     then = read_config(folder)
     changed = differences(then, now)
     if changed:
@@ -267,32 +286,17 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     return then
 
 
-def _check_checkpoint(model: nn.Module, data: Data, config: Config, mode: Mode, folder: Path) -> int:
+def _check_checkpoint(model: nn.Module, data: Data, run: Run, mode: Mode, folder: Path) -> int:
     """Return how many epochs of a run are over. Raises `PlasticError` where its checkpoint cannot be resumed."""
     path = folder / mode / CHECKPOINT
-    own = identity(data, describe_model(model), config, mode)
-    parts = prepare_run(model, data, config, mode)
+    own = identity(data, describe_model(model), run.config, mode)
+    parts = prepare_run(model, data, run.config, mode, limited=run.limited)
     return len(restore_run(path, *parts, own)[0]) if path.exists() else 0
 
 
-def _print_results(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Print how the runs ended, and where their files are."""
-    table = Table(*COLUMNS)
-    for row in rows(results):
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"written to {folder}: report.html, metrics.jsonl, summary.json, config.json, */compact.safetensors")
-
-
-def _progress(mode: Mode, record: Mapping[str, Any], epochs: int) -> Table:
-    """Return a table with one row, about the last epoch."""
-    table = Table("run", "epoch", "loss", "validation", "k", "open units", "parameters", "MACs")
-    units = "-".join(str(n) for n in list(record["units"].values())[:8])
-    table.add_row(
-        mode, f"{record['epoch']}/{epochs}", f"{record['loss']:.4f}", f"{100 * record['val_accuracy']:.2f} %",
-        "∞" if record["k"] == "inf" else f"{record['k']:g}", units, f"{record['parameters']:,}", f"{record['macs']:,}",
-    )  # fmt: skip
-    return table
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain data into a file."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _write_page(folder: Path, config: Mapping[str, Any], results: Any, metrics: Sequence[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.apps.finite import Guard
-from plasticnet.apps.settings import differences
+from plasticnet.apps.identity import differences
 from plasticnet.errors import PlasticError
 from plasticnet.files.checkpoints import load_checkpoint, save_checkpoint
 from plasticnet.net import PlasticNet
@@ -35,10 +35,10 @@ def save_run(
         optimizer: Its optimizer.
         schedule: Its schedule.
         history: The records of the epochs that are over.
-        identity: What the run is, as `plasticnet.apps.settings.identity` returns it.
+        identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
     """
     state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    save_checkpoint({**state, "rng": torch.get_rng_state(), "history": history, **identity}, path)
+    save_checkpoint({**state, "rng": random_states(net), "history": history, **identity}, path)
 
 
 def restore_run(
@@ -47,7 +47,7 @@ def restore_run(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     identity: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], Tensor]:
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Bring a run that was just prepared to the state that a file holds.
 
     Args:
@@ -55,10 +55,10 @@ def restore_run(
         net: The network.
         optimizer: Its optimizer.
         schedule: Its schedule.
-        identity: What the run is, as `plasticnet.apps.settings.identity` returns it.
+        identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
 
     Returns:
-        The records of the epochs that are over, and the state of torch's random numbers.
+        The records of the epochs that are over, and the states of torch's random numbers, for `set_random_states`.
 
     Raises:
         PlasticError: The file is damaged, is of another run, or holds numbers that are not finite.
@@ -83,6 +83,27 @@ def restore_run(
     if found is not None:
         raise PlasticError(f"{path} cannot be resumed: {found} is not finite (NaN or infinite); start the run anew")
     return saved["history"], saved["rng"]
+
+
+def random_states(net: PlasticNet) -> dict[str, Tensor]:
+    """Return the states of torch's random numbers: of the CPU, and of the device of a network."""
+    states = {"cpu": torch.get_rng_state()}
+    kind = _device(net)
+    return states if kind == "cpu" else {**states, kind: torch.get_device_module(kind).get_rng_state()}
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Bring torch's random numbers to the states that `random_states` returned."""
+    for kind, state in states.items():
+        if kind == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(kind).set_rng_state(state)
+
+
+def _device(net: PlasticNet) -> str:
+    """Return the kind of device that a network lies on."""
+    return next((p.device.type for p in net.parameters()), "cpu")
 
 
 def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:

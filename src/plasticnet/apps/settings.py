@@ -1,18 +1,18 @@
-"""Holds the settings of a run, and compares those of two runs by name."""
+"""Holds the settings of a run."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from typing import Any, Literal
 
-from torch import nn
+import torch
 
-from plasticnet.apps.data import Data
+from plasticnet.apps.models import START, chooses
+from plasticnet.apps.own_data import Reading
+from plasticnet.apps.parsing import parse
 from plasticnet.budgets.budget import Budget
 from plasticnet.cost.names import check_names
 from plasticnet.errors import PlasticError
@@ -20,34 +20,33 @@ from plasticnet.training.stages import Stage
 
 Mode = Literal["dense", "prune", "grow"]
 
-# What --mode can be, and the runs that each choice stands for.
+# What a run can do, and the networks that it trains for that.
 MODES: dict[str, tuple[Mode, ...]] = {
     "prune": ("prune",),
     "grow": ("grow",),
-    "both": ("dense", "prune", "grow"),
     "dense": ("dense",),
+    "compare": ("dense", "prune", "grow"),
 }
 
-# How settings are called where their own name would not be understood.
-_WORDS = {
-    "modes": "mode",
-    "data_sha256": "content of the data (sha256)",
-    "model_sha256": "structure of the model (sha256)",
-}
+DEVICES = ("cpu", "cuda", "mps", "auto")
+
+# How many rows a batch has and how often the data are read if nobody says: `usual_batch` and `usual_epochs`.
+_BATCHES, _SMALLEST, _LARGEST = 32, 32, 256
+_EPOCHS, _MOST, _FEWEST, _SMALL, _LARGE = 60, 200, 20, 1000, 30_000
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: everything that decides its result except the data, the model and the mode.
+    """The settings of training: everything that decides a result except the data, the model, the mode and the device.
 
     Args:
         epochs: The number of epochs of all stages together.
         k: How plastic the gates are in the middle stage.
         k_end: The k at the end of the middle stage, or None if it does not change.
-        budget: What the network may cost. If it is given, it takes the place of ``penalty``, ``cost`` and ``scale``.
-        penalty: The strength of the pressure on the cost, 0 or more.
-        cost: The cost that is penalised.
-        scale: The scale of the penalty, as in `PlasticNet.penalty`.
+        budget: What the network may cost. If it is given, it takes the place of ``price`` and ``cost``.
+        price: What one parameter (or what ``cost`` names) costs, 0 or more: so many nats of the summed log-likelihood
+            of all training rows.
+        cost: The cost that has the price.
         estimator: How the gradient of the gates is estimated: one of `ESTIMATORS`.
         gates: Whether gates are drawn per sample or per batch.
         inputs: Name patterns of layers whose input features get gates.
@@ -59,20 +58,19 @@ class Config:
         seed: The seed of everything random.
 
     Raises:
-        PlasticError: A number is out of range, or the cost or the scale is unknown.
+        PlasticError: A number is out of range, or the cost is unknown.
     """
 
     epochs: int = 60
     k: float = 7.0
     k_end: float | None = None
     budget: Budget | None = None
-    penalty: float = 1e-3
-    cost: Literal["units", "parameters", "macs"] = "units"
-    scale: Literal["linear", "log"] = "linear"
+    price: float = 0.05
+    cost: Literal["units", "parameters", "macs"] = "parameters"
     estimator: str = "bitflip-cv"
     gates: Literal["auto", "sample", "batch"] = "auto"
     inputs: tuple[str, ...] = ()
-    start: int = 3
+    start: int = START
     batch: int = 128
     lr: float = 1e-3
     gate_lr: float = 1e-2
@@ -80,13 +78,13 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.penalty < math.inf
+        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.price < math.inf
         if min(self.epochs, self.batch, self.start) < 1 or not rates:
             raise PlasticError(
                 f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
-                f"penalty={self.penalty}: all must be positive (the penalty may be 0)"
+                f"price={self.price}: all must be positive (the price may be 0)"
             )
-        check_names(self.cost, self.scale)
+        check_names(self.cost, "linear")
 
     def stages(self, mode: Mode) -> list[Stage]:
         """Return the stages of a run: ordinary training for 5 % of the epochs, plastic for 70 %, hardened for 25 %.
@@ -104,85 +102,107 @@ class Config:
         return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k, self.k_end), Stage(last, math.inf)]
 
 
-def plain(config: Config) -> dict[str, Any]:
-    """Return the settings as they are when they have been read from a file."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def describe_model(model: nn.Module) -> str:
-    """Return the structure of a model as text: its modules, and the names, types and shapes of its tensors.
-
-    Addresses in memory are left out, because they differ from one process to the next.
-    """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    lines = [repr(model), *(f"{name}: {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors)]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(lines))
-
-
-def identity(data: Data, model: str, config: Config, mode: Mode) -> dict[str, Any]:
-    """Return what must be the same when a run is resumed, as a checkpoint holds it.
+@dataclass(frozen=True)
+class Run:
+    """Everything that says what the command train does, as run.json holds it.
 
     Args:
-        data: The data.
-        model: The structure of the model, as `describe_model` returns it.
-        config: The settings.
-        mode: What the run does.
+        data: Where the data are.
+        reading: How they are read.
+        model: The name of the model.
+        mode: What is trained: "prune", "grow", "dense", or "compare", which trains all three.
+        device: Where: "cpu", "cuda" or "mps".
+        config: The settings of training.
+
+    Raises:
+        PlasticError: The mode or the device is unknown, or the mode needs a model with widths.
     """
-    return {"config": plain(config), "model": model, "mode": mode, "data_sha256": data.sha256}
+
+    data: str
+    reading: Reading
+    model: str
+    mode: Literal["prune", "grow", "dense", "compare"]
+    device: Literal["cpu", "cuda", "mps"]
+    config: Config
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise PlasticError(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if chooses(self.model) and self.mode != "grow":
+            raise PlasticError(
+                f"--model {self.model} has no widths to begin with, so that it can only grow: leave out --{self.mode}, "
+                f"or give widths, as in {self.model}:256-128"
+            )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The networks that are trained."""
+        return MODES[self.mode]
+
+    @property
+    def built(self) -> str:
+        """The name of the model that is built, which has widths."""
+        return f"{self.model}:{self.config.start}-{self.config.start}" if chooses(self.model) else self.model
+
+    @property
+    def limited(self) -> bool:
+        """Whether a network that grows keeps to the widths of the model."""
+        return not chooses(self.model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data, as they are when they have been read from a file."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Run:
+        """Return the settings that plain data hold.
+
+        Raises:
+            PlasticError: A field is unknown or missing, or has a wrong type or value; the message names it.
+        """
+        return parse(cls, content)
 
 
-def settings(
-    data_name: str, data: Data, model_name: str, model: str, modes: tuple[Mode, ...], config: Config
-) -> dict[str, Any]:
-    """Return what must be the same when the runs of a folder are resumed, as config.json holds it.
+def flat(run: Run) -> dict[str, Any]:
+    """Return the settings of a run side by side, as plain data."""
+    whole = run.as_dict()
+    return {"data": whole["data"], **whole["reading"], **{n: whole[n] for n in ("model", "mode", "device")}} | whole[
+        "config"
+    ]
 
-    Args:
-        data_name: The name of the data.
-        data: The data.
-        model_name: The name of the model.
-        model: The structure of the model, as `describe_model` returns it.
-        modes: What the runs do.
-        config: The settings that they share.
+
+def usual_batch(rows: int) -> int:
+    """Return how many rows a batch has if nobody says: a 32nd of the training rows, but from 32 to 256."""
+    return min(max(rows // _BATCHES, _SMALLEST), _LARGEST)
+
+
+def usual_epochs(rows: int) -> int:
+    """Return how many epochs there are if nobody says.
+
+    There are 60; fewer where there are more than 30,000 training rows, but 20 at least; and more where there are fewer
+    than 1,000, but 200 at most.
     """
-    named = {"data": data_name, "model": model_name, "modes": list(modes), **plain(config)}
-    return {**named, "data_sha256": data.sha256, "model_sha256": sha256(model.encode()).hexdigest()}
+    if rows < _SMALL:
+        return min(-(-_EPOCHS * _SMALL // rows), _MOST)
+    return max(min(_EPOCHS * _LARGE // rows, _EPOCHS), _FEWEST)
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return a line that names every setting that is not as before: "lr: 0.003 then, 0.5 now; ...".
+def device_of(name: str) -> Literal["cpu", "cuda", "mps"]:
+    """Return the device that a name stands for; "auto" is CUDA, else MPS, else the CPU.
 
-    Args:
-        then: The settings as a file holds them. Those that ``now`` does not have are not compared.
-        now: The settings of this call.
+    Raises:
+        PlasticError: The name is unknown, or the machine has no such device.
     """
-    found = []
-    for name, new in now.items():
-        if name not in then:
-            found.append(f"{_WORDS.get(name, name)}: not recorded then, {_text(name, new)} now")
-        elif then[name] != new:
-            old, new = _first_difference(then[name], new)
-            found.append(f"{_WORDS.get(name, name)}: {_text(name, old)} then, {_text(name, new)} now")
-    return "; ".join(found)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if name == "cpu" or name == "cuda" or name == "mps":
+        if there[name]:
+            return name
+        raise PlasticError(f"--device {name}: torch finds no such device here, only {_named(there)}")
+    raise PlasticError(f"--device {name}: choose one of {', '.join(DEVICES)}")
 
 
-def _first_difference(old: Any, new: Any) -> tuple[Any, Any]:
-    """Return the first lines in which two texts of several lines differ; other values are returned as they are."""
-    if not (isinstance(old, str) and isinstance(new, str) and "\n" in old + new):
-        return old, new
-    a, b = old.splitlines(), new.splitlines()
-    length = max(len(a), len(b))
-    rows = zip(a + [""] * (length - len(a)), b + [""] * (length - len(b)), strict=True)
-    return next(((x.strip(), y.strip()) for x, y in rows if x != y), (old, new))
-
-
-def _text(name: str, value: Any) -> str:
-    """Return a setting in a form that fits into a line."""
-    if name.endswith("sha256"):
-        return str(value)[:12]
-    if name == "modes":
-        return {runs: mode for mode, runs in MODES.items()}.get(tuple(value or ()), str(value))
-    if isinstance(value, dict):
-        return ",".join(f"{k}={v}" for k, v in value.items() if v is not None) or "none"
-    if isinstance(value, list):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else " ".join(str(value).split()) or "nothing"
+def _named(there: Mapping[str, bool]) -> str:
+    """Return the names of the devices that are there."""
+    return ", ".join(name for name, is_there in there.items() if is_there)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plasticnet.apps.loading import read_batches
 from plasticnet.apps.models import IMAGE, factory
-from plasticnet.apps.own_data import Reading, read_batches
+from plasticnet.apps.own_data import Reading
+from plasticnet.apps.prepared import read_prepared
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
 from plasticnet.files.modules import save
@@ -32,6 +34,7 @@ class Options:
     """The options of the command.
 
     Attributes:
+        batch: The batch size.
         epochs: How often the data are trained on.
         loss: One of `LOSSES`.
         calibrate: How many inputs are read for scores and repair.
@@ -39,10 +42,13 @@ class Options:
         residual: An option of `shrink`.
         blocks: An option of `shrink`.
         multiple_of: An option of `shrink`.
-        classes: The number of outputs of an mlp; by default that of the labels.
+        classes: The number of outputs; an mlp has by default that of the labels, and others have their own.
         seed: The seed of random weights and draws.
+        like: The folder of a run of train, whose preparation of a table is used; without it columns are numbers, and
+            stay as they are.
     """
 
+    batch: int = 64
     epochs: int = 0
     loss: str = "imitate"
     calibrate: int = 2048
@@ -52,6 +58,7 @@ class Options:
     multiple_of: int = 1
     classes: int | None = None
     seed: int = 0
+    like: Path | None = None
 
 
 def shrink_model(
@@ -74,9 +81,14 @@ def shrink_model(
     if options.loss not in LOSSES:
         raise PlasticError(f"--loss {options.loss}: choose one of {', '.join(LOSSES)}")
     torch.manual_seed(options.seed)
-    batches = read_batches(source, how)
+    like = None if options.like is None else read_prepared(options.like, "--like")
+    known = (None, None) if like is None else (like.table, like.target)
+    batches = read_batches(source, how, options.batch, *known)
     shape, classes = _shapes(batches)
-    model = factory(name, shape, options.classes or classes)()
+    if like is not None:
+        classes = like.outputs
+    own = name.partition(":")[0] in ("mlp", "lenet5") or like is not None
+    model = factory(name, shape, options.classes or (classes if own else None))()
     if weights is not None:
         load_weights(model, weights)
     small, report = shrink(

@@ -1,0 +1,198 @@
+"""Declares the commands train, demo and predict, and says what their options mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from click.core import ParameterSource
+
+from plasticnet.apps.console import print_line
+from plasticnet.apps.data import Data
+from plasticnet.apps.folder import read_run
+from plasticnet.apps.loading import load_any
+from plasticnet.apps.models import START, chooses, reads_numbers
+from plasticnet.apps.options import (
+    DATA,
+    MODELS,
+    OVERWRITE,
+    DataDir,
+    Ignore,
+    ImageSize,
+    Mean,
+    Std,
+    Target,
+    Task,
+    budget_of,
+    reading_of,
+)
+from plasticnet.apps.own_data import Reading
+from plasticnet.apps.predicting import predict
+from plasticnet.apps.runs import check_folder, holds_demo, train_modes
+from plasticnet.apps.settings import DEVICES, Config, Run, device_of, usual_batch, usual_epochs
+from plasticnet.errors import PlasticError
+from plasticnet.learning.estimators import ESTIMATORS
+
+# What --config does not say: where the results go, what becomes of those that are there, and where this machine has
+# its data and computes.
+_BESIDE = ("config", "out", "resume", "overwrite", "data_dir", "device")
+
+
+def train_command(
+    context: typer.Context,
+    data: Annotated[str, typer.Option(help=DATA)] = "digits",
+    target: Target = None,
+    task: Task = None,
+    ignore: Ignore = None,
+    image_size: ImageSize = None,
+    mean: Mean = 0.0,
+    std: Std = 1.0,
+    data_dir: DataDir = None,
+    model: Annotated[
+        str, typer.Option(help=f"The model: {MODELS}. An mlp without widths grows two hidden layers from three units.")
+    ] = "mlp",
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Start narrow and grow, at most to the widths of --model.")
+    ] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Train the model as it is.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Train the model as it is, prune it, and grow it, side by side.")
+    ] = False,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            help="What a parameter costs: so many nats of the summed log-likelihood of all training rows; by default "
+            "0.05. A larger price makes a smaller network."
+        ),
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What has the price: parameters, macs or units.")] = "parameters",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="The most that the network may cost, as in macs=0.3,params=5000, in the place of a price."),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="The number of epochs of each run; by default 60, fewer for large data, more for small."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="The batch size; by default from 32 to 256, by the number of rows.")
+    ] = None,
+    k: Annotated[float, typer.Option(help="The plasticity k of the gates in the middle stage.")] = 7.0,
+    k_end: Annotated[float | None, typer.Option(help="The k at the end of the middle stage, if it is to rise.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help=f"The estimator of the gradient of the gates: {', '.join(ESTIMATORS)}.")
+    ] = "bitflip-cv",
+    gates: Annotated[
+        str, typer.Option(help="How gates are drawn: sample (once per sample), batch (once per batch), or auto.")
+    ] = "auto",
+    inputs: Annotated[
+        list[str] | None, typer.Option(help="A name pattern of layers whose input features get gates.")
+    ] = None,
+    start: Annotated[int, typer.Option(help="The number of units per site from which growth starts.")] = START,
+    lr: Annotated[float, typer.Option(help="The learning rate of the weights (Adam).")] = 3e-3,
+    gate_lr: Annotated[float, typer.Option(help="The learning rate of the gates (Adam).")] = 1e-1,
+    seed: Annotated[int, typer.Option(help="The seed of the weights, the draws, the batches and the data split.")] = 0,
+    device: Annotated[str, typer.Option(help=f"Where to compute: {', '.join(DEVICES)}.")] = "cpu",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A run.json that says all of this; no other option of the run may be given beside it."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/train"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run in --out, with the options of its start.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+) -> None:
+    """Train a network that chooses its own size: it prunes itself, or grows."""
+    where = device_of(device)
+    if config is not None:
+        _check_alone(context)
+        run, _ = read_run(config, f"--config {config}", "write it as train writes its run.json")
+        if "device" in _given(context):
+            run = replace(run, device=where)
+        if data_dir is not None:
+            run = replace(run, reading=replace(run.reading, data_dir=str(data_dir)))
+        check_folder(out, resume, overwrite)
+        train_modes(run, data_of(run), out, resume=resume, overwrite=overwrite)
+        return
+    mode = _mode(model, growth=growth, dense=dense, compare=compare)
+    if budget is not None and price is not None:
+        raise PlasticError("--budget and --price: a budget finds its price itself; give one of them")
+    limit = budget_of(budget)
+    choices: dict[str, Any] = {"cost": cost, "gates": gates}
+    settings = Config(
+        epochs=1 if epochs is None else epochs, k=k, k_end=k_end, budget=limit, price=0.05 if price is None else price,
+        estimator=estimator, inputs=tuple(inputs or ()), start=start, batch=1 if batch is None else batch, lr=lr,
+        gate_lr=gate_lr, seed=seed, **choices,
+    )  # fmt: skip
+    how = reading_of(target, task, ignore, image_size, mean, std, data_dir)
+    run = Run(data, how, model, mode, where, settings)
+    check_folder(out, resume, overwrite)
+    found = data_of(run)
+    rows = len(found.train)
+    settings = replace(
+        settings,
+        epochs=usual_epochs(rows) if epochs is None else epochs,
+        batch=usual_batch(rows) if batch is None else batch,
+    )
+    train_modes(replace(run, config=settings), found, out, resume=resume, overwrite=overwrite)
+
+
+def data_of(run: Run) -> Data:
+    """Return the data of a run, on its device. Raises `PlasticError` where they cannot be read."""
+    data = load_any(run.data, run.reading, run.config.seed)
+    return (data.floating() if reads_numbers(run.model) else data).to(device_of(run.device))
+
+
+def _mode(model: str, **asked: bool) -> Any:
+    """Return what is to be trained. Raises `PlasticError` where several things are asked for."""
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if len(names) > 1:
+        raise PlasticError(f"--{names[0]} and --{names[1]}: give one of them")
+    if names:
+        return {"growth": "grow"}.get(names[0], names[0])
+    return "grow" if chooses(model) else "prune"
+
+
+def _given(context: typer.Context) -> list[str]:
+    """Return the names of the options that stand on the command line."""
+    return [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Raise `PlasticError` where options of the run were given beside --config."""
+    others = [f"--{name.replace('_', '-')}" for name in _given(context) if name not in _BESIDE]
+    if others:
+        raise PlasticError(f"--config says all of the run: leave out {', '.join(others)}, or change a copy of the file")
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+) -> None:
+    """Prune a network that is too wide, and grow one that is too narrow, on handwritten digits.
+
+    The digits come with scikit-learn, so that nothing is downloaded. The results of a demo before are replaced; another
+    run in --out is refused without --overwrite.
+    """
+    config = Config(epochs=100, price=0.02, batch=32, lr=3e-3, gate_lr=1e-1)
+    torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
+    run = Run("digits", Reading(), "mlp:256-128", "compare", "cpu", config)
+    replaced = overwrite or holds_demo(out)
+    check_folder(out, False, replaced)
+    train_modes(run, data_of(run), out, overwrite=replaced, command="demo")
+
+
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that train wrote.")],
+    data: Annotated[str, typer.Option(help="The new rows, in the form of the data that the run was trained on.")],
+    out: Annotated[Path, typer.Option(help="The .csv table to write.")] = Path("predictions.csv"),
+    network: Annotated[
+        str | None, typer.Option(help="Which network of a run with --compare predicts: dense, prune or grow.")
+    ] = None,
+) -> None:
+    """Predict the targets of new rows."""
+    print_line(f"written {predict(run, data, out, network):,} predictions to {out}")

@@ -1,0 +1,85 @@
+"""Reads images as tensors: from the folders of a folder, or from bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plasticnet.errors import PlasticError
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How images are read.
+
+    Attributes:
+        size: The height and width that they are brought to, or None where they have one size.
+        mean: What is subtracted from pixels between 0 and 1.
+        std: What they are then divided by.
+    """
+
+    size: int | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def image_folder(folder: Path, how: Pixels) -> tuple[Tensor, list[str] | None]:
+    """Read the images in the folders of a folder, one for each class, or those that lie in it without classes.
+
+    Returns:
+        The images, shape (images, channels, height, width), and the name of each one's folder, or None.
+
+    Raises:
+        PlasticError: There are none, or they have several sizes, or one cannot be read.
+    """
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    files = [(p, c.name) for c in classes for p in sorted(c.rglob("*")) if p.suffix.lower() in _IMAGES]
+    plain = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in _IMAGES]
+    if not (files or plain):
+        raise PlasticError(f"--data {folder}: there are no images in it ({', '.join(_IMAGES)})")
+    paths = [p for p, _ in files] or plain
+    x = _stacked(folder, [_read(p.read_bytes(), how, p) for p in paths])
+    return x, [name for _, name in files] if files else None
+
+
+def images_in(path: Path, values: Sequence[Any], how: Pixels) -> Tensor:
+    """Read a column of images that lie in a table as bytes, shape (images, channels, height, width)."""
+    return _stacked(path, [_read(encoded(value), how, path) for value in values])
+
+
+def encoded(value: Any) -> bytes | None:
+    """Return the bytes of an encoded image, which may lie in a struct, or None."""
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    return value if isinstance(value, bytes) else None
+
+
+def _read(content: bytes | None, how: Pixels, path: Path) -> Tensor:
+    """Return an image as numbers, shape (channels, height, width)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(content or b""))
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise PlasticError(f"--data {path}: {error}") from error
+    if how.size is not None:
+        image = image.resize((how.size, how.size))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)) / 255
+    pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return (pixels - how.mean) / how.std
+
+
+def _stacked(path: Path, images: list[Tensor]) -> Tensor:
+    """Return images of one size in one tensor."""
+    if sizes := sorted({tuple(t.shape) for t in images})[1:]:
+        raise PlasticError(f"--data {path}: the images have several sizes, such as {sizes[0]}; give --image-size")
+    return torch.stack(images)

@@ -1,0 +1,82 @@
+"""Predicts the targets of new rows by a network that the command train wrote, and writes them into a table."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plasticnet.apps.console import print_line
+from plasticnet.apps.data import DATASETS
+from plasticnet.apps.folder import COMPACT, CONFIG, read_run
+from plasticnet.apps.models import factory, reads_numbers
+from plasticnet.apps.own_data import read
+from plasticnet.apps.prepared import Prepared, read_prepared
+from plasticnet.apps.settings import Run
+from plasticnet.errors import PlasticError
+from plasticnet.files.modules import load
+
+
+@torch.no_grad()
+def predict(folder: Path, source: str, out: Path, network: str | None = None) -> int:
+    """Write a table with a prediction for each row of new data, and return how many there are.
+
+    A regression has the column ``prediction``, in the target's own unit. A classification has ``prediction``, the name
+    of the most likely class, and ``probability``, which the network gives it.
+
+    Args:
+        folder: The folder of the run.
+        source: Where the new rows are, in a form of the data that the run was trained on. Targets are not needed.
+        out: The table to write.
+        network: Which of the run's networks predicts: "dense", "prune" or "grow"; None where there is one only.
+
+    Raises:
+        PlasticError: There is no such run or network; or the data cannot be read, or do not fit.
+    """
+    prepared = read_prepared(folder, "predict")
+    run, _ = read_run(folder / CONFIG, f"predict: {folder / CONFIG}", "train once more")
+    if network not in run.modes and (network is not None or len(run.modes) > 1):
+        raise PlasticError(f"--network {network}: the run has {', '.join(run.modes)}; name one of them")
+    x = _inputs(run, prepared, source)
+    if tuple(x.shape[1:]) != prepared.shape:
+        raise PlasticError(f"--data {source}: inputs of the shape {tuple(x.shape[1:])}, not {prepared.shape}")
+    model = load(
+        folder / (network or next(iter(run.modes))) / COMPACT, factory(run.built, prepared.shape, prepared.outputs)
+    )
+    found = torch.cat([model(part) for part in x.split(1000)])
+    target = prepared.target
+    if target.task == "regression":
+        head, rows = ("prediction",), [(v * target.deviation + target.mean,) for v in found.flatten().double().tolist()]
+    else:
+        sure, best = found.softmax(1).max(1)
+        labels = target.labels or tuple(map(str, range(prepared.outputs)))
+        rows = [(labels[i], round(p, 6)) for i, p in zip(best.tolist(), sure.tolist(), strict=True)]
+        head = ("prediction", "probability")
+    try:
+        with out.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+    except OSError as error:
+        raise PlasticError(f"--out {out}: {error}") from error
+    return len(rows)
+
+
+def _inputs(run: Run, prepared: Prepared, source: str) -> Tensor:
+    """Return new rows as inputs, and say which of their values were not seen in training."""
+    if source in DATASETS:
+        raise PlasticError(f"--data {source}: predictions are made for rows of your own")
+    how = replace(run.reading, target=None, task=None, ignore=())
+    x = read(source, how).x
+    if isinstance(x, Tensor):
+        return x.float() if reads_numbers(run.built) else x
+    if prepared.table is None:
+        raise PlasticError(f"--data {source}: the run was not trained on a table")
+    try:
+        found = prepared.table.tensor(x)
+    except PlasticError as error:
+        raise PlasticError(f"--data {source}: {error}") from error
+    for name, count in prepared.table.unknown(x).items():
+        print_line(f"{count} values of the column {name!r} were not there in training, and count as none of its values")
+    return found
