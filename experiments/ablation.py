@@ -24,8 +24,10 @@ from common import environment, write, written
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import Config, evaluate, train_epoch
+from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import LeNet5
+from plasticnet.apps.scores import evaluate
+from plasticnet.apps.settings import Config
 
 IMAGES, FIRST, PLASTIC, LAST, DECAY = 10_000, 2, 12, 6, 6
 PENALTY, LR, GATE_LR, K, K_END, BUDGET = 0.1, 1e-3, 4e-2, 7.0, 28.0, 0.08

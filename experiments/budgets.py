@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import evaluate
 from plasticnet.apps.models import MLP, LeNet5
+from plasticnet.apps.scores import evaluate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from cost_models import ResNet20

@@ -19,10 +19,12 @@ from growth_tasks import Task, task
 from moons import CONFIG
 
 from plasticnet.apps.data import load_data
-from plasticnet.apps.loop import Config, train_run
+from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import MLP
+from plasticnet.apps.settings import Config
 
 NAME, START = "growth_stalls", 1
+ROWS = 400  # of the moons, for training
 
 
 def moons(seed: int, config: Config = CONFIG) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def moons(seed: int, config: Config = CONFIG) -> dict[str, Any]:
     end = train_run(MLP([100, 80, 2]), data, config, "grow", on_epoch=history.append).summary
     return {
         "units": end["units"], "parameters": end["parameters"], "peak": end["peak_parameters"],
-        "test": 100 * (1 - end["test_accuracy"]), "seconds": end["train_cpu_seconds"],
+        "test": 100 * (1 - end["test_score"]), "seconds": end["train_cpu_seconds"],
         "widths": path(["-".join(map(str, r["units"].values())) for r in history]),
     }  # fmt: skip
 
@@ -54,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     chosen = task("digits", None)
-    prices = {"digits": chosen.price, "moons": CONFIG.penalty}
+    prices = {"digits": chosen.price, "moons": CONFIG.price / ROWS}
     settings = {"start": START, "prices": prices, "gate rate": growth_price.GATE_RATE, "k": growth_price.K}
     for name in options.tasks:
         for seed in range(options.seeds):

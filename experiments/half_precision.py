@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
 from plasticnet.apps.data import Data, load_data
-from plasticnet.apps.loop import evaluate
 from plasticnet.apps.models import MLP
+from plasticnet.apps.scores import evaluate
 
 SETTINGS = {"lr": 2e-3, "batch": 32, "first": 3, "plastic": 18, "last": 7, "k": 7.0, "macs": 0.3, "split": 0}
 SEEDS = range(5)

@@ -21,13 +21,16 @@ from torch import nn
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, load_data
-from plasticnet.apps.loop import Config, evaluate, train_epoch
+from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import MLP
+from plasticnet.apps.scores import evaluate
+from plasticnet.apps.settings import Config
 from plasticnet.gates.site import INITIAL_LOGIT, probabilities, transition
 
 KS = (0.0, 0.1, 0.3, 1.0, 3.0, 7.0, 20.0, 60.0, 200.0, math.inf)
 SEEDS, END_SEEDS = 3, 5
-CONFIG = Config(penalty=0.05, cost="parameters", scale="log", batch=32, lr=3e-3, gate_lr=5e-2)
+CONFIG = Config(batch=32, lr=3e-3, gate_lr=5e-2)
+PRESSURE = pn.Pressure(0.05, "parameters", "log")
 EPOCHS = 60
 
 
@@ -46,7 +49,7 @@ def gated(k: float, data: Data, seed: int) -> dict[str, Any]:
     net.k = k
     optimizer = torch.optim.Adam(net.param_groups(CONFIG.lr, CONFIG.gate_lr))
     # The schedule is never stepped, so that nothing is cut. Its k was set before, so that the gates stay as they are.
-    pressure = pn.Pressure(CONFIG.penalty, CONFIG.cost, CONFIG.scale)
+    pressure = PRESSURE
     schedule = pn.Schedule(net, optimizer, [pn.Stage(EPOCHS, k=k)], pressure=pressure)
     transitions = []
     for _ in range(EPOCHS):
@@ -95,7 +98,7 @@ def main() -> None:
         for dropout in (True, False):
             results.append({"k": "dropout" if dropout else "plain", "seed": seed, **plain(dropout, data, seed)})
         print(seed, [(r["k"], r["val_accuracy"], r["parameters"]) for r in results if r["seed"] == seed], flush=True)
-    settings = {"epochs": EPOCHS, "penalty": CONFIG.penalty, "cost": CONFIG.cost, "scale": CONFIG.scale}
+    settings = {"epochs": EPOCHS, "penalty": PRESSURE.strength, "cost": PRESSURE.cost, "scale": PRESSURE.scale}
     settings |= {"batch": CONFIG.batch, "lr": CONFIG.lr, "gate_lr": CONFIG.gate_lr, "phi": INITIAL_LOGIT}
     write("interpolation", settings, results)
 

@@ -23,8 +23,10 @@ from common import write
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import Config, evaluate, train_epoch
+from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import LeNet5
+from plasticnet.apps.scores import evaluate
+from plasticnet.apps.settings import Config
 
 EPOCHS, DECAY, PERIODS = 30, 12, 2  # schedule.step is called PERIODS times an epoch
 LR = {"dense": (1e-3, 1e-3), "prune": (1e-3, 4e-2), "grow": (1e-3, 2e-2)}  # of weights and of gates

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, load_data
-from plasticnet.apps.loop import evaluate
 from plasticnet.apps.models import LeNet5
+from plasticnet.apps.scores import evaluate
 
 ENDS = ["pruned", "grown", "known"]
 START, PERIODS = 3, 2  # units per site; schedule steps an epoch

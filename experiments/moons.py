@@ -11,11 +11,13 @@ import torch
 from common import write
 
 from plasticnet.apps.data import load_data
-from plasticnet.apps.loop import Config, train_run
+from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import MLP
+from plasticnet.apps.settings import Config
 
+# On 400 training rows the price is 1e-4 of the mean loss for a parameter.
 CONFIG = Config(
-    epochs=600, k=7.0, penalty=1e-4, cost="parameters", inputs=("*",), batch=32, lr=1e-2, gate_lr=1e-1
+    epochs=600, k=7.0, price=0.04, cost="parameters", inputs=("*",), batch=32, lr=1e-2, gate_lr=1e-1
 )  # fmt: skip
 
 
@@ -34,7 +36,8 @@ def main() -> None:
             result = train_run(model, data, config, mode, on_epoch=history.append)
             weights = sum(p.numel() for n, p in result.compact.named_parameters() if n.endswith("weight"))
             grown_last = max((r["epoch"] for r in history if r["grown"]), default=None)
-            summary = {k: v for k, v in result.summary.items() if k != "profile"}
+            summary = {k: v for k, v in result.summary.items() if k not in ("profile", "test_score", "val_score")}
+            summary |= {f"{part}_accuracy": result.summary[f"{part}_score"] for part in ("test", "val")}
             results.append(
                 {"seed": seed, **summary, "weights": weights, "weights_gone": 1 - weights / full,
                  "last_growth_epoch": grown_last}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import plasticnet as pn
 from plasticnet.apps.data import Split
-from plasticnet.apps.loop import Config, train_epoch
+from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import MLP
+from plasticnet.apps.settings import Config
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

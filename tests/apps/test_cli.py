@@ -20,7 +20,8 @@ from plasticnet.apps.models import MLP, LeNet5, factory
 from tests.kit.commands import fail, invoke, succeed
 
 MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100", "--inputs", "1"]
-RUNS = {"prune": ["prune"], "grow": ["grow"], "dense": ["dense"], "both": ["dense", "prune", "grow"]}
+RUNS = {"prune": ["prune"], "grow": ["grow"], "dense": ["dense"], "compare": ["dense", "prune", "grow"]}
+FLAGS = {"prune": [], "grow": ["--growth"], "dense": ["--dense"]}
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -41,25 +42,26 @@ def timeless(found: Any) -> Any:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("cli") / "new" / "both"
-    assert "test accuracy" in succeed(*MOONS, "--mode", "both", "--out", out)
+    assert "test score" in succeed(*MOONS, "--compare", "--out", out)
     return out
 
 
 def check(out: Path, runs: Sequence[str]) -> None:
-    config = json.loads((out / "config.json").read_text())
-    assert {"data": "moons", "model": "mlp:6-4", "epochs": 3, "seed": 0, "inputs": ["1"]}.items() <= config.items()
-    assert {"torch", "plasticnet", "python"} <= config.keys()
+    config = json.loads((out / "run.json").read_text())
+    assert {"data": "moons", "model": "mlp:6-4", "device": "cpu"}.items() <= config.items()
+    assert {"epochs": 3, "seed": 0, "inputs": ["1"]}.items() <= config["config"].items()
+    assert {"torch", "plasticnet", "python"} <= config["record"].keys()
     records = metrics(out)
     assert [(r["run"], r["epoch"]) for r in records] == [(run, e) for run in runs for e in (1, 2, 3)]
     for r in records:
-        assert {"k", "loss", "val_loss", "val_accuracy", "units", "parameters", "macs"} <= r.keys()
+        assert {"k", "loss", "val_loss", "val_score", "units", "parameters", "macs"} <= r.keys()
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary) == list(runs)
     for run, s in summary.items():
         small = load(out / run / "compact.safetensors", factory("mlp:6-4", (100,), 2))
         assert sum(p.numel() for p in small.parameters()) == s["parameters"]
         assert small(torch.randn(5, 100)).shape == (5, 2)
-        assert 0 <= s["test_accuracy"] <= 1
+        assert 0 <= s["test_score"] <= 1
     check_page((out / "report.html").read_text(), runs)
 
 
@@ -73,13 +75,13 @@ def check_page(page: str, runs: Sequence[str]) -> None:
 
 
 def test_train_both(finished: Path) -> None:
-    check(finished, RUNS["both"])
+    check(finished, RUNS["compare"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["prune", "grow", "dense"])
 def test_train_one(mode: str, tmp_path: Path, finished: Path) -> None:
-    succeed(*MOONS, "--mode", mode, "--out", tmp_path)
+    succeed(*MOONS, *FLAGS[mode], "--out", tmp_path)
     check(tmp_path, RUNS[mode])
     assert timeless(metrics(tmp_path)) == timeless([r for r in metrics(finished) if r["run"] == mode])
     name = f"{mode}/compact.safetensors"
@@ -100,15 +102,15 @@ def test_resume(stop: int, tmp_path: Path, finished: Path, monkeypatch: pytest.M
         return step(schedule, val_loss)
 
     monkeypatch.setattr(Schedule, "step", interrupted)
-    assert invoke(*MOONS, "--mode", "both", "--out", tmp_path).exit_code != 0
+    assert invoke(*MOONS, "--compare", "--out", tmp_path).exit_code != 0
     assert not (tmp_path / "summary.json").exists()
     if stop > 1:
         assert len(metrics(tmp_path)) == stop - 1
-    succeed(*MOONS, "--mode", "both", "--out", tmp_path, "--resume")
+    succeed(*MOONS, "--compare", "--out", tmp_path, "--resume")
     assert len(steps) == 9 + 1  # and no epoch was trained twice
-    check(tmp_path, RUNS["both"])
+    check(tmp_path, RUNS["compare"])
     assert timeless(metrics(tmp_path)) == timeless(metrics(finished))
-    for run in RUNS["both"]:
+    for run in RUNS["compare"]:
         assert (tmp_path / run / "compact.safetensors").read_bytes() == (
             finished / run / "compact.safetensors"
         ).read_bytes()
@@ -118,20 +120,20 @@ def test_resume_of_nothing_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = fail(monkeypatch, capsys, *MOONS, "--out", tmp_path, "--resume")
-    assert f"there is no run in {tmp_path}, which has no config.json: start one without --resume" in line
+    assert f"there is no run in {tmp_path}, which has no run.json: start one without --resume" in line
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
-    succeed(*MOONS, "--mode", "prune", "--out", tmp_path / "run")
+    succeed(*MOONS, "--out", tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_resume_with_other_settings_is_refused(
     started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = [*MOONS, "--mode", "prune", "--out", started, "--resume"]
+    again = [*MOONS, "--out", started, "--resume"]
     assert "another configuration" in fail(monkeypatch, capsys, *again, "--seed", "7")
 
 
@@ -139,7 +141,7 @@ def test_a_refused_resume_leaves_the_run_alone(
     started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
-    fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume", "--seed", "7")
+    fail(monkeypatch, capsys, *MOONS, "--out", started, "--resume", "--seed", "7")
     assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
 
 
@@ -148,7 +150,7 @@ def test_a_refused_option_leaves_the_run_before_it_alone(
 ) -> None:
     before = {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()}
     for budget in ("params=2", "latency_ms=1", "units=0.001"):
-        fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--budget", budget, "--overwrite")
+        fail(monkeypatch, capsys, *MOONS, "--out", started, "--budget", budget, "--overwrite")
     assert {p.name: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
 
 
@@ -157,10 +159,10 @@ def test_a_refused_option_leaves_the_run_before_it_alone(
 def test_resume_with_another_model_or_data_is_refused(
     change: list[str], started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (started / "config.json").read_bytes()
-    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume", *change)
+    before = (started / "run.json").read_bytes()
+    line = fail(monkeypatch, capsys, *MOONS, "--out", started, "--resume", *change)
     assert "mlp:6-4 on moons" in line
-    assert (started / "config.json").read_bytes() == before
+    assert (started / "run.json").read_bytes() == before
 
 
 DAMAGED = [b"", b"{}", b"[]", b"not json", b'{\n  "data": "moons",\n  "mod', b"\xff\xfe\x00", b"[" * 100_000]
@@ -170,16 +172,16 @@ DAMAGED = [b"", b"{}", b"[]", b"not json", b'{\n  "data": "moons",\n  "mod', b"\
 def test_resume_of_a_damaged_run_names_the_file_and_a_way_out(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tmp_path / "config.json"
+    config = tmp_path / "run.json"
     config.write_bytes(content)
-    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", tmp_path, "--resume")
+    line = fail(monkeypatch, capsys, *MOONS, "--out", tmp_path, "--resume")
     assert f"--resume: {config} " in line
     assert "is damaged" in line or "does not hold the settings of a run" in line
     assert not re.search(r"no run|Expecting|Errno|codec", line)
     if "--overwrite" not in line:  # as where nothing shows that the file was of a run
         assert "move it" in line
         config.unlink()
-    succeed(*MOONS, "--mode", "prune", "--out", tmp_path, "--overwrite")
+    succeed(*MOONS, "--out", tmp_path, "--overwrite")
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "summary.json", "prune/checkpoint.safetensors"])
@@ -188,9 +190,9 @@ def test_resume_of_what_is_left_of_a_run(
 ) -> None:
     for path in [p for p in started.rglob("*") if p.is_file() and p != started / left]:
         path.unlink()
-    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume")
-    assert f"there is no run in {started}, which has no config.json: replace what is left" in line
-    succeed(*MOONS, "--mode", "prune", "--out", started, "--overwrite")
+    line = fail(monkeypatch, capsys, *MOONS, "--out", started, "--resume")
+    assert f"there is no run in {started}, which has no run.json: replace what is left" in line
+    succeed(*MOONS, "--out", started, "--overwrite")
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100, None])
@@ -199,10 +201,10 @@ def test_resume_with_a_damaged_checkpoint_names_the_file_and_a_way_out(
 ) -> None:
     path = started / "prune" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-    line = fail(monkeypatch, capsys, *MOONS, "--mode", "prune", "--out", started, "--resume")
+    line = fail(monkeypatch, capsys, *MOONS, "--out", started, "--resume")
     assert f"{path} is not a plasticnet file, or is damaged or cut off; remove this file to start this run anew" in line
     path.unlink()
-    succeed(*MOONS, "--mode", "prune", "--out", started, "--resume")
+    succeed(*MOONS, "--out", started, "--resume")
 
 
 # -- report, export --------------------------------------------------------------------------
@@ -213,12 +215,12 @@ def test_report_is_written_anew(finished: Path) -> None:
     before = page.read_text()
     page.unlink()
     succeed("report", finished)
-    check_page(page.read_text(), RUNS["both"])
+    check_page(page.read_text(), RUNS["compare"])
     assert page.read_text().count("<td>") == before.count("<td>")
 
 
 def test_report_is_the_same_page(tmp_path: Path) -> None:
-    succeed(*MOONS, "--mode", "prune", "--out", tmp_path)
+    succeed(*MOONS, "--out", tmp_path)
     before = (tmp_path / "report.html").read_text()
     succeed("report", tmp_path)
     assert (tmp_path / "report.html").read_text() == before
@@ -262,33 +264,40 @@ def test_export_knows_the_input_of_known_models(tmp_path: Path) -> None:
         ("inspect lenet5 --input 1,x", "1,3,224,224"),
         ("inspect lenet5 --input 1,1,0,28", "1,3,224,224"),
         ("inspect lenet5 --input 1,1,-28,28", "1,3,224,224"),
-        ("inspect lenet5 --input 1,1,32,32", r"does not run on the example inputs.*\(1, 1, 32, 32\)"),
+        ("inspect lenet5 --input 1,1,32,32", r"lenet5 reads images of the shape \(1, 28, 28\)"),
         ("inspect lenet5 --input 1", "does not run on the example inputs"),
-        ("train --mode sideways --out OUT", "--mode sideways"),
-        ("train --data nope --out OUT", "unknown data 'nope'"),
+        ("train --growth --dense --out OUT", "--growth and --dense"),
+        ("train --dense --out OUT", "can only grow"),
+        ("train --budget params=0.5 --price 1 --out OUT", "--budget and --price"),
+        ("train --device tpu --out OUT", "--device tpu"),
+        ("train --model mlp:4 --dense --price 1 --out OUT", "--dense --price"),
+        ("train --task regression --out OUT", "--task regression: digits are classes"),
+        ("train --data digits --target y --out OUT", "--target says nothing about --data digits"),
+        ("train --data nope --out OUT", "--data nope: give digits"),
         ("train --data mnist --out OUT", "--data-dir"),
         ("train --data mnist --data-dir OUT --out OUT", "no MNIST in"),
         ("train --model lenet --out OUT", "unknown model 'lenet'"),
-        ("train --data moons --model lenet5 --out OUT", "does not run on the example inputs"),
+        ("train --data moons --model lenet5 --out OUT", "lenet5 reads images"),
         ("train --data moons --epochs 3 --estimator magic --out OUT", "estimator='magic'"),
         ("train --data moons --epochs 3 --gates row --out OUT", "gates='row'"),
-        ("train --data moons --epochs 3 --cost flops --mode prune --out OUT", "cost='flops'"),
-        ("train --data moons --epochs 3 --k -1 --mode prune --out OUT", "k=-1"),
-        ("train --data moons --epochs 3 --start 0 --mode grow --out OUT", "start=0"),
-        ("train --data moons --epochs 0 --mode dense --out OUT", "epochs=0"),
+        ("train --data moons --epochs 3 --cost flops --out OUT", "cost='flops'"),
+        ("train --data moons --epochs 3 --k -1 --out OUT", "k=-1"),
+        ("train --data moons --epochs 3 --start 0 --growth --out OUT", "start=0"),
+        ("train --data moons --epochs 0 --dense --out OUT", "epochs=0"),
         ("report OUT", "not a finished run"),
         ("export OUT/nope --model mlp:4 --input 1,100 --out OUT/x.pt2", "nope"),
         ("export OUT/nope --model mlp:4 --input x --out OUT/x.pt2", "1,3,224,224"),
         ("export OUT/nope --model mlp:4 --out OUT/x.pt2", "nope"),
+        ("export OUT/nope --model mlp:4 --data digits --input 1,64 --out OUT/x.pt2", "leave out --input"),
         ("inspect :f", "':f'"),
         ("inspect plasticnet.apps.models:LeNet5", "--input 1,3,224,224"),
-        ("train --data moons --epochs 2 --mode prune --out OUT", "epochs=2"),
-        ("train --data moons --epochs 3 --batch 0 --mode prune --out OUT", "batch=0"),
-        ("train --data moons --epochs 3 --lr -1 --mode prune --out OUT", "lr=-1"),
-        ("train --data moons --epochs 3 --budget macs --mode prune --out OUT", "macs=0.3"),
-        ("train --data moons --epochs 3 --budget flops=0.3 --mode prune --out OUT", "params, units or latency_ms"),
-        ("train --data moons --epochs 3 --budget macs=-1 --mode prune --out OUT", "above 0"),
-        ("train --data moons --epochs 3 --budget params=2 --mode prune --out OUT", "cannot be met"),
+        ("train --data moons --epochs 2 --out OUT", "epochs=2"),
+        ("train --data moons --epochs 3 --batch 0 --out OUT", "batch=0"),
+        ("train --data moons --epochs 3 --lr -1 --out OUT", "lr=-1"),
+        ("train --data moons --epochs 3 --budget macs --out OUT", "macs=0.3"),
+        ("train --data moons --epochs 3 --budget flops=0.3 --out OUT", "params, units or latency_ms"),
+        ("train --data moons --epochs 3 --budget macs=-1 --out OUT", "above 0"),
+        ("train --data moons --epochs 3 --budget params=2 --out OUT", "cannot be met"),
     ],
 )  # fmt: skip
 def test_one_line_for_what_is_wrong(
@@ -309,7 +318,7 @@ def test_one_line_for_what_is_wrong(
 def test_report_of_a_damaged_run(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("config.json", "summary.json", "metrics.jsonl"):
+    for name in ("run.json", "summary.json", "metrics.jsonl"):
         (tmp_path / name).write_text(content)
     assert str(tmp_path) in fail(monkeypatch, capsys, "report", tmp_path)
 
@@ -328,7 +337,7 @@ def test_report_names_the_file_and_a_way_out(
     assert str(started) in line
     assert "train --resume" in line
     assert not re.search(r"Expecting|Errno|codec|Error", line)
-    succeed(*MOONS, "--mode", "prune", "--out", started, "--resume")
+    succeed(*MOONS, "--out", started, "--resume")
     succeed("report", started)
 
 
@@ -336,9 +345,9 @@ def test_report_names_the_file_and_a_way_out(
 def test_report_with_damaged_settings(
     content: bytes, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (started / "config.json").write_bytes(content)
+    (started / "run.json").write_bytes(content)
     line = fail(monkeypatch, capsys, "report", started)
-    assert line.startswith(f"plasticnet: {started / 'config.json'} ")
+    assert line.startswith(f"plasticnet: {started / 'run.json'} ")
     assert "--overwrite" in line or "move it" in line
 
 
@@ -397,7 +406,7 @@ def test_a_model_in_the_current_folder(
 def test_a_model_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_models.py").write_text(TINY)
     monkeypatch.syspath_prepend(tmp_path)
-    succeed("train", "--data", "moons", "--model", "my_models:tiny", "--epochs", "3", "--mode", "prune",
+    succeed("train", "--data", "moons", "--model", "my_models:tiny", "--epochs", "3",
             "--out", tmp_path / "out")  # fmt: skip
     small = load(tmp_path / "out/prune/compact.safetensors", factory("my_models:tiny", (100,), 2))
     assert isinstance(small, nn.Sequential)

@@ -22,7 +22,7 @@ def everything(data: Data) -> tuple[Tensor, Tensor]:
 
 def test_moons_are_two_arcs_in_a_plane_of_100_dimensions() -> None:
     data = load_data("moons", seed=3)
-    assert (len(data.train), len(data.val), len(data.test), data.shape, data.classes) == (400, 100, 500, (100,), 2)
+    assert (len(data.train), len(data.val), len(data.test), data.shape, data.outputs) == (400, 100, 500, (100,), 2)
     x, y = everything(data)
     assert y.bincount().tolist() == [500, 500]
     assert abs(data.train.y.float().mean() - 0.5) < 0.1
@@ -69,7 +69,7 @@ def test_digits_are_split_and_none_is_lost() -> None:
 
     data = load_data("digits")
     assert (len(data.train), len(data.val), len(data.test)) == (1077, 360, 360)
-    assert (data.shape, data.classes) == ((1, 8, 8), 10)
+    assert (data.shape, data.outputs) == ((1, 8, 8), 10)
     x, y = everything(data)
     assert (x.min(), x.max()) == (-1, 1)
     original = load_digits()
@@ -83,16 +83,17 @@ def test_digits_are_split_and_none_is_lost() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(PlasticError, match=r"unknown data 'nope'.*digits, moons, mnist"):
+    with pytest.raises(PlasticError, match=r"unknown data 'nope'.*digits, moons, mnist, fashion"):
         load_data("nope")
-    assert set(DATASETS) == {"digits", "moons", "mnist"}
+    assert set(DATASETS) == {"digits", "moons", "mnist", "fashion"}
 
 
 def test_missing_mnist(tmp_path: Path) -> None:
-    with pytest.raises(PlasticError, match="--data-dir"):
-        load_data("mnist")
-    with pytest.raises(PlasticError, match=str(tmp_path)):
-        load_data("mnist", tmp_path)
+    for name, kind in (("mnist", "MNIST"), ("fashion", "FashionMNIST")):
+        with pytest.raises(PlasticError, match=f"--data-dir, the folder that holds {kind}/raw"):
+            load_data(name)
+        with pytest.raises(PlasticError, match=f"no {kind} in {tmp_path}"):
+            load_data(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,6 +120,23 @@ def test_real_mnist() -> None:
         pytest.skip("set PLASTICNET_DATA to the folder that holds MNIST/raw")
     data = load_data("mnist", folder)
     assert (len(data.train), len(data.val), len(data.test)) == (55_000, 5_000, 10_000)
-    assert (data.shape, data.classes) == ((1, 28, 28), 10)
+    assert (data.shape, data.outputs) == ((1, 28, 28), 10)
     assert abs(data.train.x.mean()) < 0.01
     assert data.train.x.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
+def test_images_in_the_layout_of_torchvision(name: str, kind: str, tmp_path: Path) -> None:
+    """Of 5,010 images ten are left for training; a white pixel is as many deviations above the mean as the set says."""
+    raw = tmp_path / kind / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 5010), ("t10k", 20)):
+        size = count.to_bytes(4, "big")
+        image = b"\x00\x00\x08\x03" + size + (28).to_bytes(4, "big") * 2 + b"\xff" * (28 * 28 * count)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(image)
+        labels = bytes(i % 10 for i in range(count))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + size + labels)
+    data = load_data(name, tmp_path)
+    assert (len(data.train), len(data.val), len(data.test), data.shape) == (10, 5000, 20, (1, 28, 28))
+    white = {"mnist": (1 - 0.1307) / 0.3081, "fashion": (1 - 0.2860) / 0.3530}[name]
+    assert data.test.x.mean() == pytest.approx(white, rel=1e-4)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticError, load_checkpoint, save_checkpoint
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import Config, Mode, evaluate, train_run
+from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import MLP
+from plasticnet.apps.scores import evaluate
+from plasticnet.apps.settings import Config, Mode
 from tests.kit.commands import fail, succeed
 
-CONFIG = Config(epochs=4, penalty=0.3, cost="parameters", scale="log", batch=40, lr=3e-3, gate_lr=3e-2)
+CONFIG = Config(epochs=4, price=0.05, batch=40, lr=3e-3, gate_lr=3e-2)
 STEPS = 4  # of an epoch
 Hurt = Callable[[list[nn.Parameter]], None]
 
@@ -241,13 +243,13 @@ def test_the_command_train(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100", "--mode", "prune"]
+    args = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100"]
     succeed(*args, "--out", tmp_path / "whole")
     after_step(4 * epoch, entry(0, math.nan))
     line = fail(monkeypatch, capsys, *args, "--out", tmp_path / "run")
     assert all(word in line for word in (f"epoch {epoch}", "step 4 of 4", "1.weight"))
     found = {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert found == {"config.json", "metrics.jsonl", "checkpoint.safetensors"}
+    assert found == {"run.json", "prepared.json", "metrics.jsonl", "checkpoint.safetensors"}
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == epoch - 1
     succeed(*args, "--out", tmp_path / "run", "--resume")
     name = "prune/compact.safetensors"

@@ -13,8 +13,8 @@ from torch import nn
 
 from plasticnet import save
 from plasticnet.apps.data import Split, load_data
-from plasticnet.apps.loop import evaluate
 from plasticnet.apps.models import factory
+from plasticnet.apps.scores import evaluate
 from tests.kit.commands import fail, succeed
 
 
@@ -129,7 +129,7 @@ def test_inspect_gates_what_it_is_asked_to() -> None:
 def test_inspect_says_how_much_each_site_can_lose(tmp_path: Path) -> None:
     """Of the weights in the file: the loss with all open is that of the module, and closing costs."""
     data = load_data("digits")
-    model = factory("mlp:12-8", data.shape, data.classes)()
+    model = factory("mlp:12-8", data.shape, data.outputs)()
     train(model, data.train)
     save(model, tmp_path / "compact.safetensors")
     args = ["inspect", "mlp:12-8", "--sensitivity", "--data", "digits"]
@@ -163,8 +163,8 @@ def train(model: nn.Module, split: Split) -> None:
         (["lenet5", "--sensitivity", "--data", "digits", "--meta"], "leave out one of them"),
         (["lenet5", "--weights", "none.safetensors", "--meta"], "leave out one of them"),
         (["lenet5", "--weights", "none.safetensors"], "none.safetensors"),
-        (["lenet5", "--sensitivity", "--data", "digits"], "does not run on the example inputs"),
-        (["lenet5", "--sensitivity", "--data", "faces"], "unknown data"),
+        (["lenet5", "--sensitivity", "--data", "digits"], "lenet5 reads images"),
+        (["lenet5", "--sensitivity", "--data", "faces"], "--data faces: give digits"),
     ],
 )
 def test_inspect_refuses_in_one_line(

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from plasticnet import Budget, PlasticError, load, save, save_checkpoint
 from plasticnet.apps import loop
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import Config, Mode, Result, evaluate, time_per_thousand, train_run
+from plasticnet.apps.loop import Result, time_per_thousand, train_run
 from plasticnet.apps.models import MLP
+from plasticnet.apps.scores import evaluate
+from plasticnet.apps.settings import Config, Mode
 
 # Small batches, so that growth decides within the few epochs; strong pressure, so that pruning does.
-CONFIG = Config(
-    epochs=12, penalty=0.3, cost="parameters", scale="log", batch=8, lr=3e-3, gate_lr=3e-2, inputs=("1",), start=2
-)
+CONFIG = Config(epochs=12, price=0.3, batch=8, lr=3e-3, gate_lr=3e-2, inputs=("1",), start=2)
 RUNS: dict[Mode, tuple[Config, list[int]]] = {
     "prune": (CONFIG, [100, 16, 8, 2]),
     # Grows, then stops, then is priced.
     "grow": (
-        replace(CONFIG, epochs=15, batch=4, inputs=(), lr=1e-2, gate_lr=6e-2, penalty=1e-4, scale="linear"),
+        replace(CONFIG, epochs=15, batch=4, inputs=(), lr=1e-2, gate_lr=6e-2, price=0.016),
         [100, 3, 3, 2],  # so few units that a batch may not show whether gates can be drawn per sample
     ),
 }
@@ -123,8 +123,8 @@ def test_results(mode: Mode, data: Data, whole: dict, tmp_path: Path) -> None:
     assert summary["peak_parameters"] == max(r["parameters"] for r in history)
     assert math.isinf(result.net.k)
     assert not result.net.training
-    assert evaluate(result.compact, data.test) == pytest.approx((summary["test_loss"], summary["test_accuracy"]))
-    assert evaluate(result.net, data.val)[1] == summary["val_accuracy"] == history[-1]["val_accuracy"]
+    assert evaluate(result.compact, data.test) == pytest.approx((summary["test_loss"], summary["test_score"]))
+    assert evaluate(result.net, data.val)[1] == summary["val_score"] == history[-1]["val_score"]
     save(result.compact, tmp_path / "m")
     assert torch.equal(load(tmp_path / "m", lambda: model(mode))(data.test.x), result.compact(data.test.x))
 
@@ -169,11 +169,11 @@ def test_profiling_does_not_count_as_training(data: Data, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", RUNS)
-def test_a_budget_is_met_in_the_place_of_a_penalty(mode: Mode, data: Data) -> None:
+def test_a_budget_is_met_in_the_place_of_a_price(mode: Mode, data: Data) -> None:
     """Its shares are those of the model that was given, also when growing begins with less."""
     config, widths = RUNS[mode]
     full = sum(p.numel() for p in MLP(widths).parameters())
-    result = train_run(model(mode), data, replace(config, penalty=0.0, budget=Budget(params=0.6), k_end=14.0), mode)
+    result = train_run(model(mode), data, replace(config, price=0.0, budget=Budget(params=0.6), k_end=14.0), mode)
     assert 0.1 * full < result.summary["parameters"] <= 0.6 * full
 
 
@@ -261,7 +261,7 @@ def test_too_few_epochs(epochs: int, mode: Mode, data: Data) -> None:
         {"estimator": "magic"},
         {"gates": "row"},
         {"cost": "flops"},
-        {"scale": "cubic"},
+        {"price": -1.0},
         {"batch": 0},
         {"lr": -1.0},
     ],

@@ -43,7 +43,7 @@ def test_models_of_other_packages() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "nope", "", "lenet", "mlp", "mlp:", "mlp:a", "mlp:3--4", "mlp:-3", "mlp:3.5", "torchvision:nope",
+        "nope", "", "lenet", "mlp:", "mlp:a", "mlp:3--4", "mlp:-3", "mlp:3.5", "torchvision:nope",
         "torchvision:", "no.such.package:f", "os:nope", "os:", "os:getcwd", "math:pi", "json:loads",
         "plasticnet.apps.models:MLP",
         ":f",

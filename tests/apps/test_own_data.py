@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from plasticnet.apps.own_data import Reading, read_batches
+from plasticnet.apps.loading import read_batches
+from plasticnet.apps.own_data import Reading
 from plasticnet.errors import PlasticError
 
-HOW = Reading(batch=4)
+HOW = Reading()
 
 
 def joined(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,7 @@ def test_arrays(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.from_numpy(x).float())
     assert labels.tolist() == y.tolist()
     np.savez(tmp_path / "one.npz", images=x.astype(np.float32))
-    batches = list(read_batches(str(tmp_path / "one.npz"), HOW))
+    batches = list(read_batches(str(tmp_path / "one.npz"), HOW, 4))
     assert [len(b) for b in batches] == [4, 4, 2]
     for arrays, message in (
         ({"a": x, "b": y}, "must be named x"),
@@ -53,10 +54,10 @@ def test_arrays(tmp_path: Path) -> None:
 def test_tables(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a, b,kind\n1,2.5,cat\n3,4,dog\n5,6,cat\n")
-    x, y = joined(read_batches(str(path), Reading(batch=2, target="kind")))
+    x, y = joined(read_batches(str(path), Reading(target="kind"), 2))
     assert x.tolist() == [[1, 2.5], [3, 4], [5, 6]]
     assert y.tolist() == [0, 1, 0]
-    path.write_text("a,b\n1,2.5\n3,4\n")
+    path.write_text("a;b\n1;2.5\n3;4\n")
     (only,) = read_batches(str(path), HOW)
     assert only.shape == (2, 2)
     x, y = joined(read_batches(str(path), Reading(target="b")))
@@ -64,17 +65,23 @@ def test_tables(tmp_path: Path) -> None:
     assert y.tolist() == [2.5, 4]
     for text, how, message in (
         ("a,b\n1,x\n", HOW, "column 'b' does not hold numbers only"),
+        ("a,b\n1,\n", HOW, "column 'b' has gaps"),
         ("a,b\n1,2\n1\n", HOW, "line 3 has not 2 columns"),
-        ("a,b\n", HOW, "a head and a row"),
-        ("a,b\n1,2\n", Reading(target="c"), "no column 'c', only a, b"),
+        ("a,b\n", HOW, "the table has no rows"),
+        ("a,b,a\n1,2,3\n", HOW, "the name 'a' stands over 2 columns"),
+        ("a,b\n1,2\n", Reading(target="c"), "--target c: there is no such column, only a, b"),
+        ("a,b\n1,2\n", Reading(ignore=("c",)), "--ignore c: there is no such column, only a, b"),
+        ("a,b\n1,2\n", Reading(image_size=3), "--image-size says nothing about"),
         ("a\n1\n", Reading(target="a"), "no column beside the target"),
         ("0.5,-1.25\n1,2\n", HOW, "a head with the names"),
-        ("a,b\n1,2\n", Reading(batch=0), "--batch 0"),
-        ("a,b\n1,2\n", Reading(std=0.0), r"--std 0\.0"),
     ):
         path.write_text(text)
         with pytest.raises(PlasticError, match=message):
             read_batches(str(path), how)
+    with pytest.raises(PlasticError, match="--batch 0"):
+        read_batches(str(path), HOW, 0)
+    with pytest.raises(PlasticError, match=r"--std 0\.0"):
+        Reading(std=0.0)
 
 
 def picture(path: Path, size: int = 6, mode: str = "RGB", value: int = 100) -> None:
@@ -92,7 +99,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     picture(tmp_path / "dogs" / "large.png", size=9)
     with pytest.raises(PlasticError, match="--image-size"):
         read_batches(str(tmp_path), HOW)
-    x, y = joined(read_batches(str(tmp_path), Reading(size=4)))
+    x, y = joined(read_batches(str(tmp_path), Reading(image_size=4)))
     assert x.shape == (4, 3, 4, 4)
     picture(tmp_path / "plain" / "a.png", mode="L")
     (batch,) = read_batches(str(tmp_path / "plain"), HOW)
@@ -120,7 +127,7 @@ def test_parquet(tmp_path: Path) -> None:
     x, y = joined(read_batches(str(tmp_path / "i.parquet"), HOW))
     assert x.shape == (3, 3, 6, 6)
     assert y.tolist() == [2, 0, 1]
-    with pytest.raises(PlasticError, match="no column 'c'"):
+    with pytest.raises(PlasticError, match="--target c: there is no such column"):
         read_batches(str(tmp_path / "i.parquet"), Reading(target="c"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(PlasticError, match=r"bad\.parquet"):
@@ -129,10 +136,13 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_batches.py").write_text(
-        "import torch\ndef good(): return [torch.ones(3, 2)]\ndef once(): return iter([1])\ndef fails(): 1 / 0\n"
+        "import torch\ndef good(): return [torch.ones(3, 2)]\n"
+        "def pair(): return torch.ones(3, 2), torch.arange(3)\ndef once(): return iter([1])\ndef fails(): 1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert read_batches("own_batches:good", HOW)[0].shape == (3, 2)  # pyright: ignore[reportIndexIssue]
+    ((x, y),) = read_batches("own_batches:pair", HOW)
+    assert (x.shape, y.tolist()) == ((3, 2), [0, 1, 2])
     for source, message in (
         ("own_batches:once", "only once"),
         ("own_batches:fails", "ZeroDivisionError"),

@@ -20,13 +20,13 @@ def mlp(hidden: int) -> nn.Sequential:
 
 
 def record(epoch: int, k: float | str, profiled: dict[str, Any] | None) -> dict[str, Any]:
-    sizes = {"units": {"0": 5}, "parameters": 10, "macs": 8, "histogram": [5], "transition": 0.0, "val_accuracy": 0.5}
+    sizes = {"units": {"0": 5}, "parameters": 10, "macs": 8, "histogram": [5], "transition": 0.0, "val_score": 0.5}
     return {"run": "prune", "epoch": epoch, "k": k, **sizes, **({"profile": profiled} if profiled else {})}
 
 
 def page(history: list[dict[str, Any]], **profiles: Any) -> list[list[str]]:
     """The cells of the report's rows, below the heading of the profile."""
-    result = {"test_accuracy": 0.5, "units": {"0": 5}, "parameters": 10, "macs": 8, "ms_per_1000": 1.0, **profiles}
+    result = {"test_score": 0.5, "units": {"0": 5}, "parameters": 10, "macs": 8, "ms_per_1000": 1.0, **profiles}
     text = render("title", {"prune": result}, history, {}).split("<h2>Profile</h2>")[1].split("<h2>Settings</h2>")[0]
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
     return [*rows, [re.sub("<[^>]*>", " ", text)]]

@@ -19,17 +19,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from plasticnet import PlasticError
-from plasticnet.apps import runs
+from plasticnet.apps import cli_train, runs
 from plasticnet.apps.data import Data, Split, load_data
 from plasticnet.apps.folder import locked
-from plasticnet.apps.settings import describe_model, differences
+from plasticnet.apps.identity import describe_model, differences
+from plasticnet.apps.loading import load_any
 from tests.kit.commands import fail, invoke, succeed
 
 MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100"]
-PRUNE = [*MOONS, "--mode", "prune"]
+PRUNE = [*MOONS]
 FOREIGN = [
-    ("config.json", '{"architectures": ["BertModel"], "model_type": "bert"}\n'),
-    ("config.json", '{\n  "data": "my own",\n  "model": "my own",\n  "modes": []\n}\n'),
+    ("run.json", '{"architectures": ["BertModel"], "model_type": "bert"}\n'),
+    ("run.json", '{\n  "data": "my own",\n  "model": "my own",\n  "modes": []\n}\n'),
     ("metrics.jsonl", '{"loss": 0.5, "step": 1}\n'),
     ("summary.json", '{\n  "loss": 0.5\n}\n'),
     ("report.html", "<!doctype html><title>my own</title>\n"),
@@ -68,21 +69,21 @@ def run(pruned: Path, tmp_path: Path) -> Path:
 
 def test_a_folder_with_a_run_is_refused(run: Path, failing: Failing) -> None:
     before = snapshot(run)
-    for args in (PRUNE, [*MOONS, "--mode", "dense"], ["demo"]):
+    for args in (PRUNE, [*MOONS, "--dense"], ["demo"]):
         line = failing(*args, "--out", run)
         assert all(word in line for word in ("--resume", "--overwrite", str(run), "prune/checkpoint.safetensors"))
     assert snapshot(run) == before
 
 
 @pytest.mark.parametrize(
-    "left", ["config.json", "metrics.jsonl", "prune/checkpoint.safetensors", "prune/compact.safetensors"]
+    "left", ["run.json", "metrics.jsonl", "prune/checkpoint.safetensors", "prune/compact.safetensors"]
 )
 def test_what_is_left_of_a_run_is_refused(left: str, run: Path, failing: Failing) -> None:
     for name in snapshot(run):
         if name != left:
             (run / name).unlink()
     before = snapshot(run)
-    line = failing(*MOONS, "--mode", "dense", "--out", run)
+    line = failing(*MOONS, "--dense", "--out", run)
     assert all(word in line for word in ("--resume", "--overwrite", str(run), left))
     assert snapshot(run) == before
 
@@ -97,7 +98,7 @@ def test_files_of_the_user_are_no_run(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     assert {name: found[name] for name in own} == own
     assert found.keys() - own.keys() == {
-        "config.json", "metrics.jsonl", "summary.json", "report.html", "prune/checkpoint.safetensors",
+        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", "prune/checkpoint.safetensors",
         "prune/compact.safetensors",
     }  # fmt: skip
 
@@ -110,16 +111,16 @@ def test_overwriting_removes_what_is_of_a_run_and_nothing_else(run: Path) -> Non
     own = {"notes.txt": b"mine", "prune/weights.safetensors": b"mine too", "config.yaml": b"and this"}
     for name, content in own.items():
         (run / name).write_bytes(content)
-    succeed(*MOONS, "--mode", "dense", "--lr", "0.01", "--out", run, "--overwrite")
+    succeed(*MOONS, "--dense", "--lr", "0.01", "--out", run, "--overwrite")
     found = snapshot(run)
     assert {name: found[name] for name in own} == own
     assert found.keys() - own.keys() == {
-        "config.json", "metrics.jsonl", "summary.json", "report.html", "dense/checkpoint.safetensors",
+        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", "dense/checkpoint.safetensors",
         "dense/compact.safetensors",
     }  # fmt: skip
     assert not (run / "grow").exists()
-    config = json.loads(found["config.json"])
-    assert (config["modes"], config["lr"]) == (["dense"], 0.01)
+    config = json.loads(found["run.json"])
+    assert (config["mode"], config["config"]["lr"]) == ("dense", 0.01)
     assert all(json.loads(line)["run"] == "dense" for line in found["metrics.jsonl"].splitlines())
 
 
@@ -150,7 +151,7 @@ def test_tensors_of_another_library_are_in_the_way(tmp_path: Path, failing: Fail
         ["--model", "nope"],
         ["--lr", "-1"],
         ["--resume"],
-        ["--mode", "all"],
+        ["--device", "tpu"],
     ],
 )
 def test_overwriting_waits_until_the_rest_is_accepted(wrong: list[str], run: Path, failing: Failing) -> None:
@@ -174,26 +175,24 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_demo_replaces_a_demo(run: Path, untrained: None) -> None:
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "command": "demo"}, indent=2))
+    config = json.loads((run / "run.json").read_text())
+    config["record"]["command"] = "demo"
+    (run / "run.json").write_text(json.dumps(config, indent=2))
     assert invoke("demo", "--out", run).exit_code == 130
-    config = json.loads((run / "config.json").read_text())
-    assert (config["command"], config["data"]) == ("demo", "digits")
+    config = json.loads((run / "run.json").read_text())
+    assert (config["record"]["command"], config["data"]) == ("demo", "digits")
     assert not (run / "prune").exists()
     assert invoke("demo", "--out", run).exit_code == 130  # an unfinished one, too
-    del config["command"]  # as it was before the command was written down
-    (run / "config.json").write_text(json.dumps(config, indent=2))
-    assert invoke("demo", "--out", run).exit_code == 130
 
 
 @pytest.mark.slow
 def test_the_demo_refuses_another_run_of_its_settings(tmp_path: Path, untrained: None, failing: Failing) -> None:
-    assert invoke("train", "--out", tmp_path).exit_code == 130
+    assert invoke("train", "--model", "mlp:256-128", "--compare", "--out", tmp_path).exit_code == 130
     before = snapshot(tmp_path)
     assert "--overwrite" in failing("demo", "--out", tmp_path)
     assert snapshot(tmp_path) == before
     assert invoke("demo", "--out", tmp_path, "--overwrite").exit_code == 130
-    assert json.loads((tmp_path / "config.json").read_text())["command"] == "demo"
+    assert json.loads((tmp_path / "run.json").read_text())["record"]["command"] == "demo"
 
 
 # -- one process at a time ----------------------------------------------------------------------
@@ -270,18 +269,18 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unknown)
-    assert "without locks" in succeed(*MOONS, "--mode", "dense", "--out", tmp_path)
+    assert "without locks" in succeed(*MOONS, "--dense", "--out", tmp_path)
 
 
 # -- resuming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [{}, {"notes.txt": "mine"}, {"config.json": '{"model_type": "bert"}'}])
+@pytest.mark.parametrize("content", [{}, {"notes.txt": "mine"}, {"run.json": '{"model_type": "bert"}'}])
 def test_resuming_where_no_run_was(content: dict[str, str], tmp_path: Path, failing: Failing) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     before = snapshot(tmp_path)
-    message = "config.json does not hold the settings of a run: move it" if "config.json" in content else "no run in"
+    message = "move it, or choose another folder" if "run.json" in content else "no run in"
     assert message in failing(*PRUNE, "--out", tmp_path, "--resume")
     assert "no run in" in failing(*PRUNE, "--out", tmp_path / "new", "--resume")
     assert not (tmp_path / "new").exists()
@@ -289,8 +288,7 @@ def test_resuming_where_no_run_was(content: dict[str, str], tmp_path: Path, fail
 
 
 CHANGES = {
-    "mode": "grow", "epochs": "5", "k": "5", "k-end": "9", "budget": "params=0.5", "penalty": "0.2", "cost": "units",
-    "scale": "linear", "estimator": "ar", "gates": "batch", "inputs": "1", "start": "2", "batch": "50", "lr": "0.5",
+    "epochs": "5", "k": "5", "k-end": "9", "price": "0.2", "cost": "units", "estimator": "ar", "gates": "batch", "inputs": "1", "start": "2", "batch": "50", "lr": "0.5",
     "gate-lr": "0.5", "seed": "9", "model": "mlp:6-5", "data": "digits",
 }  # fmt: skip
 
@@ -304,13 +302,13 @@ def test_resuming_names_everything_that_differs(checkpoint: bool, run: Path, fai
     options = [text for name, value in CHANGES.items() for text in (f"--{name}", value)]
     line = failing(*PRUNE, "--out", run, "--resume", *options)
     for name, value in CHANGES.items():
-        then = {"mode": "prune", "lr": "0.003", "gate-lr": "0.05", "k-end": "none", "data": "moons"}.get(name, "")
+        then = {"lr": "0.003", "gate-lr": "0.1", "k-end": "none", "data": "moons"}.get(name, "")
         assert f"{name.replace('-', '_')}: {then}" in line
         assert f"{value} now" in line or f"{float(value)} now" in line
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("name", ["mode", "k-end", "budget", "inputs", "gate-lr"])
+@pytest.mark.parametrize("name", ["k-end", "price", "inputs", "gate-lr"])
 def test_resuming_names_nothing_else(name: str, run: Path, failing: Failing) -> None:
     line = failing(*PRUNE, "--out", run, "--resume", f"--{name}", CHANGES[name])
     assert line.count(" now") == 1
@@ -318,18 +316,18 @@ def test_resuming_names_nothing_else(name: str, run: Path, failing: Failing) -> 
 
 @pytest.mark.slow
 def test_resuming_with_fewer_or_more_modes(run: Path, failing: Failing, tmp_path: Path) -> None:
-    assert "mode: prune then, both now" in failing(*MOONS, "--out", run, "--resume")
-    succeed(*MOONS, "--mode", "both", "--out", tmp_path / "both")
+    assert "mode: prune then, compare now" in failing(*MOONS, "--compare", "--out", run, "--resume")
+    succeed(*MOONS, "--compare", "--out", tmp_path / "both")
     before = snapshot(tmp_path / "both")
     line = failing(*PRUNE, "--out", tmp_path / "both", "--resume")
-    assert "mode: both then, prune now" in line
+    assert "mode: compare then, prune now" in line
     (tmp_path / "both/grow/checkpoint.safetensors").write_bytes(before["prune/checkpoint.safetensors"])
     (tmp_path / "both/summary.json").unlink()  # as if it had been interrupted
     before = snapshot(tmp_path / "both")
-    assert "mode: prune then, grow now" in failing(*MOONS, "--mode", "both", "--out", tmp_path / "both", "--resume")
+    assert "mode: prune then, grow now" in failing(*MOONS, "--compare", "--out", tmp_path / "both", "--resume")
     (tmp_path / "both/grow/checkpoint.safetensors").write_bytes(before["prune/checkpoint.safetensors"][:-9])
     before = snapshot(tmp_path / "both")
-    assert "damaged" in failing(*MOONS, "--mode", "both", "--out", tmp_path / "both", "--resume")
+    assert "damaged" in failing(*MOONS, "--compare", "--out", tmp_path / "both", "--resume")
     assert snapshot(tmp_path / "both") == before  # though dense and prune could have been resumed
 
 
@@ -340,7 +338,7 @@ def test_resuming_with_other_data_of_the_same_name(
     if not checkpoint:
         (run / "prune/checkpoint.safetensors").unlink()
     before = snapshot(run)
-    monkeypatch.setattr(runs, "load_data", lambda name, folder, seed: load_data(name, folder, seed + 1))
+    monkeypatch.setattr(cli_train, "load_any", lambda name, how, seed: load_any(name, how, seed + 1))
     line = failing(*PRUNE, "--out", run, "--resume")
     assert "content of the data" in line
     assert line.count(" now") == 1
@@ -351,21 +349,22 @@ def test_resuming_where_the_data_may_lie_elsewhere(run: Path, tmp_path: Path) ->
     before = snapshot(run)
     succeed(*PRUNE, "--out", run, "--resume", "--data-dir", tmp_path)
     after = snapshot(run)
-    assert after["config.json"] == before["config.json"]
+    assert after["run.json"] == before["run.json"]
     assert after["prune/compact.safetensors"] == before["prune/compact.safetensors"]
 
 
 @pytest.mark.slow
 def test_the_report_of_a_resumed_run_shows_what_it_began_with(run: Path) -> None:
-    config = {**json.loads((run / "config.json").read_text()), "threads": 77, "device": "a machine of before"}
-    (run / "config.json").write_text(json.dumps(config, indent=2))
-    before = (run / "config.json").read_bytes()
+    config = json.loads((run / "run.json").read_text())
+    config["record"] |= {"threads": 77, "processor": "a machine of before"}
+    (run / "run.json").write_text(json.dumps(config, indent=2))
+    before = (run / "run.json").read_bytes()
     text = succeed(*PRUNE, "--out", run, "--resume")
     assert "threads: 77 then, 1 now" in text
-    assert (run / "config.json").read_bytes() == before
+    assert (run / "run.json").read_bytes() == before
     page = (run / "report.html").read_text()
     assert "<td>threads</td><td>77</td>" in page
-    assert "<td>device</td><td>a machine of before</td>" in page
+    assert "<td>processor</td><td>a machine of before</td>" in page
     assert "threads" not in (run / "summary.json").read_text()
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from click.core import ParameterSource
 
 from plasticnet.apps.console import print_line
 from plasticnet.apps.data import Data
@@ -121,6 +120,10 @@ def train_command(
     mode = _mode(model, growth=growth, dense=dense, compare=compare)
     if budget is not None and price is not None:
         raise PlasticError("--budget and --price: a budget finds its price itself; give one of them")
+    if dense and (budget is not None or price is not None):
+        raise PlasticError(
+            f"--dense --{'price' if budget is None else 'budget'}: a model trained as it is has no price"
+        )
     limit = budget_of(budget)
     choices: dict[str, Any] = {"cost": cost, "gates": gates}
     settings = Config(
@@ -159,7 +162,8 @@ def _mode(model: str, **asked: bool) -> Any:
 
 def _given(context: typer.Context) -> list[str]:
     """Return the names of the options that stand on the command line."""
-    return [n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _check_alone(context: typer.Context) -> None:

@@ -31,6 +31,8 @@ def load_any(source: str, how: Reading, seed: int = 0) -> Data:
     """
     if source in DATASETS:
         check_options(source, how, ())
+        if how.task == "regression":
+            raise PlasticError(f"--task regression: {source} are classes")
         return load_data(source, how.data_dir, seed)
     found = read(source, how)
     if found.y is None:

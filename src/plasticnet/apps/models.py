@@ -108,7 +108,7 @@ def factory(name: str, shape: Sequence[int], classes: int | None, *, full: bool 
     outputs = _OUTPUTS if classes is None else classes
     given = {"num_classes": classes} if classes is not None and takes_classes(name) else {}
     if name == "lenet5":
-        if tuple(shape) != IMAGE[1:]:
+        if shape and tuple(shape) != IMAGE[1:]:
             raise PlasticError(
                 f"lenet5 reads images of the shape {IMAGE[1:]}, and not inputs of the shape {tuple(shape)}: give grey "
                 "images and --image-size 28, or another model, such as mlp or torchvision:resnet18"

@@ -51,6 +51,8 @@ def read_target(values: Sequence[Any], name: str, asked: Task | None, whole: boo
         if numbers is None:
             raise PlasticError(f"--task regression: the target {name!r} holds text, such as {str(values[0])!r}")
         return Target(task, name), _regression(numbers, name, whole)
+    if numbers is None and asked is None:
+        _check_mixed(values, name)
     cells = _labels(values, numbers)
     labels, codes, counts = np.unique(cells, return_inverse=True, return_counts=True)
     if numbers is not None and not _booleans(values):  # 10 comes after 9
@@ -88,6 +90,17 @@ def _guess(values: Sequence[Any], numbers: np.ndarray | None) -> Task:
     different = len(np.unique(numbers))
     whole = bool((numbers == np.round(numbers)).all())
     return "classification" if whole and different <= _FEW and different < _SHARE * len(numbers) else "regression"
+
+
+def _check_mixed(values: Sequence[Any], name: str) -> None:
+    """Raise `PlasticError` where a target is text in a few rows, and many different numbers in the others."""
+    texts = [row for row, value in enumerate(values) if _numbers([value]) is None]
+    if 2 * len(texts) < len(values) and len(set(values)) > _FEW:
+        raise PlasticError(
+            f"the target {name!r} holds numbers, and text in {len(texts)} of {len(values)} rows, first "
+            f"{values[texts[0]]!r} in row {texts[0] + 1}: correct or remove these rows; or, if it holds names of "
+            "classes, say --task classification"
+        )
 
 
 def _booleans(values: Sequence[Any]) -> bool:
