@@ -288,7 +288,8 @@ def test_resuming_where_no_run_was(content: dict[str, str], tmp_path: Path, fail
 
 
 CHANGES = {
-    "epochs": "5", "k": "5", "k-end": "9", "price": "0.2", "cost": "units", "estimator": "ar", "gates": "batch", "inputs": "1", "start": "2", "batch": "50", "lr": "0.5",
+    "epochs": "5", "k": "5", "k-end": "9", "price": "0.2", "cost": "units", "estimator": "ar",
+    "gates": "batch", "inputs": "1", "start": "2", "batch": "50", "lr": "0.5",
     "gate-lr": "0.5", "seed": "9", "model": "mlp:6-5", "data": "digits",
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from plasticnet import PlasticError
 from plasticnet.apps.data import Split
 from plasticnet.apps.scores import evaluate, losses, shown
 
@@ -27,6 +28,11 @@ def test_a_target_that_is_the_same_everywhere() -> None:
     y = torch.ones(3)
     assert evaluate(nn.Identity(), Split(y[:, None], y), "regression").score == 1
     assert evaluate(nn.Identity(), Split(0 * y[:, None], y), "regression").score == 0
+
+
+def test_a_model_that_returns_something_else() -> None:
+    with pytest.raises(PlasticError, match="returns a tuple, and a tensor of outputs is needed"):
+        losses((torch.ones(1),), torch.ones(1), "regression")  # pyright: ignore[reportArgumentType]
 
 
 def test_classes_are_scored_by_how_many_are_right() -> None:

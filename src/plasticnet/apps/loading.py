@@ -43,11 +43,13 @@ def load_any(source: str, how: Reading, seed: int = 0) -> Data:
     try:
         target, y = read_target(found.y, found.target, how.task or found.task, whole=True)
         parts = split_rows(len(y), y if target.task == "classification" else None, seed)
-        table = None if isinstance(found.x, Tensor) else fit_table(found.x, parts[0].tolist())
-        x = found.x if isinstance(found.x, Tensor) else table.tensor(found.x) if table is not None else None
+        if isinstance(found.x, Tensor):
+            table, x = None, found.x
+        else:
+            table = fit_table(found.x, parts[0].tolist())
+            x = table.tensor(found.x)
     except PlasticError as error:
         raise PlasticError(f"--data {source}: {error}") from error
-    assert x is not None
     if target.task == "regression":
         target, y = _normalised(target, y, parts[0], x.dtype)
     train, val, test = (Split(x[part], y[part]) for part in parts)

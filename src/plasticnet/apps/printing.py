@@ -75,5 +75,5 @@ def print_results(results: Mapping[str, Mapping[str, Any]], run: Run, data: Data
         built = f'factory("{run.built}", {data.shape}, {data.outputs})'
         print_line(f'  {mode} = pn.load("{(folder / mode / COMPACT).as_posix()}", {built})')
     if data.target.name is not None:
-        suffix = Path(run.data).suffix or ".npz"
+        suffix = ".npz" if ":" in run.data else Path(run.data).suffix  # a folder has none
         print_line(f"For new rows: plasticnet predict {folder} --data new{suffix} --out predictions.csv")

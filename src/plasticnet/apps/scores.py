@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet.apps.data import Split, Task
+from plasticnet.errors import PlasticError
 
 SCORES: dict[Task, str] = {"classification": "accuracy", "regression": "R²"}
 
@@ -38,7 +39,15 @@ def losses(output: Tensor, y: Tensor, task: Task) -> Tensor:
         output: What the network returns: logits, shape (batch, classes), or a number each, shape (batch, 1).
         y: The labels, or the normalised target, shape (batch,).
         task: What kind of answer it is.
+
+    Raises:
+        PlasticError: The output is something else.
     """
+    if not isinstance(output, Tensor):
+        raise PlasticError(
+            f"the model returns a {type(output).__name__}, and a tensor of outputs is needed; a PACKAGE:FACTORY can wrap "
+            "the model so that it returns one"
+        )
     if task == "classification":
         return F.cross_entropy(output, y, reduction="none")
     return (output.reshape(y.shape) - y).square() / 2
