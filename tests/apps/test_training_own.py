@@ -137,6 +137,12 @@ def test_other_sources(source: str) -> None:
         assert {row["prediction"] for row in predictions("predictions.csv")} <= {"cat", "dog"}
 
 
+def test_a_price_that_leaves_nothing_is_told() -> None:
+    args = ["train", "--data", "own.npz", *QUICK, "--model", "mlp:8-6"]
+    assert "the price of 1000 has left a single unit in 1, 3; a smaller --price" in succeed(*args, "--price", "1000")
+    assert "--price" not in succeed(*args, "--price", "0", "--out", "large")
+
+
 def test_a_factory_gets_the_number_of_classes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

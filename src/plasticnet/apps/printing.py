@@ -67,6 +67,14 @@ def print_results(results: Mapping[str, Mapping[str, Any]], run: Run, data: Data
         widths = "-".join(str(n) for n in result["units"].values())
         print_line(f"{mode}: widths {widths}, {result['parameters']:,} parameters, {result['macs']:,} multiply-adds")
         print_line(f"  {scores}")
+        if not result.get("growth_stopped", True):
+            print_line("  growth had not stopped by itself when the plastic stage ended; more --epochs would help")
+        single = [name for name, units in result["units"].items() if units == 1]
+        if single and mode != "dense" and run.config.budget is None:
+            print_line(
+                f"  the price of {run.config.price:g} has left a single unit in {', '.join(single)}; a smaller --price "
+                "makes a larger network"
+            )
     print_line(f"written to {folder}: {REPORT}, {METRICS}, {SUMMARY}, {CONFIG}, */{COMPACT}")
     print_line("In Python, the inputs prepared as in training:")
     print_line("  import plasticnet as pn")

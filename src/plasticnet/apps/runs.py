@@ -265,8 +265,6 @@ def _train_mode(
         )  # fmt: skip
     if not console.is_terminal:  # Live ends without a new line where the console is no terminal
         console.print()
-    if not result.summary.get("growth_stopped", True):
-        console.print("growth had not stopped by itself when the plastic stage ended; more --epochs would help")
     save(result.compact, own / COMPACT)
     return result.summary
 
