@@ -38,7 +38,7 @@ def child(name: str) -> dict[str, Any]:
     torch.set_num_threads(2)
     meta = name.startswith("transformers:")
     shape = None if meta else (1, 3, 224, 224)
-    make = factory(name, (3, 224, 224), 10, full=meta)
+    make = factory(name, (3, 224, 224), None, full=meta)
     model = build_model(make, meta)
     inputs = example_inputs(name, model, shape)
     forward = None if meta else alone(model.eval(), inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plasticnet import PlasticError, PlasticNet
-from plasticnet.apps.models import MLP, LeNet5, build_model, example_inputs, factory
+from plasticnet.apps.models import MLP, LeNet5, build_model, example_inputs, factory, takes_classes
 
 
 def test_mlp_flattens_and_ends_linear() -> None:
@@ -38,6 +38,32 @@ def test_a_factory_builds_anew() -> None:
 def test_models_of_other_packages() -> None:
     assert type(factory("torchvision:resnet18", (3, 64, 64), 10)()).__name__ == "ResNet"
     assert isinstance(factory("plasticnet.apps.models:LeNet5", (), 10)(), LeNet5)
+
+
+def counted(num_classes: int = 4) -> nn.Module:
+    return nn.Linear(3, num_classes)
+
+
+def test_models_of_others_get_the_number_of_classes() -> None:
+    """Where they take it; with None they keep their own."""
+    own = f"{__name__}:counted"
+    for name, layer in (("torchvision:resnet18", "fc"), (own, "")):
+        assert takes_classes(name)
+        assert factory(name, (3, 64, 64), 7)().get_submodule(layer).out_features == 7
+        assert factory(name, (3, 64, 64), None)().get_submodule(layer).out_features == (1000 if layer else 4)
+    assert not takes_classes("plasticnet.apps.models:LeNet5")
+    assert factory("lenet5", (1, 28, 28), 7)()(torch.randn(1, 1, 28, 28)).shape == (1, 7)
+
+
+def test_an_mlp_without_widths_begins_with_three_units() -> None:
+    sizes = [layer.out_features for layer in factory("mlp", (4,), 2)().modules() if isinstance(layer, nn.Linear)]
+    assert sizes == [3, 3, 2]
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 32, 32), (7,)])
+def test_lenet5_reads_its_own_images_only(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PlasticError, match=r"lenet5 reads images of the shape \(1, 28, 28\).*--image-size 28"):
+        factory("lenet5", shape, 10)
 
 
 @pytest.mark.parametrize(

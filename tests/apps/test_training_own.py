@@ -95,6 +95,7 @@ def test_a_table_with_numbers_and_what_is_predicted() -> None:
     assert error < 0.5 * price.std()
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_network_for_each_row_by_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_factory_gets_the_number_of_classes(
 # -- a run.json ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--model", "mlp:8-6"], GROWS], ids=["prune", "grow"])
 def test_a_run_can_be_run_again(options: list[str]) -> None:
     succeed(*CSV, "--target", "price", *options)

@@ -45,8 +45,8 @@ def losses(output: Tensor, y: Tensor, task: Task) -> Tensor:
     """
     if not isinstance(output, Tensor):
         raise PlasticError(
-            f"the model returns a {type(output).__name__}, and a tensor of outputs is needed; a PACKAGE:FACTORY can wrap "
-            "the model so that it returns one"
+            f"the model returns a {type(output).__name__}, and a tensor of outputs is needed; a PACKAGE:FACTORY can "
+            "wrap the model so that it returns one"
         )
     if task == "classification":
         return F.cross_entropy(output, y, reduction="none")
