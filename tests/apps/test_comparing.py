@@ -19,7 +19,7 @@ from tests.kit.commands import fail, succeed
 
 VOID = {"meta", "path", "br"}
 MOONS = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100"]
-ALL, ONE = ("--mode", "both"), ("--mode", "prune")  # three networks in a folder, and one
+ALL, ONE = ("--compare",), ()  # three networks in a folder, and one
 
 
 class Parsed(HTMLParser):
