@@ -15,12 +15,12 @@ from plasticnet.sklearn.base import PlasticMLP, Scale
 class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
     """A multilayer perceptron for regression that chooses the widths of its hidden layers by itself.
 
-    It works as `PlasticMLPClassifier` does, with the squared error. Targets are normalised inside, so that the price is
-    one in units of their variance.
+    It works as `PlasticMLPClassifier` does, with half of the squared error of normalised targets: the negative
+    log-likelihood of a normal distribution, but for a constant.
 
     Args:
-        price: What a parameter costs: so many times the variance of the targets, in the summed squared error of all
-            rows. A larger price makes a smaller network.
+        price: What a parameter costs: so many nats, of which one is the squared error of √2 standard deviations of the
+            target in one row. A larger price makes a smaller network.
         hidden_layers: The number of hidden layers, 1 or more.
         activation: "relu", "gelu" or "tanh".
         batch_size: How many rows a batch has; "auto" takes between 64 and 256.
@@ -41,7 +41,7 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
         noise_: The noise that was added to the normalised inputs while training, as a standard deviation: what helped a
             small network most on rows that it was not trained on, if anything did.
         module_: The network, a plain `torch.nn.Sequential` from normalised columns to normalised targets.
-        loss_curve_: The mean loss of each epoch, in units of the variance of the targets.
+        loss_curve_: The mean loss of each epoch: half of the squared errors of normalised targets.
         validation_scores_: The negative held-out losses with ``early_stopping``, else None.
         n_iter_: The number of epochs.
         n_features_in_: The number of columns.
@@ -59,7 +59,7 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
     """
 
     def _losses(self, found: Tensor, y: Tensor) -> Tensor:
-        return (found - y).square().mean(1)
+        return (found - y).square().sum(1) / 2
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PlasticMLPRegressor:
         """Choose the widths, and train.
