@@ -155,7 +155,18 @@ def test_it_goes_back_where_what_is_compiled_is_slower() -> None:
     assert backend.runs == runs
     net.resize({"0": list(range(8))})
     trained(net, 3)
-    assert backend.runs > runs  # another size is tried anew
+    assert backend.runs == runs  # it is remembered at another size
+
+
+def test_gates_per_sample_run_compiled_beside_ordinary_training() -> None:
+    torch.compiler.reset()
+    backend, net = Backend(), PlasticNet(mlp(6, 16, 3), (torch.randn(2, 6),), gates="sample")
+    net.compile(backend=backend, after=0)
+    for k in (2.0, math.inf, 2.0, math.inf):
+        net.k = k
+        before = backend.runs
+        trained(net, 2)
+        assert backend.runs >= before + 2
 
 
 @pytest.mark.parametrize("wrong", [-1, "soon", float("nan")])

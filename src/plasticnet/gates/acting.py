@@ -188,12 +188,19 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
                     f"{reader.module} reads {x.shape[0]} rows, but gates were drawn for {len(multiplier)} samples; "
                     'construct PlasticNet with gates="batch"'
                 )
-            own = type(module).__module__.startswith("torch.nn.")  # any other may change its input in place
-            sparing = own and multiplier.requires_grad and not (x.is_cuda or x.is_complex() or is_transformed(x))
+            sparing = multiplier.requires_grad and _may_spare(module, x)
             x = Gated.apply(x, multiplier, reader.axis) if sparing else multiplied(x, multiplier, (0, reader.axis))
         return (x, *args[1:])
 
     return hook
+
+
+def _may_spare(module: nn.Module, x: Tensor) -> bool:
+    """Return whether `Gated` may multiply the input of a module; a module of the user may change its input in place."""
+    if torch.compiler.is_compiling():  # The compiler itself chooses what is kept for the backward pass.
+        return False
+    own = type(module).__module__.startswith("torch.nn.")
+    return own and not (x.is_cuda or x.is_complex() or is_transformed(x))
 
 
 class Gated(torch.autograd.Function):

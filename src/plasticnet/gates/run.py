@@ -8,6 +8,7 @@ the open units, and closed blocks are skipped.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, swapped
 from plasticnet.gates.checkpoints import checkpoints_by
+from plasticnet.gates.compiled import NotOneGraph
 from plasticnet.gates.norms import open_statistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
 from plasticnet.gates.sharded import folding_later, gathered_later, values_of
 from plasticnet.gates.tiers import Tiers
 from plasticnet.layers.attention import unfused_layers
+from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
@@ -132,9 +135,9 @@ class Gating:
     ) -> Any:
         """Run the model under the given gates and return its output.
 
-        A model that was compiled in place, by ``model.compile()``, runs compiled where that pays (see `Tiers`), unless
-        gates act by hooks, norms are masked or blocks may be skipped. What is compiled would not notice those, so the
-        model then runs as it was written.
+        A model that was compiled in place runs compiled where that pays (see `Tiers`), unless norms are masked or
+        blocks may be skipped. What is compiled would not notice those, so the model then runs as it was written.
+        Where gates act by hooks, it runs compiled by itself (see `HookedCalls`).
 
         Args:
             z: The gates of the units, shape (units + 1,) or (rows, units + 1), with a constant 1 at the end. There is
@@ -152,8 +155,8 @@ class Gating:
             PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
         with self.lock, ExitStack() as stack:
-            run = _Run(self, z, best, all_open, weights or {}, ranks)
-            stack.enter_context(run.timed)
+            run = _Run(self, z, best, all_open, weights or {}, ranks, batch=partial(batch_size, args, kwargs))
+            timed = stack.enter_context(run.timed)
             if watching is not None and not run.compiled:  # the compiler cannot follow the mode
                 run.watch = watching(run.tensors.values())
             stack.callback(run.end)
@@ -161,7 +164,10 @@ class Gating:
             if run.watch is not None:
                 stack.enter_context(run.watch)  # entered last, because the work above is not part of the model
                 return run.watch.output(self.model(*args, **kwargs))
-            return self.model(*args, **kwargs)
+            output = run.call(args, kwargs)
+            if timed is not None:
+                timed(output)
+            return output
 
     @contextmanager
     def folding_once(self) -> Iterator[None]:
@@ -232,13 +238,14 @@ class _Run:
         all_open: Whether all gates of units are 1.
         weights: The gates of single weights.
         ranks: The processes that run the model alike, where FSDP2 shards it.
+        batch: Returns the size of the batch.
 
     Attributes:
         tensors: The weights that gates were multiplied into, by the name of the parameter.
         masks: The norms that count open units only, each with the axis and the mask of its open entries.
         skipped: The closed blocks.
         compiled: Whether a module of the model was compiled in place, and runs so.
-        timed: A context that times the run, where the model was compiled in place.
+        timed: A context that times the run, where the model was compiled in place. It yields what takes the output.
         watch: What follows the run until the first gate acts, or None.
     """
 
@@ -250,6 +257,8 @@ class _Run:
         all_open: bool,
         weights: Mapping[str, Tensor],
         ranks: Ranks | None = None,
+        *,
+        batch: Callable[[], int],
     ) -> None:
         self.gating = gating
         self.watch: Watch | None = None
@@ -278,12 +287,36 @@ class _Run:
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
         self._acts = bool(changed or self._hooks) or not all_open
         in_place = any(is_compiled(m) for m in gating.model.modules())
-        unseen = bool(hooks_of_gates or self.masks or (gating.blocks and not all_open))
-        kind = (gating.model.training, torch.is_grad_enabled(), bool(changed))
-        self.compiled = in_place and not unseen and gating.tiers.compiles(kind)
+        self._by_hooks = bool(hooks_of_gates)
+        by_hooks = self._by_hooks and (gating.tiers.hooked is None or bool(self._later))
+        unseen = bool(by_hooks or self.masks or (gating.blocks and not all_open))
+        self._kind = (
+            gating.model.training, torch.is_grad_enabled(), bool(changed), self._by_hooks,
+            self._by_hooks and z.requires_grad,
+        )  # fmt: skip
+        self.compiled = in_place and not unseen and gating.tiers.compiles(self._kind, batch(), self._by_hooks)
         self._eager = in_place and not self.compiled
-        self.timed = gating.tiers.timing(kind, self.compiled) if in_place and not unseen else nullcontext()
+        self.timed: AbstractContextManager[Callable[[Any], None] | None] = (
+            gating.tiers.timing(self._kind, self.compiled) if in_place and not unseen else nullcontext()
+        )
         self._unfused = gating.fused and (bool(changed) or not all_open)
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model, while gates act, and return its output."""
+        model, hooked_calls = self.gating.model, self.gating.tiers.hooked
+        if not (self.compiled and self._by_hooks and hooked_calls):
+            return model(*args, **kwargs)
+        try:
+            return hooked_calls(model, args, kwargs)
+        except NotOneGraph as error:
+            self.gating.tiers.give_up(self._kind)
+            warnings.warn(
+                "under gates per sample the model goes on as it was written, because it cannot be compiled as one "
+                f'graph: {error}. Ordinary training and gates per batch (gates="batch") may still run compiled',
+                stacklevel=2,
+            )
+        with torch.compiler.set_stance("force_eager"):
+            return model(*args, **kwargs)
 
     def _multiplied(self, names: set[str], once: bool = False) -> dict[str, Tensor]:
         """Return the weights of these names multiplied by their gates; with ``once`` the products are not kept."""

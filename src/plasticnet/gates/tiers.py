@@ -3,73 +3,192 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 import torch
 
-# Of the compiled runs of a kind the first ones compile, and the next ones are compared with those before.
+from plasticnet.gates.compiled import HookedCalls
+from plasticnet.tools.torch_private import after_backward
+from plasticnet.tools.trees import tensors_within
+
+# Of the compiled runs of a kind the first ones compile, and so many of the next ones are compared with those before.
 COMPILING, COMPARED = 2, 8
+# What share of their time runs are taken to save compiled where nothing is known yet, and the least that is reckoned.
+PRESUMED, LEAST = 1 / 4, 1 / 10
 
 
-@dataclass
+class _Times:
+    """How many seconds runs took, with their backward passes.
+
+    Args:
+        kept: Of how many runs, the last ones, each is remembered.
+
+    Attributes:
+        total: The seconds of all runs.
+        count: How many there were.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self.total, self.count = 0.0, 0
+        self._last: deque[list[float]] = deque(maxlen=kept)
+
+    @property
+    def last(self) -> list[float]:
+        """The seconds of each of the last runs."""
+        return [sum(parts) for parts in self._last]
+
+    def add(self, seconds: float) -> Callable[[float], None]:
+        """Add a run, and return a function that adds seconds to it."""
+        parts: list[float] = []
+
+        def more(seconds: float) -> None:
+            parts.append(seconds)
+            self.total += seconds
+
+        more(seconds)
+        self.count += 1
+        self._last.append(parts)
+        return more
+
+
 class _Kind:
-    """What is known of the runs of one kind at the present sizes: numbers of runs, and seconds that they have taken."""
+    """What is known of the runs of one kind.
 
-    written: int = 0
-    seconds: float = 0.0
-    compiled: int = 0
-    compared: float = 0.0
-    slower: bool = False
+    Attributes:
+        written: The runs at the present sizes that ran as written.
+        compiled: Those that ran compiled.
+        batches: How many runs had a batch of each size.
+        batch: The size of the first batch that ran compiled, or None.
+        cost: The seconds that compiling took, at these sizes or the last ones where it did, or None.
+        saving: The share of their time that compiled runs have saved, likewise; below 0 where they took longer.
+        refused: Whether the compiler cannot do it at all.
+    """
+
+    def __init__(self) -> None:
+        self.cost: float | None = None
+        self.saving: float | None = None
+        self.refused = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew at other sizes, but remember what compiling costs and saves."""
+        self.written, self.compiled = _Times(4 * COMPARED), _Times(COMPILING + COMPARED)
+        self.batches: Counter[int] = Counter()
+        self.batch: int | None = None
+
+    def learn(self) -> None:
+        """Take from the runs at the present sizes what compiling costs and saves, as soon as they tell."""
+        if not self.written.count or not self.compiled.count or self.compiled.count > COMPILING + COMPARED:
+            return
+        usual, compiled = median(self.written.last), self.compiled.last
+        self.cost = max(sum(compiled[:COMPILING]) - len(compiled[:COMPILING]) * usual, 0.0)
+        if len(compiled) == COMPILING + COMPARED:
+            self.saving = 1 - median(compiled[COMPILING:]) / usual
+
+    @property
+    def slower(self) -> bool:
+        """Whether compiled runs have turned out slower at the present sizes."""
+        return self.saving is not None and self.saving <= 0 and self.compiled.count >= COMPILING + COMPARED
+
+    def suits(self, batch: int, fixed: bool) -> bool:
+        """Return whether a batch of this size is one to compile for.
+
+        Args:
+            batch: The size of the batch.
+            fixed: Whether what is compiled serves a single size.
+        """
+        usual, times = self.batches.most_common(1)[0]
+        if fixed:
+            return batch == (usual if self.batch is None else self.batch)
+        return batch == usual or 2 * times <= self.batches.total()
 
 
 class Tiers:
     """How long the runs of a network take, by which they run as the model was written, or compiled.
 
     To compile takes as long as many runs, and a change of size makes what was compiled worthless. So runs go on as
-    written until those of their kind have taken ``after`` seconds at the present sizes. The next ones run compiled. If
-    they then take longer than those before, runs of this kind go on as written until sizes change.
+    written until those of their kind have taken ``after`` seconds at the present sizes, with their backward passes. The
+    next ones run compiled. If they then take longer than those before, runs of this kind go on as written.
+
+    Once it is known what compiling costs and saves, it must also promise to pay at the next sizes: runs go on as
+    written until compiled ones would have saved there what compiling had cost. As long as the saving is not known, it
+    is taken to be a quarter of the time, and it is never taken to be less than a tenth. So where compiled runs were
+    slower, runs at other sizes must have taken ten times what compiling took before they are compiled once more.
+
+    Batches of an unusual size, as the last ones of epochs are, run as written, so that nothing is compiled for them.
+    Where sizes vary and a kind is not ``fixed``, all of them run compiled.
 
     Args:
-        after: The seconds.
+        after: The seconds; 0 compiles at once, whatever it costs.
+        hooked: What calls a model, compiled, while gates act by hooks. None if such runs always run as written.
     """
 
-    def __init__(self, after: float) -> None:
-        self.after = after
+    def __init__(self, after: float, hooked: HookedCalls | None = None) -> None:
+        self.after, self.hooked = after, hooked
         self._kinds: dict[Hashable, _Kind] = {}
-        self._compiled = False  # whether anything was compiled at these sizes
 
     def renew(self) -> None:
         """Begin anew, because sizes have changed; what was compiled for others is thrown away."""
-        self._kinds = {}
-        if self._compiled:
+        if any(known.batch is not None for known in self._kinds.values()):
             # Otherwise the compiler would soon meet its limit of recompilations, and give up.
             torch.compiler.reset()
-            self._compiled = False
+        for known in self._kinds.values():
+            known.learn()
+            known.renew()
 
-    def compiles(self, kind: Hashable) -> bool:
-        """Return whether the next run of a kind is to run compiled."""
+    def compiles(self, kind: Hashable, batch: int, fixed: bool) -> bool:
+        """Return whether the next run is to run compiled.
+
+        Args:
+            kind: What tells it from others that are compiled separately.
+            batch: The size of its batch.
+            fixed: Whether what is compiled serves batches of a single size.
+        """
         known = self._kinds.setdefault(kind, _Kind())
-        return known.seconds >= self.after and not known.slower
+        known.learn()
+        known.batches[batch] += 1
+        if known.refused or known.slower or not known.suits(batch, fixed):
+            return False
+        if known.batch is None and known.written.total < self._due(known):
+            return False
+        known.batch = batch if known.batch is None else known.batch
+        return True
+
+    def _due(self, known: _Kind) -> float:
+        """Return how many seconds runs at the present sizes must have taken before they are compiled."""
+        if known.cost is None or not self.after:
+            return self.after
+        saving = PRESUMED if known.saving is None else max(known.saving, LEAST)
+        return max(self.after, known.cost / saving)
+
+    def give_up(self, kind: Hashable) -> None:
+        """Note that the compiler cannot compile runs of a kind, whatever the sizes."""
+        self._kinds.setdefault(kind, _Kind()).refused = True
 
     @contextmanager
-    def timing(self, kind: Hashable, compiled: bool) -> Iterator[None]:
-        """Time a run within this context.
+    def timing(self, kind: Hashable, compiled: bool) -> Iterator[Callable[[Any], None]]:
+        """Time a run within this context, which yields a function for its output, to time its backward pass, too.
 
         Args:
             kind: What tells it from others that are compiled separately.
             compiled: Whether it runs compiled.
         """
+        known = self._kinds.setdefault(kind, _Kind())
+        times = known.compiled if compiled else known.written
+        outputs: list[Any] = []
         begun = time.perf_counter()
-        yield
-        taken, known = time.perf_counter() - begun, self._kinds.setdefault(kind, _Kind())
-        if not compiled:
-            known.written, known.seconds = known.written + 1, known.seconds + taken
-            return
-        self._compiled = True
-        known.compiled += 1
-        if known.compiled > COMPILING:
-            known.compared += taken
-        if known.compiled == COMPILING + COMPARED and known.written:
-            known.slower = known.compared / COMPARED > known.seconds / known.written
+        yield outputs.append
+        more = times.add(time.perf_counter() - begun)
+        node = next((t.grad_fn for output in outputs for t in tensors_within(output) if t.grad_fn is not None), None)
+        if node is not None:
+            node.register_prehook(lambda _: _time_backward(more))
+
+
+def _time_backward(more: Callable[[float], None]) -> None:
+    """Hand over how long it takes from here to the end of the backward pass that is running."""
+    begun = time.perf_counter()
+    after_backward(lambda: more(time.perf_counter() - begun))

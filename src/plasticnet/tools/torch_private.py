@@ -122,6 +122,15 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
+def cannot_be_compiled(error: Exception) -> bool:
+    """Return whether an error says that the compiler cannot follow a function, or will not compile it once more."""
+    from torch._dynamo import exc  # It takes over a second, so it is imported only where something was compiled.
+
+    followed = (exc.BackendCompilerFailed, exc.InvalidBackend)
+    limit = getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException)
+    return isinstance(error, (exc.TorchDynamoException, limit)) and not isinstance(error, followed)
+
+
 def ignored_by_ddp(module: nn.Module) -> Sequence[str]:
     """Return the names of a module's parameters and buffers that `DistributedDataParallel` was told to ignore."""
     return getattr(module, "_ddp_params_and_buffers_to_ignore", ())

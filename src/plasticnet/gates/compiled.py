@@ -1,0 +1,66 @@
+"""Runs a model compiled while gates act by hooks.
+
+What ``model.compile()`` makes is no place for hooks that come and go: the compiler does not ask whether a module that
+had none has some now, and what it has once compiled would go on without them. So a model with hooks is compiled within
+a function of its own, which runs for nothing else. Everything must become one graph. If there were several, the code
+of modules in between would be compiled by itself, and be found again by other networks of the same class.
+
+The multipliers of hooks become inputs of the graph. The compiler compares their shapes and dtypes only, so that what
+was drawn, k and the epoch change nothing; and it compares how many hooks there are. It takes the shapes of what hooks
+hold for fixed, so that each size of a batch is compiled for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from plasticnet.tools.torch_private import cannot_be_compiled
+
+
+class NotOneGraph(Exception):
+    """Says why the compiler cannot make one graph of a model."""
+
+
+class HookedCalls:
+    """Calls a model that has hooks, compiled.
+
+    A copy compiles anew, with the default options, and so does what is loaded.
+
+    Args:
+        options: The keyword arguments of `torch.compile`.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        # The compiler counts recompilations by code, so that each network needs a code object of its own.
+        own = FunctionType(_call.__code__.replace(), _call.__globals__, "call_with_hooks")
+        self._compiled: Callable[..., Any] = torch.compile(own, **{**(options or {}), "fullgraph": True})
+
+    def __reduce__(self) -> tuple[type[HookedCalls], tuple[()]]:
+        return HookedCalls, ()
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the model returns.
+
+        Args:
+            model: The model, whose hooks are in place.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Raises:
+            NotOneGraph: The compiler cannot make one graph of it. Nothing has run then.
+        """
+        try:
+            return self._compiled(model, args, dict(kwargs))
+        except Exception as error:
+            if not cannot_be_compiled(error):
+                raise
+            raise NotOneGraph(str(error).strip().split("\n")[0]) from error
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
