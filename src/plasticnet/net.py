@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from plasticnet.checking.find import Patterns, find
 from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
-from plasticnet.gates.compiled import HookedCalls
+from plasticnet.gates.compiled import HookedCalls, compiling_seconds
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.tiers import Tiers
 from plasticnet.gates.wrapped import ignored_names
@@ -155,16 +155,17 @@ class PlasticNet(GatedModel):
         """Compile the model in place, as `torch.nn.Module.compile` does, as soon as that pays.
 
         To compile takes as long as many training steps, and every change of size makes what was compiled worthless. So
-        the model runs as it was written until its runs at the present sizes have taken ``after`` seconds. Ordinary
-        training, gates per sample, gates per batch and evaluation then run compiled, each by itself. Where compiled
-        runs turn out slower, the model goes on as it was written. After changes of size it is compiled anew only once
-        compiled runs would have saved there what compiling took before. Gates per sample run compiled if the model is
-        one graph, and a warning says where it is not. Blocks that may be skipped and masked norms always run as they
-        were written. ``torch.compile(net)`` compiles at once, with random numbers of its own.
+        the model runs as it was written until compiled runs would have saved at the present sizes what compiling costs,
+        and so long that compiling can put all runs of the network back by a twentieth at most. Ordinary training, gates
+        per sample, gates per batch and evaluation then run compiled, each by itself. Where compiled runs turn out
+        slower, the model goes on as it was written. Gates per sample run compiled if the model is one graph, and a
+        warning says where it is not. Blocks that may be skipped and masked norms always run as they were written.
+        ``torch.compile(net)`` compiles at once, with random numbers of its own.
 
         Args:
             args: The arguments of `torch.nn.Module.compile`.
-            after: The seconds of runs after which a model of settled size is compiled; 0 compiles at once.
+            after: The seconds that runs at the present sizes must have taken at least; 0 compiles at once, whatever it
+                costs.
             kwargs: The keyword arguments of `torch.compile`.
 
         Raises:
@@ -173,7 +174,7 @@ class PlasticNet(GatedModel):
         if not isinstance(after, int | float) or not after >= 0:
             raise PlasticError(f"compile(after={after!r}): the seconds after which it compiles, a number from 0 on")
         with self.lock:
-            self.tiers = Tiers(float(after), HookedCalls(kwargs))
+            self.tiers = Tiers(float(after), compiling_seconds(self.model), HookedCalls(kwargs))
             self.refresh()
             self.model.compile(*args, **kwargs)
 

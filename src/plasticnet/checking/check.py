@@ -6,7 +6,7 @@ are compared with those of a copy from which these units were cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +32,9 @@ _FEW, _MANY = 3, 32  # to how many units a site of a large model is cut at least
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
 
-def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
+def self_check(
+    model: nn.Module, traced: Trace, calls: Sequence[Call], step: Callable[[str], None] = lambda _: None
+) -> Trace:
     """Check the sites of a trace, and freeze those for which masking and cutting disagree.
 
     A site that can be cut but not grown stays, with ``growable`` set to False. A site may also come back with
@@ -43,6 +45,7 @@ def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
         model: The model that was traced.
         traced: What tracing found.
         calls: How the model is called, the first time in evaluation mode.
+        step: Called after each of the two parts of the check, with a few words on what comes next.
 
     Returns:
         The checked trace. On the meta device, where no outputs can be compared, it is the given one, with ``checked``
@@ -53,14 +56,14 @@ def self_check(model: nn.Module, traced: Trace, calls: Sequence[Call]) -> Trace:
         return traced
     # Autocast is off, because it rounds as half precision does.
     with left_as_it_was(model), full_precision(tensors[0].device.type):
-        found = _trial(model, traced, calls, seed=0)
+        found = _trial(model, traced, calls, 0, step)
         for seed in range(1, _ATTEMPTS):
             if BLIND in found.frozen.values():
-                found = _trial(model, traced, calls, seed)
+                found = _trial(model, traced, calls, seed, step)
     return replace(found, frozen={**traced.frozen, **found.frozen}, checked=True)
 
 
-def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) -> Trace:
+def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int, step: Callable[[str], None]) -> Trace:
     """Run the check once, with the random parameters and gates that follow from a seed.
 
     A large model is compared once at full size, with most of its units closed. Then most units are cut from it, and
@@ -89,11 +92,13 @@ def _trial(model: nn.Module, traced: Trace, calls: Sequence[Call], seed: int) ->
         bad = culprits(run.cut_differs, sites, partial(repaired, run.model))
     bad |= unsure(sites, reached, bad)
     good = without_lost_inputs({n: sites[n] for n in traced.sites if n in sites and n not in bad})
+    step("adding units")
     stuck = culprits(run.growth_differs, {n: current[n] for n in good})
     good = {n: replace(u, growable=u.growable and n not in stuck) for n, u in good.items()}
     for n in [n for n, u in good.items() if u.size == 1 and not u.growable and not isinstance(u, BlockUnits)]:
         bad[n] = "all its channels form a single unit, which can be neither cut nor added to"
         del good[n]
+    step("single weights")
     return replace(traced, sites=without_lost_inputs(good), frozen=bad)
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from plasticnet.checking.check import self_check
 from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
-from plasticnet.tools.inputs import MORE, Outputs, calls_of
+from plasticnet.tools.inputs import MORE, Call, Outputs, calls_of
+from plasticnet.tools.progress import Progress
 from plasticnet.tracing.trace import explore
 from plasticnet.units import Units, without_lost_inputs
 
@@ -75,14 +76,24 @@ def find(
     calls = calls_of(example_inputs, more_inputs, outputs)
     given = {"inputs": inputs, "exclude": exclude, "blocks": blocks, "weights": weights}
     patterns = {name: _listed(name, value) for name, value in given.items()}
+    with Progress(f"gating {type(model).__name__}", total=4) as progress:
+        return _found(model, calls, patterns, residual, progress)
+
+
+def _found(
+    model: nn.Module, calls: Sequence[Call], patterns: Mapping[str, tuple[str, ...]], residual: bool, progress: Progress
+) -> Found:
+    """Return what `find` does, for arguments that were read, and advance the progress after each part of the work."""
     traced, runs = explore(model, calls, patterns["inputs"], residual, patterns["blocks"])
+    progress.advance("closing and cutting units")
     for pattern in patterns["exclude"]:
         if not any(fnmatchcase(n, pattern) for n in traced.sites):
             raise PlasticError(f"exclude={pattern!r} matches none of the sites: {', '.join(traced.sites)}")
     excluded = tuple(n for n in traced.sites if any(fnmatchcase(n, p) for p in patterns["exclude"]))
     traced.sites = without_lost_inputs({n: u for n, u in traced.sites.items() if n not in excluded})
-    traced = self_check(model, traced, runs.calls)
+    traced = self_check(model, traced, runs.calls, progress.advance)
     tensors, ungated = gateable(model, patterns["weights"], calls[0].args, calls[0].kwargs)
+    progress.advance("done")
     if not traced.sites and not tensors:
         reasons = "; ".join(f"{n}: {r}" for n, r in [*ungated.items(), *traced.frozen.items()][:5])
         way_out = (
@@ -98,7 +109,7 @@ def find(
             f"{type(model).__name__} does not run in training mode on the example inputs ({runs.refused}), so that "
             f"only evaluation was traced. If it trains on other inputs, give these, too: {MORE}.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     frozen = {**traced.frozen, **ungated}
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)

@@ -20,6 +20,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.tools.difference import relative_difference
 from plasticnet.tools.inputs import call_arguments, copy_inputs
+from plasticnet.tools.progress import Progress
 
 _TOLERANCE, _COARSE = 1e-4, 1e-2  # the largest relative differences of outputs; _COARSE is for half precision
 ONE_FILE = 2**31 - 2**20  # the bytes of parameters that fit into a protobuf, which has room for the graph beside them
@@ -127,9 +128,13 @@ def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[st
         axes = {0: torch.export.Dim("batch")}
         of_args, of_kwargs = tree_map(lambda t: axes if _is_batched(t, batch) else None, (args, kwargs))
         shapes = of_kwargs or of_args
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
+        Progress(f"exporting {path.name}", total=3) as progress,
+    ):
         partial = Path(folder) / path.name
         program = torch.export.export(module, *trials[0], dynamic_shapes=shapes)
+        progress.advance("writing")
         if path.suffix == ".onnx":
             size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
             torch.onnx.export(program, f=partial, dynamo=True, verbose=False, external_data=size >= ONE_FILE)
@@ -137,9 +142,11 @@ def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[st
         else:
             torch.export.save(program, partial)
             run = torch.export.load(partial).module()
+        progress.advance("comparing")
         error = max(
             check_outputs(outputs(module, *trial), outputs(run, *trial), f"cannot export to {path}") for trial in trials
         )
+        progress.advance("done")
         for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights come before the graph, which names them
             os.replace(file, path.with_name(file.name))
     return error

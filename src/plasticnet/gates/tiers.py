@@ -19,6 +19,8 @@ from plasticnet.tools.trees import tensors_within
 COMPILING, COMPARED = 2, 8
 # What share of their time runs are taken to save compiled where nothing is known yet, and the least that is reckoned.
 PRESUMED, LEAST = 1 / 4, 1 / 10
+# By which share of their time compiling may put the runs of a network behind what they would have taken as written.
+BEHIND = 1 / 20
 
 
 class _Times:
@@ -90,6 +92,13 @@ class _Kind:
             self.saving = 1 - median(compiled[COMPILING:]) / usual
 
     @property
+    def behind(self) -> float:
+        """How many seconds more the compiled runs at the present sizes took than they would have taken as written."""
+        if not self.written.count:
+            return 0.0
+        return self.compiled.total - self.compiled.count * median(self.written.last)
+
+    @property
     def slower(self) -> bool:
         """Whether compiled runs have turned out slower at the present sizes."""
         return self.saving is not None and self.saving <= 0 and self.compiled.count >= COMPILING + COMPARED
@@ -110,25 +119,29 @@ class _Kind:
 class Tiers:
     """How long the runs of a network take, by which they run as the model was written, or compiled.
 
-    To compile takes as long as many runs, and a change of size makes what was compiled worthless. So runs go on as
-    written until those of their kind have taken ``after`` seconds at the present sizes, with their backward passes. The
-    next ones run compiled. If they then take longer than those before, runs of this kind go on as written.
+    To compile takes as long as many runs, and a change of size makes what was compiled worthless. So runs of a kind go
+    on as written until two things hold. First, had those at the present sizes run compiled, they would have saved what
+    compiling costs; and they have taken ``after`` seconds. Second, compiling leaves all runs of the network together at
+    most a twentieth behind what they would have taken as written. So a network that is trained for a minute is never
+    compiled, and one that compiled runs do not suit loses a twentieth at most.
 
-    Once it is known what compiling costs and saves, it must also promise to pay at the next sizes: runs go on as
-    written until compiled ones would have saved there what compiling had cost. As long as the saving is not known, it
-    is taken to be a quarter of the time, and it is never taken to be less than a tenth. So where compiled runs were
-    slower, runs at other sizes must have taken ten times what compiling took before they are compiled once more.
+    What compiling costs and saves is known from the last time. Before the first one, a guess of the costs is given, and
+    the saving is taken to be a quarter. It is never taken to be less than a tenth: where compiled runs were slower,
+    runs at other sizes must have taken ten times what compiling took before they are compiled once more. At the sizes
+    at which they were slower, they go on as written. Backward passes count as parts of their runs.
 
     Batches of an unusual size, as the last ones of epochs are, run as written, so that nothing is compiled for them.
     Where sizes vary and a kind is not ``fixed``, all of them run compiled.
 
     Args:
         after: The seconds; 0 compiles at once, whatever it costs.
+        cost: The seconds that compiling is expected to take, as long as that is not known.
         hooked: What calls a model, compiled, while gates act by hooks. None if such runs always run as written.
     """
 
-    def __init__(self, after: float, hooked: HookedCalls | None = None) -> None:
-        self.after, self.hooked = after, hooked
+    def __init__(self, after: float, cost: float = 0.0, hooked: HookedCalls | None = None) -> None:
+        self.after, self.cost, self.hooked = after, cost, hooked
+        self._total = self._behind = 0.0  # the seconds of all runs, and those by which they were behind at past sizes
         self._kinds: dict[Hashable, _Kind] = {}
 
     def renew(self) -> None:
@@ -138,6 +151,8 @@ class Tiers:
             torch.compiler.reset()
         for known in self._kinds.values():
             known.learn()
+            self._behind += known.behind
+            self._total += known.written.total + known.compiled.total
             known.renew()
 
     def compiles(self, kind: Hashable, batch: int, fixed: bool) -> bool:
@@ -153,17 +168,20 @@ class Tiers:
         known.batches[batch] += 1
         if known.refused or known.slower or not known.suits(batch, fixed):
             return False
-        if known.batch is None and known.written.total < self._due(known):
+        if known.batch is None and self.after and not self._pays(known):
             return False
         known.batch = batch if known.batch is None else known.batch
         return True
 
-    def _due(self, known: _Kind) -> float:
-        """Return how many seconds runs at the present sizes must have taken before they are compiled."""
-        if known.cost is None or not self.after:
-            return self.after
+    def _pays(self, known: _Kind) -> bool:
+        """Return whether compiling runs of a kind promises to pay at the present sizes, and may go wrong."""
+        cost = self.cost if known.cost is None else known.cost
         saving = PRESUMED if known.saving is None else max(known.saving, LEAST)
-        return max(self.after, known.cost / saving)
+        if known.written.total < max(self.after, cost / saving):
+            return False
+        kinds = self._kinds.values()
+        total = self._total + sum(k.written.total + k.compiled.total for k in kinds)
+        return self._behind + sum(k.behind for k in kinds) + cost <= BEHIND * total
 
     def give_up(self, kind: Hashable) -> None:
         """Note that the compiler cannot compile runs of a kind, whatever the sizes."""

@@ -30,6 +30,7 @@ from plasticnet.layers.take import Take
 from plasticnet.measuring.timing import Inputs, call, called_rows, device_of, one_thread, times_of
 from plasticnet.surgery.compact import cut
 from plasticnet.tools.inputs import batch_size, blaming_inputs, call_arguments, copy_inputs
+from plasticnet.tools.progress import Progress
 from plasticnet.tools.sharding import as_whole
 from plasticnet.tools.snapshot import duplicate, left_as_it_was, sharing
 from plasticnet.units import BlockUnits, Units
@@ -81,14 +82,15 @@ def measure_latency(net: GatedModel, example_inputs: Any, networks: int, repeats
     with as_whole(net):
         twin: Any = duplicate(net).eval()
     whole: nn.Module = twin.model
-    with left_as_it_was(twin), one_thread():
+    with left_as_it_was(twin), one_thread(), Progress("measuring latency", networks + 1) as progress:
         _open(twin)
         with blaming_inputs(whole, args, kwargs):
             watched, row_of = called_rows(twin, whole, copy_inputs(inputs))
         timed = partial(_measured, whole, sites, list(watched), inputs, repeats, device)
-        samples = [timed({name: np.ones(u.size) for name, u in sites.items()})]
-        generator = np.random.default_rng(0)
-        samples += [timed(_gates(sites, generator)) for _ in range(networks)]
+        generator, samples = np.random.default_rng(0), list[_Sample]()
+        for i in range(networks + 1):
+            samples.append(timed(_gates(sites, generator) if i else {n: np.ones(u.size) for n, u in sites.items()}))
+            progress.advance(f"network {i + 1} of {networks + 1}")
     held_out = samples[_HELD_OUT::_HELD_OUT]
     fitted = [s for i, s in enumerate(samples) if i == 0 or i % _HELD_OUT]
     gated = {(s.tensor, s.dim) for u in sites.values() for s in u.slices}

@@ -17,6 +17,7 @@ from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, resolve
 from plasticnet.tools.inputs import Loss
+from plasticnet.tools.progress import Progress
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.tools.table import format_table
 
@@ -130,17 +131,26 @@ def sensitivity(
             raise PlasticError(f"evaluate returned {value!r}; it gives the validation loss, a number")
         return float(value)
 
-    rows = []
-    with net.lock, left_as_it_was(net, training=False), at_k(net, math.inf), own_gates(net):
+    numbers = {
+        name: [min(round(share * len(site)), len(site) - site.usual_minimum) for share in shares]
+        for name, site in net.sites.items()
+    }
+    rows, total = [], 1 + sum(len({*closed} - {0}) for closed in numbers.values())
+    with (
+        net.lock, left_as_it_was(net, training=False), at_k(net, math.inf), own_gates(net),
+        Progress("measuring sensitivity", total) as progress,
+    ):  # fmt: skip
         whole = measured()
+        progress.advance()
         for name, site in net.sites.items():
-            closed = [min(round(share * len(site)), len(site) - site.usual_minimum) for share in shares]
+            closed = numbers[name]
             lowest = torch.from_numpy(worth[name].argsort(kind="stable")).to(site.phi.device)
             losses = {0: whole}
             for n in closed:
                 if n not in losses:
                     site.phi[lowest[:n]] = -INITIAL_LOGIT
                     losses[n] = measured()
+                    progress.advance(f"{name} without {n:,} of {len(site):,}")
                     site.phi.fill_(INITIAL_LOGIT)
             rows.append(SiteSensitivity(name, len(site), tuple(closed), tuple(losses[n] for n in closed)))
     return Sensitivity(whole, shares, tuple(rows))
