@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet import PlasticNet
+from plasticnet.gates.compiled import HookedCalls
+from plasticnet.gates.tiers import Tiers
 from tests.kit.networks import ConvNet, mlp
 
 pytestmark = [
@@ -136,6 +138,35 @@ def test_compiled_is_what_was_written(name: str, backend: str) -> None:
         warnings.filterwarnings("error", "under gates per sample")
         found = results(net, x, y)
     assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Half(Tiers):
+    """Only runs with gradients run compiled, or only those without, as where one kind is compiled before the other."""
+
+    def __init__(self, gradients: bool) -> None:
+        super().__init__(0.0, hooked=HookedCalls({"backend": "eager"}))
+        self.gradients = gradients
+
+    def compiles(self, kind: Any, batch: int, fixed: bool) -> bool:
+        return torch.is_grad_enabled() == self.gradients
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gates", ["sample", "batch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_some_passes_of_a_step_compiled(name: str, gates: Any, gradients: bool) -> None:
+    make, shape = MODELS[name]
+    x, y = data(shape)
+    torch.manual_seed(0)
+    model = make().double()
+    expected = results(PlasticNet(deepcopy(model), (x[:2],), gates=gates), x, y)
+    net = PlasticNet(model, (x[:2],), gates=gates)
+    net.compile(backend="eager")
+    net.tiers = Half(gradients)
+    net.refresh()
+    found = results(net, x, y)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 

@@ -109,6 +109,7 @@ SCRIPTS = [
     "experiments/shrinking_table.py",
     "benchmarks/zoo_table.py",
     "benchmarks/cost_table.py",
+    "benchmarks/compiled_table.py",
     "benchmarks/random_table.py",
 ]
 
