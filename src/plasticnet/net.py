@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -174,9 +175,9 @@ class PlasticNet(GatedModel):
         if not isinstance(after, int | float) or not after >= 0:
             raise PlasticError(f"compile(after={after!r}): the seconds after which it compiles, a number from 0 on")
         with self.lock:
-            self.tiers = Tiers(float(after), compiling_seconds(self.model), HookedCalls(kwargs))
+            start = partial(self.model.compile, *args, **kwargs)
+            self.tiers = Tiers(float(after), compiling_seconds(self.model), HookedCalls(kwargs), start)
             self.refresh()
-            self.model.compile(*args, **kwargs)
 
     # -- training -----------------------------------------------------------------------------
 

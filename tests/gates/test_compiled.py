@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -253,24 +254,31 @@ def test_what_is_no_single_graph_goes_on_as_written_and_says_so() -> None:
         step(net, x, y)  # it was said once
 
 
-def test_another_thread_evaluates_meanwhile() -> None:
-    net, (x, y) = per_sample(Backend()), data((6,))
+def test_another_thread_waits_while_one_compiles() -> None:
+    """It must not find the network in the middle of a run, with hooks, when the compiler is at work in that run."""
+    begun, found = threading.Event(), []
+
+    class Waiting(Backend):
+        def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            begun.set()
+            time.sleep(0.5)  # the other thread asks for the network now
+            return super().__call__(graph, inputs)
+
+    net, (x, y) = per_sample(Waiting()), data((6,))
     expected = net.compact()(x).detach()
-    wrong: list[Tensor] = []
 
     def evaluate() -> None:
-        for _ in range(20):
-            with torch.no_grad():
-                found = net.compact()(x)
-            if not torch.allclose(found, expected):
-                wrong.append(found)
+        begun.wait()
+        small = net.compact()
+        found.append((small(x).detach(), sum(len(m._forward_pre_hooks) for m in small.modules())))
 
     thread = threading.Thread(target=evaluate)
     thread.start()
-    for _ in range(5):
-        step(net, x, y)
+    step(net, x, y)
     thread.join()
-    assert not wrong
+    ((output, hooks),) = found
+    torch.testing.assert_close(output, expected)
+    assert hooks == 0
 
 
 def test_a_compiled_network_is_copied_and_saved(tmp_path: Any) -> None:

@@ -117,7 +117,7 @@ def trained(net: PlasticNet, steps: int) -> None:
 def test_nothing_is_compiled_before_it_pays() -> None:
     torch.compiler.reset()
     backend, net = Backend(), PlasticNet(mlp(6, 16, 3), (torch.randn(2, 6),))
-    net.compile(backend=backend, after=3600)
+    net.compile(backend=backend)
     trained(net, 5)
     net.k = 2.0
     trained(net, 5)

@@ -197,7 +197,7 @@ def _hook(reader: Reader, multiplier: Tensor | None) -> Callable[..., Any]:
 
 def _may_spare(module: nn.Module, x: Tensor) -> bool:
     """Return whether `Gated` may multiply the input of a module; a module of the user may change its input in place."""
-    if torch.compiler.is_compiling():  # The compiler itself chooses what is kept for the backward pass.
+    if torch.compiler.is_dynamo_compiling():  # The compiler itself chooses what is kept for the backward pass.
         return False
     own = type(module).__module__.startswith("torch.nn.")
     return own and not (x.is_cuda or x.is_complex() or is_transformed(x))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,19 +29,13 @@ class NotOneGraph(Exception):
 class HookedCalls:
     """Calls a model that has hooks, compiled.
 
-    A copy compiles anew, with the default options, and so does what is loaded.
-
     Args:
         options: The keyword arguments of `torch.compile`.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
-        # The compiler counts recompilations by code, so that each network needs a code object of its own.
-        own = FunctionType(_call.__code__.replace(), _call.__globals__, "call_with_hooks")
-        self._compiled: Callable[..., Any] = torch.compile(own, **{**(options or {}), "fullgraph": True})
-
-    def __reduce__(self) -> tuple[type[HookedCalls], tuple[()]]:
-        return HookedCalls, ()
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = {**options, "fullgraph": True}
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what the model returns.
@@ -54,6 +48,10 @@ class HookedCalls:
         Raises:
             NotOneGraph: The compiler cannot make one graph of it. Nothing has run then.
         """
+        if self._compiled is None:
+            # The compiler counts recompilations by code, so that each network needs a code object of its own.
+            own = FunctionType(_call.__code__.replace(), _call.__globals__, "call_with_hooks")
+            self._compiled = cast(Callable[..., Any], torch.compile(own, **self._options))
         try:
             return self._compiled(model, args, dict(kwargs))
         except Exception as error:

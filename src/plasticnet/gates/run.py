@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +24,13 @@ from plasticnet.gates.norms import open_statistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
 from plasticnet.gates.sharded import folding_later, gathered_later, values_of
 from plasticnet.gates.tiers import Tiers
+from plasticnet.gates.watching import Watch, Watching
 from plasticnet.layers.attention import unfused_layers
 from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
 from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
-
-
-class Watch(Protocol):
-    """A context around one call of the model that follows its functions until the first gate acts."""
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *error: Any) -> Any: ...
-
-    def end(self, *_: Any) -> None:
-        """Note that the first gate acts."""
-        ...
-
-    def interrupt(self) -> None:
-        """Note that the next part of the model will run again in the backward pass, and so must not be handed over."""
-        ...
-
-    def output(self, output: Any) -> Any:
-        """Take what the model returns, and return it."""
-        ...
-
-
-# It makes a watch from the tensors that gates were multiplied into.
-Watching = Callable[[Iterable[Tensor]], Watch]
 
 
 class Gating:
@@ -208,7 +185,7 @@ class Gating:
             tensors: The tensors.
             compiled: Whether a module of the model was compiled in place.
         """
-        compiled |= torch.compiler.is_compiling()
+        compiled |= torch.compiler.is_dynamo_compiling()
         holders = {module for name in tensors for module, _ in self._places[name]}
         recurrent = [m for m in self._recurrent if not holders.isdisjoint(m.modules())]
         return swapped(self._places, tensors, recurrent, compiled)
@@ -286,18 +263,19 @@ class _Run:
         hooks_of_gates = input_hooks(reads, z)
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
         self._acts = bool(changed or self._hooks) or not all_open
-        in_place = any(is_compiled(m) for m in gating.model.modules())
+        tiers = gating.tiers
+        in_place = tiers.start is not None or any(is_compiled(m) for m in gating.model.modules())
         self._by_hooks = bool(hooks_of_gates)
-        by_hooks = self._by_hooks and (gating.tiers.hooked is None or bool(self._later))
+        by_hooks = self._by_hooks and (tiers.hooked is None or bool(self._later))
         unseen = bool(by_hooks or self.masks or (gating.blocks and not all_open))
         self._kind = (
             gating.model.training, torch.is_grad_enabled(), bool(changed), self._by_hooks,
             self._by_hooks and z.requires_grad,
         )  # fmt: skip
-        self.compiled = in_place and not unseen and gating.tiers.compiles(self._kind, batch(), self._by_hooks)
-        self._eager = in_place and not self.compiled
+        self.compiled = in_place and not unseen and tiers.compiles(self._kind, batch(), self._by_hooks)
+        self._eager = in_place and not self.compiled and tiers.start is None  # else nothing is compiled yet
         self.timed: AbstractContextManager[Callable[[Any], None] | None] = (
-            gating.tiers.timing(self._kind, self.compiled) if in_place and not unseen else nullcontext()
+            tiers.timing(self._kind, self.compiled) if in_place and not unseen else nullcontext()
         )
         self._unfused = gating.fused and (bool(changed) or not all_open)
 
@@ -342,7 +320,7 @@ class _Run:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._unfused:
                 stack.enter_context(unfused_layers())
-            if self._acts and not torch.compiler.is_compiling():
+            if self._acts and not torch.compiler.is_dynamo_compiling():
                 stack.enter_context(checkpoints_by(self._wrap))
             for norm, axis, mask in self.masks:
                 stack.enter_context(open_statistics(norm, axis, mask))

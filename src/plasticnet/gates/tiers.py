@@ -137,12 +137,26 @@ class Tiers:
         after: The seconds; 0 compiles at once, whatever it costs.
         cost: The seconds that compiling is expected to take, as long as that is not known.
         hooked: What calls a model, compiled, while gates act by hooks. None if such runs always run as written.
+        start: Prepares the model for compiled runs. It is called before the first one, because the compiler takes
+            seconds to import.
+
+    Attributes:
+        start: None once it was called.
     """
 
-    def __init__(self, after: float, cost: float = 0.0, hooked: HookedCalls | None = None) -> None:
-        self.after, self.cost, self.hooked = after, cost, hooked
+    def __init__(
+        self,
+        after: float,
+        cost: float = 0.0,
+        hooked: HookedCalls | None = None,
+        start: Callable[[], object] | None = None,
+    ) -> None:
+        self.after, self.cost, self.hooked, self.start = after, cost, hooked, start
         self._total = self._behind = 0.0  # the seconds of all runs, and those by which they were behind at past sizes
         self._kinds: dict[Hashable, _Kind] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "hooked": None, "start": None}  # a copy of a compiled model is not compiled
 
     def renew(self) -> None:
         """Begin anew, because sizes have changed; what was compiled for others is thrown away."""
@@ -171,6 +185,9 @@ class Tiers:
         if known.batch is None and self.after and not self._pays(known):
             return False
         known.batch = batch if known.batch is None else known.batch
+        if self.start is not None:
+            self.start()
+            self.start = None
         return True
 
     def _pays(self, known: _Kind) -> bool:

@@ -65,7 +65,7 @@ def _called(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: di
         meet(net)
         if now.role == "free":  # for its own passes `expected_loss` has done this already
             enter(net)
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 check_logits(net, sampler)
     if now.role == "probe" or (net.training and not math.isinf(net.k)):
         return tied(net, _drawn(net, sampler, args, kwargs))

@@ -35,7 +35,8 @@ class Lock:
         return Lock, ()
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():  # What is compiled holds no locks.
+        # What is compiled holds no locks. (`is_compiling` would also be true while another thread compiles something.)
+        if torch.compiler.is_dynamo_compiling():
             return
         me = threading.get_ident()
         if me in self._guests:
@@ -51,7 +52,7 @@ class Lock:
             self._owner, self.hold = me, self.hold + 1
 
     def __exit__(self, *_: object) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         if threading.get_ident() in self._guests:
             self._inside.release()
