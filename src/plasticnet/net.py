@@ -157,10 +157,10 @@ class PlasticNet(GatedModel):
 
         To compile takes as long as many training steps, and every change of size makes what was compiled worthless. So
         the model runs as it was written until compiled runs would have saved at the present sizes what compiling costs,
-        and so long that compiling can put all runs of the network back by a twentieth at most. Ordinary training, gates
-        per sample, gates per batch and evaluation then run compiled, each by itself. Where compiled runs turn out
-        slower, the model goes on as it was written. Gates per sample run compiled if the model is one graph, and a
-        warning says where it is not. Blocks that may be skipped and masked norms always run as they were written.
+        and so long that compiling puts all its runs back by about a twentieth at most. Ordinary training, gates per
+        sample, gates per batch and evaluation then run compiled, each by itself. Where compiled runs turn out slower,
+        the model goes on as it was written. Gates per sample run compiled if the model is one graph, and a warning says
+        where it is not. Blocks that may be skipped and masked norms always run as they were written.
         ``torch.compile(net)`` compiles at once, with random numbers of its own.
 
         Args:

@@ -126,6 +126,10 @@ def test_nothing_is_compiled_before_it_pays() -> None:
     net.k = math.inf
     trained(net, 1)
     assert backend.graphs > 0
+    runs = backend.runs
+    net.compile(backend=backend)
+    trained(net, 5)
+    assert backend.runs == runs  # it has begun anew, although the model was compiled before
 
 
 def test_it_is_compiled_anew_for_every_size_and_never_given_up() -> None:

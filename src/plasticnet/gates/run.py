@@ -264,7 +264,8 @@ class _Run:
         self._hooks = [*hooks_of_gates, *input_hooks(folded, None)]
         self._acts = bool(changed or self._hooks) or not all_open
         tiers = gating.tiers
-        in_place = tiers.start is not None or any(is_compiled(m) for m in gating.model.modules())
+        now = any(is_compiled(m) for m in gating.model.modules())
+        in_place = now or tiers.start is not None
         self._by_hooks = bool(hooks_of_gates)
         by_hooks = self._by_hooks and (tiers.hooked is None or bool(self._later))
         unseen = bool(by_hooks or self.masks or (gating.blocks and not all_open))
@@ -273,7 +274,7 @@ class _Run:
             self._by_hooks and z.requires_grad,
         )  # fmt: skip
         self.compiled = in_place and not unseen and tiers.compiles(self._kind, batch(), self._by_hooks)
-        self._eager = in_place and not self.compiled and tiers.start is None  # else nothing is compiled yet
+        self._eager = now and not self.compiled
         self.timed: AbstractContextManager[Callable[[Any], None] | None] = (
             tiers.timing(self._kind, self.compiled) if in_place and not unseen else nullcontext()
         )
