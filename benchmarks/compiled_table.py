@@ -51,7 +51,7 @@ def steps(rows: Rows) -> list[str]:
         for kind, found in row["kinds"].items():
             written, compiled, cost = found["written_ms"], found["compiled_ms"], found["compiling_seconds"]
             saving = 1 - compiled / written
-            back = f"{cost / saving / 60:,.0f}" if saving > 0 else "never"
+            back = f"{cost / saving / 60:,.1f}" if saving > 0 else "never"
             cells.append(
                 [
                     f"{row['network']}, {kind}", f"{written:.1f}", f"{compiled:.1f}", f"{100 * saving:.0f}",
