@@ -1,5 +1,5 @@
-"""Write the tables and pictures of docs/gates.md from the committed results, and a table of the README; --check only
-says whether they are up to date."""
+"""Write the tables and pictures of docs/gates.md from the committed results, and a table of docs/results.md; with
+--check only say whether they are up to date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common import RESULTS, between, how, publish, spread, svg
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks" / "results"
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE, PICTURE, README = DOCS / "gates.md", DOCS / "interpolation.svg", DOCS.parent / "README.md"
+PAGE, PICTURE, RESULTS_PAGE = DOCS / "gates.md", DOCS / "interpolation.svg", DOCS / "results.md"
 
 # Error in % and cost: Dai et al. 2018 (VIB), Louizos et al. 2017 (BC-GHS), Neklyudov et al. 2017 (SBP).
 PUBLISHED = {
@@ -174,7 +174,7 @@ def targets(content: Mapping[str, Any]) -> list[str]:
 
 
 def headline(content: Mapping[str, Any]) -> list[str]:
-    """The same for the README: mean errors only, beside what others have published."""
+    """The same for docs/results.md: mean errors only, beside what others have published."""
     cells = []
     of = grouped(content["results"], "point", "end")
     points = content["settings"]["points"]
@@ -268,8 +268,8 @@ def main() -> int:
         found = {**content["environment"], "commit": ", ".join(commits)}
         text = between(text, name, "\n".join([*make(content), "", how(found)]))
     points, picture = (json.loads(PARTS[name][0].read_text()) for name in ("targets", "interpolation"))
-    readme = between(README.read_text(), "targets", "\n".join(headline(points)))
-    return publish({PAGE: text, README: readme, PICTURE: draw(picture["results"])})
+    readme = between(RESULTS_PAGE.read_text(), "targets", "\n".join(headline(points)))
+    return publish({PAGE: text, RESULTS_PAGE: readme, PICTURE: draw(picture["results"])})
 
 
 if __name__ == "__main__":

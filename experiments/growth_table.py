@@ -175,6 +175,20 @@ def budget(content: Mapping[str, Any]) -> list[str]:
     return [*table(header, cells), "", ERRORS]
 
 
+def few(content: Mapping[str, Any]) -> list[str]:
+    """MNIST under a budget of parameters: a row for each run, and their means."""
+    header = ("way", "seed", "units", "parameters", "the most", "multiply-adds", "validation, %", "test, %", "CPU s")
+    cells = []
+    for (way,), rows in grouped(content["results"], "way").items():
+        for r in sorted(rows, key=lambda r: r["seed"]):
+            accuracies = f"{r['validation']:.2f}", f"{r['test']:.2f}"
+            sizes = f"{r['parameters']:,}", f"{r['peak']:,}", f"{r['macs']:,}"
+            cells.append([way, str(r["seed"]), "-".join(map(str, r["units"])), *sizes, *accuracies, f"{r['seconds']}"])
+        accuracies = [spread([r[part] for r in rows]) for part in ("validation", "test")]
+        cells.append([way, "all", "", spread([r["parameters"] for r in rows], 0), "", "", *accuracies, ""])
+    return table(header, cells)
+
+
 def lifelong(content: Mapping[str, Any]) -> list[str]:
     """The stages of all lives."""
     tasks = list(dict.fromkeys(r["task"] for r in content["results"]))
@@ -214,6 +228,7 @@ def lifelong(content: Mapping[str, Any]) -> list[str]:
 PARTS = {
     "price": ("growth_price", price), "stalls": ("growth_stalls", stalls), "peers": ("growth_peers", peers),
     "budget": ("growth_budget", budget), "depth": ("growth_depth", depth), "lifelong": ("growth_lifelong", lifelong),
+    "few": ("growth_few", few),
 }  # fmt: skip
 
 

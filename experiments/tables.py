@@ -1,4 +1,4 @@
-"""Write the results in README.md from the committed JSON; --check only says whether it is up to date."""
+"""Write the results in docs/results.md from the committed JSON; --check only says whether it is up to date."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import RESULTS, between, publish, spread
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 
 def table(name: str, title: str, script: str) -> str:
@@ -60,9 +60,9 @@ def main() -> int:
         table("moons", "Moons, gates on 100 inputs and 80 hidden units", "experiments/moons.py"),
         table("lenet_cost", "LeNet-5 on MNIST, 30 epochs each", "experiments/lenet_cost.py"),
     ]
-    text = README.read_text()
+    text = PAGE.read_text()
     new = between(text, "results", "\n\n".join(parts))
-    return publish({README: new})
+    return publish({PAGE: new})
 
 
 if __name__ == "__main__":

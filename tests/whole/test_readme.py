@@ -1,4 +1,4 @@
-"""The README's Python runs as written, its table is what the committed JSON says, and the examples work."""
+"""The Python of the README and of the pages runs as written, tables are what the JSON says, and the examples work."""
 
 from __future__ import annotations
 
@@ -24,14 +24,39 @@ from tests.kit.commands import succeed
 ROOT = Path(__file__).parents[2]
 
 
+def wordless(text: str) -> list[str]:
+    """Lines with a sign in the place of each number, because these are not the same on every machine."""
+    return [re.sub(r"[\d.,e%-]*\d[\d.,e%-]*", "#", " ".join(line.split())) for line in text.splitlines()]
+
+
+def rights(text: str) -> list[float]:
+    """The shares of right answers that a text reports, in percent."""
+    return [float(number) for number in re.findall(r"([\d.]+)% right", text)]
+
+
 @pytest.mark.slow
-def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    page = (ROOT / "README.md").read_text()
+    for block in blocks_of("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    (shrunk,) = blocks_of("README.md", "text")
+    said = shrunk + "".join(f"{line}\n" for line in re.findall(r'"\)  # (.*)', page))
+    assert wordless(said) == wordless(printed)
+    assert len(rights(said)) == 3
+    assert rights(said) == pytest.approx(rights(printed), abs=2)  # percent
+    assert len(page.splitlines()) <= 160
+
+
+@pytest.mark.slow
+def test_python_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = blocks_of("README.md", "python")
+    blocks = blocks_of("docs/guide.md", "python")
     assert len(blocks) >= 3
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, "docs/guide.md", "exec"), names)
     assert (tmp_path / "small.safetensors").exists()
 
 
@@ -84,9 +109,6 @@ def test_code_of_the_page_about_shrinking(
         printed.append(capsys.readouterr().out)
     (report,) = re.findall(r"<!-- report:begin -->\n+```text\n(.*?)```", page, re.DOTALL)
 
-    def wordless(text: str) -> list[str]:
-        return [re.sub(r"[\d.,e%-]*\d[\d.,e%-]*", "#", " ".join(line.split())) for line in text.splitlines()]
-
     assert wordless(report) in [wordless(text) for text in printed]  # numbers are not those of every machine
     write_own_data(tmp_path)
     (commands,) = blocks_of("docs/shrink.md", "sh")
@@ -106,6 +128,7 @@ SCRIPTS = [
     "experiments/growth_table.py",
     "experiments/integrations_table.py",
     "experiments/packages_table.py",
+    "experiments/readme_table.py",
     "experiments/shrinking_table.py",
     "benchmarks/zoo_table.py",
     "benchmarks/cost_table.py",
