@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint wheel zoo cost gates growth random detectors integrations clean
+.PHONY: demo test quick lint wheel zoo cost gates growth random detectors integrations docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,5 +80,13 @@ integrations: $(VENV)/.integrations
 	$(BIN)/python experiments/integrations.py $(INTEGRATIONS); code=$$?; \
 		$(BIN)/python experiments/integrations_table.py && exit $$code
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The pages of docs/ as a site, in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build
