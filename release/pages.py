@@ -22,7 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
-LINK = re.compile(r"(?<=\]\()([^()\s#]*)(#[^()\s]*)?(?=\)| \")")
+LINK = re.compile(r"(?<=\]\()([^()\s#]*)(#[^()\s]*)?(?=\)|\s+\")")
 FENCE = re.compile(r"^ *```.*?^ *```", re.DOTALL | re.MULTILINE)
 
 
