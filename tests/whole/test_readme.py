@@ -130,6 +130,7 @@ SCRIPTS = [
     "experiments/packages_table.py",
     "experiments/readme_table.py",
     "experiments/shrinking_table.py",
+    "experiments/sklearn_table.py",
     "benchmarks/zoo_table.py",
     "benchmarks/cost_table.py",
     "benchmarks/compiled_table.py",
