@@ -180,7 +180,7 @@ def test_noise_on_the_inputs_is_chosen_by_rows_that_are_held_out() -> None:
     x = random.normal(size=(400, 20))
     by_heart = (x[:, 0] + 2 * random.normal(size=400) > 0).astype(int)  # most of which cannot be learned
     precise = np.sin(4 * x[:, 0])  # which noise would blur
-    assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x, by_heart).noise_ == 0.25
+    assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x, by_heart).noise_ > 0
     assert PlasticMLPRegressor(random_state=0, max_iter=30).fit(x[:, :2], precise).noise_ == 0.0
     assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x[:150], by_heart[:150]).noise_ == 0.0  # too few
 
