@@ -46,9 +46,17 @@ def test_arrays(tmp_path: Path) -> None:
             read_batches(str(tmp_path / "bad.npz"), HOW)
     np.savez(tmp_path / "named.npz", x=x, y=np.array(["dog", "cat"] * 5))
     assert joined(read_batches(str(tmp_path / "named.npz"), HOW))[1].tolist() == [1, 0] * 5
-    (tmp_path / "broken.npz").write_bytes(b"no archive")
-    with pytest.raises(PlasticError, match="broken"):
-        read_batches(str(tmp_path / "broken.npz"), HOW)
+    whole = (tmp_path / "named.npz").read_bytes()
+    for damaged in (b"no archive", b"", whole[:100], whole[: len(whole) // 2] + whole[len(whole) // 2 + 9 :]):
+        (tmp_path / "broken.npz").write_bytes(damaged)
+        with pytest.raises(PlasticError, match=r"broken\.npz: (it is no|the array . is damaged)"):
+            read_batches(str(tmp_path / "broken.npz"), HOW)
+    np.save(tmp_path / "single.npy", x)
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    with pytest.raises(PlasticError, match=r"single\.npz: it is no \.npz file"):
+        read_batches(str(tmp_path / "single.npz"), HOW)
+    with pytest.raises(PlasticError, match="there is no such file or folder"):
+        read_batches(str(tmp_path / "nowhere"), HOW)
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -97,7 +105,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0, 1]
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([100 / 255, 0, 1]) * 2 - 1)
     picture(tmp_path / "dogs" / "large.png", size=9)
-    with pytest.raises(PlasticError, match="--image-size"):
+    with pytest.raises(PlasticError, match="2 sizes, such as 6×6 and 9×9: train with --image-size"):
         read_batches(str(tmp_path), HOW)
     x, y = joined(read_batches(str(tmp_path), Reading(image_size=4)))
     assert x.shape == (4, 3, 4, 4)
@@ -105,11 +113,51 @@ def test_folders_of_images(tmp_path: Path) -> None:
     (batch,) = read_batches(str(tmp_path / "plain"), HOW)
     assert batch.shape == (1, 1, 6, 6)
     (tmp_path / "plain" / "b.png").write_bytes(b"no image")
-    with pytest.raises(PlasticError, match="identify"):
+    with pytest.raises(PlasticError, match=r"b\.png: it is no image, or damaged"):
         read_batches(str(tmp_path / "plain"), HOW)
     (tmp_path / "empty").mkdir()
     with pytest.raises(PlasticError, match="no images"):
         read_batches(str(tmp_path / "empty"), HOW)
+
+
+def test_images_that_are_cut_off_or_bloated(tmp_path: Path) -> None:
+    picture(tmp_path / "whole.png", size=40)
+    content = (tmp_path / "whole.png").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:60] + b"\0" * 20 + content[80:], b""):
+        (tmp_path / "whole.png").write_bytes(damaged)
+        with pytest.raises(PlasticError, match=r"whole\.png: it is .*damaged.*: mend it, or remove it"):
+            read_batches(str(tmp_path), HOW)
+
+
+def test_grey_and_coloured_images(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", mode="L", value=51)
+    picture(tmp_path / "b.png", value=51)
+    (x,) = read_batches(str(tmp_path), HOW)
+    assert x.shape == (2, 3, 6, 6)
+    assert x[0].unique().tolist() == [pytest.approx(0.2)]  # the grey one has three equal channels
+    (x,) = read_batches(str(tmp_path), Reading(channels=1))
+    assert x.shape == (2, 1, 6, 6)
+    (tmp_path / "b.png").unlink()
+    (x,) = read_batches(str(tmp_path), Reading(channels=3))
+    assert x.shape == (1, 3, 6, 6)
+    with pytest.raises(PlasticError, match="--channels 2: 1 for grey, or 3 for colour"):
+        Reading(channels=2)
+
+
+@pytest.mark.parametrize("how", [HOW, Reading(image_size=4), Reading(channels=3)])
+def test_sixteen_bits_are_not_clipped(tmp_path: Path, how: Reading) -> None:
+    Image.fromarray(np.full((4, 4), 13107, np.uint16)).save(tmp_path / "deep.png")
+    (x,) = read_batches(str(tmp_path), how)
+    assert x.shape == (1, how.channels or 1, 4, 4)
+    torch.testing.assert_close(x, torch.full_like(x, 13107 / 65535))
+
+
+@pytest.mark.parametrize("mode", ["1", "LA"])
+def test_other_grey_images_have_one_channel(tmp_path: Path, mode: str) -> None:
+    Image.new("L", (5, 5), 255).convert(mode).save(tmp_path / "a.png")
+    (x,) = read_batches(str(tmp_path), HOW)
+    assert x.shape == (1, 1, 5, 5)
+    assert (x == 1).all()
 
 
 def test_parquet(tmp_path: Path) -> None:

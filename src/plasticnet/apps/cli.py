@@ -17,6 +17,7 @@ from plasticnet.apps.models import IMAGE, example_inputs, factory, reads_numbers
 from plasticnet.apps.options import (
     DATA,
     MODELS,
+    Channels,
     DataDir,
     Ignore,
     ImageSize,
@@ -59,6 +60,7 @@ def shrink_command(
     target: Target = None,
     ignore: Ignore = None,
     image_size: ImageSize = None,
+    channels: Channels = None,
     mean: Mean = 0.0,
     std: Std = 1.0,
     like: Annotated[
@@ -88,7 +90,7 @@ def shrink_command(
         batch, epochs, loss, calibrate, tuple(exclude or ()), residual, tuple(blocks or ()), multiple_of, classes, seed,
         like,
     )  # fmt: skip
-    how = reading_of(target, None, ignore, image_size, mean, std, data_dir)
+    how = reading_of(target, None, ignore, image_size, channels, mean, std, data_dir)
     if weights is None and model.partition(":")[0] in ("mlp", "lenet5", "torchvision", "timm", "transformers"):
         print_line(f"the weights of {model} are random: --weights names those of a trained model")
     report = shrink_model(model, data, how, asked, weights, out, options)
@@ -121,6 +123,7 @@ def inspect_command(
     task: Task = None,
     ignore: Ignore = None,
     image_size: ImageSize = None,
+    channels: Channels = None,
     mean: Mean = 0.0,
     std: Std = 1.0,
     data_dir: DataDir = None,
@@ -130,7 +133,7 @@ def inspect_command(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """List what can be gated, what a unit costs and what reads it, and what is frozen and why."""
-    how = reading_of(target, task, ignore, image_size, mean, std, data_dir)
+    how = reading_of(target, task, ignore, image_size, channels, mean, std, data_dir)
     found = inspect_model(
         model, shape_of(input), inputs=inputs or (), residual=residual, blocks=blocks or (), full=full, meta=meta,
         data=data, how=how, weights=weights, with_profile=measure, with_sensitivity=sensitivity,
@@ -168,6 +171,7 @@ def export_command(
     task: Task = None,
     ignore: Ignore = None,
     image_size: ImageSize = None,
+    channels: Channels = None,
     mean: Mean = 0.0,
     std: Std = 1.0,
     data_dir: DataDir = None,
@@ -177,7 +181,7 @@ def export_command(
     if data is not None:
         if input is not None or classes is not None:
             raise PlasticError("--data gives the shape and the classes: leave out --input and --classes")
-        x, classes = example_of(data, reading_of(target, task, ignore, image_size, mean, std, data_dir))
+        x, classes = example_of(data, reading_of(target, task, ignore, image_size, channels, mean, std, data_dir))
         shape, examples = tuple(x.shape), (x.float() if reads_numbers(model) else x,)
     small = load(file, factory(model, (shape or IMAGE)[1:], classes))
     written = export(small, out, examples or example_inputs(model, small, shape))

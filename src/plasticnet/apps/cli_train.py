@@ -18,6 +18,7 @@ from plasticnet.apps.options import (
     DATA,
     MODELS,
     OVERWRITE,
+    Channels,
     DataDir,
     Ignore,
     ImageSize,
@@ -47,6 +48,7 @@ def train_command(
     task: Task = None,
     ignore: Ignore = None,
     image_size: ImageSize = None,
+    channels: Channels = None,
     mean: Mean = 0.0,
     std: Std = 1.0,
     data_dir: DataDir = None,
@@ -131,7 +133,7 @@ def train_command(
         estimator=estimator, inputs=tuple(inputs or ()), start=start, batch=1 if batch is None else batch, lr=lr,
         gate_lr=gate_lr, seed=seed, **choices,
     )  # fmt: skip
-    how = reading_of(target, task, ignore, image_size, mean, std, data_dir)
+    how = reading_of(target, task, ignore, image_size, channels, mean, std, data_dir)
     run = Run(data, how, model, mode, where, settings)
     check_folder(out, resume, overwrite)
     found = data_of(run)

@@ -21,6 +21,7 @@ Task = Annotated[
 ]
 Ignore = Annotated[list[str] | None, typer.Option(help="A column of a table to leave out, such as a name or a key.")]
 ImageSize = Annotated[int | None, typer.Option(help="The height and width that images are brought to.")]
+Channels = Annotated[int | None, typer.Option(help="1 makes all images grey, and 3 makes all of them coloured.")]
 Mean = Annotated[float, typer.Option(help="What is subtracted from pixels between 0 and 1.")]
 Std = Annotated[float, typer.Option(help="What they are then divided by.")]
 DataDir = Annotated[Path | None, typer.Option(help="The folder that holds MNIST/raw or FashionMNIST/raw.")]
@@ -31,6 +32,7 @@ def reading_of(
     task: str | None,
     ignore: list[str] | None,
     image_size: int | None,
+    channels: int | None,
     mean: float,
     std: float,
     data_dir: Path | None,
@@ -39,7 +41,7 @@ def reading_of(
     if task not in (None, "classification", "regression"):
         raise PlasticError(f"--task {task}: classification or regression")
     folder = None if data_dir is None else str(data_dir)
-    return Reading(target, task, tuple(ignore or ()), image_size, mean, std, folder)
+    return Reading(target, task, tuple(ignore or ()), image_size, channels, mean, std, folder)
 
 
 def budget_of(text: str | None, *, latency: bool = False) -> Budget | None:

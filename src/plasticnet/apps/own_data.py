@@ -35,6 +35,7 @@ class Reading:
         task: What kind of answer that is, or None, which leaves it to the values.
         ignore: The columns of a table to leave out.
         image_size: The height and width that images are brought to, or None where they have one size.
+        channels: 1 makes images grey and 3 coloured; None leaves them as they are.
         mean: What is subtracted from pixels between 0 and 1.
         std: What they are then divided by.
         data_dir: The folder that holds MNIST or Fashion-MNIST.
@@ -47,6 +48,7 @@ class Reading:
     task: Task | None = None
     ignore: tuple[str, ...] = ()
     image_size: int | None = None
+    channels: int | None = None
     mean: float = 0.0
     std: float = 1.0
     data_dir: str | None = None
@@ -55,13 +57,15 @@ class Reading:
         for option, value in (("--image-size", self.image_size), ("--std", self.std)):
             if value is not None and not value > 0:
                 raise PlasticError(f"{option} {value}: a number above 0")
+        if self.channels not in (None, 1, 3):
+            raise PlasticError(f"--channels {self.channels}: 1 for grey, or 3 for colour")
         if self.task not in (None, "classification", "regression"):
             raise PlasticError(f"--task {self.task}: classification or regression")
 
     @property
     def pixels(self) -> Pixels:
         """How images are read."""
-        return Pixels(self.image_size, self.mean, self.std)
+        return Pixels(self.image_size, self.channels, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,14 @@ class Found:
         y: The target of each row, or None.
         target: How the target is called.
         task: What kind of answer it is, where the source says it.
+        files: The path of each row in the folder, where the rows are files.
     """
 
     x: Tensor | Columns
     y: Sequence[Any] | None
     target: str = "y"
     task: Task | None = None
+    files: Sequence[str] | None = None
 
 
 def read(source: str, how: Reading) -> Found:
@@ -93,9 +99,9 @@ def read(source: str, how: Reading) -> Found:
     """
     path = Path(source)
     if path.is_dir():
-        check_options(source, how, ("image_size", "mean", "std"))
-        x, names = image_folder(path, how.pixels)
-        return Found(x, names, "the name of the folder", None if names is None else "classification")
+        check_options(source, how, ("image_size", "channels", "mean", "std"))
+        x, names, files = image_folder(path, how.pixels)
+        return Found(x, names, "the name of the folder", None if names is None else "classification", files)
     if path.suffix in (".npz", ".csv", ".parquet") and not path.is_file():
         raise PlasticError(f"--data {source}: there is no such file")
     if path.suffix == ".npz":
@@ -107,13 +113,15 @@ def read(source: str, how: Reading) -> Found:
     if function and not path.exists():
         check_options(source, how, ())
         return joined(source, call(source, package, function))
+    if not path.exists():
+        raise PlasticError(f"--data {source}: there is no such file or folder; give {KNOWN}")
     raise PlasticError(f"--data {source}: give {KNOWN}")
 
 
 def check_options(source: str, how: Reading, used: Sequence[str]) -> None:
     """Raise `PlasticError` where an option was given that says nothing about these data."""
     usual = Reading()
-    for name in ("target", "ignore", "image_size", "mean", "std"):
+    for name in ("target", "ignore", "image_size", "channels", "mean", "std"):
         if name not in used and getattr(how, name) != getattr(usual, name):
             raise PlasticError(f"--{name.replace('_', '-')} says nothing about --data {source}: leave it out")
 
@@ -130,7 +138,7 @@ def _table(path: Path, how: Reading) -> Found:
     images = [name for name, cells in columns.items() if encoded(cells[0]) is not None]
     if images:
         target = how.target or next((n for n in columns if n in _LABELS), None)
-        check_options(str(path), how, ("target", "ignore", "image_size", "mean", "std"))
+        check_options(str(path), how, ("target", "ignore", "image_size", "channels", "mean", "std"))
         y = None if target is None else columns[target]
         return Found(images_in(path, columns[images[0]], how.pixels), y, target or "y")
     check_options(str(path), how, ("target", "ignore"))
@@ -142,9 +150,19 @@ def _arrays(path: Path) -> Found:
     """Read the arrays x and y of a file of numpy; a single array is x whatever its name."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise PlasticError(f"--data {path}: {error}") from error
+            arrays = dict[str, np.ndarray]()
+            for name in file.files:
+                try:
+                    arrays[name] = file[name]
+                except ValueError as error:
+                    raise PlasticError(
+                        f"--data {path}: the array {name} is damaged, or holds objects of Python, which are not read "
+                        "(allow_pickle): save arrays of numbers or of text"
+                    ) from error
+    except PlasticError:
+        raise
+    except Exception as error:  # a damaged archive can make numpy, zipfile and zlib raise anything
+        raise PlasticError(f"--data {path}: it is no .npz file of numpy, or damaged: {error}") from error
     if "x" not in arrays and len(arrays) == 1:
         arrays = {"x": next(iter(arrays.values()))}
     if "x" not in arrays:

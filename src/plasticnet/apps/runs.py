@@ -91,9 +91,9 @@ def train_modes(
     make = factory(run.built, data.shape, data.outputs)
     structure = describe_model(make())
     if not resume:
+        _check_outputs(make().to(data.train.x.device), run.model, data)
         for mode in run.modes:  # so that settings are refused before anything is written
             prepare_run(make(), data, run.config, mode, limited=run.limited)
-        _check_outputs(make().to(data.train.x.device), run.model, data)
     with locked(folder):
         if resume:
             described = _check_same(folder, settings(run, data, structure))
@@ -115,8 +115,13 @@ def train_modes(
 
 @torch.no_grad()
 def _check_outputs(model: nn.Module, name: str, data: Data) -> None:
-    """Raise `PlasticError` where a model does not return what the data ask for."""
-    found = model.eval()(data.train.x[:2])
+    """Raise `PlasticError` where a model does not take the inputs of the data, or return what they ask for."""
+    try:
+        found = model.eval()(data.train.x[:2])
+    except Exception as error:  # the model can raise anything
+        grey = ": --channels 3 makes grey images coloured" if len(data.shape) == 3 and data.shape[0] == 1 else ""
+        what = (str(error).splitlines() or [repr(error)])[0]
+        raise PlasticError(f"model {name!r} does not take inputs of the shape {data.shape}{grey} ({what})") from error
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if data.task == "regression":
         fits = shape in ((2, 1), (2,))
