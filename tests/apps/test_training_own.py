@@ -134,8 +134,45 @@ def test_other_sources(source: str) -> None:
     assert ("regression of 'y'" if source.endswith("batches") else "into 2 classes") in text
     assert summary()["parameters"] > 0
     if source == "photos":
+        Image.open("photos/cat/1.png").convert("RGB").save("photos/cat/1.png")  # grey, as in training, once it is read
         succeed("predict", "run", "--data", "photos/cat")  # new images need no folders
-        assert {row["prediction"] for row in predictions("predictions.csv")} <= {"cat", "dog"}
+        found = predictions("predictions.csv")
+        assert {row["prediction"] for row in found} <= {"cat", "dog"}
+        assert sorted(row["file"] for row in found) == sorted(p.name for p in Path("photos/cat").iterdir())
+
+
+def test_predictions_replace_nothing_that_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeed("train", "--data", "own.npz", "--out", "run", *QUICK, "--model", "mlp:4-4")
+    before = Path("own.npz").read_bytes(), Path("run/run.json").read_bytes()
+    for out, message in (
+        ("own.npz", "is --data, and would be replaced"),
+        ("run/../own.npz", "is --data, and would be replaced"),
+        ("run/run.json", "is a file of the run"),
+        ("run", "is a folder"),
+        ("no where/new.csv", "there is no folder no where"),
+    ):
+        assert message in fail(monkeypatch, capsys, "predict", "run", "--data", "own.npz", "--out", out)
+    assert (Path("own.npz").read_bytes(), Path("run/run.json").read_bytes()) == before
+
+
+def test_grey_images_for_a_model_of_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(12):
+        file = Path("photos", "cat" if i % 2 else "dog", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(file)
+    Path("own_models.py").write_text(
+        "from torch import nn\ndef colour(num_classes=7):\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))\n"
+    )
+    args = ["train", "--data", "photos", "--out", "run", *QUICK, "--model", "own_models:colour"]
+    text = fail(monkeypatch, capsys, *args)
+    assert "does not take inputs of the shape (1, 8, 8): --channels 3 makes grey images coloured" in text
+    assert not Path("run").exists()
+    succeed(*args, "--channels", "3")
+    succeed("predict", "run", "--data", "photos")  # grey images again
+    assert len(predictions("predictions.csv")) == 12
 
 
 def test_a_price_that_leaves_nothing_is_told() -> None:

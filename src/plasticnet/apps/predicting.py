@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from plasticnet.files.modules import load
 def predict(folder: Path, source: str, out: Path, network: str | None = None) -> int:
     """Write a table with a prediction for each row of new data, and return how many there are.
 
-    A regression has the column ``prediction``, in the target's own unit. A classification has ``prediction``, the name
+    Where the rows are images in a folder, the first column, ``file``, has the path of each one in it. A regression has the column ``prediction``, in the target's own unit. A classification has ``prediction``, the name
     of the most likely class, and ``probability``, which the network gives it.
 
     Args:
@@ -34,13 +35,15 @@ def predict(folder: Path, source: str, out: Path, network: str | None = None) ->
         network: Which of the run's networks predicts: "dense", "prune" or "grow"; None where there is one only.
 
     Raises:
-        PlasticError: There is no such run or network; or the data cannot be read, or do not fit.
+        PlasticError: There is no such run or network; the data cannot be read, or do not fit; or the table cannot be
+            written, or would replace the data or a file of the run.
     """
+    _check_out(out, Path(source), folder)
     prepared = read_prepared(folder, "predict")
     run, _ = read_run(folder / CONFIG, f"predict: {folder / CONFIG}", "train once more")
     if network not in run.modes and (network is not None or len(run.modes) > 1):
         raise PlasticError(f"--network {network}: the run has {', '.join(run.modes)}; name one of them")
-    x = _inputs(run, prepared, source)
+    x, files = _inputs(run, prepared, source)
     if tuple(x.shape[1:]) != prepared.shape:
         raise PlasticError(f"--data {source}: inputs of the shape {tuple(x.shape[1:])}, not {prepared.shape}")
     model = load(
@@ -55,6 +58,8 @@ def predict(folder: Path, source: str, out: Path, network: str | None = None) ->
         labels = target.labels or tuple(map(str, range(prepared.outputs)))
         rows = [(labels[i], round(p, 6)) for i, p in zip(best.tolist(), sure.tolist(), strict=True)]
         head = ("prediction", "probability")
+    if files is not None:
+        head, rows = ("file", *head), [(file, *row) for file, row in zip(files, rows, strict=True)]
     try:
         with out.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([head, *rows])
@@ -63,14 +68,29 @@ def predict(folder: Path, source: str, out: Path, network: str | None = None) ->
     return len(rows)
 
 
-def _inputs(run: Run, prepared: Prepared, source: str) -> Tensor:
-    """Return new rows as inputs, and say which of their values were not seen in training."""
+def _check_out(out: Path, source: Path, folder: Path) -> None:
+    """Raise `PlasticError` where the table of predictions cannot be written, or would replace what was read."""
+    if out.is_dir():
+        raise PlasticError(f"--out {out} is a folder: name the .csv table to write")
+    if not out.parent.is_dir():
+        raise PlasticError(f"--out {out}: there is no folder {out.parent}: make it, or write the table elsewhere")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise PlasticError(f"--out {out} is --data, and would be replaced: give another name")
+    if out.exists() and out.parent.resolve() == folder.resolve() and out.suffix != ".csv":
+        raise PlasticError(f"--out {out} is a file of the run, and would be replaced: give another name")
+
+
+def _inputs(run: Run, prepared: Prepared, source: str) -> tuple[Tensor, Sequence[str] | None]:
+    """Return new rows as inputs, and the file of each; and say which of their values were not seen in training."""
     if source in DATASETS:
         raise PlasticError(f"--data {source}: predictions are made for rows of your own")
     how = replace(run.reading, target=None, task=None, ignore=())
-    x = read(source, how).x
+    if Path(source).is_dir() and prepared.shape[0] in (1, 3):  # grey or coloured, as in training
+        how = replace(how, channels=prepared.shape[0])
+    read_in = read(source, how)
+    x = read_in.x
     if isinstance(x, Tensor):
-        return x.float() if reads_numbers(run.built) else x
+        return x.float() if reads_numbers(run.built) else x, read_in.files
     if prepared.table is None:
         raise PlasticError(f"--data {source}: the run was not trained on a table")
     try:
@@ -79,4 +99,4 @@ def _inputs(run: Run, prepared: Prepared, source: str) -> Tensor:
         raise PlasticError(f"--data {source}: {error}") from error
     for name, count in prepared.table.unknown(x).items():
         print_line(f"{count} values of the column {name!r} were not there in training, and count as none of its values")
-    return found
+    return found, None

@@ -180,7 +180,7 @@ def numbers_of(name: str, cells: Sequence[Any]) -> np.ndarray | None:
         raise PlasticError(
             f"the column {name!r} holds numbers, and text in {len(texts)} of {len(cells)} rows, first "
             f"{cells[texts[0]]!r} in row {texts[0] + 1}: correct these, leave them empty where the number is not "
-            f"known, or leave the column out by --ignore {name}"
+            f"known, or train without the column, by --ignore {name}"
         )
     if np.isinf(found).any():
         row = int(np.isinf(found).argmax())
