@@ -10,6 +10,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sklearn.datasets import make_classification, make_moons, make_regression
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -28,6 +29,20 @@ ESTIMATORS = [PlasticMLPClassifier, PlasticMLPRegressor]
 @parametrize_with_checks([PlasticMLPClassifier(), PlasticMLPRegressor()])
 def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
     check(estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_sparse_inputs_give_what_dense_ones_give(estimator: Any) -> None:
+    """Such as those of a OneHotEncoder."""
+    x, y = make_classification(60, 5, random_state=0)
+    x[x < 0] = 0
+    plain = estimator(random_state=0, max_iter=9).fit(x, y)
+    sparse = estimator(random_state=0, max_iter=9).fit(csr_matrix(x), y)
+    assert sparse.widths_ == plain.widths_
+    np.testing.assert_array_equal(sparse.predict(csr_matrix(x)), plain.predict(x))
+    sparse.partial_fit(csr_matrix(x), y)
+    plain.partial_fit(x, y)
+    np.testing.assert_array_equal(sparse.predict(x), plain.predict(x))
 
 
 def moons() -> tuple[np.ndarray, np.ndarray]:

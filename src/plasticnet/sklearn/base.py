@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
@@ -206,11 +207,22 @@ class PlasticMLP(BaseEstimator):
     def _outputs(self, x: Any) -> Tensor:
         """Return what the network makes of inputs, shape (rows, outputs)."""
         check_is_fitted(self)
-        x = validate_data(self, x, reset=False, dtype=(np.float64, np.float32))
+        x = dense(validate_data(self, x, accept_sparse=True, reset=False, dtype=(np.float64, np.float32)))
         like = next(self.module_.parameters())
         return outputs(self.module_, torch.from_numpy(self._input.scaled(x)).to(like.dtype))
 
+    def __sklearn_tags__(self) -> Tags:
+        """Say that sparse matrices are taken."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
     _losses: Losses
+
+
+def dense(x: Any) -> np.ndarray:
+    """Return checked inputs as an array; a column of zeros and ones is dense once it is normalised."""
+    return x.toarray() if issparse(x) else x
 
 
 class Scale:

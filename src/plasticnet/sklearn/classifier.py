@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from plasticnet.sklearn.base import BadParameter, PlasticMLP
+from plasticnet.sklearn.base import BadParameter, PlasticMLP, dense
 
 
 class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
@@ -100,13 +100,14 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
         """Choose the widths, and train.
 
         Args:
-            X: The inputs, shape (rows, features).
+            X: The inputs, shape (rows, features); a sparse matrix becomes a dense one.
             y: The labels, shape (rows,).
             sample_weight: What each row counts, shape (rows,); all count the same by default.
         """
         self._check()
         again = self.warm_start and hasattr(self, "module_")
-        X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=not again)
+        X, y = validate_data(self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), reset=not again)
+        X = dense(X)
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
         if again and not np.array_equal(classes, self.classes_):
@@ -120,14 +121,15 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
         """Train for one more epoch on these rows, at the widths that are there; the first call chooses them, as `fit`.
 
         Args:
-            X: The inputs, shape (rows, features).
+            X: The inputs, shape (rows, features); a sparse matrix becomes a dense one.
             y: The labels, shape (rows,).
             classes: All labels that will ever come, which the first call needs if ``y`` lacks some of them.
             sample_weight: What each row counts, shape (rows,).
         """
         self._check()
         first = not hasattr(self, "module_")
-        X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), reset=first)
+        X, y = validate_data(self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), reset=first)
+        X = dense(X)
         check_classification_targets(y)
         if first:
             self.classes_ = np.unique(y if classes is None else classes)

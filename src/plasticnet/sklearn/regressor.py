@@ -9,7 +9,7 @@ from sklearn.base import RegressorMixin
 from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor
 
-from plasticnet.sklearn.base import PlasticMLP, Scale
+from plasticnet.sklearn.base import PlasticMLP, Scale, dense
 
 
 class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
@@ -65,7 +65,7 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
         """Choose the widths, and train.
 
         Args:
-            X: The inputs, shape (rows, features).
+            X: The inputs, shape (rows, features); a sparse matrix becomes a dense one.
             y: The targets, shape (rows,) or (rows, outputs).
             sample_weight: What each row counts, shape (rows,); all count the same by default.
         """
@@ -82,7 +82,7 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
         """Train for one more epoch on these rows, at the widths that are there; the first call chooses them, as `fit`.
 
         Args:
-            X: The inputs, shape (rows, features).
+            X: The inputs, shape (rows, features); a sparse matrix becomes a dense one.
             y: The targets, shape (rows,) or (rows, outputs).
             sample_weight: What each row counts, shape (rows,).
         """
@@ -96,7 +96,11 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return checked inputs, and targets of shape (rows, outputs)."""
-        X, y = validate_data(self, X, y, dtype=(np.float64, np.float32), multi_output=True, y_numeric=True, reset=reset)
+        X, y = validate_data(
+            self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), multi_output=True, y_numeric=True,
+            reset=reset,
+        )  # fmt: skip
+        X = dense(X)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else np.asarray(y)
         if reset:
             self._flat = y.ndim == 1
