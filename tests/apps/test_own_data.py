@@ -105,7 +105,7 @@ def test_folders_of_images(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0, 1]
     torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([100 / 255, 0, 1]) * 2 - 1)
     picture(tmp_path / "dogs" / "large.png", size=9)
-    with pytest.raises(PlasticError, match="2 sizes, such as 6×6 and 9×9: train with --image-size"):
+    with pytest.raises(PlasticError, match="2 sizes, such as 6 by 6 and 9 by 9: train with --image-size"):
         read_batches(str(tmp_path), HOW)
     x, y = joined(read_batches(str(tmp_path), Reading(image_size=4)))
     assert x.shape == (4, 3, 4, 4)

@@ -382,7 +382,9 @@ def test_a_killed_resumption_loses_no_records(run: Path, monkeypatch: pytest.Mon
         return train(*args, on_epoch=stop, **options)
 
     monkeypatch.setattr(runs, "train_run", interrupted)
-    assert invoke(*PRUNE, "--out", run, "--resume").exit_code == 130
+    found = invoke(*PRUNE, "--out", run, "--resume")
+    assert found.exit_code == 130
+    assert f"interrupted; the epochs that were over are saved in {run}: the same command with --resume" in found.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

@@ -40,12 +40,18 @@ def test_what_it_writes(data: list[str]) -> None:
     assert sum(p.numel() for p in small.parameters()) == report["steps"][-1]["parameters"]
 
 
-def test_budgets() -> None:
+def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, budget in enumerate(("loss=0.01", "latency_ms=1000", "params=0.5,units=0.9")):
         out = succeed(*MODEL, "--data", "data.npz", "--budget", budget, "--out", f"out{number}")
         assert "random" not in out
     out = succeed("shrink", "mlp:32-16", "--data", "data.npz", "--budget", "macs=0.5", "--out", "out")
     assert "the weights of mlp:32-16 are random" in out
+    Path("own_shrunk.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    out = succeed("shrink", "own_shrunk:build", "--data", "data.npz", "--budget", "macs=0.5", "--out", "own")
+    assert "the weights of own_shrunk:build are as it makes them" in out
 
 
 @pytest.mark.parametrize(

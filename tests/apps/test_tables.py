@@ -41,6 +41,8 @@ def test_categories_are_zeros_and_ones() -> None:
     ("columns", "message"),
     [
         ({}, "no column beside the target"),
+        ({"a": ["0,5", "1,25", "-3"]}, "'a' holds numbers with a comma, such as '0,5': write a point"),
+        ({"a": ["1,234.5", "", "1,234,000"]}, "'a' holds numbers with a comma, such as '1,234.5'"),
         ({"a": ["", "?"]}, "'a' is empty in all training rows; --ignore a"),
         ({"a": ["1", "2", "x", "4"]}, r"numbers, and text in 1 of 4 rows, first 'x' in row 3.*--ignore a"),
         ({"a": ["1", "1e999"]}, "an infinite number, '1e999' in row 2"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -91,8 +92,10 @@ def shrink_command(
         like,
     )  # fmt: skip
     how = reading_of(target, None, ignore, image_size, channels, mean, std, data_dir)
-    if weights is None and model.partition(":")[0] in ("mlp", "lenet5", "torchvision", "timm", "transformers"):
-        print_line(f"the weights of {model} are random: --weights names those of a trained model")
+    if weights is None:
+        random = model.partition(":")[0] in ("mlp", "lenet5", "torchvision", "timm", "transformers")
+        what = "random" if random else "as it makes them, and random if it does not load any"
+        print_line(f"the weights of {model} are {what}: --weights names those of a trained model")
     report = shrink_model(model, data, how, asked, weights, out, options)
     print_line(str(report))
     print_line(f"written {out / 'compact.safetensors'}; load it with plasticnet.load and the factory of the model")
@@ -194,8 +197,15 @@ def export_command(
 def main() -> None:
     """Run the command line. A `PlasticError` is shown as a line of text, and the exit status is then 2."""
     sys.path.insert(0, str(Path.cwd()))  # so that PACKAGE:FACTORY is found here, as it is with python -m
-    try:
-        app()
-    except PlasticError as error:
-        print(f"plasticnet: {error}", file=sys.stderr)
-        sys.exit(2)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except PlasticError as error:
+            print(f"plasticnet: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print a warning as one line, without the place in the code, which says nothing to whoever calls a command."""
+    print(f"plasticnet: warning: {message}", file=sys.stderr)

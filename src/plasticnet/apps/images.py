@@ -97,8 +97,8 @@ def _stacked(path: Path, images: list[Tensor]) -> Tensor:
     if len(sizes) > 1:
         (height, width), (other, wide) = sizes[:2]
         raise PlasticError(
-            f"--data {path}: the images have {len(sizes)} sizes, such as {height}×{width} and {other}×{wide}: train "
-            "with --image-size, which brings all of them, and new ones, to one"
+            f"--data {path}: the images have {len(sizes)} sizes, such as {height} by {width} and {other} by {wide}: "
+            "train with --image-size, which brings all of them, and new ones, to one"
         )
     channels = max(len(t) for t in images)
     return torch.stack([t.expand(channels, -1, -1) for t in images])

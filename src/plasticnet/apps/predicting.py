@@ -25,8 +25,9 @@ from plasticnet.files.modules import load
 def predict(folder: Path, source: str, out: Path, network: str | None = None) -> int:
     """Write a table with a prediction for each row of new data, and return how many there are.
 
-    Where the rows are images in a folder, the first column, ``file``, has the path of each one in it. A regression has the column ``prediction``, in the target's own unit. A classification has ``prediction``, the name
-    of the most likely class, and ``probability``, which the network gives it.
+    Where the rows are images in a folder, the first column, ``file``, has the path of each one in it. A
+    regression has the column ``prediction``, in the target's own unit. A classification has ``prediction``, the name of
+    the most likely class, and ``probability``, which the network gives it.
 
     Args:
         folder: The folder of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def print_results(results: Mapping[str, Mapping[str, Any]], run: Run, data: Data
                 "makes a larger network"
             )
     print_line(f"written to {folder}: {REPORT}, {METRICS}, {SUMMARY}, {CONFIG}, */{COMPACT}")
-    print_line("In Python, the inputs prepared as in training:")
+    print_line("In Python, for inputs that are prepared as in training:")
     print_line("  import plasticnet as pn")
     print_line("  from plasticnet.apps.models import factory")
     for mode in results:
@@ -84,4 +85,5 @@ def print_results(results: Mapping[str, Mapping[str, Any]], run: Run, data: Data
         print_line(f'  {mode} = pn.load("{(folder / mode / COMPACT).as_posix()}", {built})')
     if data.target.name is not None:
         suffix = ".npz" if ":" in run.data else Path(run.data).suffix  # a folder has none
-        print_line(f"For new rows: plasticnet predict {folder} --data new{suffix} --out predictions.csv")
+        where = shlex.quote(str(folder))
+        print_line(f"For new rows: plasticnet predict {where} --data new{suffix} --out predictions.csv")

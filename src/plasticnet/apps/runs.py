@@ -107,7 +107,12 @@ def train_modes(
             _write_json(folder / PREPARED, Prepared.of(data).as_dict())
         print_start(run, data)
         metrics = Metrics(folder / METRICS, over)
-        results = {mode: _train_mode(make, data, run, mode, folder, metrics, resume) for mode in run.modes}
+        try:
+            results = {mode: _train_mode(make, data, run, mode, folder, metrics, resume) for mode in run.modes}
+        except KeyboardInterrupt:
+            way_out = "demo begins anew" if command == "demo" else "the same command with --resume goes on"
+            print_line(f"interrupted; the epochs that were over are saved in {folder}: {way_out}")
+            raise
         _write_json(folder / SUMMARY, results)
         _write_page(folder, described, results, metrics.records)
     print_results(results, run, data, folder)

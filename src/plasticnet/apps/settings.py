@@ -78,12 +78,14 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rates = all(0 < rate < math.inf for rate in (self.lr, self.gate_lr)) and 0 <= self.price < math.inf
-        if min(self.epochs, self.batch, self.start) < 1 or not rates:
-            raise PlasticError(
-                f"epochs={self.epochs}, batch={self.batch}, start={self.start}, lr={self.lr}, gate_lr={self.gate_lr}, "
-                f"price={self.price}: all must be positive (the price may be 0)"
-            )
+        for name in ("epochs", "batch", "start"):
+            if getattr(self, name) < 1:
+                raise PlasticError(f"{name}={getattr(self, name)}: it must be 1 or more")
+        for name in ("lr", "gate_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise PlasticError(f"{name}={getattr(self, name)}: it must be a number above 0")
+        if not 0 <= self.price < math.inf:
+            raise PlasticError(f"price={self.price}: it must be a number, 0 or more")
         check_names(self.cost, "linear")
 
     def stages(self, mode: Mode) -> list[Stage]:
@@ -115,7 +117,7 @@ class Run:
         config: The settings of training.
 
     Raises:
-        PlasticError: The mode or the device is unknown, or the mode needs a model with widths.
+        PlasticError: The mode or the device is unknown, or the mode or the budget needs a model with widths.
     """
 
     data: str
@@ -132,6 +134,11 @@ class Run:
             raise PlasticError(
                 f"--model {self.model} has no widths to begin with, so that it can only grow: leave out --{self.mode}, "
                 f"or give widths, as in {self.model}:256-128"
+            )
+        if chooses(self.model) and (shares := _shares(self.config.budget)):
+            raise PlasticError(
+                f"--budget {', '.join(shares)}: a share is one of the network that --model gives, and {self.model} has "
+                f"no widths to begin with: give a number above 1, or widths, as in {self.model}:256-128"
             )
 
     @property
@@ -161,6 +168,12 @@ class Run:
             PlasticError: A field is unknown or missing, or has a wrong type or value; the message names it.
         """
         return parse(cls, content)
+
+
+def _shares(budget: Budget | None) -> list[str]:
+    """Return the targets of a budget that are shares, as text."""
+    targets = {} if budget is None else {"macs": budget.macs, "params": budget.params, "units": budget.units}
+    return [f"{name}={value:g}" for name, value in targets.items() if value is not None and value <= 1]
 
 
 def flat(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ inputs in the same way.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,6 +21,7 @@ from plasticnet.errors import PlasticError
 
 Columns = Mapping[str, Sequence[Any]]  # the cells of a table by column: text, numbers, booleans or None
 
+_COMMA = re.compile(r"[+-]?(\d+,\d+|\d{1,3}(,\d{3})+(\.\d+)?)")  # 0,5 or 1,234.5
 _GAPS = ("", "?", "na", "n/a", "nan", "null")
 # A column of text with more different values than this, and than this share of its rows, has names or keys in it.
 _MANY, _SHARE = 50, 0.1
@@ -175,6 +177,7 @@ def numbers_of(name: str, cells: Sequence[Any]) -> np.ndarray | None:
             texts.append(row)
     present = sum(not is_gap(cell) for cell in cells) if texts else 0
     if texts and 2 * len(texts) > present:
+        check_commas(name, [cells[row] for row in texts])
         return None
     if texts:
         raise PlasticError(
@@ -186,6 +189,15 @@ def numbers_of(name: str, cells: Sequence[Any]) -> np.ndarray | None:
         row = int(np.isinf(found).argmax())
         raise PlasticError(f"the column {name!r} holds an infinite number, {cells[row]!r} in row {row + 1}")
     return found
+
+
+def check_commas(name: str, texts: Sequence[Any]) -> None:
+    """Raise `PlasticError` where all texts of a column are numbers with commas, which are not names of anything."""
+    if all(_COMMA.fullmatch(str(text).strip()) for text in texts):
+        raise PlasticError(
+            f"the column {name!r} holds numbers with a comma, such as {texts[0]!r}: write a point before the decimals, "
+            "and nothing between thousands"
+        )
 
 
 def _number(name: str, values: np.ndarray) -> Number:

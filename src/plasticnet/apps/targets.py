@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.apps.data import Target, Task
-from plasticnet.apps.tables import is_gap
+from plasticnet.apps.tables import check_commas, is_gap
 from plasticnet.errors import PlasticError
 
 # Whole numbers are classes if they are so few, and fewer than this share of the rows.
@@ -93,8 +93,12 @@ def _guess(values: Sequence[Any], numbers: np.ndarray | None) -> Task:
 
 
 def _check_mixed(values: Sequence[Any], name: str) -> None:
-    """Raise `PlasticError` where a target is text in a few rows, and many different numbers in the others."""
+    """Raise `PlasticError` where a target is text in a few rows, and many different numbers in the others.
+
+    Numbers with commas are refused, too.
+    """
     texts = [row for row, value in enumerate(values) if _numbers([value]) is None]
+    check_commas(name, [values[row] for row in texts])
     if 2 * len(texts) < len(values) and len(set(values)) > _FEW:
         raise PlasticError(
             f"the target {name!r} holds numbers, and text in {len(texts)} of {len(values)} rows, first "

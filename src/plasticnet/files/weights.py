@@ -55,6 +55,8 @@ def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
         if Path(path).suffix == ".safetensors":
             return dict(load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise PlasticError(f"{path} cannot be read as a state dict: there is no such file") from error
     except UnpicklingError as error:
         raise PlasticError(f"{path} holds more than tensors, or is damaged; save model.state_dict()") from error
     except Exception as error:  # bytes that are no pickle can make the unpickler raise anything

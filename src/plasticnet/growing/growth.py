@@ -196,8 +196,9 @@ class Growth(GrowthRule):
         if not self.judged:
             steps = 0 if missed is None else missed.steps
             warnings.warn(
-                f"growth has ended before it began: half of the plastic epochs are over, with {steps} training steps, "
-                f"and units are judged after {STEPS}. Give the plastic stages more epochs",
+                "growth has ended before it began: it may take half of the plastic epochs, and judges units at the end "
+                f"of an epoch, after {STEPS} training steps. There was no such epoch in this half, which had {steps} "
+                "steps. Give the plastic stages more epochs",
                 stacklevel=2,
             )
 
