@@ -38,7 +38,7 @@ class PlasticCallback(TrainerCallback):
     The schedule's step for an epoch is taken when the next epoch begins, or when the training ends. So every checkpoint
     has the weights from before the step, to which its metrics belong. It also holds the state of the schedule, in the
     file ``plasticnet.safetensors``. When the network hardens, the search for the best model begins anew, because
-    earlier ones do not have the size that was asked for.
+    earlier ones do not have the size that was asked for. A training that ends before the stages do warns.
 
     The arguments are those of `Schedule`, and these:
 
@@ -129,7 +129,7 @@ class PlasticCallback(TrainerCallback):
         """
         late = self._known()
         plastic = late.schedule.stage.plastic
-        late.advance(int(epoch + 1e-6))
+        late.advance(_over(epoch))
         return plastic and not late.schedule.stage.plastic
 
     # -- what the Trainer calls ---------------------------------------------------------------
@@ -143,6 +143,7 @@ class PlasticCallback(TrainerCallback):
         """Take the step of the epoch before."""
         if self.advance(state.epoch or 0.0):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._known().announce(state.num_train_epochs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the validation loss."""
@@ -157,7 +158,7 @@ class PlasticCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the step of the last epoch."""
-        self.advance(state.epoch or 0.0)
+        self._known().finish(_over(state.epoch))
 
 
 class PlasticTrainer(Trainer):
@@ -297,6 +298,11 @@ class PlasticTrainer(Trainer):
         super()._load_best_model()
         if self.plastic.schedule.net.sizes is not sizes and self.optimizer is not None:
             unwrapped(self.optimizer).state.clear()  # It belongs to other sizes.
+
+
+def _over(epoch: float | None) -> int:
+    """Return how many epochs are over; the Trainer counts in fractions, which are not exact."""
+    return int((epoch or 0.0) + 1e-6)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:

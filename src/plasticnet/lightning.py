@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from plasticnet.budgets.budget import Budget
@@ -57,7 +58,9 @@ class PlasticCallback(*_bases()):
     The schedule's step for an epoch is taken when the next epoch begins, or when the fit ends. So every checkpoint has
     the weights from before the step, to which its metrics belong. A checkpoint also holds the state of the schedule and
     all random numbers; a fit that goes on from it takes the step first. `StochasticWeightAveraging` and
-    `WeightAveraging` begin a new average when the step has changed sizes or k.
+    `WeightAveraging` begin a new average when the step has changed sizes or k. When the network hardens,
+    `ModelCheckpoint` and `EarlyStopping` begin to search anew, because earlier networks do not have the size that was
+    asked for; the files of earlier ones stay. A fit that ends before the stages do warns.
 
     The arguments are those of `Schedule`, and these:
 
@@ -144,15 +147,7 @@ class PlasticCallback(*_bases()):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the schedule its optimizers and the state that was loaded, and wrap the training step."""
-        late = self._known()
-        late.attach(trainer.optimizers)
-        epochs, most = late.schedule.epochs, trainer.max_epochs
-        if most is not None and 0 <= most < epochs:
-            warnings.warn(
-                f"the Trainer ends after {most} epochs, and the stages have {epochs}: what they do later is not done",
-                UserWarning,
-                stacklevel=2,
-            )
+        self._known().attach(trainer.optimizers)
         self._wrap(pl_module)
         if self._random is not None:
             restore_random(self._random)
@@ -188,6 +183,7 @@ class PlasticCallback(*_bases()):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the step of the last epoch."""
         self._advance(trainer, pl_module)
+        self._known().finish(trainer.current_epoch)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the module as it was."""
@@ -202,7 +198,8 @@ class PlasticCallback(*_bases()):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the step of the epoch before."""
-        self._advance(trainer, pl_module)
+        self._begin_epoch(trainer, pl_module)
+        self._known().announce(trainer.max_epochs)
         # Where a checkpoint was written before the end of its epoch, Lightning ends that epoch first, and then makes
         # new iterators over the data, which draw. Else it has made them before this hook.
         if self._random is not None and not getattr(trainer.fit_loop, "is_resuming", False):
@@ -211,8 +208,15 @@ class PlasticCallback(*_bases()):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Take the step of the epoch before, where a fit goes on in the middle of an epoch."""
-        self._advance(trainer, pl_module)
+        self._begin_epoch(trainer, pl_module)
         self._random = None
+
+    def _begin_epoch(self, trainer: Any, pl_module: Any) -> None:
+        """Take the step of the epoch before; where the network has hardened, let searches for the best begin anew."""
+        plastic = self.schedule.stage.plastic
+        self._advance(trainer, pl_module)
+        if plastic and not self.schedule.stage.plastic:
+            _search_anew(trainer.callbacks)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Note the validation loss, before checkpoints are written."""
@@ -298,6 +302,18 @@ class PlasticCallback(*_bases()):
         states = checkpoint.get(_RANDOM)
         if self._fitting and isinstance(states, list) and len(states) == trainer.world_size:
             self._random = states[trainer.global_rank]
+
+
+def _search_anew(callbacks: Iterable[Any]) -> None:
+    """Let callbacks forget the best epoch so far, in which the network had not the size that was asked for."""
+    for callback in callbacks:
+        names = {kind.__name__ for kind in type(callback).__mro__}
+        worst = torch.tensor(-math.inf if getattr(callback, "mode", "min") == "max" else math.inf)
+        if "ModelCheckpoint" in names and callback.monitor is not None:
+            callback.best_k_models, callback.kth_value, callback.kth_best_model_path = {}, worst, ""
+            callback.best_model_path, callback.best_model_score = "", None
+        if "EarlyStopping" in names:
+            callback.best_score, callback.wait_count = worst, 0
 
 
 class _Skipped(Exception):

@@ -129,6 +129,7 @@ def test_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the Trainer ends after")
 def test_gates_per_sample(tmp_path: Path) -> None:
     """Where the loss is one for each sample, gates are drawn per sample; a mean gives gates per batch."""
     begin()
@@ -183,6 +184,7 @@ def test_another_trainer(tmp_path: Path) -> None:
     assert found.evaluate()["eval_loss"] == pytest.approx(whole / 2, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the Trainer ends after")
 def test_refusals(tmp_path: Path) -> None:
     """What cannot be trained is refused by name."""
     with pytest.raises(pn.PlasticError, match="needs one PlasticCallback"):

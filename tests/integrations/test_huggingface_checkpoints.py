@@ -87,6 +87,35 @@ def test_resumed_growth(tmp_path: Path) -> None:
     assert sum(map(len, went_on.model.sites.values())) != 6
 
 
+def test_trainings_that_are_too_short(tmp_path: Path) -> None:
+    """A training that ends before the stages do says so, where it begins or where it stops early."""
+    begin()
+    found = trainer(tmp_path, num_train_epochs=2)
+    with pytest.warns(UserWarning, match="ends after 2 of the 10 epochs"):
+        found.train()
+    assert found.plastic.schedule.epoch == 2
+
+    class Early(transformers.TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.epoch > 2.5
+
+    with pytest.warns(UserWarning, match="ended after 3 of the 10 epochs.*has not hardened"):
+        trainer(tmp_path, more=[Early()]).train()
+
+
+def test_trained_again_after_an_interruption(tmp_path: Path) -> None:
+    """After an interruption a second call of train, which counts its epochs from 0, goes on with the schedule."""
+    begin()
+    found = trainer(tmp_path, more=[Stop(4)])
+    with pytest.raises(KeyError):
+        found.train()
+    found.remove_callback(Stop)
+    found.args.num_train_epochs = EPOCHS - found.plastic.schedule.epoch
+    found.train()
+    assert found.plastic.schedule.epoch == EPOCHS
+    task.assert_pruned(found.model)
+
+
 def test_the_best_model(tmp_path: Path) -> None:
     """The best model is one that has hardened, and its metric is that of the weights that were saved."""
     begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -40,6 +41,41 @@ def test_missed_epochs() -> None:
     with pytest.raises(pn.PlasticError, match="3 epochs are over, and the schedule has ended 0"):
         made.advance(3)
     assert made.schedule.epoch == 0
+
+
+def test_a_loop_that_counts_anew() -> None:
+    """Another loop with the same schedule counts its epochs from 0, and every one of them has its step."""
+    made = late()
+    for epoch in (3, 4, 5, 6):
+        made.advance(epoch)
+    assert made.schedule.epoch == 3
+    made.attach(made.schedule.optimizers)  # as a second fit does
+    assert [made.advance(epoch) is None for epoch in (0, 1, 2)] == [True, False, False]
+    assert made.schedule.epoch == 5
+
+
+def test_warnings() -> None:
+    """A loop that is too short is announced when it begins, or else when it ends before the network has hardened."""
+    made = late()
+    made.advance(2)
+    made.announce(12)  # ten epochs, as many as the stages have
+    with pytest.warns(UserWarning, match="ends after 9 of the 10 epochs") as found:
+        made.announce(11)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.announce(11)
+        made.finish(3)
+    made.attach(made.schedule.optimizers)
+    with pytest.warns(UserWarning, match="ended after 2 of the 10 epochs.*at k=7 and has not hardened"):
+        made.finish(4)
+    made.attach(made.schedule.optimizers)
+    for epoch in range(4, 10):
+        made.advance(epoch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.finish(10)  # it has hardened, and only the last stage is shorter
+    assert made.schedule.epoch == 8
 
 
 def test_shares_are_those_of_the_whole_network() -> None:

@@ -221,5 +221,5 @@ def test_refusals(tmp_path: Path) -> None:
         fit(tmp_path, module)
     with pytest.raises(pn.PlasticError, match="no schedule yet"):
         _ = PlasticCallback(task.stages()).schedule
-    with pytest.warns(UserWarning, match="ends after 2 epochs"):
+    with pytest.warns(UserWarning, match="ends after 2 of the 10 epochs"):
         fit(tmp_path, max_epochs=2)

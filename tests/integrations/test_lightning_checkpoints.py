@@ -106,7 +106,8 @@ def test_early_stopping(tmp_path: Path) -> None:
     """A fit that stops early has taken the step of its last epoch."""
     begin()
     stopping = L.callbacks.EarlyStopping("val_loss", patience=1, stopping_threshold=1.2)
-    module, callback, trainer = fit(tmp_path, more=[stopping])
+    with pytest.warns(UserWarning, match="has not hardened"):
+        module, callback, trainer = fit(tmp_path, more=[stopping])
     assert 0 < trainer.current_epoch < EPOCHS
     assert callback.schedule.epoch == trainer.current_epoch
     assert len(list(module.net.compact().parameters())) == 6
@@ -115,13 +116,42 @@ def test_early_stopping(tmp_path: Path) -> None:
 def test_fitted_twice(tmp_path: Path) -> None:
     """A second fit with the same callback goes on where the first one has ended."""
     begin()
-    with pytest.warns(UserWarning, match="ends after 4 epochs"):
+    with pytest.warns(UserWarning, match="ends after 4 of the 10 epochs"):
         module, callback, trainer = fit(tmp_path, max_epochs=4)
     assert callback.schedule.epoch == 4
     trainer.fit_loop.max_epochs = EPOCHS
     trainer.fit(module, task.loader(), task.validation_loader())
     assert callback.schedule.epoch == EPOCHS
     task.assert_pruned(module.net)
+
+
+def test_another_trainer_goes_on(tmp_path: Path) -> None:
+    """After an interruption another Trainer, which counts its epochs from 0, goes on with the same callback."""
+    begin()
+    module, callback = Module(), PlasticCallback(task.stages(), budget=task.budget())
+    with pytest.raises(KeyError):
+        fit(tmp_path, module, callback, more=[Stop(4)])
+    assert callback.schedule.epoch == 4
+    fit(tmp_path, module, callback, max_epochs=EPOCHS - 4)
+    assert callback.schedule.epoch == EPOCHS
+    task.assert_pruned(module.net)
+
+
+def test_searches_begin_anew(tmp_path: Path) -> None:
+    """The best checkpoint is one of a network that has hardened, and only those count for early stopping."""
+    begin()
+    saving = L.callbacks.ModelCheckpoint(tmp_path, monitor="size", mode="max", filename="{epoch}")
+    stopping = L.callbacks.EarlyStopping("size", mode="max", patience=EPOCHS - 1)
+
+    class Sized(Module):
+        def on_validation_epoch_end(self) -> None:
+            self.log("size", float(task.parameters(self.net)))
+
+    module, _, trainer = fit(tmp_path, Sized(), more=[saving, stopping])
+    assert Path(saving.best_model_path).name == "epoch=7.ckpt"
+    assert float(saving.best_model_score) == float(stopping.best_score) == task.parameters(module.net) <= task.most()
+    assert stopping.wait_count == 2
+    assert trainer.current_epoch == EPOCHS
 
 
 # -- averages ---------------------------------------------------------------------------------

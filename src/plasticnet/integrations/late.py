@@ -9,6 +9,7 @@ its random numbers before or after a step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class LateSchedule:
         self.schedule = Schedule(net, [], stages, **options)
         self.val_loss: float | None = None
         self._begun: int | None = None  # the epoch of the loop in which the schedule began
+        self._again = False  # whether the loop may count its epochs anew
+        self._warned = False
         self._seed = torch.initial_seed()
         self._loaded: Mapping[str, Any] | None = None  # a state that waits for the optimizers
 
@@ -75,7 +78,9 @@ class LateSchedule:
                 "loaded from a checkpoint that holds no state of this callback. Go on from one that was written with "
                 "the callback, or set net.k and begin anew without a checkpoint"
             )
-        self.schedule.optimizers = found
+        else:
+            self._again = True
+        self.schedule.optimizers, self._warned = found, False
 
     def observe(self, val_loss: float) -> None:
         """Note the validation loss of an epoch; all ranks must call this, and the mean counts."""
@@ -92,6 +97,9 @@ class LateSchedule:
         """
         if self._begun is None:
             self._begun = epoch
+        elif self._again and epoch - self._begun < self.schedule.epoch:
+            self._begun = epoch - self.schedule.epoch  # another loop goes on with the schedule, and counts from 0
+        self._again = False
         over, ended = epoch - self._begun, self.schedule.epoch
         if min(over, self.schedule.epochs) - ended > 1:
             raise PlasticError(
@@ -116,6 +124,46 @@ class LateSchedule:
             return None
         with own_random(self.net.like.device, (self._seed + self.schedule.epoch) % 2**63):
             return self.schedule.step(self.val_loss)
+
+    def announce(self, last: int | None) -> None:
+        """Warn where the loop will end before the schedule does; call this when its first epoch has begun.
+
+        Args:
+            last: How many epochs of the loop will be over when it ends; None or less than 0 where it does not say.
+        """
+        if last is None or last < 0:
+            return
+        over = last - (self._begun or 0)
+        if over < self.schedule.epochs and not self._warned:
+            self._warn(f"the Trainer ends after {over} of the {self.schedule.epochs} epochs of the stages")
+
+    def finish(self, epoch: int) -> None:
+        """Take the step of the last epoch, and warn where the loop has ended before the network could harden.
+
+        Args:
+            epoch: How many epochs of the loop are over, which may have begun before the schedule.
+
+        Raises:
+            PlasticError: As `due` and `Schedule.step` raise it.
+        """
+        self.advance(epoch)
+        ended, ends = self.schedule.epoch, 0
+        for stage in self.schedule.stages:
+            ends += stage.epochs
+            if stage.plastic and ended < ends and not self._warned:
+                self._warn(
+                    f"the training has ended after {ended} of the {self.schedule.epochs} epochs of the stages: the "
+                    f"network is at k={self.net.k:g} and has not hardened. A budget is met only then"
+                )
+
+    def _warn(self, message: str) -> None:
+        """Warn once after `attach`."""
+        self._warned = True
+        warnings.warn(
+            f"{message}. Let the Trainer have as many epochs as the stages, or go on with the same callback",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, beside the states of the network and of the optimizers."""
