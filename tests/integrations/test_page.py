@@ -25,10 +25,10 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed: see `make integrations`")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
     first, _, last = blocks()[:3]
     assert [re.findall(r"# line (\d)", block)[-1] for block in (first, last)] == ["3", "5"]
     for block in (first, last):
+        names: dict[str, object] = {}  # each can be copied by itself
         exec(compile(block, str(PAGE), "exec"), names)
         net = names["module"].net if block is first else names["net"]
         assert isinstance(net, pn.PlasticNet)
