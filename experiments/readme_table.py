@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from common import RESULTS, between, how, publish, spread
@@ -30,14 +31,13 @@ def promise() -> str:
     failed = made - status.get("ok", 0) - refused
     failures = "none failed" if not failed else f"{failed} failed ([which](docs/random.md))"
     wrong = len(models) - fine - nothing
-    return "\n".join(
-        [
-            f"- Of {len(models)} models of torchvision, timm, transformers and others {fine} are exact, {nothing} have",
-            f"  nothing to cut, and {wrong} are wrong or fail ([docs/zoo.md](docs/zoo.md)).",
-            f"- Of {made:,} networks that were put together at random, {status.get('ok', 0):,} are exact, {refused}",
-            f"  were refused with a reason, and {failures}.",
-        ]
-    )
+    sentences = [
+        f"Of {len(models)} models of torchvision, timm, transformers and others, {fine} are exact, {nothing} have "
+        f"nothing to cut, and {wrong or 'none'} is wrong or fails ([docs/zoo.md](docs/zoo.md)).",
+        f"Of {made:,} networks that were put together at random, {status.get('ok', 0):,} are exact, {refused} were "
+        f"refused with a reason, and {failures}.",
+    ]
+    return "\n".join(fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in sentences)
 
 
 def results() -> str:
