@@ -164,7 +164,7 @@ def train(model: nn.Module, split: Split) -> None:
         (["lenet5", "--weights", "none.safetensors", "--meta"], "leave out one of them"),
         (["lenet5", "--weights", "none.safetensors"], "none.safetensors"),
         (["lenet5", "--sensitivity", "--data", "digits"], "lenet5 reads images"),
-        (["lenet5", "--sensitivity", "--data", "faces"], "--data faces: give digits"),
+        (["lenet5", "--sensitivity", "--data", "faces"], "--data faces: there is no such file or folder; give digits"),
     ],
 )
 def test_inspect_refuses_in_one_line(
