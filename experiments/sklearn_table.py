@@ -21,12 +21,12 @@ def main() -> int:
     cells = []
     for (task, way), found in grouped(rows, "task", "way").items():
         ours = {r["seed"]: r["seconds"] for r in rows if (r["task"], r["way"]) == (task, "plasticnet")}
-        times = [ours[r["seed"]] / r["seconds"] for r in found]
+        times = [ours[r["seed"]] / r["seconds"] for r in found if r["seed"] in ours]
         cells.append(
             [
                 task, way, str(len(found)), spread([100 * r["score"] for r in found]),
                 spread([r["parameters"] for r in found], 0), spread([r["seconds"] for r in found], 0),
-                "" if way == "plasticnet" else f"{median(times):.2f}",
+                f"{median(times):.2f}" if times and way != "plasticnet" else "",
             ]
         )  # fmt: skip
     header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
