@@ -1,4 +1,4 @@
-"""Defines the exception that the library raises."""
+"""Defines the exception that the library raises, and shortens those of others."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ class PlasticError(Exception):
         ...     print(str(error).split(":")[0])
         Linear does not run on the example inputs (shapes [(2, 3)])
     """
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's message, for a message of ours; or the error itself if it has none."""
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 from plasticnet.files.card import LIBRARY, describe, model_card
 from plasticnet.files.container import replace_file
 from plasticnet.files.modules import load, save
@@ -126,7 +126,7 @@ def push_to_hub(
                 repo_id=name, folder_path=partial, commit_message=commit_message, revision=revision, create_pr=create_pr
             )
         except Exception as error:  # of huggingface_hub and what it calls, which may raise anything
-            raise PlasticError(f"{repo_id} cannot be pushed: {_first_line(error)}") from error
+            raise PlasticError(f"{repo_id} cannot be pushed: {first_line(error)}") from error
     return str(getattr(commit, "commit_url", commit))
 
 
@@ -183,7 +183,7 @@ def from_pretrained(
                 )
             )  # fmt: skip
         except Exception as error:  # of huggingface_hub and what it calls, which may raise anything
-            raise PlasticError(f"{name} is no folder, and cannot be downloaded: {_first_line(error)}") from error
+            raise PlasticError(f"{name} is no folder, and cannot be downloaded: {first_line(error)}") from error
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
@@ -245,8 +245,3 @@ def _hub(what: str) -> Any:
     except ImportError as error:
         raise PlasticError(f"{what} needs the package huggingface_hub: pip install 'plasticnet[hub]'") from error
     return huggingface_hub
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 from plasticnet.tools.inputs import transformer_inputs
 
 IMAGE = (1, 1, 28, 28)  # the input of LeNet-5, and of an MLP unless another shape is given
@@ -245,7 +245,7 @@ def _call(function: Any, name: str, *args: Any, **kwargs: Any) -> nn.Module:
     try:
         model = function(*args, **kwargs)
     except Exception as error:  # a constructor that is not ours may raise anything
-        raise PlasticError(f"model {name!r}: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        raise PlasticError(f"model {name!r}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise PlasticError(f"model {name!r} is a {type(model).__name__}, not an nn.Module")
     return model

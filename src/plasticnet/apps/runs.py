@@ -47,7 +47,7 @@ from plasticnet.apps.printing import print_results, print_start, progress
 from plasticnet.apps.report import render
 from plasticnet.apps.saving import restore_run
 from plasticnet.apps.settings import Mode, Run
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 from plasticnet.files.modules import save
 from plasticnet.version import __version__
 
@@ -125,8 +125,9 @@ def _check_outputs(model: nn.Module, name: str, data: Data) -> None:
         found = model.eval()(data.train.x[:2])
     except Exception as error:  # the model can raise anything
         grey = ": --channels 3 makes grey images coloured" if len(data.shape) == 3 and data.shape[0] == 1 else ""
-        what = (str(error).splitlines() or [repr(error)])[0]
-        raise PlasticError(f"model {name!r} does not take inputs of the shape {data.shape}{grey} ({what})") from error
+        raise PlasticError(
+            f"model {name!r} does not take inputs of the shape {data.shape}{grey} ({first_line(error)})"
+        ) from error
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if data.task == "regression":
         fits = shape in ((2, 1), (2,))
@@ -134,7 +135,7 @@ def _check_outputs(model: nn.Module, name: str, data: Data) -> None:
         fits = isinstance(shape, tuple) and len(shape) == 2 and shape[1] >= data.outputs
     if not fits:
         raise PlasticError(
-            f"model {name!r} returns {shape} for two inputs, and ({2}, {data.outputs}) is needed for a {data.task}: a "
+            f"model {name!r} returns {shape} for two inputs, and (2, {data.outputs}) is needed for a {data.task}: a "
             "factory of your own may take num_classes="
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 from plasticnet.net import PlasticNet
 from plasticnet.tools.difference import relative_difference
 from plasticnet.tools.inputs import call_arguments, copy_inputs
@@ -103,8 +103,7 @@ def export(
         except PlasticError:
             raise
         except Exception as error:  # from the model, the exporter, the runtime or the file system
-            what = (str(error).splitlines() or [repr(error)])[0]
-            raise PlasticError(f"cannot export to {path}: {what}") from error
+            raise PlasticError(f"cannot export to {path}: {first_line(error)}") from error
 
 
 def _write(module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> float:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 
 _NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep a state dict
 _WRAPPED = ("module.", "_orig_mod.", "model.")  # what wrappers put before every name
@@ -60,8 +60,7 @@ def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnpicklingError as error:
         raise PlasticError(f"{path} holds more than tensors, or is damaged; save model.state_dict()") from error
     except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
-        what = (str(error).splitlines() or [repr(error)])[0]
-        raise PlasticError(f"{path} cannot be read as a state dict: {what}") from error
+        raise PlasticError(f"{path} cannot be read as a state dict: {first_line(error)}") from error
     for key in _NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

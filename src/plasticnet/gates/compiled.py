@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from plasticnet.errors import first_line
 from plasticnet.tools.torch_private import cannot_be_compiled
 
 
@@ -57,7 +58,7 @@ class HookedCalls:
         except Exception as error:
             if not cannot_be_compiled(error):
                 raise
-            raise NotOneGraph(str(error).strip().split("\n")[0]) from error
+            raise NotOneGraph(first_line(error)) from error
 
 
 def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

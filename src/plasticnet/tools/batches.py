@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
-from plasticnet.errors import PlasticError
+from plasticnet.errors import PlasticError, first_line
 from plasticnet.tools.snapshot import left_as_it_was
 
 Forward = Callable[[Any, Any], Any]  # runs a model on a batch and returns its output
@@ -192,12 +192,11 @@ def first_arguments(model: nn.Module, batch: Any, forward: Forward | None) -> An
     except PlasticError:
         raise
     except Exception as error:  # a model can raise anything
-        what = (str(error).splitlines() or [repr(error)])[0]
         given = few[0] if isinstance(few, tuple | list) and few else few
         whole = any(isinstance(t, Tensor) and not t.is_floating_point() for t in tree_leaves(given))
         raise PlasticError(
-            f"{type(model).__name__} does not run on the first batch, {_shown(batch)}: {what}. Of a tuple or list the "
-            "first element is the input, and several inputs are a tuple in it, as in ((a, b), labels)"
+            f"{type(model).__name__} does not run on the first batch, {_shown(batch)}: {first_line(error)}. Of a "
+            "tuple or list the first element is the input, and several inputs are a tuple in it, as in ((a, b), labels)"
             f"{'; whole numbers are passed as they are, so make those of images floating before' if whole else ''}; "
             f"{_FORWARD}"
         ) from error
