@@ -85,8 +85,7 @@ def trained(net: pn.PlasticNet, data: Data, stages: list[pn.Stage], settings: di
             i, order = order[:BATCH], order[BATCH:]
             x, y = moved(data.train.x[i]), data.train.y[i]
             if schedule.epochs - schedule.epoch <= stages[-1].epochs:
-                for group in optimizer.param_groups[:1]:
-                    group["lr"] = RATE * (1 + math.cos(math.pi * (1 - left / last))) / 2
+                optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * (1 - left / last))) / 2
                 left -= 1
             loss = net.expected_loss(lambda x=x, y=y: F.cross_entropy(net(x), y, reduction="none"))
             optimizer.zero_grad()

@@ -57,13 +57,14 @@ class Parsed(HTMLParser):
 def entry(name: str = "run", epochs: int = 4, sites: int = 2, **changed: Any) -> Entry:
     history = [
         {
-            "run": "prune", "epoch": e, "k": 7.0, "val_loss": 1 / e, "val_accuracy": 0.5 + e / 100,
+            "run": "prune", "epoch": e, "k": 7.0, "val_loss": 1 / e, "val_score": 0.5 + e / 100,
             "units": {f"layer.{i}": max(1, 40 // e) for i in range(sites)}, "parameters": 10_000 // e, "macs": 900 // e,
         }
         for e in range(1, epochs + 1)
     ]  # fmt: skip
     result = {
-        "test_accuracy": 0.9312, "units": {f"layer.{i}": 10 for i in range(sites)}, "parameters": 2500, "macs": 225,
+        "task": "classification", "score": "accuracy", "test_score": 0.9312,
+        "units": {f"layer.{i}": 10 for i in range(sites)}, "parameters": 2500, "macs": 225,
         "ms_per_1000": 1.25, "train_cpu_seconds": 12.34,
     }  # fmt: skip
     return Entry(name, "moons", "mlp:6-4", {**result, **changed}, history)
@@ -115,10 +116,10 @@ def test_nothing_is_loaded() -> None:
 
 
 def test_scores_of_both_kinds() -> None:
-    """What records call the score: today's name, and that of an older version; a number that is predicted has R²."""
+    """Networks that tell classes apart have accuracies, and those that predict numbers have R²."""
     plain = entry("classes")
-    number = entry("numbers", score="R²", test_score=0.75)
-    history = [{**{k: v for k, v in r.items() if k != "val_accuracy"}, "val_score": 0.5} for r in number.history]
+    number = entry("numbers", task="regression", score="R²", test_score=0.75)
+    history = [{**r, "val_score": 0.5} for r in number.history]
     found = Parsed(compare([plain, Entry("numbers", "x", "y", number.result, history)]))
     assert {"93.12 %", "R² 0.7500"} <= set(found.texts)
     assert {"validation accuracy by epoch", "validation R² by epoch"} <= set(found.labels())

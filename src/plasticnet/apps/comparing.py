@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticnet.apps.page import page, table, text
+from plasticnet.apps.scores import shown
 
 _COLUMNS = ("network", "data", "model", "test score", "units per site", "parameters", "MACs", "ms per 1,000 inputs",
             "epochs", "training, CPU s")  # fmt: skip
@@ -55,7 +56,7 @@ def compare(entries: Sequence[Entry]) -> str:
     scores = dict.fromkeys(_score_name(entry) for entry in entries)
     pictures = [_curves("validation loss", entries, [_points(e, "val_loss") for e in entries])]
     for score in scores:
-        points = [_scored(e) if _score_name(e) == score else [] for e in entries]
+        points = [_points(e, "val_score") if _score_name(e) == score else [] for e in entries]
         pictures.append(_curves(f"validation {score}", entries, points))
     pictures.append(_curves("parameters", entries, [_points(e, "parameters") for e in entries], log=True))
     pictures.append(_curves("multiply-adds", entries, [_points(e, "macs") for e in entries], log=True))
@@ -73,22 +74,17 @@ def compare(entries: Sequence[Entry]) -> str:
 # -- what the files of a run call things: nothing else in here knows it ------------------------
 
 
-def _score(values: Mapping[str, Any], part: str) -> Any:
-    """Return the score on a part of the data ("val" or "test"); runs of an older version call it accuracy."""
-    return values.get(f"{part}_score", values.get(f"{part}_accuracy"))
-
-
 def _score_name(entry: Entry) -> str:
     """Return what the score of a network is: an accuracy, or R²."""
-    return str(entry.result.get("score", "accuracy"))
+    return str(entry.result["score"])
 
 
 def _row(entry: Entry) -> list[str]:
     """Return the cells of a network's row."""
-    result, score = entry.result, _score(entry.result, "test")
-    shown = f"{100 * score:.2f} %" if _score_name(entry) == "accuracy" else f"{_score_name(entry)} {score:.4f}"
+    result = entry.result
     return [
-        entry.name, entry.data, entry.model, shown, "-".join(str(n) for n in result["units"].values()),
+        entry.name, entry.data, entry.model, shown(result["test_score"], result["task"]),
+        "-".join(str(n) for n in result["units"].values()),
         f"{result['parameters']:,}", f"{result['macs']:,}", f"{result['ms_per_1000']:.2f}", str(len(entry.history)),
         f"{result['train_cpu_seconds']:.1f}",
     ]  # fmt: skip
@@ -97,11 +93,6 @@ def _row(entry: Entry) -> list[str]:
 def _points(entry: Entry, key: str) -> list[tuple[int, float]]:
     """Return what the records of a network have under a key, by epoch; without what is missing or not finite."""
     return _finite([(record["epoch"], record.get(key)) for record in entry.history])
-
-
-def _scored(entry: Entry) -> list[tuple[int, float]]:
-    """Return the validation score of a network by epoch."""
-    return _finite([(record["epoch"], _score(record, "val")) for record in entry.history])
 
 
 def _units(entry: Entry) -> dict[str, list[tuple[int, int]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
+from plasticnet.apps.data import Task as DataTask
 from plasticnet.apps.own_data import KNOWN, Reading
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
@@ -37,11 +38,9 @@ def reading_of(
     std: float,
     data_dir: Path | None,
 ) -> Reading:
-    """Return how data are read, as the options say."""
-    if task not in (None, "classification", "regression"):
-        raise PlasticError(f"--task {task}: classification or regression")
+    """Return how data are read, as the options say. Raises `PlasticError` as `Reading` does, which checks them."""
     folder = None if data_dir is None else str(data_dir)
-    return Reading(target, task, tuple(ignore or ()), image_size, channels, mean, std, folder)
+    return Reading(target, cast("DataTask | None", task), tuple(ignore or ()), image_size, channels, mean, std, folder)
 
 
 def budget_of(text: str | None, *, latency: bool = False) -> Budget | None:

@@ -267,8 +267,8 @@ class _Run:
         now = any(is_compiled(m) for m in gating.model.modules())
         in_place = now or tiers.start is not None
         self._by_hooks = bool(hooks_of_gates)
-        by_hooks = self._by_hooks and (tiers.hooked is None or bool(self._later))
-        unseen = bool(by_hooks or self.masks or (gating.blocks and not all_open))
+        unseen_hooks = self._by_hooks and (tiers.hooked is None or bool(self._later))
+        unseen = bool(unseen_hooks or self.masks or (gating.blocks and not all_open))
         self._kind = (
             gating.model.training, torch.is_grad_enabled(), bool(changed), self._by_hooks,
             self._by_hooks and z.requires_grad,
