@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from plasticnet import PlasticNet
 from plasticnet.gates.compiled import HookedCalls
 from plasticnet.gates.tiers import Tiers
+from tests.kit.compilers import Backend
 from tests.kit.networks import ConvNet, mlp
 
 pytestmark = [
@@ -64,22 +65,6 @@ class Broken(nn.Module):
         x = self.a(x).tanh()
         torch._dynamo.graph_break()
         return self.b(x)
-
-
-class Backend:
-    """A compiler that compiles nothing, and counts its graphs and how often they run."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return graph.forward(*args)
-
-        return run
 
 
 @pytest.fixture(autouse=True)

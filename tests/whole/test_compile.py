@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet import PlasticError, PlasticNet
+from tests.kit.compilers import Backend
 from tests.kit.networks import mlp
 
 INDUCTOR = pytest.param(
@@ -87,22 +88,6 @@ def test_the_whole_network_compiled() -> None:
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
-
-
-class Backend:
-    """A compiler that compiles nothing: it counts what it gets, and how often that runs."""
-
-    def __init__(self) -> None:
-        self.graphs = self.runs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
-        self.graphs += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return graph.forward(*args)
-
-        return run
 
 
 def trained(net: PlasticNet, steps: int) -> None:

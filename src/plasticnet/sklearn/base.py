@@ -202,12 +202,23 @@ class PlasticMLP(BaseEstimator):
             self.loss_curve_.append(one_epoch(self.module_, step, rows, how, self._order))
         self.n_iter_ += 1
 
+    def _validated(self, x: Any, *y: Any, reset: bool, **how: Any) -> Any:
+        """Return checked inputs as an array, and checked targets beside them if there are any.
+
+        A sparse matrix becomes a dense one, since a column of zeros and ones is dense once it is normalised.
+        """
+        kinds = (np.float64, np.float32)
+        found: Any = validate_data(self, x, *y, accept_sparse=True, dtype=kinds, reset=reset, **how)
+        if y:
+            return found[0].toarray() if issparse(found[0]) else found[0], found[1]
+        return found.toarray() if issparse(found) else found
+
     # -- predicting ---------------------------------------------------------------------------
 
     def _outputs(self, x: Any) -> Tensor:
         """Return what the network makes of inputs, shape (rows, outputs)."""
         check_is_fitted(self)
-        x = dense(validate_data(self, x, accept_sparse=True, reset=False, dtype=(np.float64, np.float32)))
+        x = self._validated(x, reset=False)
         like = next(self.module_.parameters())
         return outputs(self.module_, torch.from_numpy(self._input.scaled(x)).to(like.dtype))
 
@@ -218,11 +229,6 @@ class PlasticMLP(BaseEstimator):
         return tags
 
     _losses: Losses
-
-
-def dense(x: Any) -> np.ndarray:
-    """Return checked inputs as an array; a column of zeros and ones is dense once it is normalised."""
-    return x.toarray() if issparse(x) else x
 
 
 class Scale:

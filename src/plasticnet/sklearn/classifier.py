@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from sklearn.base import ClassifierMixin
 from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from plasticnet.sklearn.base import BadParameter, PlasticMLP, dense
+from plasticnet.sklearn.base import BadParameter, PlasticMLP
 
 
 class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
@@ -106,8 +105,7 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
         """
         self._check()
         again = self.warm_start and hasattr(self, "module_")
-        X, y = validate_data(self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), reset=not again)
-        X = dense(X)
+        X, y = self._validated(X, y, reset=not again)
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
         if again and not np.array_equal(classes, self.classes_):
@@ -128,8 +126,7 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
         """
         self._check()
         first = not hasattr(self, "module_")
-        X, y = validate_data(self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), reset=first)
-        X = dense(X)
+        X, y = self._validated(X, y, reset=first)
         check_classification_targets(y)
         if first:
             self.classes_ = np.unique(y if classes is None else classes)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import RegressorMixin
-from sklearn.utils.validation import column_or_1d, validate_data
+from sklearn.utils.validation import column_or_1d
 from torch import Tensor
 
-from plasticnet.sklearn.base import PlasticMLP, Scale, dense
+from plasticnet.sklearn.base import PlasticMLP, Scale
 
 
 class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
@@ -96,11 +96,7 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return checked inputs, and targets of shape (rows, outputs)."""
-        X, y = validate_data(
-            self, X, y, accept_sparse=True, dtype=(np.float64, np.float32), multi_output=True, y_numeric=True,
-            reset=reset,
-        )  # fmt: skip
-        X = dense(X)
+        X, y = self._validated(X, y, reset=reset, multi_output=True, y_numeric=True)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else np.asarray(y)
         if reset:
             self._flat = y.ndim == 1
