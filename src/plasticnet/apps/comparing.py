@@ -10,24 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plasticnet.apps.drawing import COLOURS, STYLE, Line, curves, key
 from plasticnet.apps.page import page, table, text
 from plasticnet.apps.scores import shown
 
 _COLUMNS = ("network", "data", "model", "test score", "units per site", "parameters", "MACs", "ms per 1,000 inputs",
             "epochs", "training, CPU s")  # fmt: skip
-_COLOURS = 8  # how many colours the page has; further networks have them again, with dashed lines
 _SITES = 60  # how many sites of a network are drawn
-_WIDTH, _HEIGHT = 360, 200  # of a picture of curves
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 10, 22  # the margins, which hold the numbers at the axes
 
-_STYLE = """
-.key { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; }
-.key svg { width: 1.6rem; height: .8rem; margin-right: .4rem; }
-.curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
-.sites { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)); }
-.curves figure, .sites figure { margin: 0; min-width: 0; } .curves svg, .sites svg { width: 100%; background: none; }
-.sites figcaption { font-size: .8rem; line-height: 1.3; }
-.axis { fill: var(--faint); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
+_STYLE = f"""{STYLE}
+.sites {{ display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(9rem, 100%), 1fr)); }}
+.sites figure {{ margin: 0; min-width: 0; }} .sites svg {{ width: 100%; background: none; }}
+.sites figcaption {{ font-size: .8rem; line-height: 1.3; }}
 """
 
 
@@ -54,17 +48,15 @@ def compare(entries: Sequence[Entry]) -> str:
     """Return the text of a page about some networks."""
     names = [entry.name for entry in entries]
     scores = dict.fromkeys(_score_name(entry) for entry in entries)
-    pictures = [_curves("validation loss", entries, [_points(e, "val_loss") for e in entries])]
+    pictures = [curves("validation loss", _lines(entries, "val_loss"))]
     for score in scores:
-        points = [_points(e, "val_score") if _score_name(e) == score else [] for e in entries]
-        pictures.append(_curves(f"validation {score}", entries, points))
-    pictures.append(_curves("parameters", entries, [_points(e, "parameters") for e in entries], log=True))
-    pictures.append(_curves("multiply-adds", entries, [_points(e, "macs") for e in entries], log=True))
-    keys = "".join(f"<li>{_line_sample(i)}{text(name)}</li>" for i, name in enumerate(names))
+        pictures.append(curves(f"validation {score}", _lines(entries, "val_score", score)))
+    pictures.append(curves("parameters", _lines(entries, "parameters"), log=True))
+    pictures.append(curves("multiply-adds", _lines(entries, "macs"), log=True))
     return page(
         f"plasticnet: {len(entries)} networks",
         table(_COLUMNS, [_row(entry) for entry in entries])
-        + f'<h2>Epoch by epoch</h2><ul class="key">{keys}</ul><div class="curves">{"".join(pictures)}</div>'
+        + f'<h2>Epoch by epoch</h2>{key(names)}<div class="pictures">{"".join(pictures)}</div>'
         + "<h2>Architecture</h2><p>A bar is an epoch, and as high as the site has open units; the sites of a network "
         "share their scale, which is logarithmic.</p>" + "".join(_sites(i, entry) for i, entry in enumerate(entries)),
         _STYLE,
@@ -90,9 +82,16 @@ def _row(entry: Entry) -> list[str]:
     ]  # fmt: skip
 
 
-def _points(entry: Entry, key: str) -> list[tuple[int, float]]:
-    """Return what the records of a network have under a key, by epoch; without what is missing or not finite."""
-    return _finite([(record["epoch"], record.get(key)) for record in entry.history])
+def _lines(entries: Sequence[Entry], field: str, score: str | None = None) -> list[Line]:
+    """Return a line for each network; it has no points where the network has another score than the one that is asked."""
+    return [
+        Line(entry.name, _points(entry, field) if score in (None, _score_name(entry)) else []) for entry in entries
+    ]
+
+
+def _points(entry: Entry, field: str) -> list[tuple[int, float]]:
+    """Return what the records of a network have in a field, by epoch; without what is missing or not finite."""
+    return _finite([(record["epoch"], record.get(field)) for record in entry.history])
 
 
 def _units(entry: Entry) -> dict[str, list[tuple[int, int]]]:
@@ -110,67 +109,6 @@ def _units(entry: Entry) -> dict[str, list[tuple[int, int]]]:
 def _finite(pairs: Sequence[tuple[int, Any]]) -> list[tuple[int, float]]:
     """Return the pairs whose second part is a finite number."""
     return [(x, y) for x, y in pairs if isinstance(y, int | float) and math.isfinite(y)]
-
-
-def _stroke(index: int) -> str:
-    """Return the attributes of a network's line."""
-    dashes = f' stroke-dasharray="{2 + 3 * (index // _COLOURS)} 3"' if index >= _COLOURS else ""
-    return f'fill="none" stroke="var(--c{index % _COLOURS})" stroke-width="1.6"{dashes}'
-
-
-def _line_sample(index: int) -> str:
-    """Return the picture of a network's line for the key."""
-    return f'<svg viewBox="0 0 32 16" aria-hidden="true"><path d="M0 8H32" {_stroke(index)}/></svg>'
-
-
-def _curves(
-    title: str, entries: Sequence[Entry], series: Sequence[Sequence[tuple[int, float]]], log: bool = False
-) -> str:
-    """Return a picture with a line for each network.
-
-    Args:
-        title: What is drawn.
-        entries: The networks.
-        series: For each network the epochs and the values.
-        log: Whether the axis of values is logarithmic.
-    """
-    if log:
-        series = [[(x, y) for x, y in points if y > 0] for points in series]
-    values = [y for points in series for _, y in points]
-    if not values:
-        return f"<figure><figcaption>{text(title)}: not recorded</figcaption></figure>"
-    last = max(x for points in series for x, _ in points)
-    low, high = min(values), max(values)
-
-    def place(value: float) -> float:
-        a, b, v = (math.log(low), math.log(high), math.log(value)) if log else (low, high, value)
-        share = (v - a) / (b - a) if b > a else 0.5
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
-
-    def across(epoch: int) -> float:
-        share = (epoch - 1) / (last - 1) if last > 1 else 0.5
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    middle = math.sqrt(low * high) if log else (low + high) / 2
-    grid = "".join(
-        f'<path class="grid" d="M{_LEFT} {place(v):.1f}H{_WIDTH - _RIGHT}"/>'
-        f'<text class="axis" x="{_LEFT - 4}" y="{place(v) + 4:.1f}" text-anchor="end">{_short(v)}</text>'
-        for v in sorted({low, middle, high})
-    )
-    axis = "".join(
-        f'<text class="axis" x="{across(x):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{x}</text>'
-        for x, anchor in {1: "start", last: "end"}.items()
-    )
-    lines = "".join(
-        f'<path d="M{"L".join(f"{across(x):.1f} {place(y):.1f}" for x, y in points)}" {_stroke(i)}>'
-        f"<title>{text(entry.name)}: {_short(points[-1][1])} after epoch {points[-1][0]}</title></path>"
-        for i, (entry, points) in enumerate(zip(entries, series, strict=True))
-        if points
-    )
-    return (
-        f'<figure><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{text(title)} by epoch">{grid}{axis}{lines}</svg></figure>'
-    )
 
 
 def _sites(index: int, entry: Entry) -> str:
@@ -200,14 +138,7 @@ def _bars(index: int, site: str, bars: Sequence[tuple[int, int]], top: int) -> s
     label = f"{site}: {first:,} to {last:,} open units in {len(bars)} epochs"
     return (
         f'<figure><svg viewBox="0 0 120 50" role="img" aria-label="{text(label)}"><path class="grid" d="M0 48.5H120"/>'
-        f'<path d="{path}" fill="var(--c{index % _COLOURS})"/></svg>'
+        f'<path d="{path}" fill="var(--c{index % COLOURS})"/></svg>'
         f"<figcaption>{text(site)}: {first:,} → {last:,}</figcaption></figure>"
     )
 
-
-def _short(value: float) -> str:
-    """Return a number in a few characters."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"

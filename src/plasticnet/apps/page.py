@@ -14,7 +14,7 @@ _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #5c5c5c; --line: #ddd;
   --c0: #c0392b; --c1: #2471a3; --c2: #6b6b6b; --c3: #1e8449;
   --c4: #9a5b00; --c5: #7d3c98; --c6: #00707a; --c7: #a3316f; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --paper: #16181c; --ink: #e6e6e6; --faint: #a8a8a8; --line: #3a3d44;
     --c0: #ff8a7a; --c1: #74b9ff; --c2: #b5b5b5; --c3: #6fdc8c;
     --c4: #ffc46b; --c5: #d5a6f0; --c6: #67d6df; --c7: #ff9ccf; }
