@@ -206,13 +206,16 @@ def browser() -> Iterator[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
-@pytest.mark.parametrize("what", ["comparison", "report"])
+@pytest.mark.parametrize("what", ["comparison", "report", "demo"])
 def test_in_a_browser(
     what: str, width: int, scheme: str, runs: tuple[Path, Path], browser: Any, tmp_path: Path
 ) -> None:
     """Nothing is wider than the screen, texts are legible, and the console is silent."""
     if what == "report":
         path = runs[0] / "report.html"
+    elif what == "demo":
+        succeed("demo", "--out", tmp_path)
+        path = tmp_path / "demo.html"
     else:
         path = tmp_path / "page.html"
         long = entry("a_very_long_name_of_a_run_without_any_space_in_it" * 3, epochs=300, sites=12)

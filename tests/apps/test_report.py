@@ -27,7 +27,11 @@ def record(epoch: int, k: float | str, profiled: dict[str, Any] | None) -> dict[
 def page(history: list[dict[str, Any]], **profiles: Any) -> list[list[str]]:
     """The cells of the report's rows, below the heading of the profile."""
     result = {"test_score": 0.5, "units": {"0": 5}, "parameters": 10, "macs": 8, "ms_per_1000": 1.0, **profiles}
-    text = render("title", {"prune": result}, history, {}).split("<h2>Profile</h2>")[1].split("<h2>Settings</h2>")[0]
+    text = (
+        render("title", {"prune": result}, history, {})
+        .split("<h2>What the network cost</h2>")[1]
+        .split("<h2>Settings</h2>")[0]
+    )
     rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
     return [*rows, [re.sub("<[^>]*>", " ", text)]]
 

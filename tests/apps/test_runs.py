@@ -69,7 +69,7 @@ def run(pruned: Path, tmp_path: Path) -> Path:
 
 def test_a_folder_with_a_run_is_refused(run: Path, failing: Failing) -> None:
     before = snapshot(run)
-    for args in (PRUNE, [*MOONS, "--dense"], ["demo"]):
+    for args in (PRUNE, [*MOONS, "--dense"]):
         line = failing(*args, "--out", run)
         assert all(word in line for word in ("--resume", "--overwrite", str(run), "prune/checkpoint.safetensors"))
     assert snapshot(run) == before
@@ -158,41 +158,6 @@ def test_overwriting_waits_until_the_rest_is_accepted(wrong: list[str], run: Pat
     before = snapshot(run)
     failing(*PRUNE, "--out", run, "--overwrite", *wrong)
     assert snapshot(run) == before
-
-
-# -- the demo -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands stop where training would begin."""
-
-    def stop(*args: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "train_run", stop)
-
-
-@pytest.mark.slow
-def test_the_demo_replaces_a_demo(run: Path, untrained: None) -> None:
-    config = json.loads((run / "run.json").read_text())
-    config["record"]["command"] = "demo"
-    (run / "run.json").write_text(json.dumps(config, indent=2))
-    assert invoke("demo", "--out", run).exit_code == 130
-    config = json.loads((run / "run.json").read_text())
-    assert (config["record"]["command"], config["data"]) == ("demo", "digits")
-    assert not (run / "prune").exists()
-    assert invoke("demo", "--out", run).exit_code == 130  # an unfinished one, too
-
-
-@pytest.mark.slow
-def test_the_demo_refuses_another_run_of_its_settings(tmp_path: Path, untrained: None, failing: Failing) -> None:
-    assert invoke("train", "--model", "mlp:256-128", "--compare", "--out", tmp_path).exit_code == 130
-    before = snapshot(tmp_path)
-    assert "--overwrite" in failing("demo", "--out", tmp_path)
-    assert snapshot(tmp_path) == before
-    assert invoke("demo", "--out", tmp_path, "--overwrite").exit_code == 130
-    assert json.loads((tmp_path / "run.json").read_text())["record"]["command"] == "demo"
 
 
 # -- one process at a time ----------------------------------------------------------------------

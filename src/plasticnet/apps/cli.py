@@ -149,7 +149,7 @@ def inspect_command(
 
 @app.command("report")
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that train or demo wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that train wrote.")],
     out: Annotated[Path | None, typer.Option(help="The page that compares the runs, such as page.html.")] = None,
 ) -> None:
     """Write the report.html of a finished run again; or, with --out, a page that compares several."""

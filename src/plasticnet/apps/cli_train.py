@@ -11,6 +11,7 @@ import typer
 
 from plasticnet.apps.console import print_line
 from plasticnet.apps.data import Data
+from plasticnet.apps.demo import check_demo, demo
 from plasticnet.apps.folder import read_run
 from plasticnet.apps.loading import load_any
 from plasticnet.apps.models import START, chooses, reads_numbers
@@ -29,9 +30,8 @@ from plasticnet.apps.options import (
     budget_of,
     reading_of,
 )
-from plasticnet.apps.own_data import Reading
 from plasticnet.apps.predicting import predict
-from plasticnet.apps.runs import check_folder, holds_demo, train_modes
+from plasticnet.apps.runs import check_folder, train_modes
 from plasticnet.apps.settings import DEVICES, Config, Run, device_of, usual_batch, usual_epochs
 from plasticnet.errors import PlasticError
 from plasticnet.learning.estimators import ESTIMATORS
@@ -179,17 +179,14 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = Path("runs/demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
-    """Prune a network that is too wide, and grow one that is too narrow, on handwritten digits.
+    """Make a trained network smaller, and let another one grow, on handwritten digits.
 
-    The digits come with scikit-learn, so that nothing is downloaded. The results of a demo before are replaced; another
-    run in --out is refused without --overwrite.
+    The digits come with scikit-learn, so that nothing is downloaded. A page with pictures says what came out. The
+    results of a demo before are replaced; other files of these names in --out are refused without --overwrite.
     """
-    config = Config(epochs=100, price=0.02, batch=32, lr=3e-3, gate_lr=1e-1)
     torch.set_num_threads(1)  # on networks of this size threads mostly wait for each other
-    run = Run("digits", Reading(), "mlp:256-128", "compare", "cpu", config)
-    replaced = overwrite or holds_demo(out)
-    check_folder(out, False, replaced)
-    train_modes(run, data_of(run), out, overwrite=replaced, command="demo")
+    check_demo(out, overwrite)
+    demo(out)
 
 
 def predict_command(

@@ -83,10 +83,8 @@ def _row(entry: Entry) -> list[str]:
 
 
 def _lines(entries: Sequence[Entry], field: str, score: str | None = None) -> list[Line]:
-    """Return a line for each network; it has no points where the network has another score than the one that is asked."""
-    return [
-        Line(entry.name, _points(entry, field) if score in (None, _score_name(entry)) else []) for entry in entries
-    ]
+    """Return a line for each network, without points where the network has another score than the one that is asked."""
+    return [Line(entry.name, _points(entry, field) if score in (None, _score_name(entry)) else []) for entry in entries]
 
 
 def _points(entry: Entry, field: str) -> list[tuple[int, float]]:
@@ -141,4 +139,3 @@ def _bars(index: int, site: str, bars: Sequence[tuple[int, int]], top: int) -> s
         f'<path d="{path}" fill="var(--c{index % COLOURS})"/></svg>'
         f"<figcaption>{text(site)}: {first:,} → {last:,}</figcaption></figure>"
     )
-

@@ -18,7 +18,7 @@ STYLE = """
 .key svg { width: 1.6rem; height: .8rem; margin-right: .4rem; }
 .pictures { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .pictures figure { margin: 0; min-width: 0; } .pictures svg { width: 100%; background: none; }
-.axis { fill: var(--faint); font-size: 11px; } .grid { stroke: var(--line); stroke-width: 1; }
+.axis { fill: var(--faint); font-size: 12px; } .grid { stroke: var(--line); stroke-width: 1; }
 .word { fill: var(--ink); font-size: 14px; }
 """
 
@@ -67,6 +67,8 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     middle = math.sqrt(low * high) if log else (low + high) / 2
+    if all(isinstance(value, int) for value in values):
+        middle = round(middle)
     grid = "".join(
         f'<path class="grid" d="M{_LEFT} {place(v):.1f}H{_WIDTH - _RIGHT}"/>'
         f'<text class="axis" x="{_LEFT - 4}" y="{place(v) + 4:.1f}" text-anchor="end">{short(v)}</text>'
@@ -90,20 +92,21 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float
     return _figure(title, f"{title} by epoch", _HEIGHT, f"{grid}{axis}{drawn}")
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, str]], most: float) -> str:
+def bars(title: str, rows: Sequence[tuple[str, float, str]], most: float, colours: Sequence[int]) -> str:
     """Return a picture of bars that lie below each other, each with words above it.
 
     Args:
         title: What is drawn.
         rows: For each bar the words, the value, and the value as text.
         most: The value whose bar is as long as the picture is wide.
+        colours: For each bar the number of its colour.
     """
     drawn = "".join(
         f'<text class="word" x="0" y="{_ROW * i + 15}">{text(words)}</text>'
         f'<text class="word" x="{_WIDTH}" y="{_ROW * i + 15}" text-anchor="end">{text(shown)}</text>'
         f'<path class="grid" d="M0 {_ROW * i + 27}H{_WIDTH}"/>'
-        f'<path d="M0 {_ROW * i + 21}h{_WIDTH * value / most:.1f}v12H0z" fill="var(--c{i % COLOURS})"/>'
-        for i, (words, value, shown) in enumerate(rows)
+        f'<path d="M0 {_ROW * i + 21}h{_WIDTH * value / most:.1f}v12H0z" fill="var(--c{colour})"/>'
+        for i, ((words, value, shown), colour) in enumerate(zip(rows, colours, strict=True))
     )
     label = f"{title}: {', '.join(f'{words} {shown}' for words, _, shown in rows)}"
     return _figure(title, label, _ROW * len(rows), drawn)

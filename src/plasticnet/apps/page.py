@@ -27,9 +27,16 @@ td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align:
 td:first-child, th:first-child { text-align: left; } .scroll td { white-space: nowrap; }
 figure { margin: 2rem 0; } svg { max-width: 100%; height: auto; } figcaption, .faint { color: var(--faint); }
 figure > svg { background: #fff; border-radius: .3rem; }
+@media (max-width: 30rem) { td, th { padding: .3rem .4rem; } }
+h1 { font-size: clamp(1.5rem, 5vw, 2rem); line-height: 1.25; }
 details { margin: 1rem 0; overflow-x: auto; } summary { cursor: pointer; }
 details table { font-size: .8rem; } details td, details th { padding: .15rem .5rem; }
 th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { border-left: 1px solid var(--line); }
+@media print {
+  :root { color-scheme: light; } body { font-size: 10.5pt; margin: 0; max-width: none; padding: 0; }
+  h1, h2, h3 { break-after: avoid; } figure, tr, dt, dd { break-inside: avoid; } svg { print-color-adjust: exact; }
+  .scroll { overflow: visible; } table { font-size: 8.5pt; } td, th { padding: .2rem .4rem; }
+}
 """
 
 

@@ -1,4 +1,4 @@
-"""Draws an HTML page about a run, with tables and four pictures, which loads nothing from elsewhere."""
+"""Writes the HTML page of a run, which loads nothing from elsewhere: what came out, in words, tables and pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plasticnet.apps.page import page, table
+from plasticnet.apps.page import page, table, text
 from plasticnet.apps.scores import shown
 from plasticnet.cost.latency import TIME
 from plasticnet.tools.table import readable_bytes
@@ -20,6 +20,18 @@ from plasticnet.tools.table import readable_bytes
 mpl.use("Agg")
 
 _COLOURS = {"dense": "#777777", "prune": "#c0392b", "grow": "#2471a3"}
+
+_DONE = {
+    "dense": "The network that was trained as it is",
+    "prune": "The network that was pruned while it was trained",
+    "grow": "The network that grew while it was trained",
+}
+
+# Pictures keep their size where the screen is narrow, so that their words can be read, and are scrolled.
+_STYLE = """
+figure svg { background: #fff; border-radius: .3rem; min-width: 38rem; }
+@media print { figure svg { min-width: 0; } }
+"""
 
 _WHEN = ("before", "during", "after")
 
@@ -74,19 +86,44 @@ def render(
     by_run = {run: [r for r in history if r["run"] == run] for run in runs}
     plastic = {run: h for run, h in by_run.items() if run != "dense"}
     pictures = [
-        ("Score against size: validation score after every epoch; stars are the test score at the end.",
+        ("How good the network was at every size",
+         "A dot is the validation score after an epoch; the star is the test score at the end.",
          _svg(lambda f: _size(f.subplots(), by_run, results))),
-        ("Open units per site over the epochs.", _svg(lambda f: _units(f, plastic))),
-        ("Gate probabilities over the epochs: the share of the gates in each bin; they decide by leaving the middle.",
+        ("How many units each site had, epoch by epoch",
+         "A site is all units of one place, such as the hidden units of a layer.",
+         _svg(lambda f: _units(f, plastic))),
+        ("How the gates decided",
+         "A column is an epoch. Its colours say which share of the gates has which probability of being open. A gate "
+         "decides by leaving the middle: at 1 its unit stays, and at 0 it is cut.",
          _svg(lambda f: _histograms(f, plastic))),
-        ("Plasticity k over the epochs (infinity at the top), and the mean transition probability 2π(1-π).",
+        ("How plastic the gates were",
+         "The larger k is, the more decided the gates are; at infinity, on top, they no longer change. Dashed is "
+         "2π(1-π), the mean probability that a gate would come out otherwise if it were drawn again.",
          _svg(lambda f: _plasticity(f.subplots(), plastic))),
     ]  # fmt: skip
-    figures = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in pictures)
+    figures = "".join(
+        f'<h2>{name}</h2><figure><div class="scroll" tabindex="0">{svg}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for name, caption, svg in pictures
+    )
     profiles = "".join(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
-    settings = table((), config.items())
-    body = f"{table(COLUMNS, rows(results))}{figures}<h2>Profile</h2>{profiles}<h2>Settings</h2>{settings}"
-    return page(title, body)
+    body = (
+        f"{_lead(results, config)}{table(COLUMNS, rows(results))}{figures}<h2>What the network cost</h2>{profiles}"
+        f"<h2>Settings</h2>{table((), config.items())}"
+    )
+    return page(title, body, _STYLE)
+
+
+def _lead(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """Return what was done and what came out, in a sentence for each network."""
+    sentences = "".join(
+        f"<li>{_DONE.get(name, name)} has {'-'.join(str(n) for n in r['units'].values())} units, "
+        f"{r['parameters']:,} parameters and {r['macs']:,} multiply-adds for one input, and reaches "
+        f"{shown(r['test_score'], r.get('task', 'classification'))} on test data that it was not trained on.</li>"
+        for name, r in results.items()
+    )
+    model, data = text(config.get("model", "a model")), text(config.get("data", "data"))
+    return f"<p>The model <b>{model}</b> was trained on <b>{data}</b>. What came out:</p><ul>{sentences}</ul>"
 
 
 def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +144,7 @@ def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str
         return f"{head}<p>not recorded</p>"
     batch, device = next((p["batch"], p["device"]) for p in profiles if p)
     during = f"epoch {middle['epoch']}, with gates, those of closed units included" if middle else "not recorded"
-    text = (
+    about = (
         f"Before: the model that was given. During: {during}. After: the compact network. MACs are those of one "
         f"sample, the rest is for a batch of {batch}; time is {TIME[device]}."
     )
@@ -117,7 +154,7 @@ def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str
     )
     when = "".join(f"<th>{w}</th>" for w in _WHEN)
     return (
-        f'{head}<p>{text}</p><div class="scroll" tabindex="0"><table><tr><th></th>{when}</tr>{total}</table></div>'
+        f'{head}<p>{about}</p><div class="scroll" tabindex="0"><table><tr><th></th>{when}</tr>{total}</table></div>'
         f"<details><summary>per module</summary>{_modules(profiles)}</details>"
     )
 

@@ -69,7 +69,6 @@ def train_modes(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    command: str = "train",
 ) -> None:
     """Train one network for each mode, show the progress, and write everything into a folder.
 
@@ -79,7 +78,6 @@ def train_modes(
         folder: The folder, which is made if it does not exist.
         resume: Whether to go on with the runs in the folder. They must have begun with the same settings and data.
         overwrite: Whether a run that the folder holds may be replaced. Files that are not of a run always stay.
-        command: The command that was called, for run.json.
 
     Raises:
         PlasticError: The settings cannot be used for training; the folder holds a run and neither ``resume`` nor
@@ -101,7 +99,7 @@ def train_modes(
         else:
             check_free(folder, overwrite)  # again, because another process may have been here in the meantime
             clear(folder)
-            record, over = {"command": command, **hashes(data, structure), **environment()}, 0
+            record, over = {"command": "train", **hashes(data, structure), **environment()}, 0
             _write_json(folder / CONFIG, {**run.as_dict(), "record": record})
             described = read_settings(folder, str(folder / CONFIG))
             _write_json(folder / PREPARED, Prepared.of(data).as_dict())
@@ -110,7 +108,7 @@ def train_modes(
         try:
             results = {mode: _train_mode(make, data, run, mode, folder, metrics, resume) for mode in run.modes}
         except KeyboardInterrupt:
-            way_out = "demo begins anew" if command == "demo" else "the same command with --resume goes on"
+            way_out = "the same command with --resume goes on"
             print_line(f"interrupted; the epochs that were over are saved in {folder}: {way_out}")
             raise
         _write_json(folder / SUMMARY, results)
@@ -160,14 +158,6 @@ class Metrics:
         self.records.append({"run": run, **record})
         if len(self.records) >= self.over:
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
-
-
-def holds_demo(folder: Path) -> bool:
-    """Return whether a folder holds a run of the command demo, as its run.json says."""
-    try:
-        return read_config(folder).get("command") == "demo"
-    except PlasticError:
-        return False
 
 
 def rewrite_report(folder: Path) -> None:
