@@ -71,6 +71,8 @@ class Slice:
         group: For dimension 0 of the weight of a grouped convolution, the number of rows of one group, else 0.
         virtual: Where the tensor is the input axis of an input site (`InputUnits`), and so no parameter or buffer: the
             dimension (tensor, dim) of the consumer that reads this axis. Else None.
+        length: Where a weight_norm takes norms over this dimension: the name of the parameter with the lengths, and the
+            dimension of both that it takes no norm over. Else None.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -89,6 +91,7 @@ class Slice:
     consumed: bool = False
     group: int = 0
     virtual: tuple[str, int] | None = None
+    length: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from plasticnet.tools.lengths import with_kept_scale
 from plasticnet.tools.shapes import along
 from plasticnet.tools.torch_private import version
 from plasticnet.units import InputUnits, Units, gate_offsets, gate_positions
@@ -30,6 +31,7 @@ class Reader:
         features: For each position, the index of the gate of its feature, where the module has an input site.
         select: The features that are present, as indices into the full axis of the input. None where all are present.
         full: The length of the full axis.
+        length: The length of a weight_norm that takes norms over this dimension, as in `Slice`, or None.
     """
 
     tensor: str
@@ -42,6 +44,12 @@ class Reader:
     features: Tensor | None
     select: Tensor | None
     full: int
+    length: tuple[str, int] | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the parameters that change where gates are folded: a weight_norm's length changes, too."""
+        return (self.tensor,) if self.length is None else (self.tensor, self.length[0])
 
     def multiplier(self, z: Tensor) -> Tensor:
         """Return what each position is multiplied by, shape (..., positions).
@@ -58,6 +66,7 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
     offsets, _ = gate_offsets(sites)
     inputs = {u.consumers[0].tensor: u for u in sites.values() if isinstance(u, InputUnits)}
     shapes = dict(model.named_parameters())
+    lengths = {(s.tensor, s.dim): s.length for u in sites.values() for s in u.slices if s.virtual is None}
     found: dict[tuple[str, int], Reader] = {}
     for consumer in dict.fromkeys(c for u in sites.values() for c in u.consumers):
         key = (consumer.tensor, consumer.dim)
@@ -77,7 +86,7 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
         full = feature.full if feature else len(positions)
         found[key] = Reader(
             consumer.tensor, consumer.dim, consumer.module, model.get_submodule(consumer.module), consumer.axis,
-            per_sample, torch.from_numpy(positions).to(device), features, select, full,
+            per_sample, torch.from_numpy(positions).to(device), features, select, full, lengths.get(key),
         )  # fmt: skip
     return list(found.values())
 
@@ -91,12 +100,15 @@ def fold(parameters: Mapping[str, Tensor], found: list[Reader], z: Tensor) -> di
         z: The gates, shape (units + 1,), with a constant 1 at the end.
 
     Returns:
-        The multiplied weights, by the name of the parameter.
+        The multiplied weights, by the name of the parameter, and the lengths of a weight_norm that changed with them.
     """
     folded: dict[str, Tensor] = {}
     for r in found:
         weight = folded.get(r.tensor, parameters[r.tensor])
         folded[r.tensor] = multiplied(weight, r.multiplier(z), r.dim)
+    for tensor, length in {r.tensor: r.length for r in found if r.length is not None}.items():
+        old = folded.get(length[0], parameters[length[0]])
+        folded[tensor], folded[length[0]] = with_kept_scale(parameters[tensor], folded[tensor], old, length[1])
     return folded
 
 
@@ -111,14 +123,17 @@ class Folded:
         """Return what `fold` of the readers does."""
         if self._z is None or not torch.equal(self._z, z):
             self._z, self._kept = z.clone(), {}
-        names = {r.tensor for r in found}
+        names = {name for r in found for name in r.tensors}
         for name in names & self._kept.keys():
             of, then, _ = self._kept[name]
             if of is not parameters[name] or version(of) != then:
                 del self._kept[name]
-        new = fold(parameters, [r for r in found if r.tensor not in self._kept], z)
+        stale = names - self._kept.keys()
+        linked = {n for r in found if r.length is not None for n in r.tensors}
+        stale |= linked if stale & linked else set()
+        new = fold(parameters, [r for r in found if r.tensor in stale], z)
         self._kept |= {n: (parameters[n], version(parameters[n]), t) for n, t in new.items()}
-        return {n: self._kept[n][2] for n in dict.fromkeys(r.tensor for r in found)}
+        return {n: self._kept[n][2] for n in dict.fromkeys(name for r in found for name in r.tensors)}
 
 
 def multiplied(t: Tensor, gates: Tensor, dims: int | tuple[int, ...]) -> Tensor:

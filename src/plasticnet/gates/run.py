@@ -87,7 +87,7 @@ class Gating:
             for n in norms
         ]
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-        self._places = places_of(model, {r.tensor for r in self.readers} | set(weights))
+        self._places = places_of(model, {name for r in self.readers for name in r.tensors} | set(weights))
         self.keep_results = False
         self._folded: Folded | None = None
         self.known = [*model.parameters(), *model.buffers()]
@@ -246,7 +246,7 @@ class _Run:
         folded = [r for r in gating.readers if not (per_sample and r.per_sample)]
         self._weights, self._shared = weights, shared
         self._read = [] if all_open else folded
-        changed = {*weights, *(r.tensor for r in self._read)}
+        changed = {*weights, *(name for r in self._read for name in r.tensors)}
         self._later = gathered_later(gating.model, gating.places_of(changed)) if changed else []
         self.tensors = self._multiplied(changed.difference(*(held for _, held in self._later)))
         self.masks: list[tuple[nn.Module, int, Tensor]] = []

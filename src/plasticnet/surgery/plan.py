@@ -31,6 +31,7 @@ class Plan:
         units: The sites as they will be.
         consumed: The dimensions over which a contraction sums.
         groups: For weights of grouped layers, the number of rows in one group.
+        lengths: For each direction of a weight_norm, its length, as in `Slice`.
         shifts: Attributes of modules, each with the number of units that its site gains.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     units: dict[str, Units] = field(default_factory=dict)
     consumed: set[tuple[str, int]] = field(default_factory=set)
     groups: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, tuple[str, int]] = field(default_factory=dict)
     shifts: list[tuple[Width, int]] = field(default_factory=list)
 
 
@@ -80,6 +82,7 @@ def plan_resize(sites: Mapping[str, Units], lengths: Mapping[tuple[str, int], in
         slices = [replace(s, index=indices.get((s.tensor, s.dim, name), s.index)) for s in u.slices]
         result.consumed.update((s.tensor, s.dim) for s in slices if s.consumed)
         result.groups.update({s.tensor: s.group for s in slices if s.group})
+        result.lengths.update({s.tensor: s.length for s in slices if s.length and s.virtual is None})
         size = len(result.sources.get(name, range(u.size)))
         result.shifts += [(width, size - u.size) for width in u.widths if size != u.size]
         if isinstance(u, InputUnits):

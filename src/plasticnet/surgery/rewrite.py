@@ -13,6 +13,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.surgery.attributes import shift_widths, update_attributes, weights_of
 from plasticnet.surgery.optimizers import check_optimizers, rebind
 from plasticnet.surgery.plan import Plan
+from plasticnet.tools.lengths import with_kept_scale
 from plasticnet.tools.sharding import Shards, distributed, gathered
 from plasticnet.tools.torch_private import (
     BatchOrInstanceNorm,
@@ -70,7 +71,7 @@ def apply_plan(
     named = weights_of(model, by_tensor)
     with torch.no_grad():
         rewritten = [
-            *_rewritten_tensors(model, by_tensor, plan.consumed, init),
+            *_rewritten_tensors(model, by_tensor, plan, init),
             *_rewritten_logits(gates, by_site),
             *_rewritten_logits(weights or {}, by_tensor),
         ]
@@ -89,17 +90,32 @@ def apply_plan(
 
 
 def _rewritten_tensors(
-    model: nn.Module, by_tensor: Mapping[str, Mapping[int, _Take]], consumed: set[tuple[str, int]], init: str
+    model: nn.Module, by_tensor: Mapping[str, Mapping[int, _Take]], plan: Plan, init: str
 ) -> Iterator[_Rewritten]:
     """Yield the parameters and buffers of these names, each rewritten, with the values that new units begin with."""
     tensors: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    for name, takes in by_tensor.items():
-        old = tensors[name]
-        new = _rewrite(gathered(old), takes)
-        _initialise(model, name, new, takes, consumed, init)
-        new = distributed(new, old)
-        is_parameter = isinstance(old, nn.Parameter)
-        yield old, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new, takes
+    lengths = {name: length for name, length in plan.lengths.items() if by_tensor.get(name, {}).keys() - {length[1]}}
+    apart = {name for direction, (length, _) in lengths.items() for name in (direction, length)}
+    for name in [*(n for n in by_tensor if n not in apart), *lengths]:
+        group = [name, lengths[name][0]] if name in lengths else [name]
+        whole = {n: _rewritten(model, n, tensors[n], by_tensor.get(n, {}), plan.consumed, init) for n in group}
+        if name in lengths:
+            length, dim = lengths[name]
+            old = _rewrite(gathered(tensors[name]), {d: t for d, t in by_tensor[name].items() if d == dim})
+            whole[name], whole[length] = with_kept_scale(old, whole[name], whole[length], dim)
+        for n, new in whole.items():
+            old, new = tensors[n], distributed(new, tensors[n])
+            is_parameter = isinstance(old, nn.Parameter)
+            yield old, nn.Parameter(new, old.requires_grad) if is_parameter else new, by_tensor.get(n, {})
+
+
+def _rewritten(
+    model: nn.Module, name: str, old: Tensor, takes: Mapping[int, _Take], consumed: set[tuple[str, int]], init: str
+) -> Tensor:
+    """Return a tensor, of which no process holds a part only, rewritten and with the values of new units."""
+    new = _rewrite(gathered(old), takes)
+    _initialise(model, name, new, takes, consumed, init)
+    return new
 
 
 def _rewritten_logits(

@@ -7,21 +7,36 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from plasticnet.tracing.labels import Axis, Mark, Tag, labelled, plain
+from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, labelled, plain
 from plasticnet.tracing.mode import Tracer, rule
+from plasticnet.tracing.readers import contract, count_uses
 from plasticnet.tracing.statistics import normalise
+from plasticnet.tracing.views import join_axes
 
 
-def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
+def _born(tracer: Tracer, weight: Tensor, axis: int, bias: Tensor | None = None) -> Levers:
+    """Return the levers of an axis of a result: the rows of the weight, together with the entries of a bias."""
+    rows = tracer.tag(weight).levers_of(axis)
+    if bias is None:
+        return rows
+    added = tracer.tag(bias).levers_of(bias.dim() - 1) if bias.dim() else NO_LEVERS
+    return rows | added if added and bias.shape[-1] == weight.shape[axis] else NO_LEVERS
+
+
+def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """Move the labels of ``out[i, j] = sum_c a[i, c] b[c, j]``, where either operand may be the weight."""
-    row, column = tracer.tag(a).axes[0], None
-    if tracer.tag(a).source is not None and tracer.tag(b).source is None:
-        tracer.contract(b, 0, a, 1, out.numel() / max(a.shape[0], 1))
+    ta, tb = tracer.tag(a), tracer.tag(b)
+    row, column = ta.axes[0], tb.axes[1]
+    levers = (NO_LEVERS if bias is not None else ta.levers_of(0), _born(tracer, b, 1, bias))
+    if ta.static and not tb.static:
+        contract(tracer, b, 0, a, 1, out.numel() / max(a.shape[0], 1))
         row = tracer.produce(a, 0)
     else:
-        tracer.contract(a, 1, b, 0, out.numel() / max(b.shape[1], 1))
-        column = tracer.produce(b, 1)
-    tracer.put(out, Tag((row, tracer.tag(b).axes[1] if column is None else column)))
+        contract(tracer, a, 1, b, 0, out.numel() / max(b.shape[1], 1))
+        column = tracer.produce(b, 1, merging=ta.static)
+        if ta.static and ta.levers_of(1):
+            tracer.produce(a, 1, merging=True)
+    tracer.put(out, Tag((row, column), levers, ta.static and tb.static))
 
 
 @rule("mm")
@@ -32,7 +47,7 @@ def _mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
 @rule("addmm", "_addmm_activation")
 def _addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     bias, a, b = args[:3]
-    _matmul(tracer, a, b, out)
+    _matmul(tracer, a, b, out, bias)
     tag = tracer.tag(out)
     if bias.dim() == 2:
         tracer.meet(tracer.ledger.read(tag, 0), tracer.ledger.read(tracer.tag(bias), 0), "added to a product")
@@ -42,62 +57,100 @@ def _addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
         tracer.freeze(bias, "one channel broadcast over many")
 
 
+_NUMBER = "summed over, for a number that depends on the whole weight (as in spectral_norm)"
+
+
 @rule("mv", "addmv")
 def _mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     matrix, vector = args[-2:]
-    if tracer.tag(matrix).source is not None:
-        tracer.contract(vector, 0, matrix, 1, 1)
+    if tracer.tag(matrix).static and tracer.tag(vector).static:
+        tracer.freeze(matrix, _NUMBER)
+        tracer.freeze(vector, _NUMBER)
+        return
+    if tracer.tag(matrix).static:
+        contract(tracer, vector, 0, matrix, 1, 1)
         axis = tracer.produce(matrix, 0)
     else:
-        tracer.contract(matrix, 1, vector, 0, out.numel())
+        contract(tracer, matrix, 1, vector, 0, out.numel())
         axis = tracer.tag(matrix).axes[0]
     tracer.put(out, Tag((axis,)))
     if len(args) == 3:
         tracer.attach(tracer.ledger.read(tracer.tag(out), 0), args[0], "a bias without units")
 
 
-@rule("dot")
+@rule("dot", "vdot")
 def _dot(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    if tracer.tag(args[0]).source is not None:
-        tracer.contract(args[1], 0, args[0], 0, 1)
+    if tracer.tag(args[0]).static and tracer.tag(args[1]).static:
+        tracer.freeze(args[0], _NUMBER)
+        tracer.freeze(args[1], _NUMBER)
+    elif tracer.tag(args[0]).static:
+        contract(tracer, args[1], 0, args[0], 0, 1)
     else:
-        tracer.contract(args[0], 0, args[1], 0, 1)
+        contract(tracer, args[0], 0, args[1], 0, 1)
 
 
 @rule("linear")
 def _linear(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x, weight = args[:2]
-    tracer.contract(x, x.dim() - 1, weight, 1, out.numel() / max(weight.shape[0], 1))
-    tracer.put(out, Tag((*tracer.tag(x).axes[:-1], tracer.produce(weight, 0))))
-    if len(args) > 2:
-        tracer.attach(tracer.ledger.read(tracer.tag(out), out.dim() - 1), args[2], "a bias without units")
+    bias = args[2] if len(args) > 2 else None
+    contract(tracer, x, x.dim() - 1, weight, 1, out.numel() / max(weight.shape[0], 1))
+    levers = (*[NO_LEVERS] * (out.dim() - 1), _born(tracer, weight, 0, bias))
+    tracer.put(out, Tag((*tracer.tag(x).axes[:-1], tracer.produce(weight, 0)), levers))
+    tracer.attach(tracer.ledger.read(tracer.tag(out), out.dim() - 1), bias, "a bias without units")
 
 
-def _single(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Move the labels of a single product with a weight in a stack, which is how einsum writes a linear map."""
-    row, column = tracer.tag(a).axes[1], tracer.tag(b).axes[2]
-    if tracer.tag(b).source is not None:
-        tracer.contract(a, 2, b, 1, out.numel() / max(b.shape[2], 1))
-        column = tracer.produce(b, 2)
-    else:
-        tracer.contract(b, 1, a, 2, out.numel() / max(a.shape[1], 1))
+def _stacked(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Move the labels of products with a stack of weights, such as the members of an ensemble, or with a single one.
+
+    Einsum writes a linear map as a stack of one. All members have the same hidden units, because one tensor holds them.
+    """
+    ta, tb = tracer.tag(a), tracer.tag(b)
+    left = ta.static  # whether the weights are on the left
+    row, column = ta.axes[1], tb.axes[2]
+    if left:
+        contract(tracer, b, 1, a, 2, out.numel() / max(a.shape[0] * a.shape[1], 1))
         row = tracer.produce(a, 1)
-    tracer.put(out, Tag((tracer.ledger.settle(tracer.tag(a)).axes[0], row, column)))
+    else:
+        contract(tracer, a, 2, b, 1, out.numel() / max(b.shape[0] * b.shape[2], 1))
+        column = tracer.produce(b, 2)
+    ta, tb = tracer.ledger.settle(ta), tracer.ledger.settle(tb)
+    if a.shape[0] > 1:
+        members, own = (ta, tb) if left else (tb, ta)
+        tracer.meet(tracer.ledger.read(members, 0), tracer.ledger.read(own, 0), "the members of a stack of weights")
+    stack = (tb if left else ta).axes[0]
+    tracer.put(out, Tag((stack, row, column), (NO_LEVERS, ta.levers_of(1), tb.levers_of(2))))
 
 
 @rule("bmm", "baddbmm")
 def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Join the stacks of two stacks of matrices, which ties attention heads, and freeze the axis of the sum."""
     a, b = args[-2:]
+    if tracer.tag(a).static != tracer.tag(b).static:
+        _stacked(tracer, a, b, out)
+    else:
+        ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
+        tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
+        for t, axis in ((ta, 2), (tb, 1)):
+            tracer.ledger.freeze(tracer.ledger.read(t, axis), "a product of two activations or of two weights")
+        tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2])))
     if len(args) == 3:
-        tracer.freeze(args[0], "added to a product of two activations")
-    if a.shape[0] == 1 and (tracer.tag(a).source is None) != (tracer.tag(b).source is None):
-        return _single(tracer, a, b, out)
-    ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
-    tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
-    for t, axis in ((ta, 2), (tb, 1)):
-        tracer.ledger.freeze(tracer.ledger.read(t, axis), "a product of two activations or of two weights")
-    tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2])))
+        _added(tracer, args[0], out)
+
+
+def _added(tracer: Tracer, bias: Tensor, out: Tensor) -> None:
+    """Join the labels of what is added to a stack of products with those of the result, and take its levers away."""
+    tag = tracer.ledger.settle(tracer.tag(out))
+    added = tracer.ledger.settle(tracer.tag(bias))
+    axes = list(tag.axes)
+    for i in range(-bias.dim(), 0):
+        if bias.shape[i] == out.shape[i]:
+            places = [(tag, out.dim() + i), (added, bias.dim() + i)]
+            axes[i] = join_axes(tracer, places, out.shape[i], in_place=False)
+        else:
+            tracer.freeze_axes(added, "one channel broadcast over many", [bias.dim() + i])
+    levers = [NO_LEVERS] * out.dim()
+    levers[-1] = tag.levers_of(-1) | added.levers_of(-1) if tag.levers_of(-1) and added.levers_of(-1) else NO_LEVERS
+    tracer.put(out, Tag(tuple(axes), tuple(levers)))
 
 
 @rule("convolution")
@@ -112,14 +165,17 @@ def _convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor)
     counted = x if transposed else out
     positions = counted.numel() / counted.shape[channel]
     if groups == 1:
-        tracer.contract(x, channel, weight, into, positions)
+        contract(tracer, x, channel, weight, into, positions)
         axis = tracer.produce(weight, born)
     else:
         axis = _grouped(tracer, x, channel, weight, groups, transposed, positions)
     if weight.dim() > 2:
         tracer.freeze(weight, "a kernel's extent", range(2, weight.dim()))
     spatial = map(plain, out.shape[channel + 1 :])
-    tracer.put(out, Tag((*tracer.ledger.settle(tracer.tag(x)).axes[:channel], axis, *spatial)))
+    lead = tracer.ledger.settle(tracer.tag(x)).axes[:channel]
+    levers = [NO_LEVERS] * out.dim()
+    levers[channel] = _born(tracer, weight, born, bias) if groups == 1 else NO_LEVERS
+    tracer.put(out, Tag((*lead, axis, *spatial), tuple(levers)))
     tracer.attach(tracer.ledger.read(tracer.tag(out), channel), bias, "a bias without units")
 
 
@@ -137,15 +193,14 @@ def _grouped(
     ledger = tracer.ledger
     labels = ledger.read(tracer.tag(x), channel)
     weight_tag = tracer.tag(weight)
-    if weight_tag.source is None:
-        tracer.freeze(x, "a grouped convolution with a computed weight", [channel])
-        tracer.freeze(weight, "a grouped convolution with a computed weight")
+    if not weight_tag.static:
+        tracer.freeze(x, "a grouped convolution with a weight that follows from an activation", [channel])
+        tracer.freeze(weight, "a grouped convolution with a weight that follows from an activation")
         return plain(weight.shape[1] * groups if transposed else weight.shape[0])
-    if tracer.count:
-        uses = tracer.facts.uses
-        uses[weight_tag.source] = uses.get(weight_tag.source, 0.0) + positions / (tracer.batch or 1)
+    count_uses(tracer, weight_tag, positions * weight.numel())
     rows = ledger.read(weight_tag, 0)
-    tracer.facts.grouped[weight_tag.source] = len(rows) // groups
+    grouped = weight_tag.levers_of(0) or ledger.origins_of(rows)
+    tracer.facts.grouped.update((tensor, len(rows) // groups) for tensor, dim in grouped if dim == 0)
     ledger.freeze(ledger.read(weight_tag, 1), "the inside of a group")
     for x_group, row_group in zip(labels.reshape(groups, -1), rows.reshape(groups, -1), strict=True):
         if (x_group < 0).any():
@@ -153,10 +208,10 @@ def _grouped(
             ledger.freeze(x_group, "a group that reads something that cannot be cut")
         else:
             ledger.join_all(np.concatenate([x_group, row_group]))
+    born = tracer.produce(weight, 0)
     if not transposed:
-        return tracer.produce(weight, 0)
+        return born
     inside = weight.shape[1]
-    tracer.facts.producers.setdefault((weight_tag.source, 0))
     return labelled(np.repeat(rows.reshape(groups, -1)[:, 0], inside))
 
 
@@ -180,9 +235,8 @@ def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     for vector in (weight, bias):
         tracer.attach(labels, vector, "a normalisation vector without units")
     if groups > 1 or not normalise(tracer, x, 1, weight):
-        source = None if weight is None else tracer.tag(weight).source
-        if source is not None:
-            tracer.facts.grouped[source] = channels // groups
+        counted = () if weight is None else tracer.tag(weight).levers_of(0)
+        tracer.facts.grouped.update((tensor, channels // groups) for tensor, _ in counted)
         for group in labels.reshape(groups, channels // groups):
             if (group < 0).any():
                 tracer.ledger.freeze(group, "a normalisation group with something that cannot be cut")
@@ -209,28 +263,12 @@ def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     tracer.put(out[0], Tag(tag.axes))
 
 
-@rule("_weight_norm_interface", "_weight_norm")
-def _weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Join the rows of a direction with their lengths, and freeze the dimensions that a length is taken over."""
-    direction, length = args[:2]
-    dim = args[2] if len(args) > 2 else 0
-    tag = tracer.ledger.settle(tracer.tag(direction))
-    others = [d for d in range(direction.dim()) if d != dim % direction.dim()]
-    tracer.freeze(direction, "a weight whose length is fixed by weight_norm", others)
-    labels = tracer.ledger.read(tag, dim)
-    tracer.attach(labels, length, "a length without units", dim)
-    for o in out if isinstance(out, tuple) else (out,):
-        if o.shape == direction.shape:
-            tracer.put(o, Tag(tag.axes))
-
-
 @rule("embedding")
 def _embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     table, index = args[:2]
     tracer.freeze(table, "the vocabulary of an embedding", [0])
     batch = tracer.tag(index).axes
     lead = [a if any(f.mark is Mark.BATCH for f in a) else plain(n) for a, n in zip(batch, index.shape, strict=True)]
-    source = tracer.tag(table).source
-    if source is not None and not tracer.residual:
-        tracer.facts.embeddings.add(source)
+    if not tracer.residual:
+        tracer.facts.embeddings.update(tensor for tensor, _ in tracer.tag(table).levers_of(1))
     tracer.put(out, Tag((*lead, tracer.produce(table, 1))))

@@ -17,10 +17,13 @@ class Facts:
     Attributes:
         ledger: The labels that were joined or frozen.
         producers: The dimensions of tensors in which units are born, as keys (tensor, dimension).
+        merging: Those of them that were only multiplied with other weights. Where they are consumers, no unit is born.
         consumers: For each dimension of a parameter that reads units, who reads them.
         inputs: For each virtual input axis, such as ``fc1.input``, its consumer.
         uses: How often each entry of a parameter is multiplied for one sample.
         seen: The parameters and buffers that a run has used.
+        lengths: For each direction of a weight_norm, the name of its length, and the dimension that it takes no norm
+            over.
         grouped: For each weight of a grouped layer, the number of rows of one group.
         steered: Whether the model has read a value while it ran, as ``if x.sum() > 0`` does, or has made a tensor whose
             shape depends on values.
@@ -37,10 +40,12 @@ class Facts:
 
     ledger: Ledger = field(default_factory=Ledger)
     producers: dict[tuple[str, int], None] = field(default_factory=dict)
+    merging: set[tuple[str, int]] = field(default_factory=set)
     consumers: dict[tuple[str, int], list[Consumer]] = field(default_factory=dict)
     inputs: dict[str, Consumer] = field(default_factory=dict)
     uses: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+    lengths: dict[str, tuple[str, int]] = field(default_factory=dict)
     grouped: dict[str, int] = field(default_factory=dict)
     steered: bool = False
     routed: bool = False

@@ -58,6 +58,8 @@ class Factor:
 
 
 Axis = tuple[Factor, ...]
+Levers = frozenset[tuple[str, int]]  # dimensions of parameters: the name of the tensor, and the dimension
+NO_LEVERS: Levers = frozenset()
 
 
 def plain(size: int, mark: Mark = Mark.NONE) -> Axis:
@@ -116,21 +118,27 @@ class Tag:
 
     Attributes:
         axes: The axes.
-        source: The name of the parameter that the tensor is a plain view of, or None.
-        dims: For such a view, which dimension of the parameter each axis is, or -1.
+        levers: For each axis, the dimensions of parameters at which a gate can act on the tensor: where it multiplies
+            what its unit owns in all of them, the entries of the unit here are zero if the gate is. Empty where no gate
+            can act. The levers of a parameter are its own dimensions. No levers at all are the same as empty ones.
+        static: Whether the tensor is computed from parameters and buffers alone, as the weights of layers are.
         blank: Whether the tensor was made with equal entries, or with none, and may be written to.
     """
 
     axes: tuple[Axis, ...]
-    source: str | None = None
-    dims: tuple[int, ...] = ()
+    levers: tuple[Levers, ...] = ()
+    static: bool = False
     blank: bool = False
 
     def with_axis(self, index: int, axis: Axis) -> Tag:
-        """Return a tag with one axis replaced, which is a view of no parameter."""
+        """Return a tag with one axis replaced, without levers."""
         axes = list(self.axes)
         axes[index] = axis
         return Tag(tuple(axes))
+
+    def levers_of(self, axis: int) -> Levers:
+        """Return the levers of one axis, which may be counted from the end."""
+        return self.levers[axis] if self.levers else NO_LEVERS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,6 +195,12 @@ class Ledger:
         _, tensor, dim, _ = self._origins[bisect_right(starts, label) - 1]
         return tensor, dim
 
+    def origins_of(self, labels: np.ndarray) -> list[tuple[str, int]]:
+        """Return the tensors and the dimensions that some labels were made for, each once; -1 is ignored."""
+        starts = np.array([start for start, *_ in self._origins])
+        found = np.unique(np.searchsorted(starts, labels[labels >= 0], side="right") - 1)
+        return [(self._origins[i][1], self._origins[i][2]) for i in found.tolist()]
+
     def join(self, a: np.ndarray, b: np.ndarray) -> None:
         """Join the labels at equal places, so that they live and die together; -1 in either array is ignored."""
         both = (a >= 0) & (b >= 0) & (a != b)
@@ -237,7 +251,7 @@ class Ledger:
             for i, j in where:
                 f = axes[i][j]
                 axes[i][j] = labelled(heads)[0] if f.part == 0 else Factor(f.size)
-        return Tag(tuple(tuple(a) for a in axes), tag.source, tag.dims)
+        return Tag(tuple(tuple(a) for a in axes), tag.levers, tag.static)
 
     def read(self, tag: Tag, axis: int) -> np.ndarray:
         """Return one label for each index of an axis, where -1 stands for none.

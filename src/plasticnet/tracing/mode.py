@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
 from plasticnet.tools.torch_private import (
-    Conv,
     differentiates_now,
     flat_names,
     is_scripted,
@@ -26,13 +25,12 @@ from plasticnet.tools.torch_private import (
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.labels import Axis, Mark, Tag, has_labels, is_batch, is_same, labelled, plain
-from plasticnet.units import SCRIPTED, Consumer
+from plasticnet.tracing.labels import NO_LEVERS, Axis, Mark, Tag, has_labels, labelled, plain
+from plasticnet.units import SCRIPTED
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
-_PRODUCT = "multiplied with an activation, or with a weight that is computed (by a parametrization, say)"
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -62,7 +60,7 @@ class Tracer(TorchDispatchMode):
         calls: The modules that are running, innermost last, each with its first input.
         batch: The length of the batch.
         names: The name of each parameter and buffer, by its ``id``.
-        parameters: The names of the parameters.
+        parameters: The shapes of the parameters, by name.
     """
 
     def __init__(
@@ -86,12 +84,12 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[str, Tensor | None]] = []
         self.batch: int | None = None
         self.names: dict[int, str] = {}
-        self.parameters = {name for name, _ in model.named_parameters()}
+        self.parameters = {name: p.shape for name, p in model.named_parameters()}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names[id(tensor)] = name
             axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
-            source = name if name in self.parameters else None
-            self.tags[tensor] = Tag(axes, source, tuple(range(tensor.dim())))
+            own = [frozenset({(name, d)}) if name in self.parameters else NO_LEVERS for d in range(tensor.dim())]
+            self.tags[tensor] = Tag(axes, tuple(own), static=True)
         for name, module in model.named_modules():
             if isinstance(module, nn.RNNBase):
                 self._tie_layers(f"{name}." if name else "", module)
@@ -125,7 +123,8 @@ class Tracer(TorchDispatchMode):
         counting = Counting(self.facts, self.tag)
         handles: list[Any] = counting.hooks(self.model)
         for name, module in self.model.named_modules():
-            if next(module.parameters(recurse=False), None) is not None and not is_scripted(module):
+            held = next(module.parameters(recurse=False), None) is not None or is_parametrized(module)
+            if held and not is_scripted(module):
                 handles.append(module.register_forward_pre_hook(self._enter(name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
         for name in self.skipped:
@@ -181,6 +180,9 @@ class Tracer(TorchDispatchMode):
             found = RULES["aten::pointwise"]
         if found is None:
             self.unknown(func, tensors)
+            static = all(self.tag(t).static or self.tags.get(t) is None for t in tensors)
+            for t in tensors_within(out):
+                self.put(t, Tag(tuple(map(plain, t.shape)), static=static))
             return out
         try:
             found(self, func, args, kwargs, out)
@@ -254,82 +256,22 @@ class Tracer(TorchDispatchMode):
         if vector is not None and vector.dim():
             self.meet(labels, self.ledger.read(self.tag(vector), axis), reason)
 
-    def produce(self, weight: Tensor, axis: int) -> Axis:
+    def produce(self, weight: Tensor, axis: int, merging: bool = False) -> Axis:
         """Note that units are born in one dimension of a weight, and return the axis that they form in the output.
 
         Args:
             weight: A parameter, or a weight that is computed from one.
             axis: Its axis.
+            merging: Whether the weight is multiplied with another one, as in an adapter of low rank. If the dimension
+                turns out to read units, then none are born there.
         """
         tag = self.tag(weight)
-        if tag.source is not None:
-            self.facts.producers.setdefault((tag.source, tag.dims[axis]))
-            return tag.axes[axis]
         labels = self.ledger.read(tag, axis)
-        if (labels >= 0).any():  # the units of a computed weight are born in what it is computed from
-            self.facts.producers.setdefault(self.ledger.origin(int(labels.max())))
-        return labelled(labels)
-
-    def contract(self, x: Tensor, x_axis: int, weight: Tensor, w_axis: int, positions: float) -> None:
-        """Join an axis of an activation and one of a weight that are summed over, which makes the weight a consumer.
-
-        Args:
-            x: The activation.
-            x_axis: Its axis.
-            weight: The weight.
-            w_axis: Its axis.
-            positions: How often each entry of the weight is multiplied in this operation.
-        """
-        tx, tw = self.tag(x), self.tag(weight)
-        labels = self.ledger.read(tx, x_axis)
-        if tw.source is None or tx.source is not None:
-            self.ledger.freeze(labels, _PRODUCT)
-            self.ledger.freeze(self.ledger.read(tw, w_axis), _PRODUCT)
-            return
-        name, dim = tw.source, tw.dims[w_axis]
-        if self.count:
-            self.facts.uses[name] = self.facts.uses.get(name, 0.0) + positions / (self.batch or 1)
-        columns = self.ledger.read(tw, w_axis)
-        consumer = self._consumer(name, dim, labels)
-        virtual = f"{consumer.module}.input"
-        if consumer.axis is not None and any(fnmatchcase(consumer.module, p) for p in self.input_patterns):
-            self.facts.inputs.setdefault(virtual, consumer)
-            self.facts.producers.setdefault((virtual, 0))
-            features = self.ledger.fresh(virtual, 0, len(labels))
-            self.ledger.join(labels, features)
-            self.ledger.freeze(np.where(labels < 0, features, -1), "features of the model's input")
-        elif not is_same(tx.axes[x_axis]):  # equal entries, such as a first hidden state of zeros, fit any width
-            self.meet(labels, columns, "one side of this contraction cannot be cut (the model's input, or frozen)")
-        found = self.facts.consumers.setdefault((name, dim), [])
-        if consumer not in found:
-            found.append(consumer)
-
-    def _consumer(self, name: str, dim: int, labels: np.ndarray) -> Consumer:
-        """Return who reads these labels through a dimension of a parameter.
-
-        The consumer is the module that owns the parameter. Its axis is known if the module is the innermost one that is
-        running, and its first input carries exactly these labels on one axis.
-
-        Args:
-            name: The name of the parameter.
-            dim: Its dimension.
-            labels: The labels that are read.
-        """
-        owner = name.rpartition(".")[0]
-        axis, per_sample = None, False
-        if self.calls and self.calls[-1][0] == owner and self.calls[-1][1] is not None:
-            first = self.calls[-1][1]
-            tag = self.tag(first)
-            places = [i for i, a in enumerate(tag.axes) if self._reads(tag, i, a, labels)]
-            if (labels < 0).all():  # no label tells axes apart, but a convolution reads axis 1 and a linear the last
-                convolution = isinstance(self.model.get_submodule(owner), Conv)
-                places = [p for p in places if p == (1 if convolution else len(tag.axes) - 1)]
-            if len(places) == 1:
-                axis = places[0] - len(tag.axes)
-                per_sample = is_batch(tag.axes[0]) and places[0] != 0
-        return Consumer(name, dim, owner, axis, per_sample)
-
-    def _reads(self, tag: Tag, index: int, axis: Axis, labels: np.ndarray) -> bool:
-        """Return whether an axis carries exactly these labels."""
-        size = int(np.prod([f.size for f in axis])) if axis else 1
-        return size == len(labels) and bool((self.ledger.read(tag, index) == labels).all())
+        if tag.static:  # the units of a computed weight are born in what it is computed from
+            for key in sorted(tag.levers_of(axis)) or self.ledger.origins_of(labels):
+                if merging and key not in self.facts.producers:
+                    self.facts.merging.add(key)
+                elif not merging:
+                    self.facts.merging.discard(key)
+                self.facts.producers.setdefault(key)
+        return tag.axes[axis] if len(tag.axes[axis]) == 1 else labelled(labels)

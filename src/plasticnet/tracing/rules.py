@@ -10,6 +10,7 @@ from torch import Tensor
 from plasticnet.tools.torch_private import schema_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
+from plasticnet.tracing.levers import follow, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.statistics import normalise
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
@@ -28,11 +29,10 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     in_place = bool(operands) and any(r is operands[0] for r in results)
     tags = [tracer.tag(t) for t in operands]
     if len(tags) == 1:
-        tag = tags[0]
-        keep = tag.source is not None and schema_name(func) in ("aten::_to_copy", "aten::clone")
-        result = tag if keep or in_place else Tag(tag.axes)
+        result = Tag(tags[0].axes, blank=tags[0].blank and in_place)
     else:
         result = _broadcast(tracer, operands, tags, results[0].dim() if results else 0, in_place)
+    result = pointwise_levers(tracer, func, args, kwargs, operands, result)
     for r in results:
         if r.dim() == len(result.axes):
             tracer.put(r, result)
@@ -50,6 +50,8 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
         for t, a in here:
             if axis_size(t.axes[a]) != size and has_labels(t.axes[a]):
                 tracer.ledger.freeze(tracer.ledger.read(t, a), "one channel broadcast over many")
+        if not in_place:  # the result takes the labels of a parameter rather than those of its mask
+            full.sort(key=lambda place: not place[0].levers_of(place[1]))
         axes.append(join_axes(tracer, full, size, in_place))
     return Tag(tuple(axes))
 
@@ -77,7 +79,11 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
         axes = [a for d, a in enumerate(axes) if d not in dims]
     for o in tensors_in(out):
         if o.dim() == len(axes):
-            tracer.put(o, Tag(tuple(axes)))
+            result = Tag(tuple(axes), static=tag.static)
+            tracer.put(o, follow(tracer.ledger, tag, result) if schema_name(func) in _ZERO_OF_ZEROS else result)
+
+
+_ZERO_OF_ZEROS = {f"aten::{name}" for name in ("sum", "mean", "amax", "amin", "max", "min", "prod")}
 
 
 def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[int], bool]:
@@ -98,7 +104,7 @@ def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     dim = dim_of(args[1], out.dim())
     tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(args[0]), [dim]))
     tracer.freeze_axes(tag, f"normalised over its channels by {schema_name(func)}", [dim])
-    tracer.put(out, Tag(tag.axes))
+    tracer.put(out, Tag(tag.axes, static=tag.static))
 
 
 @rule("flip", "roll")

@@ -62,6 +62,8 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         freeze_for_other_branches(ledger, classes.of, unseen, why, "then")
     if facts.steered:
         freeze_for_other_branches(ledger, classes.of, unseen, "the model reads a value", "in another branch")
+    for key in facts.merging & facts.consumers.keys():
+        del facts.producers[key]
     for i, key in enumerate(names):
         if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
@@ -177,9 +179,16 @@ def _sites_of(
                 virtual = None if reader is None else (reader.tensor, reader.dim)
                 consumed = names[origin] in facts.consumers or reader is not None
                 group = facts.grouped.get(names[origin][0], 0) if names[origin][1] == 0 else 0
-                slices.append(Slice(*names[origin], index, _runs(index), consumed, group, virtual))
+                length = _length(facts, *(names[origin] if virtual is None else virtual))
+                slices.append(Slice(*names[origin], index, _runs(index), consumed, group, virtual, length))
             site = _free_name(name, trace)
             trace.sites[site] = Units(site, len(part), slices)
+
+
+def _length(facts: Facts, tensor: str, dim: int) -> tuple[str, int] | None:
+    """Return the length of a weight_norm that takes a norm over this dimension, as in `Slice`, or None."""
+    length = facts.lengths.get(tensor)
+    return None if length is None or length[1] == dim else length
 
 
 def _free_name(name: str, trace: Trace, reason: str | None = None) -> str:
@@ -263,7 +272,8 @@ def _input_site(virtual: str, facts: Facts, trace: Trace) -> None:
         (_, columns) = owners[0]
         columns.tensor, columns.dim, columns.virtual = consumer.tensor, consumer.dim, None
         return
-    columns = Slice(consumer.tensor, consumer.dim, np.arange(full)[:, None], (1,), consumed=True)
+    length = _length(facts, consumer.tensor, consumer.dim)
+    columns = Slice(consumer.tensor, consumer.dim, np.arange(full)[:, None], (1,), consumed=True, length=length)
     trace.sites[virtual] = InputUnits(virtual, full, [columns], [consumer], np.arange(full), full)
 
 

@@ -10,8 +10,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from plasticnet.tools.torch_private import base_of, schema_name
-from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, is_batch, is_same, labelled, plain
+from plasticnet.tracing.labels import (
+    NO_LEVERS,
+    Axis,
+    Mark,
+    Tag,
+    axis_size,
+    has_labels,
+    is_batch,
+    is_same,
+    labelled,
+    plain,
+)
 from plasticnet.tracing.layout import pieces, reshape
+from plasticnet.tracing.levers import layout, together
 from plasticnet.tracing.mode import Tracer, rule
 
 
@@ -110,26 +122,20 @@ def _written(tracer: Tracer, tag: Tag, own: Tag, d: int, place: slice, size: int
     return labelled(labels)
 
 
-@rule("view", "_unsafe_view", "_reshape_alias", "reshape")
+@layout("view", "_unsafe_view", "_reshape_alias", "reshape")
 def _view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     if tuple(out.shape) == tuple(args[0].shape):
         tracer.put(out, tracer.tag(args[0]))
         return
-    tag = tracer.tag(args[0])
-    result = reshape(tracer.ledger, tag, out.shape)
-    dims = [d for d, n in zip(tag.dims, args[0].shape, strict=False) if n > 1]
-    if tag.source is not None and [n for n in out.shape if n > 1] == [n for n in args[0].shape if n > 1]:
-        left = iter(dims)  # only axes of length 1 came or went, so this is still a plain view of the parameter
-        result = Tag(result.axes, tag.source, tuple(next(left) if n > 1 else -1 for n in out.shape))
-    tracer.put(out, result)
+    tracer.put(out, reshape(tracer.ledger, tracer.tag(args[0]), out.shape))
 
 
-@rule("detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "_conj")
+@layout("detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj", "resolve_neg", "_conj")
 def _same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     tracer.put(out, tracer.tag(args[0]))
 
 
-@rule("as_strided", "as_strided_")
+@layout("as_strided", "as_strided_")
 def _strided(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Keep labels where only strides are set, as in pooling to one position; any other layout is unknown."""
     if tuple(args[1]) != tuple(tracer.tag(args[0]).shape):
@@ -139,9 +145,8 @@ def _strided(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
 
 def _permuted(tracer: Tracer, x: Tensor, order: Sequence[int], out: Tensor) -> None:
     """Attach to a result the labels of ``x`` with its axes in another order."""
-    tag = tracer.tag(x)
-    dims = tuple(tag.dims[i] for i in order) if tag.dims else ()
-    tracer.put(out, Tag(tuple(tag.axes[i] for i in order), tag.source, dims))
+    axes = tracer.tag(x).axes
+    tracer.put(out, Tag(tuple(axes[i] for i in order)))
 
 
 @rule("_pack_padded_sequence", "_pad_packed_sequence")
@@ -153,19 +158,19 @@ def _pack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tracer.put(out[0], Tag((*map(plain, lead), *tag.axes[len(tag.axes) - behind :])))
 
 
-@rule("view_as_complex", "view_as_real")
+@layout("view_as_complex", "view_as_real")
 def _pairs(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Drop or add the last axis, on which the two parts of a complex number are neighbours."""
     axes = tracer.tag(args[0]).axes
     tracer.put(out, Tag(axes[:-1] if schema_name(func) == "aten::view_as_complex" else (*axes, plain(2))))
 
 
-@rule("t", "numpy_T")
+@layout("t", "numpy_T")
 def _t(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     _permuted(tracer, args[0], range(args[0].dim())[::-1], out)
 
 
-@rule("transpose", "transpose_")
+@layout("transpose", "transpose_")
 def _transpose(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     order = list(range(out.dim()))
     a, b = dim_of(args[1], out.dim()), dim_of(args[2], out.dim())
@@ -173,7 +178,7 @@ def _transpose(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -
     _permuted(tracer, args[0], order, out)
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+@layout("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Move labels as the reshape, the permutation and the second reshape do that such an operation is made of."""
     *lead, c, h, w = args[0].shape
@@ -189,22 +194,19 @@ def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     tracer.put(out, reshape(tracer.ledger, Tag(axes), out.shape))
 
 
-@rule("permute")
+@layout("permute")
 def _permute(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     _permuted(tracer, args[0], [dim_of(d, out.dim()) for d in args[1]], out)
 
 
-@rule("unsqueeze")
+@layout("unsqueeze")
 def _unsqueeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    tag = tracer.tag(args[0])
-    axes, dims, at = list(tag.axes), list(tag.dims), dim_of(args[1], out.dim())
-    axes.insert(at, ())
-    if tag.source is not None:
-        dims.insert(at, -1)
-    tracer.put(out, Tag(tuple(axes), tag.source, tuple(dims)))
+    axes = list(tracer.tag(args[0]).axes)
+    axes.insert(dim_of(args[1], out.dim()), ())
+    tracer.put(out, Tag(tuple(axes)))
 
 
-@rule("squeeze")
+@layout("squeeze")
 def _squeeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x: Tensor = args[0]
     asked = args[1] if len(args) > 1 else range(x.dim())
@@ -214,7 +216,7 @@ def _squeeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     tracer.put(out, Tag(tuple(a for d, a in enumerate(tracer.tag(x).axes) if d not in gone)))
 
 
-@rule("expand")
+@layout("expand")
 def _expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     axes = list(tracer.tag(args[0]).axes)
     new = out.dim() - len(axes)
@@ -226,7 +228,7 @@ def _expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
     tracer.put(out, Tag(tuple(result)))
 
 
-@rule("repeat")
+@layout("repeat")
 def _repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     tag = tracer.tag(args[0])
     new = out.dim() - len(tag.axes)
@@ -254,7 +256,8 @@ def _cat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
             axes.append(join_axes(tracer, [(t, d) for t in tags], out.shape[d], in_place=False))
     if len(parts) == 1:
         axes[dim] = tags[0].axes[dim]
-    tracer.put(out, Tag(tuple(axes)))
+    levers = [together(tracer, [(t, d) for t in tags], -1 if d == dim else n) for d, n in enumerate(out.shape)]
+    tracer.put(out, Tag(tuple(axes), tuple(levers), all(t.static for t in tags)))
 
 
 @rule("stack")
@@ -265,11 +268,13 @@ def _stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
         join_axes(tracer, [(t, d) for t in tags], n, in_place=False)
         for d, n in enumerate(s for i, s in enumerate(out.shape) if i != dim)
     ]
+    levers = [together(tracer, [(t, d) for t in tags], axis_size(axis)) for d, axis in enumerate(axes)]
     axes.insert(dim, plain(out.shape[dim]))
-    tracer.put(out, Tag(tuple(axes)))
+    levers.insert(dim, NO_LEVERS)
+    tracer.put(out, Tag(tuple(axes), tuple(levers), all(t.static for t in tags)))
 
 
-@rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
+@layout("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def _split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Sequence[Tensor]) -> None:
     x: Tensor = args[0]
     unbind = schema_name(func) == "aten::unbind"
@@ -282,7 +287,7 @@ def _split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Sequence[Tens
         tracer.put(o, Tag(tuple(a for d, a in enumerate(tag.axes) if d != dim)) if unbind else tag)
 
 
-@rule("slice")
+@layout("slice")
 def _slice(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     x: Tensor = args[0]
     dim = dim_of(args[1] if len(args) > 1 else 0, x.dim())
@@ -296,7 +301,7 @@ def _slice(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
         tracer.put(out, tag)
 
 
-@rule("select")
+@layout("select")
 def _select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     dim = dim_of(args[1], args[0].dim())
     index = args[2] % args[0].shape[dim]
