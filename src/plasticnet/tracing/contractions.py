@@ -11,7 +11,6 @@ from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, labell
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import contract, count_uses
 from plasticnet.tracing.statistics import normalise
-from plasticnet.tracing.views import join_axes
 
 
 def _born(tracer: Tracer, weight: Tensor, axis: int, bias: Tensor | None = None) -> Levers:
@@ -97,60 +96,6 @@ def _linear(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
     levers = (*[NO_LEVERS] * (out.dim() - 1), _born(tracer, weight, 0, bias))
     tracer.put(out, Tag((*tracer.tag(x).axes[:-1], tracer.produce(weight, 0)), levers))
     tracer.attach(tracer.ledger.read(tracer.tag(out), out.dim() - 1), bias, "a bias without units")
-
-
-def _stacked(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Move the labels of products with a stack of weights, such as the members of an ensemble, or with a single one.
-
-    Einsum writes a linear map as a stack of one. All members have the same hidden units, because one tensor holds them.
-    """
-    ta, tb = tracer.tag(a), tracer.tag(b)
-    left = ta.static  # whether the weights are on the left
-    row, column = ta.axes[1], tb.axes[2]
-    if left:
-        contract(tracer, b, 1, a, 2, out.numel() / max(a.shape[0] * a.shape[1], 1))
-        row = tracer.produce(a, 1)
-    else:
-        contract(tracer, a, 2, b, 1, out.numel() / max(b.shape[0] * b.shape[2], 1))
-        column = tracer.produce(b, 2)
-    ta, tb = tracer.ledger.settle(ta), tracer.ledger.settle(tb)
-    if a.shape[0] > 1:
-        members, own = (ta, tb) if left else (tb, ta)
-        tracer.meet(tracer.ledger.read(members, 0), tracer.ledger.read(own, 0), "the members of a stack of weights")
-    stack = (tb if left else ta).axes[0]
-    tracer.put(out, Tag((stack, row, column), (NO_LEVERS, ta.levers_of(1), tb.levers_of(2))))
-
-
-@rule("bmm", "baddbmm")
-def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Join the stacks of two stacks of matrices, which ties attention heads, and freeze the axis of the sum."""
-    a, b = args[-2:]
-    if tracer.tag(a).static != tracer.tag(b).static:
-        _stacked(tracer, a, b, out)
-    else:
-        ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
-        tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
-        for t, axis in ((ta, 2), (tb, 1)):
-            tracer.ledger.freeze(tracer.ledger.read(t, axis), "a product of two activations or of two weights")
-        tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2])))
-    if len(args) == 3:
-        _added(tracer, args[0], out)
-
-
-def _added(tracer: Tracer, bias: Tensor, out: Tensor) -> None:
-    """Join the labels of what is added to a stack of products with those of the result, and take its levers away."""
-    tag = tracer.ledger.settle(tracer.tag(out))
-    added = tracer.ledger.settle(tracer.tag(bias))
-    axes = list(tag.axes)
-    for i in range(-bias.dim(), 0):
-        if bias.shape[i] == out.shape[i]:
-            places = [(tag, out.dim() + i), (added, bias.dim() + i)]
-            axes[i] = join_axes(tracer, places, out.shape[i], in_place=False)
-        else:
-            tracer.freeze_axes(added, "one channel broadcast over many", [bias.dim() + i])
-    levers = [NO_LEVERS] * out.dim()
-    levers[-1] = tag.levers_of(-1) | added.levers_of(-1) if tag.levers_of(-1) and added.levers_of(-1) else NO_LEVERS
-    tracer.put(out, Tag(tuple(axes), tuple(levers)))
 
 
 @rule("convolution")

@@ -256,7 +256,8 @@ class Ledger:
     def read(self, tag: Tag, axis: int) -> np.ndarray:
         """Return one label for each index of an axis, where -1 stands for none.
 
-        Where two factors of the axis have labels, all of these are frozen; those of length 1 do not count.
+        Where several factors of the axis have labels, only the innermost keeps them and the others are frozen, because
+        an index has one label; those of length 1 do not count.
         """
         factors = self.settle(tag).axes[axis]
         size = axis_size(factors)
@@ -272,6 +273,5 @@ class Ledger:
             spread = np.tile(np.repeat(f.grid.labels, inner), outer)
             if seen:
                 self.freeze(found, "two gated axes are flattened into one")
-                self.freeze(spread, "two gated axes are flattened into one")
             found, seen = spread, True
         return found

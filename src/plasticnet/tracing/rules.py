@@ -10,7 +10,7 @@ from torch import Tensor
 from plasticnet.tools.torch_private import schema_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
-from plasticnet.tracing.levers import follow, pointwise_levers
+from plasticnet.tracing.levers import follow, layout, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.statistics import normalise
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
@@ -152,7 +152,7 @@ def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tracer.freeze(t, f"its value is read by {schema_name(func)}")
 
 
-@rule("index", "index_select", "gather")
+@layout("index", "index_select", "gather")
 def _index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Freeze the axes that are indexed; the others keep their labels where the layout of the result is simple."""
     x: Tensor = args[0]
