@@ -164,6 +164,7 @@ class Ledger:
     def __init__(self) -> None:
         self._origins: list[tuple[int, str, int, int]] = []  # the first label, the tensor, the dimension, its length
         self._names: dict[tuple[str, int], tuple[int, int]] = {}
+        self._free: list[int] = []  # the first of each group of labels that belongs to no tensor
         self.total = 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.frozen: list[tuple[np.ndarray, str]] = []
@@ -183,6 +184,21 @@ class Ledger:
             self.total += size
         start, size = self._names[tensor, dim]
         return np.arange(start, start + size)
+
+    def free(self, size: int) -> np.ndarray:
+        """Return new labels for equal entries that may turn out to be units, such as a first hidden state of zeros.
+
+        They belong to no tensor that could be cut: if they were joined with units, the model must make as many entries
+        as there are units, which the self-check finds out.
+        """
+        self._free.append(self.total)
+        return self.fresh(f"free {len(self._free)}", 0, size)
+
+    def are_free(self, labels: np.ndarray) -> np.ndarray:
+        """Return for each label whether `free` made it."""
+        starts = np.array([start for start, *_ in self._origins])
+        places = np.searchsorted(starts, labels, side="right") - 1
+        return (labels >= 0) & np.isin(starts[places], self._free)
 
     def origins(self) -> Iterable[tuple[str, int, np.ndarray]]:
         """Yield the name of the tensor, the dimension and the labels of all that were made, in order."""
@@ -271,7 +287,9 @@ class Ledger:
                 continue
             outer, inner = axis_size(factors[:i]), axis_size(factors[i + 1 :])
             spread = np.tile(np.repeat(f.grid.labels, inner), outer)
-            if seen:
-                self.freeze(found, "two gated axes are flattened into one")
+            if seen and self.are_free(spread[spread >= 0]).all():
+                self.freeze(spread, "two gated axes are flattened into one")
+                continue
+            self.freeze(found, "two gated axes are flattened into one")
             found, seen = spread, True
         return found

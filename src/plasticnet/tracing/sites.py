@@ -153,6 +153,7 @@ def _sites_of(
     for c in mine:
         reason = reasons.get(c)
         members = classes.members(c)
+        members = members[~facts.ledger.are_free(members)]
         born_in = tuple(origin_of[members].tolist()) if reason is None else ()
         if reason is None:
             if born_in not in unread:

@@ -251,13 +251,18 @@ def _cat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
     axes = []
     for d in range(out.dim()):
         if d == dim:
-            axes.append(labelled(np.concatenate([tracer.ledger.read(t, d) for t in tags])))
+            axes.append(labelled(np.concatenate([_joined(tracer, t, d) for t in tags])))
         else:
             axes.append(join_axes(tracer, [(t, d) for t in tags], out.shape[d], in_place=False))
     if len(parts) == 1:
         axes[dim] = tags[0].axes[dim]
     levers = [together(tracer, [(t, d) for t in tags], -1 if d == dim else n) for d, n in enumerate(out.shape)]
     tracer.put(out, Tag(tuple(axes), tuple(levers), all(t.static for t in tags)))
+
+
+def _joined(tracer: Tracer, tag: Tag, axis: int) -> np.ndarray:
+    """Return the labels of a tensor that is put beside others; equal entries get labels, because they may be units."""
+    return tracer.ledger.free(axis_size(tag.axes[axis])) if is_same(tag.axes[axis]) else tracer.ledger.read(tag, axis)
 
 
 @rule("stack")
