@@ -37,13 +37,13 @@ class HardCoded(ConvLSTM):
 class ConvGRU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.hidden, self.gates = 8, nn.Conv2d(10, 16, 3, padding=1)
+        self.hidden, self.both = 8, nn.Conv2d(10, 16, 3, padding=1)
         self.new, self.o = nn.Conv2d(10, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.new_zeros(len(x), self.hidden, 6, 6)
         for t in range(x.shape[1]):
-            r, z = self.gates(torch.cat([x[:, t], h], 1)).sigmoid().chunk(2, 1)
+            r, z = self.both(torch.cat([x[:, t], h], 1)).sigmoid().chunk(2, 1)
             h = (1 - z) * h + z * self.new(torch.cat([x[:, t], r * h], 1)).tanh()
         return self.o(h)
 
@@ -114,7 +114,7 @@ VIDEO, STEPS, IMAGES = (2, 3, 2, 6, 6), (4, 3, 6), (4, 3, 4, 4)
     ("kind", "shape", "sites"),
     [
         (ConvLSTM, VIDEO, {"conv": 8}),
-        (ConvGRU, VIDEO, {"gates": 8}),
+        (ConvGRU, VIDEO, {"both": 8}),
         (Cell, STEPS, {"l": 8}),
         (BeginsWithOnes, STEPS, {"l": 8}),
         (Shortcut, IMAGES, {"a": 6}),
