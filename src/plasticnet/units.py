@@ -105,12 +105,14 @@ class Consumer:
         axis: The axis of the module's first input that carries the units, counted from the end. None where they are not
             read from this input; then gates can only act through the parameter.
         per_sample: Whether axis 0 of this input is the batch.
+        at_birth: Whether no weight reads the units, as in an inner product of two activations: they are then multiplied
+            where they are born, and the dimension is one of the outputs.
 
     Example:
         >>> import torch, plasticnet as pn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> pn.trace(model, (torch.zeros(2, 4),)).sites["0"].consumers
-        [Consumer(tensor='2.weight', dim=1, module='2', axis=-1, per_sample=True)]
+        [Consumer(tensor='2.weight', dim=1, module='2', axis=-1, per_sample=True, at_birth=False)]
     """
 
     tensor: str
@@ -118,6 +120,7 @@ class Consumer:
     module: str
     axis: int | None
     per_sample: bool
+    at_birth: bool = False
 
 
 @dataclass(frozen=True)

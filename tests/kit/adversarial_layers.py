@@ -119,9 +119,9 @@ class Einsum(nn.Module):
         return torch.einsum("bchw,oc->bohw", x, self.weight)
 
 
-@piece(exact={"a": 8}, frozen={"piece.key": "product of two activations", "piece.query": "product of two activations"})
+@piece(exact={"a": 8, "piece.query": 3})
 class SpatialAttention(nn.Module):
-    """Exact but for query and key: their product sums over them, and no weight reads them."""
+    """Exact: units of query and key go in pairs, because their product sums over them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ class Reader:
         select: The features that are present, as indices into the full axis of the input. None where all are present.
         full: The length of the full axis.
         length: The length of a weight_norm that takes norms over this dimension, as in `Slice`, or None.
+        at_birth: Whether the units are multiplied where they are born, as in `Consumer`.
     """
 
     tensor: str
@@ -45,6 +46,7 @@ class Reader:
     select: Tensor | None
     full: int
     length: tuple[str, int] | None = None
+    at_birth: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -87,6 +89,7 @@ def readers(sites: Mapping[str, Units], model: nn.Module) -> list[Reader]:
         found[key] = Reader(
             consumer.tensor, consumer.dim, consumer.module, model.get_submodule(consumer.module), consumer.axis,
             per_sample, torch.from_numpy(positions).to(device), features, select, full, lengths.get(key),
+            consumer.at_birth,
         )  # fmt: skip
     return list(found.values())
 

@@ -82,7 +82,7 @@ def unreplaceable(
         for site in sites:
             readers = list[_Leaving]()
             for r in net.gating.readers:
-                place = next((p for p in moments if p.tensor == r.tensor), None)
+                place = None if r.at_birth else next((p for p in moments if p.tensor == r.tensor), None)
                 units = r.units - start
                 if place is None or not bool(((units >= 0) & (units < len(site))).any()):
                     continue

@@ -49,7 +49,7 @@ def find_readers(net: GatedModel, seen: Seen) -> tuple[list[Reader], dict[str, s
     """
     z = net.mean_gates()[0]
     blocks = any(bool(z[i] == 0) for _, i in net.gating.blocks)
-    concerned = {r.tensor for r in net.gating.readers if not bool(r.multiplier(z).all())}
+    concerned = {r.tensor for r in net.gating.readers if not r.at_birth and not bool(r.multiplier(z).all())}
     parameters = dict(net.model.named_parameters())
     parts: dict[str, list[Place]] = {}
     for place in seen.places:
@@ -101,7 +101,7 @@ def _open_entries(net: GatedModel, name: str, parameter: Tensor, z: Tensor) -> t
     """
     inputs, outputs = (torch.ones_like(parameter, dtype=torch.bool) for _ in range(2))
     for r in net.gating.readers:
-        if r.tensor == name:
+        if r.tensor == name and not r.at_birth:
             inputs &= (r.multiplier(z) > 0).view([-1 if d == r.dim else 1 for d in range(parameter.dim())])
     for site in net.sites.values():
         closed = (~site.open & (site.grace == 0)).cpu().numpy()

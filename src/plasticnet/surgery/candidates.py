@@ -167,7 +167,8 @@ def outgoing_gradients(net: GatedModel, loss: Loss) -> tuple[dict[str, Tensor], 
     gradients = _gradients(net, loss, list(dict.fromkeys(r.tensor for r in readers)))
     total = readers[0].units.new_zeros(sum(len(s) for s in net.sites.values()) + 1, dtype=torch.float64)
     for r in readers:
-        squares = gradients[r.tensor].double().square().transpose(0, r.dim).flatten(1).sum(1)
+        squares = gradients[r.tensor].double().square().transpose(0, r.dim)
+        squares = squares.reshape(len(squares), -1).sum(1)  # what is read where it is born may be a vector
         for units in (r.units, r.features):
             if units is not None:
                 total.index_add_(0, units, squares)

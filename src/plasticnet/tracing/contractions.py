@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, labelled, plain
 from plasticnet.tracing.mode import Tracer, rule
-from plasticnet.tracing.readers import contract, count_uses
+from plasticnet.tracing.readers import contract, count_uses, pair
 from plasticnet.tracing.statistics import normalise
 
 
@@ -30,6 +30,8 @@ def _matmul(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | No
     if ta.static and not tb.static:
         contract(tracer, b, 0, a, 1, out.numel() / max(a.shape[0], 1))
         row = tracer.produce(a, 0)
+    elif not ta.static and not tb.static:
+        pair(tracer, a, 1, b, 0)
     else:
         contract(tracer, a, 1, b, 0, out.numel() / max(b.shape[1], 1))
         column = tracer.produce(b, 1, merging=ta.static)

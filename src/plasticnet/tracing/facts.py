@@ -19,6 +19,8 @@ class Facts:
         producers: The dimensions of tensors in which units are born, as keys (tensor, dimension).
         merging: Those of them that were only multiplied with other weights. Where they are consumers, no unit is born.
         consumers: For each dimension of a parameter that reads units, who reads them.
+        contracted: The consumers through which units are read as they are. Through the others, they are multiplied
+            where they are born.
         inputs: For each virtual input axis, such as ``fc1.input``, its consumer.
         uses: How often each entry of a parameter is multiplied for one sample.
         seen: The parameters and buffers that a run has used.
@@ -42,6 +44,7 @@ class Facts:
     producers: dict[tuple[str, int], None] = field(default_factory=dict)
     merging: set[tuple[str, int]] = field(default_factory=set)
     consumers: dict[tuple[str, int], list[Consumer]] = field(default_factory=dict)
+    contracted: set[tuple[str, int]] = field(default_factory=set)
     inputs: dict[str, Consumer] = field(default_factory=dict)
     uses: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)

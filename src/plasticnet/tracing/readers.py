@@ -10,11 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from plasticnet.tools.torch_private import Conv
-from plasticnet.tracing.labels import Axis, Tag, is_batch, is_same
+from plasticnet.tracing.labels import Axis, Levers, Tag, is_batch, is_same
 from plasticnet.tracing.mode import Tracer
 from plasticnet.units import Consumer, owner
 
 _PRODUCT = "multiplied with an activation, or with a weight that is computed from one"
+_PAIR = "a product of two activations, of which none is zero where a parameter is"
 _FIXED = (
     "multiplied with something fixed, or with a weight that is computed so that closed columns would not be zeros, or "
     "would change others"
@@ -56,6 +57,33 @@ def contract(tracer: Tracer, x: Tensor, x_axis: int, weight: Tensor, w_axis: int
     elif not is_same(tx.axes[x_axis]):  # equal entries, such as a first hidden state of zeros, fit any width
         tracer.meet(labels, columns, "one side of this contraction cannot be cut (the model's input, or frozen)")
     consume(tracer, consumers)
+    tracer.facts.contracted.update(levers)
+
+
+def pair(tracer: Tracer, x: Tensor, x_axis: int, y: Tensor, y_axis: int) -> None:
+    """Join two axes of activations that are multiplied and summed over, so that their units go in pairs.
+
+    Gates close the units of one of the two where they are born. Its levers are then consumers.
+
+    Args:
+        tracer: The tracer.
+        x: One activation.
+        x_axis: Its axis.
+        y: The other one.
+        y_axis: Its axis.
+    """
+    tx, ty = tracer.tag(x), tracer.tag(y)
+    labels, others = tracer.ledger.read(tx, x_axis), tracer.ledger.read(ty, y_axis)
+    tracer.meet(labels, others, _PAIR)
+    if not close_at_birth(tracer, tx.levers_of(x_axis) or ty.levers_of(y_axis)):
+        tracer.ledger.freeze(labels, _PAIR)
+        tracer.ledger.freeze(others, _PAIR)
+
+
+def close_at_birth(tracer: Tracer, levers: Levers) -> bool:
+    """Let gates act through levers on units that no weight reads; return whether there are any."""
+    consume(tracer, [Consumer(name, dim, owner(name), None, False, at_birth=True) for name, dim in sorted(levers)])
+    return bool(levers)
 
 
 def consume(tracer: Tracer, consumers: Sequence[Consumer]) -> None:

@@ -12,6 +12,7 @@ from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, pl
 from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.levers import follow, layout, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
+from plasticnet.tracing.readers import close_at_birth
 from plasticnet.tracing.statistics import normalise
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
 
@@ -68,9 +69,12 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
         tracer.facts.means.add((tracer.calls[-1][0], dims[0] - x.dim()))
     if not single or not normalise(tracer, x, dims[0]):
         hint = " (residual=True may gate it)" if schema_name(func) == "aten::mean" and not tracer.residual else ""
-        tag = join_parts(tracer.ledger, tracer.tag(x), dims)
+        before = tracer.tag(x)
+        tag = join_parts(tracer.ledger, before, dims)
         tracer.put(x, tag)  # every later reader must take the parts as this operation does
-        tracer.freeze_axes(tag, f"reduced over its channels by {schema_name(func)}{hint}", dims)
+        summed = schema_name(func) == "aten::sum" and not tag.static
+        left = [d for d in dims if not (summed and close_at_birth(tracer, before.levers_of(d)))]
+        tracer.freeze_axes(tag, f"reduced over its channels by {schema_name(func)}{hint}", left)
     else:
         tag = tracer.tag(x)
     tag = tracer.ledger.settle(tag)

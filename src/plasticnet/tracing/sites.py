@@ -62,10 +62,10 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         freeze_for_other_branches(ledger, classes.of, unseen, why, "then")
     if facts.steered:
         freeze_for_other_branches(ledger, classes.of, unseen, "the model reads a value", "in another branch")
-    for key in facts.merging & facts.consumers.keys():
+    for key in facts.merging & facts.contracted:
         del facts.producers[key]
     for i, key in enumerate(names):
-        if key in facts.producers and key in facts.consumers and key[0] not in facts.inputs:
+        if key in facts.producers and key in facts.contracted and key[0] not in facts.inputs:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
     for norm in facts.norms:
         if (norm.module, norm.axis) in facts.means:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plasticnet.tracing.labels import NO_LEVERS, Tag
 from plasticnet.tracing.mode import Tracer, rule
-from plasticnet.tracing.readers import contract
+from plasticnet.tracing.readers import contract, pair
 from plasticnet.tracing.views import join_axes, tensors_in
 
 
@@ -36,16 +36,16 @@ def _stacked(tracer: Tracer, a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @rule("bmm", "baddbmm")
 def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Join the stacks of two stacks of matrices, which ties attention heads, and freeze the axis of the sum."""
+    """Join the stacks of two stacks of matrices, which ties attention heads, and the axes that are summed over."""
     a, b = args[-2:]
     if tracer.tag(a).static != tracer.tag(b).static:
         _stacked(tracer, a, b, out)
     else:
         ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
         tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
-        for t, axis in ((ta, 2), (tb, 1)):
-            tracer.ledger.freeze(tracer.ledger.read(t, axis), "a product of two activations or of two weights")
-        tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2])))
+        pair(tracer, a, 2, b, 1)
+        stack = ta.levers_of(0) or tb.levers_of(0)
+        tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2]), (stack, ta.levers_of(1), tb.levers_of(2))))
     if len(args) == 3:
         _added(tracer, args[0], out)
 
