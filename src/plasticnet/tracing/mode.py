@@ -25,7 +25,7 @@ from plasticnet.tools.torch_private import (
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
-from plasticnet.tracing.labels import NO_LEVERS, Axis, Mark, Tag, has_labels, labelled, plain
+from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, has_labels, labelled, plain
 from plasticnet.units import SCRIPTED
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
@@ -82,6 +82,7 @@ class Tracer(TorchDispatchMode):
         self.skipped = skipped
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[tuple[str, Tensor | None]] = []
+        self._before: list[Tag | None] = []  # the labels that these first inputs had when their module began
         self.batch: int | None = None
         self.names: dict[int, str] = {}
         self.parameters = {name: p.shape for name, p in model.named_parameters()}
@@ -149,12 +150,24 @@ class Tracer(TorchDispatchMode):
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             first = args[0] if args and isinstance(args[0], Tensor) else None
             self.calls.append((name, first))
+            self._before.append(None if first is None else self.tags.get(first))
+            if first is not None and not self.tag(first).static:
+                self.put(first, Tag(self.tag(first).axes, (self.input_levers,) * first.dim()))
 
         return hook
 
     def _leave(self, *_: Any) -> None:
-        """Note that the innermost module has ended."""
-        self.calls.pop()
+        """Note that the innermost module has ended, and give its first input the levers that it had before."""
+        (_, first), before = self.calls.pop(), self._before.pop()
+        if first is not None:
+            tag = self.tag(first)
+            same = before is not None and tag.axes is before.axes
+            self.put(first, before if same and before else Tag(tag.axes, (), tag.static, tag.blank))
+
+    @property
+    def input_levers(self) -> Levers:
+        """The levers of the first input of the innermost module, and of what is zero where this input is."""
+        return frozenset({(f"the input of {self.calls[-1][0]}", len(self.calls))}) if self.calls else NO_LEVERS
 
     def _skip(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Join the units of a block's output with those of its first input, which a closed block returns."""

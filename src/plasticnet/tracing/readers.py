@@ -44,7 +44,7 @@ def contract(tracer: Tracer, x: Tensor, x_axis: int, weight: Tensor, w_axis: int
         tracer.ledger.freeze(columns, reason)
         return
     count_uses(tracer, tw, positions * weight.numel())
-    alone = columns if len(levers) == 1 else None
+    alone = columns if len(levers) == 1 and _reads_input(tracer, tx.levers_of(x_axis)) else None
     consumers = [_consumer(tracer, name, dim, labels, alone) for name, dim in sorted(levers)]
     consumer = consumers[0]
     virtual = f"{consumer.module}.input"
@@ -82,8 +82,21 @@ def pair(tracer: Tracer, x: Tensor, x_axis: int, y: Tensor, y_axis: int) -> None
 
 def close_at_birth(tracer: Tracer, levers: Levers) -> bool:
     """Let gates act through levers on units that no weight reads; return whether there are any."""
+    if any(name not in tracer.parameters for name, _ in levers):
+        return False
     consume(tracer, [Consumer(name, dim, owner(name), None, False, at_birth=True) for name, dim in sorted(levers)])
     return bool(levers)
+
+
+def _reads_input(tracer: Tracer, levers: Levers) -> bool:
+    """Return whether what has these levers is zero where the first input of the innermost module is.
+
+    Layers of torch multiply their input by their weight as it is. Other modules may apply a function to it before.
+    """
+    if not tracer.calls:
+        return False
+    forward = type(tracer.model.get_submodule(tracer.calls[-1][0])).forward
+    return forward.__module__.startswith("torch.nn.") or levers == tracer.input_levers
 
 
 def consume(tracer: Tracer, consumers: Sequence[Consumer]) -> None:
@@ -122,7 +135,8 @@ def _consumer(tracer: Tracer, name: str, dim: int, labels: np.ndarray, columns: 
         dim: Its dimension.
         labels: The labels that are read.
         columns: The labels of the weight that reads them, which must be those of the parameter, in its order, for
-            the axis to be known. None where the parameter is not the only one that the weight is computed from.
+            the axis to be known. None where the weight is computed from others, too, or reads something else than the
+            module's first input.
     """
     module = owner(name)
     axis, per_sample = None, False

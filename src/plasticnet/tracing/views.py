@@ -23,7 +23,7 @@ from plasticnet.tracing.labels import (
     plain,
 )
 from plasticnet.tracing.layout import pieces, reshape
-from plasticnet.tracing.levers import layout, together
+from plasticnet.tracing.levers import follow, layout, together
 from plasticnet.tracing.mode import Tracer, rule
 
 
@@ -339,4 +339,6 @@ def _pad(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
         else:
             labels = tracer.ledger.read(tag, d)
             axes.append(labelled(np.pad(labels, (before, after), constant_values=-1)))
-    tracer.put(out, Tag(tuple(axes)))
+    value = args[2] if schema_name(func) == "aten::constant_pad_nd" and len(args) > 2 else 0
+    result = Tag(tuple(axes))
+    tracer.put(out, follow(tracer.ledger, tag, result) if value == 0 else result)
