@@ -1,4 +1,4 @@
-"""Small networks of kinds that no model library covers: recurrent ones, a UNet, a generator, an autoencoder."""
+"""Small networks of kinds that no model library covers: recurrent ones, a UNet, a generator, autoencoders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.ao import quantization
 
 
 class RecurrentClassifier(nn.Module):
@@ -130,3 +131,69 @@ class MultilayerPerceptron(nn.Sequential):
             nn.Linear(20, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, 32), nn.GELU(),
             nn.Linear(32, 4),
         )  # fmt: skip
+
+
+class ConvLSTM(nn.Module):
+    """A convolutional LSTM whose state begins with zeros, and a head on the last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = 16
+        self.both = nn.Conv2d(3 + 16, 4 * 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, steps, 3, h, w) to (batch, 1, h, w)."""
+        h = c = x.new_zeros(len(x), self.hidden, *x.shape[3:])
+        for step in x.unbind(1):
+            i, f, o, g = self.both(torch.cat([step, h], 1)).split(self.hidden, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.head(h)
+
+
+class VariationalAutoencoder(nn.Module):
+    """A variational autoencoder, which draws its code in training and takes the mean in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.SiLU(), nn.Conv2d(12, 16, 3, 2, 1), nn.Flatten())
+        self.mean, self.log_variance = nn.Linear(16 * 64, 10), nn.Linear(16 * 64, 10)
+        self.widen = nn.Linear(10, 16 * 64)
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(16, 12, 4, 2, 1), nn.SiLU(), nn.ConvTranspose2d(12, 3, 4, 2, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, 3, 32, 32) to the same, and the means and the logarithms of the variances of the codes."""
+        h = self.encoder(x).relu()
+        mean, log_variance = self.mean(h), self.log_variance(h)
+        code = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
+        return self.decoder(self.widen(code).relu().unflatten(1, (16, 8, 8))), mean, log_variance
+
+
+class Ensemble(nn.Module):
+    """Three networks whose weights are stacked in one parameter for each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [20, 32, 24, 4]
+        self.weights = nn.ParameterList(torch.randn(3, a, b) / a**0.5 for a, b in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(3, 1, b) for b in widths[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 20) to (batch, 3, 4)."""
+        h = x.expand(3, -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            h = torch.baddbmm(bias, h, weight).relu()
+        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).transpose(0, 1)
+
+
+def quantisation_aware() -> nn.Module:
+    """Return a convolutional network whose weights are rounded while it trains, to ranges that are fixed."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4),
+    ).train()  # fmt: skip
+    model.qconfig = quantization.QConfig(nn.Identity, quantization.default_weight_fake_quant)  # pyright: ignore[reportArgumentType]
+    quantization.prepare_qat(model, inplace=True)
+    model(torch.randn(8, 3, 16, 16))
+    return model.apply(quantization.disable_observer)

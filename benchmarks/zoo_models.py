@@ -17,28 +17,14 @@ import torch
 import torchvision
 import zoo_examples as examples
 from torch import nn
-
-Factory = Callable[[], nn.Module]
-Example = tuple[Factory, tuple[Any, ...] | dict[str, Any]]
-
-BATCH = 2
-_LENGTH = 7
-_VOCABULARY = 97
-
-
-def _images(size: int, channels: int = 3) -> tuple[torch.Tensor]:
-    return (torch.randn(BATCH, channels, size, size),)
-
-
-def _tokens(length: int = _LENGTH, vocabulary: int = _VOCABULARY) -> torch.Tensor:
-    return torch.randint(2, vocabulary, (BATCH, length))
-
+from zoo_inputs import BATCH, Example, images, tokens
+from zoo_transformers import TRANSFORMERS
 
 # -- torchvision --------------------------------------------------------------------------------
 
 
 def _torchvision(name: str, size: int = 64, **options: Any) -> Example:
-    return partial(torchvision.models.get_model, name, weights=None, **options), _images(size)
+    return partial(torchvision.models.get_model, name, weights=None, **options), images(size)
 
 
 def _maxvit() -> Example:
@@ -47,20 +33,20 @@ def _maxvit() -> Example:
     build = partial(
         torchvision.models.MaxVit, input_size=(64, 64), partition_size=2, stochastic_depth_prob=0.2, **widths
     )
-    return build, _images(64)
+    return build, images(64)
 
 
 def _vit() -> Example:
     """Torchvision's VisionTransformer in the widths of ViT-Tiny, four layers deep."""
     options = {"image_size": 64, "patch_size": 16, "num_layers": 4, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
-    return partial(torchvision.models.VisionTransformer, **options), _images(64)
+    return partial(torchvision.models.VisionTransformer, **options), images(64)
 
 
 def _backbone(kind: str, name: str) -> Example:
     build = getattr(torchvision.models.detection.backbone_utils, f"{kind}_fpn_backbone" if kind == "resnet" else kind)
     if kind == "resnet":
-        return partial(build, backbone_name=name, weights=None), _images(64)
-    return partial(build, backbone_name=name, weights=None, fpn=True), _images(64)
+        return partial(build, backbone_name=name, weights=None), images(64)
+    return partial(build, backbone_name=name, weights=None, fpn=True), images(64)
 
 
 def _detector(name: str, size: int = 96, **options: Any) -> Example:
@@ -107,7 +93,7 @@ _TORCHVISION: dict[str, Callable[[], Example]] = {name: partial(_torchvision, na
 
 def _timm(name: str, size: int = 64, **options: Any) -> Example:
     timm = importlib.import_module("timm")
-    return partial(timm.create_model, name, pretrained=False, **options), _images(size)
+    return partial(timm.create_model, name, pretrained=False, **options), images(size)
 
 
 # Those that need nothing but images of 64x64.
@@ -145,162 +131,22 @@ _TIMM |= {
 }
 
 
-# -- transformers -------------------------------------------------------------------------------
-
-_TEXT = {"vocab_size": _VOCABULARY, "use_cache": False}
-_ENCODER = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": 5,
-}  # fmt: skip
-_DECODER = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
-_VISION = {**_ENCODER, "image_size": 64, "patch_size": 16}
-
-
-def _transformers(config: str, model: str, options: dict[str, Any], inputs: Callable[[], dict[str, Any]]) -> Example:
-    library = importlib.import_module("transformers")
-
-    def build() -> nn.Module:
-        return getattr(library, model)(getattr(library, config)(**options))
-
-    return build, inputs()
-
-
-def _text() -> dict[str, Any]:
-    return {"input_ids": _tokens(), "attention_mask": torch.ones(BATCH, _LENGTH, dtype=torch.int64)}
-
-
-def _pairs() -> dict[str, Any]:
-    return {"input_ids": _tokens(), "decoder_input_ids": _tokens(5)}
-
-
-def _pixels() -> dict[str, Any]:
-    return {"pixel_values": _images(64)[0]}
-
-
-def _clip() -> dict[str, Any]:
-    return {"input_ids": _tokens(), "pixel_values": _images(64)[0]}
-
-
-def _speech() -> dict[str, Any]:
-    return {"input_features": torch.randn(BATCH, 16, 60), "decoder_input_ids": _tokens(5)}
-
-
-_CLIP_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_T5 = {
-    **_TEXT, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
-}  # fmt: skip
-_BART = {
-    **_TEXT, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1,
-}  # fmt: skip
-_WHISPER = {**_BART, "num_mel_bins": 16, "max_source_positions": 30, "max_target_positions": 20}
-
-_TRANSFORMERS: dict[str, Callable[[], Example]] = {
-    name: partial(_transformers, config, model, options, inputs)
-    for name, (config, model, options, inputs) in {
-        "bert": ("BertConfig", "BertForSequenceClassification", {**_TEXT, **_ENCODER}, _text),
-        "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**_TEXT, **_ENCODER, "pad_token_id": 0}, _text),
-        "distilbert": (
-            "DistilBertConfig",
-            "DistilBertForSequenceClassification",
-            {"vocab_size": _VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "num_labels": 5},
-            _text,
-        ),
-        "albert": (
-            "AlbertConfig", "AlbertForSequenceClassification", {**_TEXT, **_ENCODER, "embedding_size": 16}, _text,
-        ),
-        "electra": (
-            "ElectraConfig", "ElectraForTokenClassification", {**_TEXT, **_ENCODER, "embedding_size": 16}, _text,
-        ),
-        "deberta_v2": ("DebertaV2Config", "DebertaV2ForSequenceClassification", {**_TEXT, **_ENCODER}, _text),
-        "gpt2": (
-            "GPT2Config",
-            "GPT2LMHeadModel",
-            {**_TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 1},
-            _text,
-        ),
-        "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_TEXT, **_DECODER}, _text),
-        "opt": (
-            "OPTConfig",
-            "OPTForCausalLM",
-            {
-                **_TEXT, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48,
-                "max_position_embeddings": 32, "word_embed_proj_dim": 32, "pad_token_id": 0,
-            },
-            _text,
-        ),
-        "bloom": ("BloomConfig", "BloomForCausalLM", {**_TEXT, "hidden_size": 32, "n_layer": 3, "n_head": 4}, _text),
-        "llama": ("LlamaConfig", "LlamaForCausalLM", {**_TEXT, **_DECODER}, _text),
-        "mistral": ("MistralConfig", "MistralForCausalLM", {**_TEXT, **_DECODER}, _text),
-        "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_TEXT, **_DECODER}, _text),
-        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_TEXT, **_DECODER, "head_dim": 8}, _text),
-        "gemma": ("GemmaConfig", "GemmaForCausalLM", {**_TEXT, **_DECODER, "head_dim": 8}, _text),
-        "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_TEXT, **_DECODER}, _text),
-        "mixtral": (
-            "MixtralConfig",
-            "MixtralForCausalLM",
-            {**_TEXT, **_DECODER, "num_local_experts": 4, "experts_implementation": "eager"},  # runs in float64
-            _text,
-        ),
-        "t5": ("T5Config", "T5ForConditionalGeneration", _T5, _pairs),
-        "bart": ("BartConfig", "BartForConditionalGeneration", _BART, _pairs),
-        "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", _WHISPER, _speech),
-        "vit": ("ViTConfig", "ViTForImageClassification", _VISION, _pixels),
-        "deit": ("DeiTConfig", "DeiTForImageClassification", _VISION, _pixels),
-        "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", {**_VISION, "mlp_ratio": 2}, _pixels),
-        "swin": (
-            "SwinConfig",
-            "SwinForImageClassification",
-            {
-                "image_size": 64, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
-                "num_labels": 5,
-            },
-            _pixels,
-        ),
-        "convnext": (
-            "ConvNextConfig",
-            "ConvNextForImageClassification",
-            {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "num_labels": 5},
-            _pixels,
-        ),
-        "segformer": (
-            "SegformerConfig",
-            "SegformerForSemanticSegmentation",
-            {
-                "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4],
-                "decoder_hidden_size": 16, "num_labels": 5,
-            },
-            _pixels,
-        ),
-        "clip": (
-            "CLIPConfig",
-            "CLIPModel",
-            {
-                "text_config": {**_CLIP_TOWER, "vocab_size": _VOCABULARY, "eos_token_id": 1},
-                "vision_config": {**_CLIP_TOWER, "image_size": 64, "patch_size": 16},
-                "projection_dim": 16,
-            },
-            _clip,
-        ),
-    }.items()
-}  # fmt: skip
-
-
 # -- the list -----------------------------------------------------------------------------------
 
 _EXAMPLES: dict[str, Callable[[], Example]] = {
     "mlp": lambda: (examples.MultilayerPerceptron, (torch.randn(BATCH, 20),)),
-    "lstm_classifier": lambda: (partial(examples.RecurrentClassifier, nn.LSTM), (_tokens(6, 50),)),
-    "gru_classifier": lambda: (partial(examples.RecurrentClassifier, nn.GRU), (_tokens(6, 50),)),
+    "lstm_classifier": lambda: (partial(examples.RecurrentClassifier, nn.LSTM), (tokens(6, 50),)),
+    "gru_classifier": lambda: (partial(examples.RecurrentClassifier, nn.GRU), (tokens(6, 50),)),
     "lstm_tagger": lambda: (partial(examples.RecurrentTagger, nn.LSTM), (torch.randn(BATCH, 6, 8),)),
     "gru_tagger": lambda: (partial(examples.RecurrentTagger, nn.GRU), (torch.randn(BATCH, 6, 8),)),
-    "unet": lambda: (examples.UNet, _images(32)),
+    "unet": lambda: (examples.UNet, images(32)),
     "dcgan_generator": lambda: (examples.Generator, (torch.randn(BATCH, 16, 1, 1),)),
-    "autoencoder": lambda: (examples.Autoencoder, _images(32)),
-    "seq2seq_transformer": lambda: (examples.Seq2Seq, (_tokens(6, 40), _tokens(5, 40))),
+    "autoencoder": lambda: (examples.Autoencoder, images(32)),
+    "conv_lstm": lambda: (examples.ConvLSTM, (torch.randn(BATCH, 3, 3, 16, 16),)),
+    "vae": lambda: (examples.VariationalAutoencoder, images(32)),
+    "ensemble": lambda: (examples.Ensemble, (torch.randn(BATCH, 20),)),
+    "quantisation_aware": lambda: (examples.quantisation_aware, images(16)),
+    "seq2seq_transformer": lambda: (examples.Seq2Seq, (tokens(6, 40), tokens(5, 40))),
 }
 
 MODELS: dict[str, Callable[[], Example]] = {
@@ -309,7 +155,7 @@ MODELS: dict[str, Callable[[], Example]] = {
         "examples": _EXAMPLES,
         "torchvision": _TORCHVISION,
         "timm": _TIMM,
-        "transformers": _TRANSFORMERS,
+        "transformers": TRANSFORMERS,
     }.items()
     for name, build in models.items()
 }

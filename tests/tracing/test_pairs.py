@@ -94,6 +94,18 @@ class NonLocal(nn.Module):
         return self.last(x + self.gamma * self.v(mixed.view(*mixed.shape[:2], *x.shape[2:])))
 
 
+class BehindDepthwise(Attention):
+    """Queries and keys pass a depthwise convolution each, as the inputs of state spaces do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv1d(16, 16, 3, padding=1, groups=16) for _ in range(2))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = (F.silu(c(t.transpose(1, 2))).transpose(1, 2) for c, t in zip(self.convolutions, (q, k), strict=True))
+        return super().scores(q, k)
+
+
 class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +155,7 @@ CASES: list[tuple[type[nn.Module], tuple[tuple[int, ...], ...], dict[str, int], 
     (Normalised, TOKENS, {"v": 12}, {"query": "reduced over its channels"}),
     (Exponential, TOKENS, {"v": 12}, {"query": "none is zero where a parameter is"}),
     (OneIsExponential, TOKENS, {"query": 16, "v": 12}, {}),
+    (BehindDepthwise, TOKENS, {"query": 16, "v": 12}, {}),
     (Fused, TOKENS, {"qkv": 8}, {}),
     (NonLocal, ((2, 3, 3, 3),), {"first": 8, "f": 5, "h": 6}, {}),
     (Towers, TWO, {"u": 16, "i.0": 9}, {}),

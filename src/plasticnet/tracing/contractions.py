@@ -121,7 +121,7 @@ def _convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor)
     spatial = map(plain, out.shape[channel + 1 :])
     lead = tracer.ledger.settle(tracer.tag(x)).axes[:channel]
     levers = [NO_LEVERS] * out.dim()
-    levers[channel] = _born(tracer, weight, born, bias) if groups == 1 else NO_LEVERS
+    levers[channel] = _born(tracer, weight, born, bias) if groups == 1 or not transposed else NO_LEVERS
     tracer.put(out, Tag((*lead, axis, *spatial), tuple(levers)))
     tracer.attach(tracer.ledger.read(tracer.tag(out), channel), bias, "a bias without units")
 

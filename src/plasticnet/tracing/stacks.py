@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plasticnet.tracing.labels import NO_LEVERS, Tag
+from plasticnet.tracing.labels import NO_LEVERS, Axis, Tag
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import contract, pair
 from plasticnet.tracing.views import join_axes, tensors_in
@@ -42,12 +42,27 @@ def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
         _stacked(tracer, a, b, out)
     else:
         ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
-        tracer.meet(tracer.ledger.read(ta, 0), tracer.ledger.read(tb, 0), "a stack of products with something fixed")
+        stack = _stack(tracer, ta.axes[0], tb.axes[0])
         pair(tracer, a, 2, b, 1)
-        stack = ta.levers_of(0) or tb.levers_of(0)
-        tracer.put(out, Tag((ta.axes[0], ta.axes[1], tb.axes[2]), (stack, ta.levers_of(1), tb.levers_of(2))))
+        levers = (ta.levers_of(0) or tb.levers_of(0), ta.levers_of(1), tb.levers_of(2))
+        tracer.put(out, Tag((stack, ta.axes[1], tb.axes[2]), levers))
     if len(args) == 3:
         _added(tracer, args[0], out)
+
+
+def _stack(tracer: Tracer, a: Axis, b: Axis) -> Axis:
+    """Join the stacks of two operands, and return that of the result.
+
+    Factors are joined one by one where they are as long, because one may have equal entries, such as keys and values
+    that several heads have in common.
+    """
+    if [f.size for f in a] != [f.size for f in b]:
+        labels, others = (tracer.ledger.read(Tag((axis,)), 0) for axis in (a, b))
+        tracer.meet(labels, others, "a stack of products with something fixed")
+        return a
+    pairs = [(Tag(((f,),)), Tag(((g,),))) for f, g in zip(a, b, strict=True)]
+    joined = [join_axes(tracer, [(s, 0), (t, 0)], s.shape[0], in_place=False) for s, t in pairs]
+    return tuple(f for axis in joined for f in axis)
 
 
 def _added(tracer: Tracer, bias: Tensor, out: Tensor) -> None:
