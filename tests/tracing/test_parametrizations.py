@@ -253,3 +253,12 @@ def test_one_weight_used_twice(how: str, sites: set[str], tmp_path: Path) -> Non
             pn.PlasticNet(Uses(how), (torch.randn(5, 6),))
         return
     assert set(check_life(lambda: Uses(how), (torch.randn(5, 6),), tmp_path).sites) == sites
+
+
+def test_new_units_are_not_pruned() -> None:
+    net = pn.PlasticNet(linears(MODULES["pruned with bias"]), (torch.randn(4, 8),))
+    net.resize({"0": [*range(32), -1, -1]})
+    buffers = dict(net.model.named_buffers())
+    assert all((buffers[name][-2:] == 1).all() for name in ("0.weight_mask", "0.bias_mask"))
+    assert (buffers["2.weight_mask"][:, -2:] == 1).all()
+    assert not (buffers["0.weight_mask"] == 1).all()

@@ -234,8 +234,8 @@ def _initialise(
 ) -> None:
     """Give the new entries of a rewritten tensor, which are zero, their initial values.
 
-    New rows of weights are uniform within 1 / sqrt(fan in), as in torch's layers. With ``init`` "preserve", entries
-    that read new units stay zero.
+    New rows of weights are uniform within 1 / sqrt(fan in), as in torch's layers, and new entries of masks are 1. With
+    ``init`` "preserve", entries that read new units stay zero.
 
     Args:
         model: The model.
@@ -248,7 +248,9 @@ def _initialise(
     for dim, take in takes.items():
         if not take.grows or ((name, dim) in consumed and init == "preserve"):
             continue
-        if new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
+        if _is_mask(model, name, new):
+            new[_at(dim, take.fresh)] = 1
+        elif new.dim() > 1 and (new.is_floating_point() or new.is_complex()):
             outputs = new.shape[0 if (name, dim) in consumed else dim]
             bound = (outputs / max(new.numel(), 1)) ** 0.5  # 1 / sqrt(fan in), as in torch's layers
             added = torch.empty_like(_part(new, dim, take.fresh), memory_format=torch.contiguous_format)
@@ -256,6 +258,12 @@ def _initialise(
             new[_at(dim, take.fresh)] = added
         else:
             new[_at(dim, take.fresh)] = _vector_value(model, name, new, take)
+
+
+def _is_mask(model: nn.Module, name: str, new: Tensor) -> bool:
+    """Return whether a tensor is a buffer that says which entries of a weight count, as of torch.nn.utils.prune."""
+    named = new.dim() > 1 or name.endswith("mask")
+    return named and name in dict(model.named_buffers()) and bool(((new == 0) | (new == 1)).all())
 
 
 def _vector_value(model: nn.Module, name: str, new: Tensor, take: _Take) -> float:
