@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import plasticnet as pn
-from tests.kit.adversarial_checks import check_life, distance, precise
+from tests.kit.adversarial_checks import check_exact, check_life, distance, precise
 
 MASK = torch.ones(12, 16)
 
@@ -262,3 +262,13 @@ def test_new_units_are_not_pruned() -> None:
     assert all((buffers[name][-2:] == 1).all() for name in ("0.weight_mask", "0.bias_mask"))
     assert (buffers["2.weight_mask"][:, -2:] == 1).all()
     assert not (buffers["0.weight_mask"] == 1).all()
+
+
+@pytest.mark.parametrize(("name", "sites"), [("weight_norm", {"0.input", "0", "2"}), ("pruned at random", {"0", "2"})])
+def test_input_sites(name: str, sites: set[str]) -> None:
+    """Features are gated one by one where no mask of the weight would have to follow."""
+    x = torch.randn(4, 8).double()
+    net = pn.PlasticNet(precise(linears(MODULES[name])), (x,), inputs=("*",))
+    assert set(net.sites) == sites
+    check_exact(net, (x,), net.eval()(x))
+    per_sample_like_per_batch(net, x)

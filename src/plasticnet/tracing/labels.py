@@ -223,6 +223,10 @@ class Ledger:
         if both.any():
             self.pairs.append((a[both], b[both]))
 
+    def are_joined(self, labels: np.ndarray) -> bool:
+        """Return whether any of these labels was joined with others so far."""
+        return any(np.isin(labels, np.concatenate(pair)).any() for pair in self.pairs)
+
     def join_all(self, labels: np.ndarray) -> None:
         """Join all these labels, so that they live and die together; -1 is ignored."""
         labels = labels[labels >= 0]

@@ -158,7 +158,7 @@ class Tracer(TorchDispatchMode):
 
     def _leave(self, *_: Any) -> None:
         """Note that the innermost module has ended, and give its first input the levers that it had before."""
-        (_, first), before = self.calls.pop(), self._before.pop()
+        first, before = self.calls.pop()[1], self._before.pop()
         if first is not None:
             tag = self.tag(first)
             same = before is not None and tag.axes is before.axes

@@ -48,7 +48,8 @@ def contract(tracer: Tracer, x: Tensor, x_axis: int, weight: Tensor, w_axis: int
     consumers = [_consumer(tracer, name, dim, labels, alone) for name, dim in sorted(levers)]
     consumer = consumers[0]
     virtual = f"{consumer.module}.input"
-    if consumer.axis is not None and any(fnmatchcase(consumer.module, p) for p in tracer.input_patterns):
+    asked = consumer.axis is not None and any(fnmatchcase(consumer.module, p) for p in tracer.input_patterns)
+    if asked and not tracer.ledger.are_joined(columns):  # a mask of the weight could not follow
         tracer.facts.inputs.setdefault(virtual, consumer)
         tracer.facts.producers.setdefault((virtual, 0))
         features = tracer.ledger.fresh(virtual, 0, len(labels))
