@@ -132,8 +132,8 @@ def flip(folder: Path) -> None:
     ("damage", "message"),
     [
         (flip, "model.safetensors is damaged"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: No such file"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json: No such file"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read: No such file"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read: No such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "config.json is damaged"),

@@ -18,7 +18,7 @@ from torch import nn
 
 from plasticnet.errors import PlasticError, first_line
 from plasticnet.files.card import LIBRARY, describe, model_card
-from plasticnet.files.container import replace_file
+from plasticnet.files.disk import read_bytes, replace_file
 from plasticnet.files.modules import load, save
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # the files of a folder
@@ -185,12 +185,11 @@ def from_pretrained(
         except Exception as error:  # of huggingface_hub and what it calls, which may raise anything
             raise PlasticError(f"{name} is no folder, and cannot be downloaded: {first_line(error)}") from error
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    except OSError as error:
-        what = f"{Path(error.filename or CONFIG).name}: {error.strerror or error}"
+        config = json.loads(read_bytes(folder / CONFIG))
+        digest = hashlib.sha256(read_bytes(folder / WEIGHTS)).hexdigest()
+    except PlasticError as error:
         raise PlasticError(
-            f"{name} does not hold a module of {LIBRARY} ({what}); save_pretrained writes one"
+            f"{name} does not hold a module of {LIBRARY} ({error}); save_pretrained writes one"
         ) from error
     except (ValueError, RecursionError) as error:
         raise PlasticError(f"{name}: {CONFIG} is damaged") from error
@@ -229,7 +228,7 @@ def _write(
     data = {**describe(module, factory, example), "sha256": hashlib.sha256(weights).hexdigest()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
+        old = read_bytes(folder / CARD).decode() if (folder / CARD).exists() else None
     except (OSError, ValueError) as error:
         raise PlasticError(f"{folder} cannot be written: {error}") from error
     replace_file(folder / WEIGHTS, weights)

@@ -196,14 +196,18 @@ def test_resume_of_what_is_left_of_a_run(
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 100, None])
-def test_resume_with_a_damaged_checkpoint_names_the_file_and_a_way_out(
+def test_resume_with_damaged_checkpoints_names_them_and_a_way_out(
     content: bytes | None, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = started / "prune" / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+    paths = sorted((started / "prune").glob("checkpoint*"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-20] if content is None else content)
     line = fail(monkeypatch, capsys, *MOONS, "--out", started, "--resume")
-    assert f"{path} is not a plasticnet file, or is damaged or cut off; remove this file to start this run anew" in line
-    path.unlink()
+    assert "damaged or cut off" in line
+    assert line.endswith(f"in {started / 'prune'} to start this run anew")
+    assert all(path.name in line.partition("; remove ")[2] for path in paths)
+    for path in paths:
+        path.unlink()
     succeed(*MOONS, "--out", started, "--resume")
 
 

@@ -249,7 +249,9 @@ def test_the_command_train(
     line = fail(monkeypatch, capsys, *args, "--out", tmp_path / "run")
     assert all(word in line for word in (f"epoch {epoch}", "step 4 of 4", "1.weight"))
     found = {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert found == {"run.json", "prepared.json", "metrics.jsonl", "checkpoint.safetensors"}
+    checkpoints = {"checkpoint.safetensors", "checkpoint-best.safetensors"}
+    before = {"checkpoint-before.safetensors"} if epoch == 3 else set()
+    assert found == {"run.json", "prepared.json", "metrics.jsonl", *checkpoints, *before}
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == epoch - 1
     succeed(*args, "--out", tmp_path / "run", "--resume")
     name = "prune/compact.safetensors"

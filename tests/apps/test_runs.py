@@ -45,6 +45,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def tensors(mode: str) -> set[str]:
+    kinds = ["checkpoint", "checkpoint-before", "checkpoint-best", "compact"]
+    return {f"{mode}/{kind}.safetensors" for kind in kinds}
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Failing:
     return lambda *args: fail(monkeypatch, capsys, *args)
@@ -98,15 +103,14 @@ def test_files_of_the_user_are_no_run(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     assert {name: found[name] for name in own} == own
     assert found.keys() - own.keys() == {
-        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", "prune/checkpoint.safetensors",
-        "prune/compact.safetensors",
+        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", *tensors("prune"),
     }  # fmt: skip
 
 
 @pytest.mark.slow
 def test_overwriting_removes_what_is_of_a_run_and_nothing_else(run: Path) -> None:
     shutil.copytree(run / "prune", run / "grow")
-    (run / "grow/checkpoint.safetensors.partial").write_bytes(b"from a process that was killed")
+    (run / "grow/.checkpoint.safetensors.0123456789abcdef.partial").write_bytes(b"from a process that was killed")
     (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:7])  # so was the one that wrote this
     own = {"notes.txt": b"mine", "prune/weights.safetensors": b"mine too", "config.yaml": b"and this"}
     for name, content in own.items():
@@ -115,8 +119,7 @@ def test_overwriting_removes_what_is_of_a_run_and_nothing_else(run: Path) -> Non
     found = snapshot(run)
     assert {name: found[name] for name in own} == own
     assert found.keys() - own.keys() == {
-        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", "dense/checkpoint.safetensors",
-        "dense/compact.safetensors",
+        "run.json", "prepared.json", "metrics.jsonl", "summary.json", "report.html", *tensors("dense"),
     }  # fmt: skip
     assert not (run / "grow").exists()
     config = json.loads(found["run.json"])
@@ -263,7 +266,8 @@ CHANGES = {
 def test_resuming_names_everything_that_differs(checkpoint: bool, run: Path, failing: Failing) -> None:
     """Also before the first checkpoint, and all at once."""
     if not checkpoint:
-        (run / "prune/checkpoint.safetensors").unlink()
+        for path in (run / "prune").glob("checkpoint*"):
+            path.unlink()
     before = snapshot(run)
     options = [text for name, value in CHANGES.items() for text in (f"--{name}", value)]
     line = failing(*PRUNE, "--out", run, "--resume", *options)
@@ -291,7 +295,8 @@ def test_resuming_with_fewer_or_more_modes(run: Path, failing: Failing, tmp_path
     (tmp_path / "both/summary.json").unlink()  # as if it had been interrupted
     before = snapshot(tmp_path / "both")
     assert "mode: prune then, grow now" in failing(*MOONS, "--compare", "--out", tmp_path / "both", "--resume")
-    (tmp_path / "both/grow/checkpoint.safetensors").write_bytes(before["prune/checkpoint.safetensors"][:-9])
+    for name in ("checkpoint", "checkpoint-before", "checkpoint-best"):
+        (tmp_path / f"both/grow/{name}.safetensors").write_bytes(before["prune/checkpoint.safetensors"][:-9])
     before = snapshot(tmp_path / "both")
     assert "damaged" in failing(*MOONS, "--compare", "--out", tmp_path / "both", "--resume")
     assert snapshot(tmp_path / "both") == before  # though dense and prune could have been resumed
@@ -302,7 +307,8 @@ def test_resuming_with_other_data_of_the_same_name(
     checkpoint: bool, run: Path, failing: Failing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not checkpoint:
-        (run / "prune/checkpoint.safetensors").unlink()
+        for path in (run / "prune").glob("checkpoint*"):
+            path.unlink()
     before = snapshot(run)
     monkeypatch.setattr(cli_train, "load_any", lambda name, how, seed: load_any(name, how, seed + 1))
     line = failing(*PRUNE, "--out", run, "--resume")
@@ -349,7 +355,7 @@ def test_a_killed_resumption_loses_no_records(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(runs, "train_run", interrupted)
     found = invoke(*PRUNE, "--out", run, "--resume")
     assert found.exit_code == 130
-    assert f"interrupted; the epochs that were over are saved in {run}: the same command with --resume" in found.stdout
+    assert f"interrupted, and saved in {run}: plasticnet train --resume --out {run} goes on" in found.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

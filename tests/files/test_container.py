@@ -1,44 +1,83 @@
-"""Files of the library appear whole or not at all."""
+"""Files of the library say what they are, and tell damage."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from plasticnet import PlasticError, load_checkpoint, save_checkpoint
+from plasticnet import PlasticError, load, load_checkpoint, save_checkpoint
+from plasticnet.files.container import FORMAT
 
-
-def refuse(error: BaseException) -> Any:
-    def stop(*args: Any, **options: Any) -> None:
-        raise error
-
-    return stop
+WRITTEN = Path(__file__).parent / "written"  # a file of each kind and format, as the code of that format wrote it
 
 
-@pytest.mark.parametrize(
-    ("error", "seen"),
-    [(OSError(28, "No space left on device"), PlasticError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)
-@pytest.mark.parametrize("name", ["write_bytes", "replace"])
-def test_what_cannot_be_written_leaves_the_file_before_it(
-    name: str, error: BaseException, seen: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_checkpoint({"a": torch.arange(3)}, tmp_path / "run")
-    monkeypatch.setattr(Path if name == "write_bytes" else os, name, refuse(error))
-    with pytest.raises(seen):
-        save_checkpoint({"a": torch.arange(4)}, tmp_path / "run")
-    monkeypatch.undo()
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    assert torch.equal(load_checkpoint(tmp_path / "run")["a"], torch.arange(3))
+def build() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
-def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file" / "run", tmp_path / "gone" / "run", tmp_path):
-        with pytest.raises(PlasticError, match="cannot be written"):
-            save_checkpoint([1], path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+READERS: dict[str, Callable[[Path], Any]] = {"module": lambda path: load(path, build), "checkpoint": load_checkpoint}
+
+
+def test_there_is_a_file_of_each_format() -> None:
+    names = {path.name for path in WRITTEN.iterdir()}
+    assert names == {f"{kind}-{n}.safetensors" for kind in READERS for n in range(1, FORMAT + 1)}
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT + 1))
+def test_files_of_all_formats_are_read(version: int) -> None:
+    small = load(WRITTEN / f"module-{version}.safetensors", build)
+    assert torch.equal(small.get_parameter("0.weight"), torch.arange(12.0).reshape(3, 4))
+    assert torch.equal(small.get_parameter("2.weight"), torch.arange(6.0).reshape(2, 3))
+    found = load_checkpoint(WRITTEN / f"checkpoint-{version}.safetensors")
+    assert torch.equal(found["model"]["weight"], torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(found["model"]["phase"], torch.tensor([1 + 2j], dtype=torch.complex128))
+    assert (found["epoch"], found["history"], found[7]) == (3, [{"loss": 0.5, "k": "inf"}, None], (True, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("change", [0x01, 0x03, 0x80, 0xFF])
+def test_a_changed_byte_anywhere_is_an_error(kind: str, change: int, tmp_path: Path) -> None:
+    """In the header, in its padding, in the checksum itself, and in the tensors."""
+    content = (WRITTEN / f"{kind}-{FORMAT}.safetensors").read_bytes()
+    for i in range(len(content)):
+        damaged = bytearray(content)
+        damaged[i] ^= change
+        (tmp_path / "file").write_bytes(damaged)
+        with pytest.raises(PlasticError, match="file"):
+            READERS[kind](tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_file_that_ends_early_or_late_is_an_error(kind: str, tmp_path: Path) -> None:
+    content = (WRITTEN / f"{kind}-{FORMAT}.safetensors").read_bytes()
+    for changed in [*(content[:i] for i in range(len(content))), content + b"\0", content * 2]:
+        (tmp_path / "file").write_bytes(changed)
+        with pytest.raises(PlasticError, match="file"):
+            READERS[kind](tmp_path / "file")
+
+
+def test_the_message_about_damage_has_a_way_out(tmp_path: Path) -> None:
+    save_checkpoint({"weight": torch.randn(100)}, tmp_path / "run")
+    content = bytearray((tmp_path / "run").read_bytes())
+    content[-50] ^= 1
+    (tmp_path / "run").write_bytes(content)
+    with pytest.raises(PlasticError, match=r"run is damaged or cut off: .*checksum.*write it anew"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        save_checkpoint({"b": {"z": 1, "a": torch.arange(3)}, "a": [torch.ones(2)]}, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(PlasticError, match="make tensors of long lists"):
+        save_checkpoint({"names": "x" * 2**26}, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import typer
 from plasticnet.apps.console import print_line
 from plasticnet.apps.data import Data
 from plasticnet.apps.demo import check_demo, demo
-from plasticnet.apps.folder import read_run
+from plasticnet.apps.folder import CONFIG, read_run
 from plasticnet.apps.loading import load_any
 from plasticnet.apps.models import START, chooses, reads_numbers
 from plasticnet.apps.options import (
@@ -32,13 +32,14 @@ from plasticnet.apps.options import (
 )
 from plasticnet.apps.predicting import predict
 from plasticnet.apps.runs import check_folder, train_modes
+from plasticnet.apps.saving import SECONDS
 from plasticnet.apps.settings import DEVICES, Config, Run, device_of, usual_batch, usual_epochs
 from plasticnet.errors import PlasticError
 from plasticnet.learning.estimators import ESTIMATORS
 
-# What --config does not say: where the results go, what becomes of those that are there, and where this machine has
-# its data and computes.
-_BESIDE = ("config", "out", "resume", "overwrite", "data_dir", "device")
+# What --config does not say: where the results go, what becomes of those that are there, where this machine has its
+# data and computes, and how often it saves.
+_BESIDE = ("config", "out", "resume", "overwrite", "data_dir", "device", "checkpoint_seconds")
 
 
 def train_command(
@@ -105,10 +106,18 @@ def train_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run in --out, with the options of its start.")
     ] = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="Save the state also within an epoch, after so many seconds.")
+    ] = SECONDS,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
 ) -> None:
     """Train a network that chooses its own size: it prunes itself, or grows."""
     where = device_of(device)
+    if not checkpoint_seconds >= 0:
+        raise PlasticError(f"--checkpoint-seconds {checkpoint_seconds}: it must be a number, 0 or more")
+    if resume and not overwrite and config is None and not _others(context):
+        check_folder(out, resume, overwrite)
+        config = out / CONFIG  # all options are those of the start
     if config is not None:
         _check_alone(context)
         run, _ = read_run(config, f"--config {config}", "write it as train writes its run.json")
@@ -117,7 +126,7 @@ def train_command(
         if data_dir is not None:
             run = replace(run, reading=replace(run.reading, data_dir=str(data_dir)))
         check_folder(out, resume, overwrite)
-        train_modes(run, data_of(run), out, resume=resume, overwrite=overwrite)
+        train_modes(run, data_of(run), out, resume=resume, overwrite=overwrite, seconds=checkpoint_seconds)
         return
     mode = _mode(model, growth=growth, dense=dense, compare=compare)
     if budget is not None and price is not None:
@@ -143,7 +152,8 @@ def train_command(
         epochs=usual_epochs(rows) if epochs is None else epochs,
         batch=usual_batch(rows) if batch is None else batch,
     )
-    train_modes(replace(run, config=settings), found, out, resume=resume, overwrite=overwrite)
+    run = replace(run, config=settings)
+    train_modes(run, found, out, resume=resume, overwrite=overwrite, seconds=checkpoint_seconds)
 
 
 def data_of(run: Run) -> Data:
@@ -170,9 +180,13 @@ def _given(context: typer.Context) -> list[str]:
 
 def _check_alone(context: typer.Context) -> None:
     """Raise `PlasticError` where options of the run were given beside --config."""
-    others = [f"--{name.replace('_', '-')}" for name in _given(context) if name not in _BESIDE]
-    if others:
+    if others := _others(context):
         raise PlasticError(f"--config says all of the run: leave out {', '.join(others)}, or change a copy of the file")
+
+
+def _others(context: typer.Context) -> list[str]:
+    """Return the options on the command line that say what the run does."""
+    return [f"--{name.replace('_', '-')}" for name in _given(context) if name not in _BESIDE]
 
 
 def demo_command(

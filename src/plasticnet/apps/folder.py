@@ -11,10 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from plasticnet.apps.checkpoints import NAME, Checkpoints
 from plasticnet.apps.console import print_line
 from plasticnet.apps.settings import MODES, Run, flat
 from plasticnet.errors import PlasticError
-from plasticnet.files.container import PARTIAL, replace_file
+from plasticnet.files.container import BEGINNING
+from plasticnet.files.disk import open_file, read_bytes, remove_partials, replace_file
 
 if sys.platform == "win32":
     import msvcrt
@@ -30,7 +32,7 @@ else:
 
 CONFIG, PREPARED, METRICS = "run.json", "prepared.json", "metrics.jsonl"
 SUMMARY, REPORT = "summary.json", "report.html"
-CHECKPOINT, COMPACT = "checkpoint.safetensors", "compact.safetensors"
+COMPACT = "compact.safetensors"
 
 _LOCK = ".plasticnet.lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # what the two systems answer where a lock is held
@@ -44,7 +46,6 @@ _BEGINNINGS = {
     SUMMARY: [f'{{\n  "{run}": {{\n    "mode": "{run}",'.encode() for run in _RUNS],
     REPORT: [b'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>plasticnet: '],
 }
-_TENSORS = b'{"__metadata__":{"plasticnet":'  # after the eight bytes in which safetensors has a length
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,9 +109,7 @@ def read_json(path: Path, what: str, way_out: str) -> list[Any]:
         PlasticError: The file cannot be read, or is no JSON.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PlasticError(f"{what} cannot be read: {error.strerror or error}") from error
+        text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise PlasticError(f"{what} is damaged (it holds bytes that are no text): {way_out}") from error
     values: list[Any] = []
@@ -148,20 +147,30 @@ def check_free(folder: Path, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Remove the files of a run from a folder, except its run.json, which is to be replaced next.
 
-    What a process that was killed has left behind is removed, too, and so are folders that are empty then. The settings
-    go last, so that what is left if this is interrupted says what it was.
+    Folders that are empty then are removed, too. The settings go last, so that what is left if this is interrupted says
+    what it was.
     """
     held = [path for path in _held(folder) if path.name != CONFIG]
     try:
         for path in held:
             path.unlink()
-        for path in _paths(folder):
-            path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
         for parent in {path.parent for path in held} - {folder}:
             with suppress(OSError):  # it holds something else
                 parent.rmdir()
     except OSError as error:
         raise PlasticError(f"the run in {folder} cannot be removed: {error}") from error
+
+
+def clean(folder: Path) -> None:
+    """Remove what processes that were killed have left of files that they wrote, while this one has the lock."""
+    paths = _paths(folder)
+    for parent in {path.parent for path in paths}:
+        remove_partials(parent, {path.name for path in paths if path.parent == parent})
+
+
+def checkpoints_in(folder: Path, run: str) -> Checkpoints:
+    """Return the checkpoints of one of the runs of a folder."""
+    return Checkpoints(folder / run / NAME)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -233,7 +242,7 @@ def _is(descriptor: int, path: Path) -> bool:
 
 def _paths(folder: Path) -> list[Path]:
     """Return all paths that a run in a folder may write."""
-    own = [folder / run / name for run in _RUNS for name in (CHECKPOINT, COMPACT)]
+    own = [p for r in _RUNS for p in (*checkpoints_in(folder, r).paths, folder / r / COMPACT)]
     return [*(folder / name for name in _BEGINNINGS), *own]
 
 
@@ -250,14 +259,14 @@ def _replaceable(path: Path) -> bool:
     if path.name in _RUNS:
         return path.is_dir() or not os.path.lexists(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = file.read() if path.name == CONFIG else file.read(100)
-    except OSError:
+    except (PlasticError, OSError):
         return False
     if found.strip() in (b"", b"{}", b"[]"):
         return True
     if path.name not in _BEGINNINGS:
-        return found[8:].startswith(_TENSORS)
+        return found[8:].startswith(BEGINNING)  # after the eight bytes in which safetensors has a length
     if path.name == CONFIG and found.rstrip().endswith(b"}") and b'"plasticnet": "' not in found:
         return False  # many a run.json may begin with its data, but it does not name our version
     return any(found.startswith(b) or b.startswith(found) for b in _BEGINNINGS[path.name])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
+from plasticnet.files.disk import read_bytes
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -51,7 +52,7 @@ def image_folder(folder: Path, how: Pixels) -> tuple[Tensor, list[str] | None, l
     if not (files or plain):
         raise PlasticError(f"--data {folder}: there are no images in it ({', '.join(_IMAGES)})")
     paths = [p for p, _ in files] or plain
-    x = _stacked(folder, [_read(p.read_bytes(), how, p) for p in paths])
+    x = _stacked(folder, [_read(read_bytes(p), how, p) for p in paths])
     return x, [name for _, name in files] if files else None, [p.relative_to(folder).as_posix() for p in paths]
 
 

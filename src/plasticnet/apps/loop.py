@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plasticnet.apps.checkpoints import Checkpoints
 from plasticnet.apps.data import Data, Split, Task
 from plasticnet.apps.finite import Guard, check_loss, named
 from plasticnet.apps.identity import describe_model, identity
-from plasticnet.apps.saving import restore_run, save_run, set_random_states
+from plasticnet.apps.saving import SECONDS, Keeper, Place, resume_run
 from plasticnet.apps.scores import SCORES, evaluate, losses
 from plasticnet.apps.settings import Config, Mode
+from plasticnet.apps.stopping import Stop
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import transition
 from plasticnet.growing.growth import Growth
@@ -85,8 +87,11 @@ def train_epoch(
     train: Split,
     config: Config,
     task: Task = "classification",
+    *,
+    place: Place | None = None,
+    after_step: Callable[[Place], None] | None = None,
 ) -> float:
-    """Train for one epoch over shuffled batches.
+    """Train for one epoch over shuffled batches, or for what is left of it.
 
     Args:
         net: The network.
@@ -95,6 +100,8 @@ def train_epoch(
         train: The training data.
         config: The settings, of which the size of a batch counts here.
         task: What kind of answer the data ask for.
+        place: Where in the epoch the training stands, which moves on; by default it begins.
+        after_step: Called with the place after each step.
 
     Returns:
         The mean training loss, without the pressure.
@@ -103,9 +110,10 @@ def train_epoch(
         PlasticError: The loss or the pressure of a step is not finite. The network has then not made this step.
     """
     net.train()
-    total = torch.zeros((), device=train.x.device)
-    batches = torch.randperm(len(train)).to(train.x.device).split(config.batch)
-    for step, index in enumerate(batches, 1):
+    place = begin_epoch(train) if place is None else place
+    batches = place.order.to(train.x.device).split(config.batch)
+    for index in batches[place.step :]:
+        started, step = time.process_time(), place.step + 1
         x, y = train.x[index], train.y[index]
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -113,7 +121,7 @@ def train_epoch(
 
         with named(f"step {step} of {len(batches)}"):
             loss = net.expected_loss(closure)
-            total += loss.detach() * len(index)
+            total = place.total + loss.detach() * len(index)
             if not math.isinf(net.k):
                 loss = loss + schedule.penalty()
             if not math.isfinite(loss.item()):
@@ -121,26 +129,53 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(total / len(train))
+        place.step, place.total = step, total
+        place.seconds += time.process_time() - started
+        if after_step is not None:
+            after_step(place)
+    return float(place.total / len(train))
+
+
+def begin_epoch(train: Split) -> Place:
+    """Return the place before the first step of an epoch, whose order is drawn."""
+    return Place(torch.randperm(len(train)), torch.zeros((), device=train.x.device))
 
 
 def train_epochs(
-    net: PlasticNet, optimizer: torch.optim.Optimizer, schedule: Schedule, data: Data, config: Config
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    data: Data,
+    config: Config,
+    guard: Guard,
+    place: Place | None,
+    after_step: Callable[[Place], None],
 ) -> Iterator[dict[str, Any]]:
     """Train to the end of the schedule, and yield the record of each epoch as plain data.
 
     At most ten times in a run, the record also holds a profile of the network. It is taken before the schedule
     cuts or grows anything after that epoch.
 
+    Args:
+        net: The network.
+        optimizer: Its optimizer.
+        schedule: Its schedule.
+        data: The data.
+        config: The settings.
+        guard: Says whether all numbers are finite.
+        place: Where in the first of these epochs the training stands, or None where it stands before it.
+        after_step: Called with the place after each step.
+
     Raises:
         PlasticError: A loss, a weight, a gate or something that the optimizer remembers has become NaN or infinite. The
             message names the epoch, the step where it is known, and the first such tensor in the order of the modules.
     """
-    guard = Guard(net, optimizer)
     while schedule.epoch < schedule.epochs:
+        place = begin_epoch(data.train) if place is None else place
         with named(f"epoch {schedule.epoch + 1}"), guard.naming():
-            record = _one_epoch(net, optimizer, schedule, data, config, guard)
+            record = _one_epoch(net, optimizer, schedule, data, config, guard, place, after_step)
         yield record
+        place = None
 
 
 def _one_epoch(
@@ -150,11 +185,13 @@ def _one_epoch(
     data: Data,
     config: Config,
     guard: Guard,
+    place: Place,
+    after_step: Callable[[Place], None],
 ) -> dict[str, Any]:
-    """Train for one epoch, let the schedule end it, and return its record, unless something is not finite."""
-    started = time.process_time()
+    """Train to the end of an epoch, let the schedule end it, and return its record, unless something is not finite."""
     k = net.k
-    loss = train_epoch(net, optimizer, schedule, data.train, config, data.task)
+    loss = train_epoch(net, optimizer, schedule, data.train, config, data.task, place=place, after_step=after_step)
+    started = time.process_time()
     if not math.isfinite(loss):  # a sum of finite losses
         raise PlasticError("the mean training loss is not finite (NaN or infinite)")
     steps = -(-len(data.train) // config.batch)
@@ -175,7 +212,7 @@ def _one_epoch(
         **_size(net),
         "cut": sum(change.cut.values()),
         "grown": sum(change.grown.values()),
-        "cpu_seconds": time.process_time() - started,
+        "cpu_seconds": place.seconds + time.process_time() - started,
     }
     return record if measured is None else {**record, "profile": measured}
 
@@ -208,6 +245,8 @@ def train_run(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
+    seconds: float = SECONDS,
+    stop: Stop | None = None,
 ) -> Result:
     """Train one network to the end of its schedule.
 
@@ -219,31 +258,35 @@ def train_run(
         limited: Whether a network that grows keeps to the widths of the model.
         on_epoch: Called with the record of each epoch. When a run is resumed, it is first called with the records of
             the epochs that are over.
-        checkpoint: The file in which the state is saved after each epoch.
-        resume: Whether to go on from the checkpoint if there is one. The result is that of a run that was never
-            interrupted.
+        checkpoint: The file in which the state is saved after each epoch. Beside it are the state before that, and the
+            best one by validation: see `Checkpoints`.
+        resume: Whether to go on from the newest checkpoint that can be read, if there is one. The result is that of a
+            run that was never interrupted.
+        seconds: After so many seconds since the last time, the state is also saved within an epoch.
+        stop: Says whether to stop after a step, when the state has been saved.
 
     Raises:
         PlasticError: The checkpoint is damaged, or belongs to a run with other settings, another mode, model or data,
             which are named; or the settings, the model and the data do not fit together; or something has become NaN or
-            infinite, which is not saved: the checkpoint is then that of the last good epoch.
+            infinite, which is not saved: the checkpoint is then the last good one.
+        Interrupted: It was asked to stop.
     """
     own = identity(data, describe_model(model), config, mode)
     torch.manual_seed(config.seed)
     model = copy.deepcopy(model).to(data.train.x.device)
     net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode, limited=limited)
-    history: list[dict[str, Any]] = []
-    if resume and checkpoint is not None and checkpoint.exists():
-        history, rng = restore_run(checkpoint, net, optimizer, schedule, own)
-        set_random_states(rng)
-        for record in history:
-            if on_epoch:
-                on_epoch(record)
+    checkpoints = None if checkpoint is None else Checkpoints(checkpoint)
+    history, place, guard = list[dict[str, Any]](), None, Guard(net, optimizer)
+    if checkpoints is not None and resume:
+        history, place = resume_run(checkpoints, net, optimizer, schedule, own)
+    for record in history:
+        if on_epoch:
+            on_epoch(record)
     before = profile_dict(model, data, config)
-    for record in train_epochs(net, optimizer, schedule, data, config):
+    keeper = Keeper(checkpoints, net, optimizer, schedule, history, own, guard, seconds, stop or Stop())
+    for record in train_epochs(net, optimizer, schedule, data, config, guard, place, keeper.after_step):
         history.append(record)
-        if checkpoint is not None:
-            save_run(checkpoint, net, optimizer, schedule, history, own)
+        keeper.after_epoch()
         if on_epoch:
             on_epoch(record)
     small = net.compact()

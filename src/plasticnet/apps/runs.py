@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,6 @@ from plasticnet.apps.comparing import Entry, compare
 from plasticnet.apps.console import console, print_line
 from plasticnet.apps.data import Data
 from plasticnet.apps.folder import (
-    CHECKPOINT,
     COMPACT,
     CONFIG,
     METRICS,
@@ -30,6 +31,8 @@ from plasticnet.apps.folder import (
     REPORT,
     SUMMARY,
     check_free,
+    checkpoints_in,
+    clean,
     clear,
     locked,
     make_folder,
@@ -45,9 +48,11 @@ from plasticnet.apps.page import START
 from plasticnet.apps.prepared import Prepared
 from plasticnet.apps.printing import print_results, print_start, progress
 from plasticnet.apps.report import render
-from plasticnet.apps.saving import restore_run
+from plasticnet.apps.saving import SECONDS, restore_run
 from plasticnet.apps.settings import Mode, Run
+from plasticnet.apps.stopping import Stop, stopped_by_signals
 from plasticnet.errors import PlasticError, first_line
+from plasticnet.files.disk import append_file, read_bytes
 from plasticnet.files.modules import save
 from plasticnet.version import __version__
 
@@ -69,6 +74,7 @@ def train_modes(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    seconds: float = SECONDS,
 ) -> None:
     """Train one network for each mode, show the progress, and write everything into a folder.
 
@@ -78,12 +84,14 @@ def train_modes(
         folder: The folder, which is made if it does not exist.
         resume: Whether to go on with the runs in the folder. They must have begun with the same settings and data.
         overwrite: Whether a run that the folder holds may be replaced. Files that are not of a run always stay.
+        seconds: After so many seconds the state is saved within an epoch, too.
 
     Raises:
         PlasticError: The settings cannot be used for training; the folder holds a run and neither ``resume`` nor
             ``overwrite`` is given; there is no run to resume, or it differs, and the message says in what; or another
             process is at work in the folder. Nothing was written then. Or the training itself fails: what it has
             written so far is then still there.
+        SystemExit: A signal has stopped the training, after a step. Its state was saved, and a line says how to go on.
     """
     check_folder(folder, resume, overwrite)
     make = factory(run.built, data.shape, data.outputs)
@@ -92,7 +100,8 @@ def train_modes(
         _check_outputs(make().to(data.train.x.device), run.model, data)
         for mode in run.modes:  # so that settings are refused before anything is written
             prepare_run(make(), data, run.config, mode, limited=run.limited)
-    with locked(folder):
+    with locked(folder), stopped_by_signals() as stop:
+        clean(folder)
         if resume:
             described = _check_same(folder, settings(run, data, structure))
             over = sum(_check_checkpoint(make(), data, run, mode, folder) for mode in run.modes)
@@ -106,11 +115,13 @@ def train_modes(
         print_start(run, data)
         metrics = Metrics(folder / METRICS, over)
         try:
-            results = {mode: _train_mode(make, data, run, mode, folder, metrics, resume) for mode in run.modes}
-        except KeyboardInterrupt:
-            way_out = "the same command with --resume goes on"
-            print_line(f"interrupted; the epochs that were over are saved in {folder}: {way_out}")
-            raise
+            results = {
+                mode: _train_mode(make, data, run, mode, folder, metrics, resume, seconds, stop) for mode in run.modes
+            }
+        except KeyboardInterrupt as error:
+            again = f"plasticnet train --resume --out {shlex.quote(str(folder))}"
+            print_line(f"interrupted, and saved in {folder}: {again} goes on")
+            raise SystemExit(128 + getattr(error, "signal", signal.SIGINT)) from error
         _write_json(folder / SUMMARY, results)
         _write_page(folder, described, results, metrics.records)
     print_results(results, run, data, folder)
@@ -141,8 +152,8 @@ def _check_outputs(model: nn.Module, name: str, data: Data) -> None:
 class Metrics:
     """The records of all runs of a folder, and the file that holds them.
 
-    The runs that are resumed give the records of their epochs once more. The file is left alone until all of these are
-    there, so that it never holds less than before.
+    Runs that are resumed give the records of their epochs once more. When all of these are there, the file is replaced
+    by what the checkpoints know: it never holds less than that, and no epoch twice. Records after them are appended.
 
     Args:
         path: The file.
@@ -152,12 +163,21 @@ class Metrics:
     def __init__(self, path: Path, over: int) -> None:
         self.path, self.over = path, over
         self.records: list[dict[str, Any]] = []
+        if not over and path.exists():
+            write_text(path, "")  # the epochs in it are trained anew
 
     def add(self, run: str, record: Mapping[str, Any]) -> None:
-        """Take in the record of an epoch of a run, and write all of them into the file."""
+        """Take in the record of an epoch of a run, and write it into the file."""
         self.records.append({"run": run, **record})
-        if len(self.records) >= self.over:
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
+        if len(self.records) > self.over:
+            append_file(self.path, _line(self.records[-1]).encode())
+        elif len(self.records) == self.over:
+            write_text(self.path, "".join(map(_line, self.records)))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line of the file."""
+    return json.dumps(record) + "\n"
 
 
 def rewrite_report(folder: Path) -> None:
@@ -180,7 +200,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> None:
     paths = [folder.resolve() for folder in folders]
     if twice := [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]:
         raise PlasticError(f"{twice[0]} is named twice: name each run once")
-    if out.exists() and not (out.is_file() and out.read_bytes().startswith(f"{START}plasticnet: ".encode())):
+    if out.exists() and not (out.is_file() and read_bytes(out).startswith(f"{START}plasticnet: ".encode())):
         raise PlasticError(f"--out {out} is not a page of plasticnet, and would be replaced: give another name")
     short = [path.name for path in paths]
     entries: list[Entry] = []
@@ -239,6 +259,8 @@ def _train_mode(
     folder: Path,
     metrics: Metrics,
     resume: bool,
+    seconds: float,
+    stop: Stop,
 ) -> dict[str, Any]:
     """Train the network of one mode, save its compact module, and return the summary of the run.
 
@@ -249,7 +271,9 @@ def _train_mode(
         mode: What the run does.
         folder: The folder of all runs.
         metrics: Takes the record of every epoch.
-        resume: Whether to go on from the checkpoint of this run.
+        resume: Whether to go on from the checkpoints of this run.
+        seconds: After so many seconds the state is saved within an epoch, too.
+        stop: Whether to stop.
     """
     own = folder / mode
     make_folder(own)
@@ -262,7 +286,8 @@ def _train_mode(
         torch.manual_seed(run.config.seed)
         result = train_run(
             make(), data, run.config, mode,
-            limited=run.limited, on_epoch=show, checkpoint=own / CHECKPOINT, resume=resume,
+            limited=run.limited, on_epoch=show, checkpoint=checkpoints_in(folder, mode).newest, resume=resume,
+            seconds=seconds, stop=stop,
         )  # fmt: skip
     if not console.is_terminal:  # Live ends without a new line where the console is no terminal
         console.print()
@@ -286,11 +311,11 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_checkpoint(model: nn.Module, data: Data, run: Run, mode: Mode, folder: Path) -> int:
-    """Return how many epochs of a run are over. Raises `PlasticError` where its checkpoint cannot be resumed."""
-    path = folder / mode / CHECKPOINT
+    """Return how many epochs of a run are over. Raises `PlasticError` where its checkpoints cannot be resumed."""
     own = identity(data, describe_model(model), run.config, mode)
     parts = prepare_run(model, data, run.config, mode, limited=run.limited)
-    return len(restore_run(path, *parts, own)[0]) if path.exists() else 0
+    found = restore_run(checkpoints_in(folder, mode), *parts, own)
+    return 0 if found is None else len(found.history)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

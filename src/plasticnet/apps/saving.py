@@ -1,75 +1,157 @@
-"""Writes the state of a run after each epoch, and restores it for the run that it belongs to."""
+"""Saves the state of a run at the end of each epoch and within long ones, and restores it for the same run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plasticnet.apps.checkpoints import Checkpoints
+from plasticnet.apps.console import print_line
 from plasticnet.apps.finite import Guard
 from plasticnet.apps.identity import differences
+from plasticnet.apps.stopping import Stop
 from plasticnet.errors import PlasticError
-from plasticnet.files.checkpoints import load_checkpoint, save_checkpoint
 from plasticnet.net import PlasticNet
 from plasticnet.training.schedule import Schedule
 
-_KEYS = {"net", "optimizer", "schedule", "rng", "history", "config", "model", "mode", "data_sha256"}
+_KEYS = {"net", "optimizer", "schedule", "rng", "history", "place", "config", "model", "mode", "data_sha256"}
+SECONDS = 600.0  # within an epoch, the state is saved after so many seconds unless the user says otherwise
 
 
-def save_run(
-    path: Path,
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    history: list[dict[str, Any]],
-    identity: Mapping[str, Any],
-) -> None:
-    """Write the state of a run and of torch's random numbers into a file, which is replaced.
+@dataclass
+class Place:
+    """Where in an epoch a training stands.
+
+    Attributes:
+        order: The indices of the training rows in the order in which the epoch reads them, shape (rows,).
+        total: The sum of the losses of the rows that were read, a scalar.
+        step: How many steps are over.
+        seconds: How many seconds of the CPU they have taken.
+    """
+
+    order: Tensor
+    total: Tensor
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a run goes on with, beside its network, optimizer and schedule.
+
+    Attributes:
+        history: The records of the epochs that are over.
+        rng: The states of torch's random numbers, for `set_random_states`.
+        place: Where in the next epoch the run stands, or None where it stands before it.
+        passed: Checkpoints that are newer, and cannot be read or are missing.
+        why: What became of them, as a line for the user; nothing where there are none.
+    """
+
+    history: list[dict[str, Any]]
+    rng: dict[str, Tensor]
+    place: Place | None
+    passed: tuple[Path, ...]
+    why: str
+
+
+class Keeper:
+    """Saves the state of a run, which it can also bring to a halt.
 
     Args:
-        path: The file.
+        checkpoints: Where it is saved; nowhere if this is None.
         net: The network.
         optimizer: Its optimizer.
         schedule: Its schedule.
-        history: The records of the epochs that are over.
+        history: The records of the epochs that are over, to which the run adds.
         identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
+        guard: Says whether all numbers are finite. A state in which some are not is not saved.
+        seconds: After so many seconds since the last time, the state is saved within an epoch.
+        stop: Whether the run is to stop.
     """
-    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    save_checkpoint({**state, "rng": random_states(net), "history": history, **identity}, path)
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints | None,
+        net: PlasticNet,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        history: list[dict[str, Any]],
+        identity: Mapping[str, Any],
+        guard: Guard,
+        seconds: float,
+        stop: Stop,
+    ) -> None:
+        self.checkpoints, self.net, self.optimizer, self.schedule = checkpoints, net, optimizer, schedule
+        self.history, self.identity, self.guard, self.seconds, self.stop = history, identity, guard, seconds, stop
+        self._saved = time.monotonic()
+
+    def after_step(self, place: Place) -> None:
+        """Save the state within an epoch where it is time to, or where the run is to stop.
+
+        Raises:
+            Interrupted: The run is to stop, and its state was saved.
+            PlasticError: The state cannot be written, or is not finite.
+        """
+        if self.stop.signal is not None or time.monotonic() - self._saved >= self.seconds:
+            if self.checkpoints is not None:
+                self.guard.check("before saving")
+                self._save(self.checkpoints, place, best=False)
+            self.stop.check()
+
+    def after_epoch(self) -> None:
+        """Save the state at the end of an epoch, whose record is the last of the history."""
+        if self.checkpoints is not None:
+            losses = [record["val_loss"] for record in self.history]
+            self._save(self.checkpoints, None, best=losses[-1] < min(losses[:-1], default=float("inf")))
+
+    def _save(self, checkpoints: Checkpoints, place: Place | None, *, best: bool) -> None:
+        """Write the state of the run and of torch's random numbers."""
+        parts = {"net": self.net, "optimizer": self.optimizer, "schedule": self.schedule}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        # By this gradient a budget measures its pressure in the next step.
+        here = None if place is None else {**vars(place), "gradient": self.net.sampler.gradient}
+        beside = {"rng": random_states(self.net), "history": self.history, "place": here}
+        checkpoints.write({**state, **beside, **self.identity}, best=best)
+        self._saved = time.monotonic()
 
 
 def restore_run(
-    path: Path,
+    checkpoints: Checkpoints,
     net: PlasticNet,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     identity: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Bring a run that was just prepared to the state that a file holds.
+) -> Restored | None:
+    """Bring a run that was just prepared to the state that its newest checkpoint holds which can be read.
 
     Args:
-        path: The file.
+        checkpoints: The checkpoints.
         net: The network.
         optimizer: Its optimizer.
         schedule: Its schedule.
         identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
 
     Returns:
-        The records of the epochs that are over, and the states of torch's random numbers, for `set_random_states`.
+        What else the run goes on with, or None where there is no checkpoint.
 
     Raises:
-        PlasticError: The file is damaged, is of another run, or holds numbers that are not finite.
+        PlasticError: No file can be read, or the one that can is of another run, or holds numbers that are not finite.
     """
-    way_out = "remove this file to start this run anew"
-    try:
-        saved = load_checkpoint(path)
-    except PlasticError as error:
-        raise PlasticError(f"{error}; {way_out}") from error
-    if not isinstance(saved, dict) or saved.keys() != _KEYS:
-        raise PlasticError(f"{path} is not a checkpoint of a training run, or one of another version; {way_out}")
+    found = checkpoints.read()
+    if found is None:
+        return None
+    path, saved = found.path, found.content
+    if not isinstance(saved, dict) or saved.keys() | {"place"} != _KEYS:
+        raise PlasticError(
+            f"{path} is not a checkpoint of a training run, or one of another version; remove this file to start this "
+            "run anew"
+        )
     changed = differences(_flat(saved), _flat(identity))
     if changed:
         raise PlasticError(
@@ -79,10 +161,47 @@ def restore_run(
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
-    found = guard.culprit()
-    if found is not None:
-        raise PlasticError(f"{path} cannot be resumed: {found} is not finite (NaN or infinite); start the run anew")
-    return saved["history"], saved["rng"]
+    culprit = guard.culprit()
+    if culprit is not None:
+        raise PlasticError(f"{path} cannot be resumed: {culprit} is not finite (NaN or infinite); start the run anew")
+    place = _placed(saved.get("place"), net)
+    return Restored(saved["history"], saved["rng"], place, found.passed, found.why)
+
+
+def resume_run(
+    checkpoints: Checkpoints,
+    net: PlasticNet,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    identity: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], Place | None]:
+    """Let a run that was just prepared go on from its newest checkpoint that can be read, if there is one.
+
+    Torch's random numbers go on, too, and what could not be read is removed and named in a line.
+
+    The arguments and the errors are those of `restore_run`.
+
+    Returns:
+        The records of the epochs that are over, and where in the next epoch the run stands, as `Restored` has them.
+    """
+    found = restore_run(checkpoints, net, optimizer, schedule, identity)
+    if found is None:
+        return [], None
+    set_random_states(found.rng)
+    if found.why:
+        print_line(found.why)
+    for path in found.passed:  # the next checkpoint would take it for a good one
+        path.unlink(missing_ok=True)
+    return found.history, found.place
+
+
+def _placed(saved: Mapping[str, Any] | None, net: PlasticNet) -> Place | None:
+    """Return where in an epoch a run stands; its network gets its last gradient of the gates."""
+    if saved is None:
+        return None
+    device, gradient = net.like.device, saved["gradient"]
+    net.sampler.gradient = None if gradient is None else gradient.to(device)
+    return Place(saved["order"], saved["total"].to(device), saved["step"], saved["seconds"])
 
 
 def random_states(net: PlasticNet) -> dict[str, Tensor]:

@@ -1,12 +1,15 @@
-"""Reads and writes the files of this library: safetensors files that hold a recipe, in JSON, beside the tensors."""
+"""Reads and writes the files of this library: safetensors files that hold a recipe, in JSON, beside the tensors.
+
+The recipe begins with a checksum of the whole file, in which the checksum itself counts as zeros. It tells damage, and
+nothing else: who changes a file on purpose can compute it anew. Files of format 1 have none.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -15,10 +18,17 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
+from plasticnet.files.disk import open_file, replace_file
 
 _KEY = "plasticnet"  # the metadata key of the recipe
-FORMAT = 1  # the version of the file format
-PARTIAL = ".partial"  # what is added to the name of a file while it is written
+FORMAT = 2  # the version of the file format
+_READABLE = (1, FORMAT)  # without a checksum, and with one
+_HEADER = 64 * 2**20  # the most bytes of a header, so that a small file cannot ask for much memory
+_CHUNK = 2**20
+# After eight bytes with its length, a header of ours begins like this, and from format 2 on the checksum comes next.
+BEGINNING = f'{{"__metadata__":{{"{_KEY}":'.encode()
+_SEALED = BEGINNING + rb'"{\"checksum\": \"'
+_UNKNOWN = "0" * 64  # a checksum, before it is known
 
 
 def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
@@ -33,36 +43,22 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe:
         recipe: Plain data. It has the keys "format" and "kind", which `read_file` checks.
 
     Raises:
-        PlasticError: The file cannot be written.
+        PlasticError: The file cannot be written, or its recipe is too long to be read again.
     """
     pairs = sorted(n for n, t in tensors.items() if t.dtype == torch.complex128)
     if pairs:
         tensors = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in tensors.items()}
         recipe = {**recipe, "complex": pairs}
-    replace_file(path, serialise(tensors, {_KEY: json.dumps(recipe, sort_keys=True)}))
-
-
-def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, which appears whole or not at all.
-
-    Args:
-        path: The file, which is replaced if it exists.
-        data: Its content.
-
-    Raises:
-        PlasticError: The file cannot be written. What it held before is still there.
-    """
-    target = Path(path)
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, target)
-    except BaseException as error:
-        with suppress(OSError):  # the file, or even its folder, may not exist
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise PlasticError(f"{path} cannot be written: {error}") from error
-        raise  # an interruption by the user
+    text = f'{{"checksum": "{_UNKNOWN}", {json.dumps(recipe, sort_keys=True)[1:]}'
+    data = bytearray(serialise(tensors, {_KEY: text}))
+    if int.from_bytes(data[:8], "little") > _HEADER:
+        raise PlasticError(
+            f"{path} cannot be written: all but its tensors takes more than {_HEADER:,} bytes: make tensors of long "
+            "lists of numbers"
+        )
+    begin = 8 + len(_SEALED)
+    data[begin : begin + len(_UNKNOWN)] = sha256(data).hexdigest().encode()
+    replace_file(path, data)
 
 
 def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -75,6 +71,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     Raises:
         PlasticError: The file cannot be read, is damaged, is not one of ours, or is of another kind or format.
     """
+    sealed = _check(path)
     try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
@@ -88,10 +85,35 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
         raise PlasticError(f"{path} is not a plasticnet file, or is damaged or cut off") from error
     except OSError as error:
         raise PlasticError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or recipe.get("kind") != kind:
-        found = f"{recipe.get('kind')!r} of format {recipe.get('format')}" if isinstance(recipe, dict) else "no recipe"
+    version = recipe.get("format") if isinstance(recipe, dict) else None
+    if type(version) is not int or version not in _READABLE or recipe.get("kind") != kind:
+        found = f"{recipe.get('kind')!r} of format {version}" if isinstance(recipe, dict) else "no recipe"
         raise PlasticError(f"{path} holds {found}; expected {kind!r} of format {FORMAT}")
+    if version > 1 and not sealed:
+        raise PlasticError(f"{path} is damaged: it has lost its checksum; take a copy of it, or write it anew")
     return tensors, recipe
+
+
+def _check(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has a checksum. Raises `PlasticError` where it has one of another content."""
+    with open_file(path) as file:
+        try:
+            head = file.read(8 + len(_SEALED) + len(_UNKNOWN))
+            if int.from_bytes(head[:8], "little") > _HEADER:
+                raise PlasticError(f"{path} is not a plasticnet file, or is damaged or cut off")
+            if head[8 : 8 + len(_SEALED)] != _SEALED:
+                return False
+            found, digest = head[8 + len(_SEALED) :], sha256(head[: 8 + len(_SEALED)] + _UNKNOWN.encode())
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        except OSError as error:
+            raise PlasticError(f"{path} cannot be read: {error.strerror or error}") from error
+    if found != digest.hexdigest().encode():
+        raise PlasticError(
+            f"{path} is damaged or cut off: its checksum is that of another content; take a copy of it, or write it "
+            "anew"
+        )
+    return True
 
 
 def mapping_in(path: Any, recipe: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError, first_line
+from plasticnet.files.disk import open_file
 
 _NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep a state dict
 _WRAPPED = ("module.", "_orig_mod.", "model.")  # what wrappers put before every name
@@ -52,9 +53,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the state dict in a file."""
     try:
+        if Path(path).exists():
+            open_file(path).close()  # refuses a pipe, for which a reader would wait
         if Path(path).suffix == ".safetensors":
             return dict(load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except PlasticError:
+        raise
     except FileNotFoundError as error:
         raise PlasticError(f"{path} cannot be read as a state dict: there is no such file") from error
     except UnpicklingError as error:
