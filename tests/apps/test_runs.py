@@ -359,6 +359,26 @@ def test_a_killed_resumption_loses_no_records(run: Path, monkeypatch: pytest.Mon
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_was_killed_before_its_data_were_noted(run: Path) -> None:
+    """The settings are there, and nothing else."""
+    before = (run / "prepared.json").read_bytes()
+    for path in [p for p in run.rglob("*") if p.is_file() and p.name != "run.json"]:
+        path.unlink()
+    succeed(*PRUNE, "--out", run, "--resume")
+    assert (run / "prepared.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("left", ["", "one line", "too many", "torn"])
+def test_the_records_are_those_that_the_checkpoint_knows(left: str, run: Path) -> None:
+    """A killed process may have written a line too few, half of one, or some of epochs that are trained once more."""
+    path = run / "metrics.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text({"": "", "one line": lines[0], "too many": whole * 2, "torn": whole[:-9]}[left])
+    succeed(*PRUNE, "--out", run, "--resume")
+    assert path.read_text() == whole
+
+
 # -- the parts ----------------------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ def train_modes(
             record, over = {"command": "train", **hashes(data, structure), **environment()}, 0
             _write_json(folder / CONFIG, {**run.as_dict(), "record": record})
             described = read_settings(folder, str(folder / CONFIG))
-            _write_json(folder / PREPARED, Prepared.of(data).as_dict())
+        _write_json(folder / PREPARED, Prepared.of(data).as_dict())  # a run may have been killed before it was there
         print_start(run, data)
         metrics = Metrics(folder / METRICS, over)
         try:

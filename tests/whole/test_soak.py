@@ -1,0 +1,23 @@
+"""A sample of the soaks of `make soak`: a training that is killed ends as one that is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be forked there")
+def test_a_training_that_is_killed_again_and_again(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "soak_kills.py"), "--count", "2", "--out", str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    trials = json.loads((tmp_path / "found.json").read_text())["trials"]
+    assert sum(sum(t["kills"].values()) for t in trials) >= 2
+    assert {t["status"] for t in trials} == {"equal"}
