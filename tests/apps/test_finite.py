@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticError, load_checkpoint, save_checkpoint
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import train_run
+from plasticnet.apps.loop import prepare_run, train_run
 from plasticnet.apps.models import MLP
 from plasticnet.apps.scores import evaluate
 from plasticnet.apps.settings import Config, Mode
@@ -261,3 +263,75 @@ def test_the_command_train(
 def test_evaluating_is_left_as_it_was(data: Data) -> None:
     """A loss that is not finite is a number for whoever evaluates by themselves."""
     assert math.isnan(evaluate(model(), with_sample(data.val, math.nan))[0])
+
+
+# -- the culprit ------------------------------------------------------------------------------
+
+
+class Logarithm(nn.Module):
+    """Has no finite output where an input is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+class Root(nn.Module):
+    """Has a finite output, and no finite slope."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0 * x).sqrt() + x
+
+
+def with_layer(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(100, 6), nn.ReLU(), nn.Sequential(layer), nn.Linear(6, 2))
+
+
+def test_the_first_layer_with_such_an_output_is_named(data: Data, tmp_path: Path) -> None:
+    line = stopped(with_layer(Logarithm()), data, CONFIG, "dense", checkpoint=tmp_path / "checkpoint")
+    assert "epoch 1: step 1 of 4: the loss is not finite" in line
+    assert "the first output that is not finite is that of '2.0' (Logarithm)" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["dense", "prune"])
+def test_the_first_parameter_with_such_a_gradient_is_named(mode: Mode, data: Data, tmp_path: Path) -> None:
+    """No step is made with it, so that all weights are finite."""
+    line = stopped(with_layer(Root()), data, CONFIG, mode, checkpoint=tmp_path / "checkpoint")
+    assert "epoch 1: step 1 of 4: the gradient of 0.weight is not finite" in line
+    assert "the first tensor that is not finite" not in line
+
+
+def test_a_row_of_the_data_is_named(data: Data) -> None:
+    hurt = Data(with_sample(data.train, math.nan), data.val, data.test)
+    line = stopped(model(), hurt, replace(CONFIG, batch=160), "dense")
+    assert re.search(r"; input \d+ of the batch is itself not finite$", line)
+
+
+def test_looking_for_the_culprit_leaves_no_trace(data: Data) -> None:
+    """Neither hooks nor random numbers nor modes."""
+    from plasticnet.apps.finite import naming_output
+
+    net = prepare_run(model(), data, replace(CONFIG, epochs=4), "prune")[0]
+    net.train()
+    before = torch.get_rng_state()
+    with pytest.raises(PlasticError, match="^mine$"), naming_output(net, data.train.x[:4]):
+        raise PlasticError("mine")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert net.training
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+# -- sites that would close -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:growth has ended before it began")
+@pytest.mark.parametrize("extra", [["--price", "1e6"], ["--price", "1e6", "--growth"], ["--budget", "units=2"]])
+def test_a_site_keeps_a_unit_and_it_is_said(extra: list[str], tmp_path: Path) -> None:
+    args = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "9", "--batch", "50", "--gate-lr", "0.5"]
+    text = succeed(*args, *extra, "--out", tmp_path)
+    assert "widths 1-1" in text
+    assert "--budget" in extra or "left a single unit in 1, 3" in text
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert min(json.loads(line)["units"].values()) >= 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
+import warnings
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -82,3 +85,28 @@ def test_modules_that_are_gone_or_renamed() -> None:
     assert list(names) == ["0", "2"]
     assert names["0"][:6] == ["30", "30", "-", "35", "35", "-"]
     assert names["2"][:6] == ["15", "15", "6", "18", "18", "9"]
+
+
+HOSTILE = [
+    "a$b", "$x", "$a$", r"\$a", r"$\frac", "<script>alert(1)</script>", "a&b", 'q"uo\'te', "new\nline", "tab\tand\x00nul",
+    "漢字", "\U0001f600", "é" * 3, "long" * 100, "_hidden", "-->", "]]>", "{0}", "%s", "\x1b[31m", "\u202eright to left",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_of_any_kind(name: str, measured: dict[int, dict[str, Any]]) -> None:
+    """Modules are called as the user likes: in the pictures, in the tables, and among the settings."""
+    profiled = {**measured[5], "rows": [{**row, "name": name} for row in measured[5]["rows"]]}
+    history = [{**record(e, 7.0, profiled), "units": {name: 5, "other": 3}} for e in (1, 2)]
+    result = {"test_score": 0.5, "units": {name: 5}, "parameters": 10, "macs": 8, "ms_per_1000": 1.0}
+    ends = {"profile": {"before": profiled, "after": profiled}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = render(f"title {name}", {"prune": {**result, **ends}}, history, {"model": name, name: 1})
+    assert "<script" not in text
+    assert text.count("<svg") == text.count("</svg>") == 4
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S):
+        parsed = ElementTree.fromstring(svg)
+        assert parsed.tag.endswith("svg")
+    table = text.split("<h2>Profile</h2>")[1]
+    assert f"<td>{html.escape(name)}</td>" in table

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from plasticnet.apps.data import Split, Task
 from plasticnet.apps.scores import losses
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
+from plasticnet.tools.snapshot import left_as_it_was
+from plasticnet.tools.trees import tensors_within
 
 _ADVICE = "lower the learning rate or check the data"
 
@@ -24,6 +27,36 @@ def named(place: str) -> Iterator[None]:
         yield
     except PlasticError as error:
         raise PlasticError(f"{place}: {error}") from error
+
+
+@contextmanager
+def naming_output(net: PlasticNet, x: Tensor) -> Iterator[None]:
+    """Let the message of a `PlasticError` name the first output that is not finite, if there is one.
+
+    Args:
+        net: The network.
+        x: The inputs with which it ran.
+    """
+    try:
+        yield
+    except PlasticError as error:
+        if not _finite(x):
+            row = int((~torch.isfinite(x.flatten(1)).all(1)).int().argmax())
+            raise PlasticError(f"{error}; input {row} of the batch is itself not finite") from error
+        found = next((name for name in (_first_output(net, x, t) for t in (False, True)) if name is not None), None)
+        if found is None:
+            raise
+        raise PlasticError(f"{error}; the first output that is not finite is that of {found}") from error
+
+
+def check_gradients(net: PlasticNet) -> None:
+    """Raise `PlasticError` unless all gradients are finite; it names the first parameter, and those of gates."""
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    if gradients and not bool(torch.isfinite(nn.utils.get_total_norm(gradients, math.inf))):
+        logits = [(f"the logits of the gates of {g.name!r}", g.phi) for g in net.all_gates()]
+        named_all = [*net.model.named_parameters(), *logits]
+        name = first_culprit((n, p.grad) for n, p in named_all if p.grad is not None)
+        raise PlasticError(f"the gradient of {name} is not finite (NaN or infinite); {_ADVICE}")
 
 
 class Guard:
@@ -120,6 +153,27 @@ def _first_sample(module: nn.Module, split: Split, part: str, task: Task, batch:
             return f"; the first such sample is number {start + at} of the {part} data, which {why}"
         start += len(x)
     return ""
+
+
+def _first_output(net: PlasticNet, x: Tensor, training: bool) -> str | None:
+    """Return the name and the kind of the first module whose output is not finite, in the order of the run, or None."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, output: Any) -> None:
+        if not found and not all(map(_finite, tensors_within(output))):
+            found.append(f"{name or 'the model'!r} ({type(module).__name__})")
+
+    hooks = [
+        module.register_forward_hook(lambda module, _, output, name=name: look(name, module, output))
+        for name, module in net.model.named_modules()
+    ]
+    try:
+        with suppress(PlasticError), left_as_it_was(net, training=training):  # such as one about gates
+            net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plasticnet.apps.checkpoints import Checkpoints
 from plasticnet.apps.data import Data, Split, Task
-from plasticnet.apps.finite import Guard, check_loss, named
+from plasticnet.apps.finite import Guard, check_gradients, check_loss, named, naming_output
 from plasticnet.apps.identity import describe_model, identity
 from plasticnet.apps.saving import SECONDS, Keeper, Place, resume_run
 from plasticnet.apps.scores import SCORES, evaluate, losses
@@ -107,7 +107,8 @@ def train_epoch(
         The mean training loss, without the pressure.
 
     Raises:
-        PlasticError: The loss or the pressure of a step is not finite. The network has then not made this step.
+        PlasticError: The loss, the pressure or a gradient of a step is not finite; the message names the first output
+            or the first parameter. The network has then not made this step.
     """
     net.train()
     place = begin_epoch(train) if place is None else place
@@ -119,7 +120,7 @@ def train_epoch(
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             return losses(net(x), y, task)
 
-        with named(f"step {step} of {len(batches)}"):
+        with named(f"step {step} of {len(batches)}"), naming_output(net, x):
             loss = net.expected_loss(closure)
             total = place.total + loss.detach() * len(index)
             if not math.isinf(net.k):
@@ -128,6 +129,8 @@ def train_epoch(
                 raise PlasticError("the loss with the pressure on the gates is not finite (NaN or infinite)")
         optimizer.zero_grad()
         loss.backward()
+        with named(f"step {step} of {len(batches)}"):
+            check_gradients(net)
         optimizer.step()
         place.step, place.total = step, total
         place.seconds += time.process_time() - started

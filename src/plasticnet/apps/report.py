@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ figure svg { background: #fff; border-radius: .3rem; min-width: 38rem; }
 @media print { figure svg { min-width: 0; } }
 """
 
+_LONGEST = 40  # the most letters of a name in a picture
 _WHEN = ("before", "during", "after")
 
 # For each measure: the field of a profile, its name in the table, and a function that writes it as text.
@@ -192,13 +194,22 @@ def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], st
     return "-" if value is None else write(value)
 
 
+def _label(name: str) -> str:
+    """Return a name as matplotlib shows it as it is: no formula, in one line, of bounded length, and never hidden."""
+    shown = "".join(c if c.isprintable() else " " for c in name)
+    shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]}…{shown[-_LONGEST // 2 + 1 :]}"
+    # What begins with an underscore has no place in a legend, unless something is before it.
+    return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
 def _svg(draw: Any) -> str:
     """Return the SVG text of a figure that a function draws."""
     figure = plt.figure(figsize=(9, 4), layout="constrained")
     draw(figure)
     buffer = io.StringIO()
     # The picture has no date, and its ids are fixed, so that equal runs give equal pages.
-    with mpl.rc_context({"svg.hashsalt": "plasticnet"}):
+    with mpl.rc_context({"svg.hashsalt": "plasticnet"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters are shown as boxes
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
@@ -222,7 +233,7 @@ def _units(figure: Figure, plastic: Mapping[str, Any]) -> None:
     panels = figure.subplots(1, max(len(plastic), 1), squeeze=False)[0]
     for axes, (run, h) in zip(panels, plastic.items(), strict=False):
         for site in h[0]["units"]:
-            axes.plot([r["epoch"] for r in h], [r["units"][site] for r in h], label=site)
+            axes.plot([r["epoch"] for r in h], [r["units"][site] for r in h], label=_label(site))
         axes.set(title=run, xlabel="epoch", ylabel="open units", yscale="log")
         if len(h[0]["units"]) <= 12:
             axes.legend()
