@@ -2,9 +2,9 @@
 
 ``make soak`` runs ``python benchmarks/soak_kills.py --count 100`` and soak_files.py. A trial is one run: it is killed,
 resumed, killed again, and in the end compared with the run of the same settings that was left in peace. Kills come at
-any moment, while a file is written, or while an epoch is ended (where units are cut and grown); in some trials the newest
-checkpoint is damaged after a kill. Results are written after every trial, and a call with the same settings goes on from
-them. soak_table.py writes docs/soak.md.
+any moment, while a file is written, or while an epoch is ended (where units are cut and grown), and in some trials the
+newest checkpoint is damaged after a kill. Results are written after every trial, and a call with the same settings goes
+on from them. soak_table.py writes docs/soak.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
 RESULT = HERE / "results" / "soak_kills.json"
 
-COMMON = "--data digits --model mlp:24-12 --batch 64 --lr 0.01 --gate-lr 0.1 --checkpoint-seconds 0.05".split()
+COMMON = "--data digits --model mlp:24-12 --batch 64 --lr 0.01 --gate-lr 0.1"
+OFTEN = ("--checkpoint-seconds", "0.05")
 RUNS = {
     "prune, with a price": "--epochs 8 --price 0.3",
     "prune, to a budget": "--epochs 8 --budget params=0.4",
@@ -46,7 +47,7 @@ def train(run: str, folder: Path, resume: bool) -> None:
     from plasticnet.apps.cli import app
 
     torch.set_num_threads(1)
-    args = ["train", "--resume", *COMMON[-2:]] if resume else ["train", *COMMON, *RUNS[run].split()]
+    args = ["train", *OFTEN, *(["--resume"] if resume else f"{COMMON} {RUNS[run]}".split())]
     app([*args, "--out", str(folder)], standalone_mode=False)
 
 
@@ -74,7 +75,7 @@ def child(run: str, folder: Path, prepare: Callable[[], None] = lambda: None) ->
 
 
 def write_kill(folder: Path, number: int) -> None:
-    """Let this process be killed at a certain operation on files of the run: before one is opened, renamed or removed."""
+    """Let this process be killed before a certain time that it opens, renames or removes a file of the run."""
     left = [number]
 
     def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -115,7 +116,7 @@ def ended(number: int, limit: float) -> int | None:
 
 
 def damage(folder: Path, how: str, draw: random.Random) -> bool:
-    """Damage the newest checkpoint of some network, where there is another one beside it; return whether it was done."""
+    """Damage the newest checkpoint of a network, where there is another one beside it; return whether it was done."""
     found = [path for path in folder.glob("*/checkpoint.safetensors") if path.with_stem("checkpoint-before").exists()]
     if how == "nothing" or not found:
         return False
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="where runs are written; in memory, as in /dev/shm, they are faster")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    settings = {"runs": RUNS, "common": " ".join(COMMON)}
+    settings = {"runs": RUNS, "common": f"{COMMON} {' '.join(OFTEN)}"}
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "trials": []}
     if options.out.exists():
         before = json.loads(options.out.read_text())
