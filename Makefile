@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint wheel zoo cost gates growth random detectors integrations docs clean
+.PHONY: demo test quick lint wheel zoo cost gates growth random soak detectors integrations docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +65,14 @@ growth: $(VENV)/.installed
 random: $(VENV)/.installed
 	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM); code=$$?; \
 		$(BIN)/python benchmarks/random_table.py && exit $$code
+
+# Trainings that are killed, and files that are damaged; it goes on from what is there: KILLS=1000 FILES=1000000 for more.
+KILLS := 100
+FILES := 50000
+soak: $(VENV)/.installed
+	$(BIN)/python benchmarks/soak_kills.py --count $(KILLS); code=$$?; \
+		$(BIN)/python benchmarks/soak_files.py --count $(FILES) || code=1; \
+		$(BIN)/python benchmarks/soak_table.py && exit $$code
 
 # All detectors of torchvision; the heavy ones are left out of `make test`.
 detectors: $(VENV)/.installed

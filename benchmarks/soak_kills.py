@@ -44,6 +44,7 @@ KILLS = 4  # the most kills of a trial
 def train(run: str, folder: Path, resume: bool) -> None:
     """Do what the command does, in this process."""
     import torch
+
     from plasticnet.apps.cli import app
 
     torch.set_num_threads(1)

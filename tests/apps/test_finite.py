@@ -315,7 +315,7 @@ def test_looking_for_the_culprit_leaves_no_trace(data: Data) -> None:
     net = prepare_run(model(), data, replace(CONFIG, epochs=4), "prune")[0]
     net.train()
     before = torch.get_rng_state()
-    with pytest.raises(PlasticError, match="^mine$"), naming_output(net, data.train.x[:4]):
+    with pytest.raises(PlasticError, match=r"^mine$"), naming_output(net, data.train.x[:4]):
         raise PlasticError("mine")
     assert torch.equal(torch.get_rng_state(), before)
     assert net.training

@@ -137,6 +137,7 @@ SCRIPTS = [
     "benchmarks/cost_table.py",
     "benchmarks/compiled_table.py",
     "benchmarks/random_table.py",
+    "benchmarks/soak_table.py",
 ]
 
 

@@ -1,4 +1,4 @@
-"""A sample of the soaks of `make soak`: a training that is killed ends as one that is not."""
+"""A sample of the soaks of `make soak`: trainings that are killed, and files that are damaged."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def test_a_training_that_is_killed_again_and_again(tmp_path: Path) -> None:
     trials = json.loads((tmp_path / "found.json").read_text())["trials"]
     assert sum(sum(t["kills"].values()) for t in trials) >= 2
     assert {t["status"] for t in trials} == {"equal"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is found in another way")
+def test_files_that_are_damaged_or_crafted() -> None:
+    command = [sys.executable, str(BENCHMARKS / "soak_files.py"), "--seed", "10000000", "--count", "750"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)

@@ -54,13 +54,14 @@ def read_parquet(path: Path) -> dict[str, list[Any]]:
         raise PlasticError(f"--data {path}: reading it needs pyarrow: pip install pyarrow") from None
     try:
         table = parquet.read_table(path)
+        names, columns = table.column_names, table.to_pydict()  # names and text are decoded only here
     except Exception as error:  # pyarrow has many kinds of error
         raise PlasticError(f"--data {path}: {error}") from error
-    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise PlasticError(f"--data {path}: the name {twice[0]!r} stands over several columns; rename them")
     if not table.num_rows:
         raise PlasticError(f"--data {path}: the table has no rows")
-    return table.to_pydict()
+    return columns
 
 
 def _is_number(text: str) -> bool:
