@@ -2,9 +2,9 @@
 
 ``make soak`` runs ``python benchmarks/soak_files.py --count 50000`` and soak_kills.py. Sound files of every kind that
 is read are changed at random: bytes are flipped, cut out, doubled and overwritten, and what is JSON in them gets other
-values and keys. Files with a checksum mostly get the right one for what they have become, or nothing behind it would be tried.
-Each case has five seconds, and a GiB of memory more than the process has. Results are written after every chunk, and a
-call goes on from them. ``--seed N --count 1`` runs one case. soak_table.py writes docs/soak.md.
+values and keys. Files with a checksum mostly get the right one for what they have become, or nothing behind it would
+be tried. Each case has five seconds, and a GiB of memory more than the process has. Results are written after every
+chunk, and a call goes on from them. ``--seed N --count 1`` runs one case. soak_table.py writes docs/soak.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Soak:
                 ".safetensors", [(old / "checkpoint-1.safetensors").read_bytes()], pn.load_checkpoint,
             ),
             "state dict of torch": (".pt", [pickled], lambda p: load_weights(build(), p)),
-            "state dict in safetensors": (".safetensors", [serialise(build().state_dict())], lambda p: load_weights(build(), p)),
+            "state dict in safetensors": (
+                ".safetensors", [serialise(build().state_dict())], lambda p: load_weights(build(), p),
+            ),
             "config of a folder of the hub": (".json", [config], hub),
         }  # fmt: skip
 

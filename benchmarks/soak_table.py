@@ -23,10 +23,10 @@ What becomes of a training that is killed, and of files that are damaged or craf
 
 ## Trainings that are killed
 
-`plasticnet train` is killed (SIGKILL) again and again, and resumed each time. In the end its folder is compared with that
-of a run of the same settings that was left in peace: all tensors and numbers of the newest and of the best checkpoint,
-with optimizer, schedule and random numbers, the lines of metrics.jsonl, summary.json, prepared.json, run.json and the
-bytes of the compact module; only what was timed may differ. No file may be left over. Kills come
+`plasticnet train` is killed (SIGKILL) again and again, and resumed each time. In the end its folder is compared with
+that of a run of the same settings that was left in peace: all tensors and numbers of the newest and of the best
+checkpoint, with optimizer, schedule and random numbers, the lines of metrics.jsonl, summary.json, prepared.json,
+run.json and the bytes of the compact module; only what was timed may differ. No file may be left over. Kills come
 
 - at any moment, which a random time decides;
 - while a file is written: before a random time that the process opens, renames or removes a file of the run;
@@ -56,8 +56,8 @@ or refused by a `PlasticError`.
 
 ## Limits
 
-- A kill ends the process, and not the computer: what the disk has not yet written is not lost here. Files are brought to
-  the disk (fsync) before they get their name, which is not tested by this.
+- A kill ends the process, and not the computer: what the disk has not yet written is not lost here. Files are brought
+  to the disk (fsync) before they get their name, which is not tested by this.
 - The trainings are small ones of multilayer perceptrons on handwritten digits, on the CPU with one thread.
 - That a crafted file is read does not mean that the module can run: see [SECURITY.md](../SECURITY.md).
 """
@@ -97,10 +97,11 @@ def files(content: Mapping[str, Any]) -> dict[str, str]:
     rows = [(kind, *(own.get(k, 0) for k in kinds)) for kind, own in counts.items()]
     bad = ", ".join(f"{total[k]:,} {k}" for k in kinds[2:]) or "no other error, no crash, no hang"
     settings = content["settings"]
+    good = f"{total['read']:,} were read, {total['refused']:,} refused"
     return {
         "seconds": str(settings["seconds"]),
         "memory": str(settings["memory"] // 2**30),
-        "files_summary": f"{content['done']:,} files: {total['read']:,} were read, {total['refused']:,} refused; {bad}.",
+        "files_summary": f"{content['done']:,} files: {good}; {bad}.",
         "files_table": table(("file", *kinds), rows),
         "files_environment": environment(content["environment"], content["commits"], None),
     }
@@ -117,8 +118,8 @@ def environment(e: Mapping[str, Any], commits: Iterable[str], what: str | None) 
     found = Counter(commits)
     at = ", ".join(f"{n:,} {what} at {c}" if what else c for c, n in found.items())
     return (
-        f"plasticnet {e['plasticnet']}, torch {e['torch']}; Python {e['python']}, {e['device']}; load {e['load']:.1f} at "
-        f"the begin; {e['date']}; commit: {at}."
+        f"plasticnet {e['plasticnet']}, torch {e['torch']}; Python {e['python']}, {e['device']}; load {e['load']:.1f} "
+        f"at the begin; {e['date']}; commit: {at}."
     )
 
 

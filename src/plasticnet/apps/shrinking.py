@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plasticnet.apps.folder import make_folder, write_text
 from plasticnet.apps.loading import read_batches
 from plasticnet.apps.models import IMAGE, factory
 from plasticnet.apps.own_data import Reading
@@ -96,12 +97,9 @@ def shrink_model(
         exclude=tuple(options.exclude), residual=options.residual, blocks=tuple(options.blocks),
         multiple_of=options.multiple_of,
     )  # fmt: skip
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save(small, out / "compact.safetensors")
-        (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-    except OSError as error:
-        raise PlasticError(f"--out {out}: {error}") from error
+    make_folder(out)
+    save(small, out / "compact.safetensors")
+    write_text(out / "report.json", json.dumps(report.as_dict(), indent=1) + "\n")
     return report
 
 
