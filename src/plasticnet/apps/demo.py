@@ -15,6 +15,7 @@ from plasticnet.apps.demo_jobs import WIDE, Grown, Shrunk, grown, shrunk
 from plasticnet.apps.demo_page import COLUMNS, render, rows, said
 from plasticnet.apps.folder import make_folder, write_text
 from plasticnet.errors import PlasticError
+from plasticnet.files.disk import read_bytes
 from plasticnet.files.modules import save
 
 _RECORD, _PAGE, _SMALL, _GROWN = "demo.json", "demo.html", "small.safetensors", "grown.safetensors"
@@ -65,8 +66,8 @@ def demo(folder: Path, seed: int = 0) -> None:
 def _is_demo(folder: Path) -> bool:
     """Return whether a folder holds the record of a demo."""
     try:
-        return (folder / _RECORD).read_text(encoding="utf-8").startswith(_START)
-    except (OSError, UnicodeDecodeError):
+        return read_bytes(folder / _RECORD).startswith(_START.encode())
+    except PlasticError:
         return False
 
 
