@@ -108,5 +108,4 @@ def test_names_of_any_kind(name: str, measured: dict[int, dict[str, Any]]) -> No
     for svg in re.findall(r"<svg.*?</svg>", text, re.S):
         parsed = ElementTree.fromstring(svg)
         assert parsed.tag.endswith("svg")
-    table = text.split("<h2>Profile</h2>")[1]
-    assert f"<td>{html.escape(name)}</td>" in table
+    assert text.count(f"<td>{html.escape(name)}</td>") >= 2  # the row of a module, and a setting
