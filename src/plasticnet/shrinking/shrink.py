@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from plasticnet.budgets.budget import Budget
 from plasticnet.errors import PlasticError
-from plasticnet.gates.site import INITIAL_LOGIT, Site, set_logits
 from plasticnet.net import Patterns, PlasticNet
 from plasticnet.oneshot.prune import prune_once
 from plasticnet.oneshot.scores import Scores, by_cost
@@ -25,9 +24,9 @@ from plasticnet.shrinking.best import Best
 from plasticnet.shrinking.finite import NotFinite
 from plasticnet.shrinking.given import Loss, check_options, error_of, loss_of, try_loss
 from plasticnet.shrinking.imitation import Imitation
+from plasticnet.shrinking.multiples import close_to_multiples
 from plasticnet.shrinking.report import Milestone, Report, SiteChange
 from plasticnet.shrinking.tuning import MakeOptimizer, make_optimizer, trainable, tune
-from plasticnet.surgery.survivors import units_of_multiple
 from plasticnet.tools.batches import (
     Calibration,
     Forward,
@@ -40,7 +39,6 @@ from plasticnet.tools.batches import (
 from plasticnet.tools.inputs import Outputs
 from plasticnet.tools.progress import Progress
 from plasticnet.tools.snapshot import duplicate, left_as_it_was
-from plasticnet.units import BlockUnits
 
 Validate = Callable[[nn.Module], float]
 _HALVINGS = 7  # how often the range of sizes is halved to meet a budget of loss
@@ -107,8 +105,9 @@ def shrink(
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
             default. Its learning rate falls to 0 along a cosine. It is called twice: before the work, to see whether
             it does, and for the small network.
-        multiple_of: Widths become multiples of this number: units are cut beyond the budget down to the next multiple.
-            A site of which the budget leaves less than one multiple keeps what the budget leaves.
+        multiple_of: Widths become multiples of this number, within the budget: each goes down to the next multiple, or
+            up where the budget has room for it. A site of which the budget leaves less than one multiple keeps what
+            the budget leaves.
         example_inputs: What the model is traced on, as in `PlasticNet`, where the first batch does not do.
 
     Returns:
@@ -239,9 +238,7 @@ class _Work:
             note: Called after each step with its name and the network.
         """
         prune_once(net, budget, scores=self.worth, per_cost=self.per_cost, cut=False)
-        for name, site in net.sites.items():
-            if not isinstance(site.units, BlockUnits):  # whose number is no width
-                _close_to_multiple(site, self.worth[name], self.multiple_of)
+        close_to_multiples(net, self.worth, self.multiple_of, budget.targets(net))
         note("cut", net)
         if self.repair:
             found = repaired(net, self.data, forward=self.imitation.forward, outputs=self.imitation.outputs)
@@ -313,15 +310,6 @@ class _Work:
             sites, tuple(self.steps), name, milliseconds, self.data.inputs, frozen, self.left_out, self.interrupted,
             self.given_up, self.kept or self.steps[-1].name,
         )  # fmt: skip
-
-
-def _close_to_multiple(site: Site, worth: Tensor, multiple_of: int) -> None:
-    """Close the least useful open units of a site until its widths are multiples, unless none would stay."""
-    count = int(site.open.sum())
-    wanted = count - count % units_of_multiple(site.units, multiple_of)
-    if 0 < wanted < count:
-        order = worth.to(site.phi.device).masked_fill(~site.open, -torch.inf).argsort(descending=True)
-        set_logits(site, order[wanted:], -INITIAL_LOGIT)
 
 
 def _milliseconds(model: nn.Module, small: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[float, float]:
