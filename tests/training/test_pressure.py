@@ -203,6 +203,13 @@ def test_a_latency_that_was_not_measured_is_refused_at_once() -> None:
     assert net.multiple_of == 1
 
 
+@pytest.mark.parametrize("stages", [[Stage(3)], [Stage(2, k=0.0), Stage(2)]])
+def test_without_a_plastic_stage_there_is_no_growth(stages: list[Stage]) -> None:
+    with pytest.raises(PlasticError, match=r"grows nothing without a plastic stage.*pn\.Stage\(20, k=7\.0\)"):
+        build(Pressure(1e-5, "macs"), stages, growth=Growth())
+    build(Pressure(1e-5, "macs"), stages)  # a price alone is taken, as a training at fixed widths has it
+
+
 def test_a_pressure_and_a_budget_are_one_too_many() -> None:
     with pytest.raises(PlasticError, match=r"budget=\.\.\., pressure=\.\.\..* Leave out"):
         build(Pressure(0.7), budget=Budget(macs=0.5))

@@ -28,6 +28,12 @@ def test_places_and_k_of_every_epoch() -> None:
     assert (timeline.place, timeline.k) == (3, inf)  # the last one, at the end
 
 
+@pytest.mark.parametrize("wrong", [(2, 7.0), 5, {"epochs": 2}])
+def test_what_is_no_stage_is_refused(wrong: Any) -> None:
+    with pytest.raises(PlasticError, match=r"a stage is a pn\.Stage, such as pn\.Stage\(20, k=7\.0\)"):
+        Timeline([Stage(1), wrong])
+
+
 def test_plastic_epochs_are_those_around_the_stage_that_runs() -> None:
     timeline = Timeline(STAGES)
     seen = []

@@ -34,8 +34,9 @@ def pressing(
         growth: How it grows, or None.
 
     Raises:
-        PlasticError: Both are given, or neither where growth needs a price; one is of another type; the smallest
-            network is not within the budget; no stage hardens the network to it; or a latency was not measured.
+        PlasticError: Both are given, or neither where growth needs a price; one is of another type; there is no
+            plastic stage to grow in; the smallest network is not within the budget; no stage hardens the network to
+            it; or a latency was not measured.
     """
     if growth is not None and not isinstance(growth, GrowthRule):
         raise PlasticError(f"growth={growth!r}: write pn.Growth(), or pn.Growth.paper() for the rule of the paper")
@@ -43,6 +44,11 @@ def pressing(
         raise PlasticError(
             "Schedule(growth=pn.Growth()): growth stops where new units are not worth their price, and nothing sets a "
             "price. Give pressure=pn.Pressure(1e-5, cost='parameters'), say, or budget=pn.Budget(params=...)"
+        )
+    if growth is not None and not any(s.plastic for s in stages):
+        raise PlasticError(
+            "Schedule(growth=...) grows nothing without a plastic stage, one at finite k: give stages such as "
+            "[pn.Stage(2), pn.Stage(20, k=7.0), pn.Stage(5)]"
         )
     if budget is not None and pressure is not None:
         raise PlasticError(

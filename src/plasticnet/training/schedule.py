@@ -67,9 +67,10 @@ class Schedule:
             are over, and "val_loss" is there if it was given; `plasticnet.training.metrics.metrics` names the others.
 
     Raises:
-        PlasticError: There are no epochs, an option is out of range, the optimizers lack a parameter of the network or
-            cannot follow a change of size, both a pressure and a budget are given, a latency was not measured, the
-            smallest network is not within the budget, or no stage hardens the network to it. Nothing was changed.
+        PlasticError: There are no epochs, growth has no plastic stage, an option is out of range, the optimizers lack a
+            parameter of the network or cannot follow a change of size, both a pressure and a budget are given, a
+            latency was not measured, the smallest network is not within the budget, or no stage hardens the network to
+            it. Nothing was changed.
 
     Example:
         >>> import torch, plasticnet as pn

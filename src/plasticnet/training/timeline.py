@@ -20,10 +20,12 @@ class Timeline:
         stages: The stages of the first round. Those without epochs are left out.
 
     Raises:
-        PlasticError: There are no epochs.
+        PlasticError: There are no epochs, or one of the stages is no `Stage`.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
+        if other := [s for s in stages if not isinstance(s, Stage)]:
+            raise PlasticError(f"stages={other[0]!r}: a stage is a pn.Stage, such as pn.Stage(20, k=7.0)")
         self.stages = [s for s in stages if s.epochs]
         if not self.stages:
             raise PlasticError("a schedule needs at least one stage with epochs")
