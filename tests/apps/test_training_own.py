@@ -108,7 +108,7 @@ def test_predictions_are_those_of_the_network_for_each_row_by_itself(
     assert np.mean([row["prediction"] == kind for row, kind in zip(every, kinds, strict=True)]) > 0.8
     Path("new.csv").write_text("colour,c,b,age\nblue,0.1,0.2,0.3\n,0.1,0.2,\n")  # another order, and no target
     text = succeed("predict", "run", "--data", "new.csv", "--network", "dense")
-    assert "1 values of the column 'colour' were not there in training" in text
+    assert "the column 'colour' has 1 values that did not occur in training" in text
     assert len(predictions("predictions.csv")) == 2
     Path("new.csv").write_text("colour,c,b\nblue,0.1,0.2\n")
     assert "'age' is missing" in fail(monkeypatch, capsys, "predict", "run", "--data", "new.csv", "--network", "dense")

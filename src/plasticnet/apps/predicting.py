@@ -99,5 +99,8 @@ def _inputs(run: Run, prepared: Prepared, source: str) -> tuple[Tensor, Sequence
     except PlasticError as error:
         raise PlasticError(f"--data {source}: {error}") from error
     for name, count in prepared.table.unknown(x).items():
-        print_line(f"{count} values of the column {name!r} were not there in training, and count as none of its values")
+        print_line(
+            f"the column {name!r} has {count} values that did not occur in training; each counts as none of those that "
+            "did, so these predictions may be far off"
+        )
     return found, None

@@ -49,7 +49,11 @@ def check_options(
     if not isinstance(model, nn.Module) or isinstance(model, PlasticNet):
         raise PlasticError(f"shrink takes a plain trained module, not a {type(model).__name__}")
     if not isinstance(budget, Budget):
-        raise PlasticError(f"budget={budget!r}: say what the small network may cost, as in pn.Budget(macs=0.5)")
+        given = repr(budget) if isinstance(budget, int | float | str) else f"a {type(budget).__name__}"
+        raise PlasticError(
+            f"budget is {given}: say what the small network may cost, as in pn.Budget(macs=0.5), and give the "
+            "arguments in this order: shrink(model, batches, budget)"
+        )
     if type(epochs) is not int or epochs < 0:
         raise PlasticError(f"epochs={epochs!r}: a whole number, 0 or more")
     if type(calibrate) is not int or calibrate < 10:

@@ -94,7 +94,9 @@ class PlasticMLP(BaseEstimator):
         for name, most in (("price", math.inf), ("learning_rate_init", math.inf), ("validation_fraction", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, Real) or not 0 <= float(value) < most or (name != "price" and not value):
-                raise BadParameter(f"{name}={value!r}: a number from 0{'' if most == math.inf else ' to 1'}")
+                bound = "" if most == math.inf else ", and less than 1"
+                least = "at least 0" if name == "price" else "above 0"
+                raise BadParameter(f"{name}={value!r}: it must be a finite number, {least}{bound}")
         if self.activation not in ACTIVATIONS:
             raise BadParameter(f"activation={self.activation!r}: one of {', '.join(ACTIVATIONS)}")
 

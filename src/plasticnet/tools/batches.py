@@ -74,8 +74,9 @@ def calibration(batches: Iterable[Any] | Calibration, most: int) -> Calibration:
         return Calibration([some_rows(b, _but_every(_PARTS, rows(b))) for b in read], held, inputs, first)
     if len(read) < 2:
         raise PlasticError(
-            "a fifth of the inputs is held out, so there must be two batches, or one of five inputs or more, all of "
-            f"whose tensors have one row for each input{_if_numpy(read)}"
+            "a fifth of the inputs is held out, so give two batches or more. A single batch will do if it has five "
+            f"inputs or more and all its tensors have one row for each input; this one is {_shown(read[0])}"
+            f"{_if_numpy(read)}"
         )
     step = min(_PARTS, len(read))
     return Calibration([b for i, b in enumerate(read) if (i + 1) % step], read[step - 1 :: step], inputs, first)
@@ -215,6 +216,8 @@ def _shown(batch: Any) -> str:
         return "{" + ", ".join(f"{k!r}: {_shown(v)}" for k, v in batch.items()) + "}"
     if isinstance(batch, tuple | list):
         return "(" + ", ".join(map(_shown, batch[:4])) + (", ...)" if len(batch) > 4 else ")")
+    if isinstance(batch, np.ndarray):
+        return f"an array of numpy, {batch.dtype}{list(batch.shape)}"
     return type(batch).__name__
 
 
