@@ -1,0 +1,217 @@
+"""The ways to a smaller network that peers.py compares, each with its settings to try.
+
+A way gets the trained wide network (`Start`), a share of the multiply-adds, and a setting. It returns a network that
+costs at most this share, after as many epochs of the same training as all others have. "same widths" and "uniform
+widths" begin from random weights instead, and so have the epochs of the wide network, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from norms import reestimated
+from peers_gates import group_lasso, hard_concrete, slimming, straight_through
+from peers_training import DECAY, Start, anew, batches, by_scores, cycle, gated, operations, train
+from torch import Tensor, nn
+
+import plasticnet as pn
+
+Setting = Mapping[str, Any]
+Widths = Mapping[str, int]
+Way = Callable[[Start, float, Setting, Widths], nn.Module]
+PERIODS, GATE_RATE, PLASTIC_RATE = 2, 4e-2, 1e-3  # steps of the schedule in an epoch, and rates while gates move
+
+
+def shrink(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """`pn.shrink` at once, with its repair, and then the training."""
+    x = start.task.parts[0][0][start.chosen()]
+    small, _ = pn.shrink(start.dense, x.split(128), pn.Budget(macs=share))
+    train(start.task, small, start.task.epochs, setting["rate"], start.taught)
+    return small
+
+
+def gates(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """Gates of plasticnet that learn under a budget for half of the epochs; the rest is ordinary training."""
+    task, net = start.task, gated(start)
+    optimizer = torch.optim.AdamW(net.param_groups(PLASTIC_RATE, GATE_RATE, weight_decay=0.0))
+    half = task.epochs // 2
+    stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((task.epochs - half) * PERIODS)]
+    schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(macs=share))
+    for epoch in range(task.epochs):
+        order, last = list(batches(task)), epoch >= half
+        for n, i in enumerate(order):
+            net.train()
+            if last:
+                place = (epoch - half + n / len(order)) / (task.epochs - half)
+                optimizer.param_groups[0].update(lr=cycle(place, setting["rate"]), weight_decay=DECAY)
+            loss = net.expected_loss(lambda i=i: start.taught(net, i)) + schedule.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (n + 1) % -(-len(order) // PERIODS) == 0 or n + 1 == len(order):
+                schedule.step()
+    return net.compact()
+
+
+def _with_norms(start: Start, network: nn.Module) -> nn.Module:
+    """The network with the statistics of its BatchNorms estimated anew, where it has any."""
+    x = start.task.parts[0][0][start.chosen()]
+    return reestimated(network.eval(), x.split(128), nn.Module.__call__) or network
+
+
+def _tuned(start: Start, network: nn.Module, setting: Setting) -> nn.Module:
+    network = _with_norms(start, network)
+    train(start.task, network, start.task.epochs, setting["rate"], start.taught)
+    return network
+
+
+def magnitude(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """Units with the smallest weights go, ranked over all layers or in each layer."""
+    net = gated(start)
+    return _tuned(start, by_scores(net, pn.scores(net, "magnitude"), share, setting["uniform"]), setting)
+
+
+def torch_pruning(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """Torch-Pruning with its group Taylor or group norm importance, ranked over all layers or in each layer."""
+    most, low, high, best = share * operations(start.task, start.dense), 0.0, 1.0, None
+    slopes = _slopes(start) if setting["importance"] == "GroupTaylorImportance" else {}
+    for _ in range(9):
+        ratio = (low + high) / 2
+        small = _pruned(start, setting, slopes, ratio)
+        if operations(start.task, small) <= most:
+            high, best = ratio, small
+        else:
+            low = ratio
+    if best is None:
+        raise RuntimeError("no ratio meets the budget")
+    return _tuned(start, best, setting)
+
+
+def _slopes(start: Start) -> dict[str, Tensor]:
+    """The gradients of the loss that Taylor importance reads."""
+    model = copy.deepcopy(start.dense).eval()
+    for i in start.chosen().split(128):
+        start.labelled(model, i).mean().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _pruned(start: Start, setting: Setting, slopes: Mapping[str, Tensor], ratio: float) -> nn.Module:
+    """The wide network without a share of its channels, by Torch-Pruning."""
+    from torch_pruning.pruner import BasePruner, importance
+
+    model = copy.deepcopy(start.dense).eval()
+    attention = [m for m in model.modules() if hasattr(m, "heads")]
+    pruner = BasePruner(
+        model,
+        start.task.parts[0][0][:2],
+        importance=getattr(importance, setting["importance"])(),
+        global_pruning=setting["everywhere"],
+        pruning_ratio=ratio,
+        max_pruning_ratio=0.99,
+        ignored_layers=[model.get_submodule(name) for name in start.task.spared],
+        num_heads={layer: 4 for m in attention for layer in (m.q, m.k, m.v)},
+        prune_num_heads=bool(attention),
+        prune_head_dims=False,
+        head_pruning_ratio=min(ratio, 0.75) if attention else 0.0,  # beyond that no head would be left
+    )
+    for name, p in model.named_parameters():
+        if name in slopes:
+            p.grad = slopes[name].clone()
+    pruner.step()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def same_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """The widths that plasticnet has found, from random weights."""
+    return _from_random(start, widths, setting)
+
+
+def uniform_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """The same share of every layer's width, from random weights."""
+    net = gated(start)
+    pn.prune_once(net, pn.Budget(macs=share), scores="magnitude", scope="uniform")
+    return _from_random(start, {name: len(site) for name, site in net.sites.items()}, setting)
+
+
+def _from_random(start: Start, widths: Widths, setting: Setting) -> nn.Module:
+    network = anew(start, widths)
+    train(start.task, network, start.task.dense + start.task.epochs, setting["rate"], start.taught)
+    return network
+
+
+def gradmax(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """From 3 units a site to the widths of plasticnet, new units by GradMax (Evci et al., arXiv 2201.05125)."""
+    task = start.task
+    torch.manual_seed(start.seed)
+    net = pn.PlasticNet(anew(start, {name: min(3, n) for name, n in widths.items()}), (task.parts[0][0][:2],))
+    first = {name: len(site) for name, site in net.sites.items()}
+    epochs = task.dense + task.epochs
+    growing = epochs // 2
+    optimizer = torch.optim.AdamW(net.parameters(), setting["rate"], weight_decay=DECAY)
+    for epoch in range(epochs):
+        net.train()
+        order = list(batches(task))
+        for n, i in enumerate(order):
+            optimizer.param_groups[0]["lr"] = cycle((epoch + n / len(order)) / epochs, setting["rate"])
+            optimizer.zero_grad()
+            start.taught(net, i).mean().backward()
+            optimizer.step()
+        if epoch < growing:
+            wanted = {name: n + round((widths[name] - n) * (epoch + 1) / growing) for name, n in first.items()}
+            counts = {name: n - len(net.sites[name]) for name, n in wanted.items() if n > len(net.sites[name])}
+            i = start.chosen()[:512]
+            net.grow(counts, optimizer, init="gradmax", loss=lambda i=i: start.taught(net, i))
+    return net.compact()
+
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+OURS = "plasticnet"
+
+# Every way has as many settings to choose from by validation data, on a seed that is not measured.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    OURS: [{"how": how, "rate": rate} for how in ("shrink", "gates") for rate in (2e-3, 4e-3)],
+    "magnitude": [{"uniform": False, "rate": rate} for rate in RATES],
+    "Torch-Pruning, Taylor": [
+        {"importance": "GroupTaylorImportance", "everywhere": everywhere, "rate": rate}
+        for everywhere in (False, True)
+        for rate in (2e-3, 4e-3)
+    ],
+    "hard concrete": [{"rate": rate, "gate_rate": g} for rate in (2e-3, 4e-3) for g in (2e-2, 1e-1)],
+    "same widths": [{"rate": rate} for rate in RATES],
+    "uniform widths": [{"rate": rate} for rate in RATES],
+    "magnitude, each layer": [{"uniform": True, "rate": rate} for rate in RATES],
+    "group lasso": [{"rate": rate, "strength": s} for rate in (2e-3, 4e-3) for s in (1e-4, 1e-3)],
+    "straight-through": [{"rate": rate, "gate_rate": g} for rate in (2e-3, 4e-3) for g in (2e-2, 1e-1)],
+    "slimming": [{"rate": rate, "strength": s} for rate in (2e-3, 4e-3) for s in (1e-4, 1e-3)],
+    "Torch-Pruning, norm": [
+        {"importance": "GroupMagnitudeImportance", "everywhere": everywhere, "rate": rate}
+        for everywhere in (False, True)
+        for rate in (2e-3, 4e-3)
+    ],
+    "GradMax": [{"rate": rate} for rate in RATES],
+}
+FULL = (OURS, "magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
+
+
+def made(way: str, start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """The network of a way. ``widths`` are those that plasticnet has found for this budget and seed."""
+    if way == OURS:
+        return {"shrink": shrink, "gates": gates}[setting["how"]](start, share, setting, widths)
+    if way.startswith("magnitude"):
+        return magnitude(start, share, setting, widths)
+    if way.startswith("Torch-Pruning"):
+        return torch_pruning(start, share, setting, widths)
+    learned = {
+        "hard concrete": hard_concrete,
+        "straight-through": straight_through,
+        "slimming": slimming,
+        "group lasso": group_lasso,
+    }
+    if way in learned:
+        return learned[way](start, share, **setting)
+    others: dict[str, Way] = {"same widths": same_widths, "uniform widths": uniform_widths, "GradMax": gradmax}
+    return others[way](start, share, setting, widths)
