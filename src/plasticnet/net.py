@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from plasticnet.budgets.floors import keep_signal
 from plasticnet.checking.find import Patterns, find
 from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
@@ -117,6 +118,7 @@ class PlasticNet(GatedModel):
             model, found.sites, found.weights, uses=found.uses, frozen=found.frozen, excluded=found.excluded,
             checked=found.checked,
         )  # fmt: skip
+        keep_signal(self)
         self.sampler = sampler
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -236,8 +238,10 @@ class PlasticNet(GatedModel):
 
         Args:
             pattern: A name pattern of sites.
-            minimum: How many units pruning leaves. By default it is 1, and 0 for blocks. With 0 all units of a site may
-                close, as in a residual branch; one unit then stays, and is read with weights of zero.
+            minimum: How many units pruning leaves. By default it is 1, 0 for blocks, and more for units that the output
+                layer reads: as many as it takes binary digits to number the outputs, but no more than an eighth of the
+                units that are there at first. With 0 all units of a site may close, as in a residual branch; one unit
+                then stays, and is read with weights of zero.
             maximum: The number of units at which a schedule stops to grow a site; of blocks, those that do not sleep.
             strength: What the pressure on the gates is multiplied by.
 

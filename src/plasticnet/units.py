@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-# Two reasons for which parts of a model are frozen; other messages refer to them.
+# Three reasons for which parts of a model are frozen; other places refer to them.
+READ = "reaches the model's output"
 IDLE = "it did not run on the example inputs"
 SCRIPTED = "compiled by TorchScript, which cannot be cut"
 

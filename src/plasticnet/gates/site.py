@@ -100,6 +100,8 @@ class Site(_Gates):
         phi: The logits of the gates, shape (units,).
         grace: For how many epochs each unit is still held open and unpriced, shape (units,); `ASLEEP` for blocks that
             sleep, and for the units within them.
+        usual_minimum: The minimum unless another one is set: 0 for blocks, which may all be closed, and 1 for other
+            units; more where the output layer reads the units (`plasticnet.budgets.floors`).
         minimum: How many units pruning leaves.
         maximum: The number of units at which growth stops.
         strength: What the pressure on these gates is multiplied by.
@@ -123,7 +125,7 @@ class Site(_Gates):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.minimum = self.usual_minimum
+        self.usual_minimum = self.minimum = self._lowest
         self.maximum = math.inf
         self.strength = 1.0
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half precision
@@ -143,14 +145,14 @@ class Site(_Gates):
         return self.phi.detach() >= 0
 
     @property
-    def usual_minimum(self) -> int:
-        """The minimum unless another one is set: 1, and 0 for blocks, which may all be closed."""
+    def _lowest(self) -> int:
+        """The lowest number of units that a site can have: 0 for blocks, which may all be closed, else 1."""
         return 0 if isinstance(self.units, BlockUnits) else 1
 
     @property
     def least(self) -> int:
         """How many units stay in any case: the minimum, but at least one unless the units are blocks."""
-        return max(self.minimum, self.usual_minimum)
+        return max(self.minimum, self._lowest)
 
     @property
     def room(self) -> float:

@@ -178,7 +178,7 @@ def limit(net: GatedModel, pattern: str, minimum: int | None, maximum: float, st
     Args:
         net: The network.
         pattern: A name pattern of sites, as for ``fnmatch``.
-        minimum: How many units pruning leaves; None for the usual number, which is 1, and 0 for blocks.
+        minimum: How many units pruning leaves; None for the usual number (`Site.usual_minimum`).
         maximum: The number of units at which growth stops.
         strength: What the pressure on the gates is multiplied by.
 

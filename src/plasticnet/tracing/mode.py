@@ -26,7 +26,7 @@ from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, has_labels, labelled, plain
-from plasticnet.units import SCRIPTED
+from plasticnet.units import READ, SCRIPTED
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
 Rule = Callable[["Tracer", Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -140,7 +140,7 @@ class Tracer(TorchDispatchMode):
                 handle.remove()
         counting.note_outputs(self.model, out)
         for tensor in tensors_within(read):
-            self.freeze(tensor, "reaches the model's output")
+            self.freeze(tensor, READ)
         for tensor in tensors_within((args, kwargs)):  # the inputs themselves have no labels
             self.freeze(tensor, "the model puts it into one of its arguments, which the caller reads")
 
