@@ -214,14 +214,14 @@ def _sentences(folder: Path) -> Task:
     found, held_out = sentences(folder), sentences(folder, "dev")
     parts = (found.x, found.y), (held_out.test_x, held_out.test_y), (found.test_x, found.test_y)
     build = lambda: Transformer(WORDS, LENGTH, 64, 2, 2, False, 0.3)  # noqa: E731
-    return Task(parts, build, _transformer(2), STREAM, (0.6, 0.4, 0.25, 0.15), 8, 8, 64, 1e-3)
+    return Task(parts, build, _transformer(2), STREAM, (0.6, 0.4, 0.25, 0.15), 8, 8, 64, 3e-3)
 
 
 def _shakespeare(folder: Path) -> Task:
     found, held_out = characters(folder), characters(folder, (0.9, 0.95))
     parts = (found.x, found.y), (held_out.test_x, held_out.test_y), (found.test_x, found.test_y)
-    build = lambda: Transformer(CHARACTERS, CONTEXT, 96, 3, CHARACTERS, True, 0.0)  # noqa: E731
-    task = Task(parts, build, _transformer(3), STREAM, (0.6, 0.4, 0.25, 0.15), 12, 12, 32, 3e-3)
+    build = lambda: Transformer(CHARACTERS, CONTEXT, 64, 2, CHARACTERS, True, 0.0)  # noqa: E731
+    task = Task(parts, build, _transformer(2), STREAM, (0.6, 0.4, 0.25, 0.15), 12, 12, 32, 3e-3)
     return replace(task, rows=3200, measure="perplexity")
 
 

@@ -1,0 +1,244 @@
+"""CIFAR-10 ResNets pruned in one training, beside Torch-Pruning and the whole network with as much training.
+
+The whole network is that of cifar_cut.py: published weights, trained on these JPEG files until it gets no better. All
+ways have as many further epochs with augmentation, SGD, one cycle of the learning rate, and a loss in which half is the
+divergence from the whole network's outputs. "gates" learns which channels stay for the first half of them, under the
+budget; "shrink" begins with `pn.shrink`; "Torch-Pruning" with its group Taylor importance, over all layers or in each,
+of which the better one on held-out images is taken after the cut, with BatchNorm estimated anew; "dense" is the whole
+network. Test images are read once, at the end of each training.
+
+Ten epochs of ResNet-20 take three quarters of an hour on one core: python experiments/cifar_gates.py --data-dir DIR
+--cache DIR. A training that was cut off goes on after its last epoch. Adds rows to results/cifar_gates.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cifar import BATCH, accuracy, augmented, images, published
+from cifar_cut import HELD_OUT, cached, tuned
+from common import known, write, written
+from norms import reestimated
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import plasticnet as pn
+
+NAME, CALIBRATE = "cifar_gates", 2048
+RATE, GATE_RATE, PLASTIC_RATE = 0.02, 0.02, 0.005  # the highest rates of the weights, of gates, and while gates move
+TEMPERATURE, TEACHER, DECAY = 4.0, 0.5, 1e-4
+PERIODS = 4  # steps of the schedule in an epoch
+WAYS = ("gates", "shrink", "Torch-Pruning", "dense")
+Data = tuple[Tensor, Tensor]
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    """The multiply-adds of one image, as torch counts them."""
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        model.eval()(x[:1])
+    return counter.get_total_flops() // 2
+
+
+def losses(model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The losses of images, from their labels and the whole network's outputs."""
+    with torch.no_grad():
+        wanted = teacher(x)
+    return pn.distillation(model(x), wanted, y, temperature=TEMPERATURE, weight=TEACHER)
+
+
+def cycle(place: float, rate: float) -> float:
+    """Up over the first tenth, then down along a cosine."""
+    return rate * min(place / 0.1 + 0.05, 0.5 + 0.5 * math.cos(math.pi * place))
+
+
+class Training:
+    """A training that is kept after every epoch, and that goes on from there.
+
+    Args:
+        teacher: The whole network.
+        data: Images and labels to train on.
+        epochs: The number of epochs.
+        seed: The order and the augmentation follow from it.
+        kept: The file.
+    """
+
+    def __init__(self, teacher: nn.Module, data: Data, epochs: int, seed: int, kept: Path) -> None:
+        self.teacher, self.data, self.epochs, self.kept = teacher, data, epochs, kept
+        self.generator = torch.Generator().manual_seed(seed)
+        self.done, self.seconds = 0, 0.0
+
+    def run(
+        self, parts: dict[str, Any], step: Callable[[Tensor, Tensor, float], None], end: Callable[[], None]
+    ) -> None:
+        """Run all epochs that are not over.
+
+        Args:
+            parts: What the training consists of, as objects with state dicts, by name.
+            step: Called with images, labels, and the place in the training, from 0 to 1.
+            end: Called at the end of each quarter of an epoch.
+        """
+        if self.kept.exists():
+            state = pn.load_checkpoint(self.kept)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["random"])
+            self.done, self.seconds = state["done"], state["seconds"]
+        x, y = self.data
+        for epoch in range(self.done, self.epochs):
+            begun, order = time.process_time(), torch.randperm(len(x), generator=self.generator)
+            for quarter, rows in enumerate(order.chunk(PERIODS)):
+                batches = rows.split(BATCH)
+                for n, i in enumerate(batches):
+                    place = (epoch + (quarter + n / len(batches)) / PERIODS) / self.epochs
+                    step(augmented(x[i], self.generator), y[i], place)
+                end()
+            self.done, self.seconds = epoch + 1, self.seconds + time.process_time() - begun
+            states = {name: part.state_dict() for name, part in parts.items()}
+            states |= {"generator": self.generator.get_state(), "random": torch.get_rng_state()}
+            pn.save_checkpoint({**states, "done": self.done, "seconds": self.seconds}, self.kept)
+            print(f"{self.kept.stem}: epoch {self.done} of {self.epochs}, {self.seconds:.0f} CPU s", flush=True)
+
+
+def plainly(training: Training, model: nn.Module) -> nn.Module:
+    """Train a network in the ordinary way."""
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
+
+    def step(x: Tensor, y: Tensor, place: float) -> None:
+        model.train()
+        optimizer.param_groups[0]["lr"] = cycle(place, RATE)
+        optimizer.zero_grad()
+        losses(model, training.teacher, x, y).mean().backward()
+        optimizer.step()
+
+    training.run({"model": model, "optimizer": optimizer}, step, lambda: None)
+    return model.eval()
+
+
+def with_gates(training: Training, share: float) -> nn.Module:
+    """Prune in one training: gates learn for the first half of it."""
+    x, _ = training.data
+    net = pn.PlasticNet(copy.deepcopy(training.teacher), (x[:2],))
+    gates, weights = list(net.gates.parameters()), list(net.model.parameters())
+    optimizers = [
+        torch.optim.SGD(weights, RATE, momentum=0.9, weight_decay=DECAY),
+        torch.optim.Adam(gates, GATE_RATE),
+    ]
+    half = training.epochs // 2
+    stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((training.epochs - half) * PERIODS)]
+    schedule = pn.Schedule(net, optimizers, stages, budget=pn.Budget(macs=share))
+
+    def step(x: Tensor, y: Tensor, place: float) -> None:
+        net.train()
+        first = half / training.epochs
+        rate = PLASTIC_RATE if place < first else cycle((place - first) / (1 - first), RATE)
+        optimizers[0].param_groups[0]["lr"] = rate
+        loss = net.expected_loss(lambda: losses(net, training.teacher, x, y)) + schedule.penalty()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    parts = {"net": net, "schedule": schedule, "weights": optimizers[0], "gates": optimizers[1]}
+    training.run(parts, step, schedule.step)
+    return net.compact().eval()
+
+
+def by_torch_pruning(dense: nn.Module, share: float, train: Data, held_out: Data, chosen: Tensor) -> nn.Module:
+    """The whole network cut by group Taylor importance, in the scope that is better on held-out images."""
+    from torch_pruning.pruner import BasePruner
+    from torch_pruning.pruner.importance import GroupTaylorImportance
+
+    slopes, x = copy.deepcopy(dense), train[0][chosen]
+    for i in chosen.split(BATCH):
+        F.cross_entropy(slopes(train[0][i]), train[1][i]).backward()
+    found = []
+    for everywhere in (False, True):
+        low, high, best = 0.0, 1.0, None
+        for _ in range(8):
+            model, ratio = copy.deepcopy(dense), (low + high) / 2
+            pruner = BasePruner(
+                model, x[:2], importance=GroupTaylorImportance(), global_pruning=everywhere, pruning_ratio=ratio,
+                max_pruning_ratio=0.95, ignored_layers=[model.linear],
+            )  # fmt: skip
+            for p, q in zip(model.parameters(), slopes.parameters(), strict=True):
+                p.grad = None if q.grad is None else q.grad.clone()
+            pruner.step()
+            model.zero_grad(set_to_none=True)
+            if macs(model, x) <= share * macs(dense, x):
+                high, best = ratio, model
+            else:
+                low = ratio
+        if best is not None:
+            again = reestimated(best.eval(), x.split(BATCH), nn.Module.__call__) or best
+            found.append((accuracy(again, *held_out), again))
+    return max(found, key=lambda f: f[0])[1]
+
+
+def trained(way: str, dense: nn.Module, share: float, data: tuple[Data, Data], training: Training) -> nn.Module:
+    """The network of a way at the end of its training."""
+    train, held_out = data
+    chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(training.generator.initial_seed()))
+    chosen = chosen[:CALIBRATE]
+    if way == "gates":
+        return with_gates(training, share)
+    if way == "shrink":
+        return plainly(training, pn.shrink(dense, train[0][chosen].split(BATCH), pn.Budget(macs=share))[0])
+    if way == "Torch-Pruning":
+        return plainly(training, by_torch_pruning(dense, share, train, held_out, chosen))
+    return plainly(training, copy.deepcopy(dense))
+
+
+def main() -> None:
+    """Measure what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True, help="where decoded images and trainings are kept")
+    parser.add_argument("--depth", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    x, y = cached(options.cache / "train.pt", lambda: images(options.data_dir, "train", 50_000))
+    test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
+    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
+    first = cached(
+        options.cache / f"dense{options.depth}.pt",
+        lambda: tuned(options.depth, options.data_dir, options.cache, train, held_out),
+    )
+    dense = published(options.depth, options.data_dir)
+    dense.load_state_dict(first["state"])
+    for seed in options.seeds:
+        for way in options.ways:
+            key = {"depth": options.depth, "share": 1.0 if way == "dense" else options.share, "epochs": options.epochs}
+            key |= {"way": way, "seed": seed}
+            if known(NAME, **key):
+                continue
+            torch.manual_seed(seed)
+            kept = options.cache / f"{way}-{options.depth}-{key['share']}-{options.epochs}-{seed}.safetensors"
+            training = Training(dense.eval(), train, options.epochs, seed, kept)
+            small = trained(way, dense.eval(), options.share, (train, held_out), training)
+            row = {**key, "held out": accuracy(small, *held_out), "test": accuracy(small, *test)}
+            row |= {"before": accuracy(dense, *test), "macs": macs(small, x) / macs(dense, x)}
+            row |= {"parameters": sum(p.numel() for p in small.parameters()), "seconds": training.seconds}
+            print(row, flush=True)
+            settings = {"rate": RATE, "gate rate": GATE_RATE, "plastic rate": PLASTIC_RATE, "periods": PERIODS}
+            settings |= {"temperature": TEMPERATURE, "teacher": TEACHER, "decay": DECAY, "calibrate": CALIBRATE}
+            write(NAME, settings, [*written(NAME), row])
+            kept.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

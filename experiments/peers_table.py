@@ -1,0 +1,148 @@
+"""Write the tables and the pictures of docs/peers.md from results/peers.json; with --check only compare them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from common import RESULTS, between, how, publish, spread, svg
+from gates_table import grouped, table
+from peers_ways import FULL, OURS, SETTINGS
+
+DOCS = Path(__file__).parent.parent / "docs"
+TUNING = 100
+ERRORS = {"housing": "mean squared error", "Shakespeare": "perplexity"}
+DIGITS = {"housing": 4}
+MARKS = dict(zip(SETTINGS, "osD^v<>Pp*XhH", strict=False))
+Rows = list[dict[str, Any]]
+
+
+def measured(rows: Rows) -> Rows:
+    """The rows that count: not those for tuning, and not those that failed."""
+    return [r for r in rows if r["seed"] != TUNING and "failed" not in r]
+
+
+def seconds(row: dict[str, Any]) -> float:
+    """The CPU seconds of a way, with those of the wide network."""
+    return row["seconds"] + row["dense_seconds"]
+
+
+def by_budget(rows: Rows, task: str) -> str:
+    """The errors of all ways at all budgets, and their time."""
+    found = [r for r in measured(rows) if r["task"] == task]
+    shares = sorted({r["share"] for r in found if r["way"] != "dense"}, reverse=True)
+    dense, cells = [r for r in found if r["way"] == "dense"], []
+    digits = DIGITS.get(task, 2)
+    for way in SETTINGS:
+        mine = [r for r in found if r["way"] == way]
+        if mine:
+            errors = [[r["test"] for r in mine if r["share"] == share] for share in shares]
+            cells.append([way, *(spread(e, digits) if e else "" for e in errors), f"{median(map(seconds, mine)):.0f}"])
+    header = ["way", *(f"{share:.0%}" for share in shares), "CPU s"]
+    seeds = len({r["seed"] for r in dense})
+    what = ERRORS.get(task, "percent wrong")
+    return "\n".join(
+        [
+            f"### {task}",
+            "",
+            f"Test error ({what}) by the share of the multiply-adds that is left; {seeds} seed{'s' * (seeds > 1)}. The "
+            f"wide network: {spread([r['test'] for r in dense], digits)}, {median(map(seconds, dense)):.0f} CPU s.",
+            "",
+            *table(header, cells),
+            "",
+            f"![{task}: the test error of each way by parameters, multiply-adds and latency]({picture_name(task)})",
+        ]
+    )
+
+
+def verdict(rows: Rows) -> str:
+    """At how many budgets ours is on or above each way of the full grid: its mean within the spread, or better."""
+    cells = []
+    for task, found in grouped(measured(rows), "task").items():
+        name, line = task[0] if isinstance(task, tuple) else task, []
+        shares = sorted({r["share"] for r in found if r["way"] != "dense"})
+        for way in FULL[1:]:
+            better = level = total = 0
+            for share in shares:
+                ours, theirs = ([r["test"] for r in found if (r["way"], r["share"]) == (w, share)] for w in (OURS, way))
+                if ours and theirs:
+                    total += 1
+                    better += mean(ours) <= mean(theirs)
+                    level += mean(theirs) < mean(ours) <= mean(theirs) + max(deviation(ours), deviation(theirs))
+            line.append(f"{better} + {level} of {total}" if total else "")
+        cells.append([name, *line])
+    return "\n".join(table(["task", *FULL[1:]], cells))
+
+
+def deviation(values: list[float]) -> float:
+    """The standard deviation, 0 for a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def choices(rows: Rows) -> str:
+    """The settings that validation data have chosen."""
+    cells = []
+    for (task, way), found in grouped([r for r in measured(rows) if r["way"] != "dense"], "task", "way").items():
+        chosen = found[0]["setting"]
+        cells.append([task, way, ", ".join(f"{k} {v}" for k, v in chosen.items())])
+    return "\n".join(table(["task", "way", "setting"], cells))
+
+
+def picture_name(task: str) -> str:
+    """The file of a task's picture."""
+    return f"peers-{task.lower()}.svg"
+
+
+def picture(rows: Rows, task: str) -> str:
+    """Curves of the test error by parameters, multiply-adds and latency, with the spread over seeds."""
+    found = [r for r in measured(rows) if r["task"] == task]
+    axes: dict[str, Callable[[dict[str, Any]], float]] = {
+        "parameters": lambda r: r["parameters"],
+        "share of the multiply-adds": lambda r: r["macs"],
+        "CPU ms for 128 inputs": lambda r: r["latency"]["small"],
+    }
+
+    def draw(figure: Any) -> None:
+        places = figure.subplots(1, len(axes), sharey=True)
+        for place, (name, of) in zip(places, axes.items(), strict=True):
+            for way in SETTINGS:
+                mine = [r for r in found if r["way"] == way]
+                points = [
+                    (mean(map(of, group)), mean(errors := [r["test"] for r in group]), deviation(errors))
+                    for _, group in grouped(sorted(mine, key=lambda r: r["share"]), "share").items()
+                ]
+                if points:
+                    x, y, d = zip(*points, strict=True)
+                    width = 2.2 if way == OURS else 1.0
+                    place.errorbar(x, y, d, label=way, marker=MARKS[way], ms=4, lw=width, capsize=2)
+            place.set_xscale("log")
+            place.set_xlabel(name)
+        dense = mean(r["test"] for r in found if r["way"] == "dense")
+        for place in places:
+            place.axhline(dense, ls=":", color="grey", lw=1)
+        places[0].set_ylabel(f"{task}: {ERRORS.get(task, 'percent wrong')}")
+        places[-1].legend(fontsize=7)
+        figure.tight_layout()
+
+    return svg(draw, (11, 4))
+
+
+def main() -> int:
+    """Fill the page, and draw the pictures; or compare with --check."""
+    content = json.loads((RESULTS / "peers.json").read_text())
+    rows = content["results"]
+    tasks = list(dict.fromkeys(r["task"] for r in measured(rows) if r["way"] != "dense"))
+    page = DOCS / "peers.md"
+    text = between(page.read_text(), "verdict", verdict(rows))
+    parts = [by_budget(rows, task) for task in tasks]
+    text = between(text, "budgets", "\n\n".join([*parts, how(content["environment"])]))
+    text = between(text, "choices", choices(rows))
+    return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The experiments that compare ways to a smaller network, and those of the paper, for a few steps."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import plasticnet as pn
+from plasticnet.apps.models import MLP
+
+sys.path.append(str(Path(__file__).parents[2] / "experiments"))
+
+import cifar
+import cifar_gates
+import common
+import paper_cifar
+import peers
+import peers_table
+from peers_tasks import MLP_POINTS, Task, Transformer
+from peers_training import Points, operations
+from peers_ways import SETTINGS
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    return tmp_path
+
+
+def clouds() -> Task:
+    """Four clouds of points, of which two are close to each other."""
+    torch.manual_seed(0)
+    centres = 2 * torch.randn(4, 6)
+
+    def part(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.arange(n) % 4
+        return centres[y] + 0.5 * torch.randn(n, 6), y
+
+    parts = part(256), part(64), part(64)
+    return Task(parts, lambda: MLP([6, 32, 24, 4]), MLP_POINTS, ("5",), (0.6, 0.5, 0.3, 0.2), 4, 4, 32, 5e-3)
+
+
+@pytest.mark.parametrize("way", [way for way in SETTINGS if not way.startswith("Torch-Pruning")])
+def test_every_way_meets_the_budget(way: str) -> None:
+    task = clouds()
+    start, _ = peers.started(task, 0)
+    before = [p.clone() for p in start.dense.parameters()]
+    rows = [peers.run(way, start, 0.3, s, {"1": 12, "3": 8}) for s in SETTINGS[way][:: len(SETTINGS[way]) - 1]]
+    assert all("failed" not in row for row in rows), rows
+    assert all(row["macs"] <= 0.3 for row in rows)
+    assert min(row["test"] for row in rows) < 60
+    assert all(torch.equal(p, q) for p, q in zip(start.dense.parameters(), before, strict=True))
+
+
+def test_torch_pruning_meets_the_budget() -> None:
+    pytest.importorskip("torch_pruning")
+    start, _ = peers.started(clouds(), 0)
+    for way in ("Torch-Pruning, Taylor", "Torch-Pruning, norm"):
+        for setting in SETTINGS[way]:
+            assert peers.run(way, start, 0.3, setting, {})["macs"] <= 0.3
+
+
+def test_a_way_that_fails_says_so() -> None:
+    start, _ = peers.started(clouds(), 0)
+    assert "cannot be met" in peers.run("magnitude", start, 1e-4, {"uniform": False, "rate": 1e-3}, {})["failed"]
+
+
+def test_points_multiply_what_is_cut_in_the_end() -> None:
+    """A unit that is multiplied by 0 at its point is a unit that is cut: in an MLP, and heads of a transformer."""
+    torch.manual_seed(0)
+    mlp, x = MLP([6, 32, 24, 4]), torch.randn(5, 6)
+    transformer, words = Transformer(30, 7, 16, 1, 2, False, 0.0), torch.randint(1, 30, (5, 7))
+    heads = {"blocks.0.q": ("blocks.0.heads", 1), "blocks.0.up": ("blocks.0.act", 2)}
+    for model, inputs, points, site in ((mlp, x, MLP_POINTS, "3"), (transformer, words, heads, "blocks.0.q")):
+        model.double().eval()
+        inputs = inputs if inputs.dtype == torch.long else inputs.double()
+        net = pn.PlasticNet(model, (inputs,))
+        task = replace(clouds(), points=points)
+        values = torch.ones(len(net.sites[site])).double()
+        values[1] = 0
+        multiplied = Points(task, model)
+        multiplied.values = {site: values}
+        expected = model(inputs)
+        multiplied.remove()
+        net.resize({site: [i for i in range(len(values)) if i != 1]})
+        torch.testing.assert_close(net.compact()(inputs), expected, atol=1e-12, rtol=0)
+
+
+def test_operations_are_those_of_the_layers() -> None:
+    assert operations(clouds(), MLP([6, 32, 24, 4])) == 6 * 32 + 32 * 24 + 24 * 4
+
+
+@pytest.mark.slow
+def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    names = ("verdict", "budgets", "choices")
+    page = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
+    (tmp_path / "docs" / "peers.md").write_text(page)
+    monkeypatch.setattr(peers_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(peers_table, "DOCS", tmp_path / "docs")
+    task, ways = clouds(), ("plasticnet", "magnitude")
+    measured = partial(peers.measure, "clouds", task, ways=ways)
+    measured(seed=100, budgets=(0.3,))
+    measured(seed=0, budgets=(0.3,))
+    before = common.written("peers")
+    measured(seed=0, budgets=(0.6, 0.3))
+    after = common.written("peers")
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 2
+    assert peers_table.main() == 0
+    text = (tmp_path / "docs" / "peers.md").read_text()
+    assert "| plasticnet |" in text
+    assert (tmp_path / "docs" / "peers-clouds.svg").exists()
+
+
+def pictures(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of ten classes that differ in their colours."""
+    y = torch.arange(n) % 10
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randn(10, 3, generator=generator)
+    return colours[y][:, :, None, None] + 0.3 * torch.randn(n, 3, 8, 8, generator=generator), y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["gates", "shrink", "dense"])
+def test_a_cifar_training_goes_on_where_it_was_cut_off(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense, data, held_out = cifar.ResNet(8).eval(), pictures(256), pictures(50)
+
+    def trained(name: str, epochs: int, most: int) -> torch.nn.Module | None:
+        torch.manual_seed(1)
+        training = cifar_gates.Training(dense, data, epochs, 0, tmp_path / f"{name}.safetensors")
+        if most < epochs:
+            monkey = pytest.MonkeyPatch()
+            save, done = pn.save_checkpoint, []
+
+            def saved(*args: object) -> None:
+                save(*args)  # pyright: ignore[reportArgumentType]
+                done.append(1)
+                if len(done) == most:
+                    raise KeyboardInterrupt
+
+            monkey.setattr(pn, "save_checkpoint", saved)
+            try:
+                cifar_gates.trained(way, dense, 0.5, (data, held_out), training)
+            except KeyboardInterrupt:
+                return None
+            finally:
+                monkey.undo()
+        return cifar_gates.trained(way, dense, 0.5, (data, held_out), training)
+
+    whole = trained("whole", 4, 4)
+    trained("parts", 4, 3)
+    parts = trained("parts", 4, 4)
+    assert whole is not None
+    assert parts is not None
+    assert whole.state_dict().keys() == parts.state_dict().keys()
+    assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    if way != "dense":
+        assert cifar_gates.macs(whole, data[0]) <= 0.5 * cifar_gates.macs(dense, data[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["--mode prune", "--mode grow", "--mode grow --paper --data cifar100"])
+@pytest.mark.parametrize("network", ["resnet56", "wrn-28-10"])
+def test_the_experiments_of_the_paper_run(
+    network: str, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_cifar, "images", lambda *_: pictures(600))
+    narrower = {"resnet56": lambda n: cifar_like(n), "wrn-28-10": lambda n: paper_cifar.WideResNet(n, 10, 1)}
+    monkeypatch.setattr(paper_cifar, "NETWORKS", narrower)
+    kept = tmp_path / "kept.safetensors"
+    fixed = f"--data-dir {tmp_path} --kept {kept} --epochs 22 --steps 4 --device cpu --network {network}"
+    paper_cifar.main([*fixed.split(), *arguments.split()])
+    (row,) = common.written("paper_cifar")
+    assert row["history"][-1]["epoch"] == 22
+    assert 0 <= row["test"] <= 100
+    assert not kept.exists()
+
+
+def cifar_like(classes: int) -> torch.nn.Module:
+    model = cifar.ResNet(8)
+    model.linear = torch.nn.Linear(64, classes)
+    return model
+
+
+def test_the_networks_of_the_paper_have_their_sizes() -> None:
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in make(10).parameters()) for make in paper_cifar.NETWORKS.values()]
+    assert [round(n / 1e6, 2) for n in sizes] == [0.85, 36.48]
