@@ -1,4 +1,4 @@
-"""Write the tables and the pictures of docs/peers.md from results/peers.json; with --check only compare them."""
+"""Write the tables and the pictures of docs/peers.md from the committed results; with --check only compare them."""
 
 from __future__ import annotations
 
@@ -92,6 +92,31 @@ def choices(rows: Rows) -> str:
     return "\n".join(table(["task", "way", "setting"], cells))
 
 
+def search(content: dict[str, Any]) -> str:
+    """The estimators beside the Optuna search."""
+    cells = []
+    for (task, way), found in grouped(sorted(content["results"], key=lambda r: r["task"]), "task", "way").items():
+        ours = {r["seed"]: r["seconds"] for r in content["results"] if (r["task"], r["way"]) == (task, OURS)}
+        ratios = [ours[r["seed"]] / r["seconds"] for r in found if r["seed"] in ours]
+        sizes = spread([r["parameters"] for r in found], 0)
+        scores, times = spread([100 * r["score"] for r in found]), spread([r["seconds"] for r in found], 0)
+        ratio = f"{median(ratios):.2f}" if ratios and way != OURS else ""
+        cells.append([task, way, str(len(found)), scores, sizes, times, ratio])
+    header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
+    return "\n".join([*table(header, cells), "", how(content["environment"])])
+
+
+def few(content: dict[str, Any]) -> str:
+    """The smallest budget with the usual minimum and without."""
+    cells = [
+        [way, "usual" if floor else "1", str(len(found)), spread([r["before training"] for r in found], 1),
+         spread([r["accuracy"] for r in found], 1), spread([r["parameters"] for r in found], 0)]
+        for (way, floor), found in grouped(content["results"], "way", "floor").items()
+    ]  # fmt: skip
+    header = ["way", "minimum", "seeds", "right before training, %", "right after it, %", "parameters"]
+    return "\n".join([*table(header, cells), "", how(content["environment"])])
+
+
 def picture_name(task: str) -> str:
     """The file of a task's picture."""
     return f"peers-{task.lower()}.svg"
@@ -133,7 +158,9 @@ def picture(rows: Rows, task: str) -> str:
 
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
-    content = json.loads((RESULTS / "peers.json").read_text())
+    content, searched, smallest = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("peers", "width_search", "few_units")
+    )
     rows = content["results"]
     tasks = list(dict.fromkeys(r["task"] for r in measured(rows) if r["way"] != "dense"))
     page = DOCS / "peers.md"
@@ -141,6 +168,7 @@ def main() -> int:
     parts = [by_budget(rows, task) for task in tasks]
     text = between(text, "budgets", "\n\n".join([*parts, how(content["environment"])]))
     text = between(text, "choices", choices(rows))
+    text = between(between(text, "search", search(searched)), "few", few(smallest))
     return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
 
 
