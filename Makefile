@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint wheel zoo cost gates growth random soak detectors integrations docs clean
+.PHONY: demo test quick lint wheel zoo cost gates growth random soak detectors integrations docs clean \
+	experiments experiments-peers experiments-small experiments-full experiments-gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +74,42 @@ soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak_kills.py --count $(KILLS); code=$$?; \
 		$(BIN)/python benchmarks/soak_files.py --count $(FILES) || code=1; \
 		$(BIN)/python benchmarks/soak_table.py && exit $$code
+
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,peers]"
+	touch $@
+
+# The evidence; DATA=DIR is the folder with the data, and every script goes on from what is there. On two cores,
+# `make -j2 experiments DATA=DIR` takes under three hours; it needs no CIFAR.
+experiments: experiments-peers experiments-small
+
+experiments-peers: $(VENV)/.peers
+	$(BIN)/python experiments/peers.py --data-dir $(DATA)
+	$(BIN)/python experiments/peers_table.py
+
+experiments-small: $(VENV)/.peers
+	$(BIN)/python experiments/moons.py
+	$(BIN)/python experiments/interpolation.py
+	$(BIN)/python experiments/few_units.py
+	$(BIN)/python experiments/first_layer.py --data-dir $(DATA)
+	$(BIN)/python experiments/width_search.py --data-dir $(DATA)
+
+# All peers on two tasks, MNIST to the end, growth, and CIFAR-10: days on two cores. CACHE=DIR keeps what is trained.
+experiments-full: experiments
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks MNIST Adult --budgets 1 2 --all
+	$(BIN)/python experiments/peers_table.py
+	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
+	$(MAKE) growth gates DATA=$(DATA)
+	$(BIN)/python experiments/cifar_cut.py --data-dir $(DATA) --cache $(CACHE)
+	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE)
+	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --share 0.73
+	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --depth 56 --share 0.476
+
+# The paper's ResNet-56 and WRN-28-10, on torchvision's CIFAR in DATA: days on a GPU.
+experiments-gpu: $(VENV)/.installed
+	for data in cifar10 cifar100; do for network in resnet56 wrn-28-10; do for mode in prune grow; do \
+		$(BIN)/python experiments/paper_cifar.py --data-dir $(DATA) --kept $(CACHE)/$$data-$$network-$$mode.safetensors \
+			--data $$data --network $$network --mode $$mode || exit 1; done; done; done
 
 # All detectors of torchvision; the heavy ones are left out of `make test`.
 detectors: $(VENV)/.installed

@@ -147,14 +147,16 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=list(FULL))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 1, 2, 3], help="0 is the largest")
+    parser.add_argument("--all", action="store_true", help="all ways, and not only those of the full grid")
     options = parser.parse_args()
+    ways = tuple(SETTINGS) if options.all else tuple(options.ways)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for seed in (TUNING, *options.seeds):
         for name in options.tasks:
             task = TASKS[name](options.data_dir)
             budgets = (2,) if seed == TUNING else options.budgets
-            measure(name, task, seed, tuple(options.ways), tuple(task.shares[b] for b in budgets))
+            measure(name, task, seed, ways, tuple(task.shares[b] for b in budgets))
 
 
 if __name__ == "__main__":
