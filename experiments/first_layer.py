@@ -55,9 +55,8 @@ def run(chosen: Task, name: str, way: str) -> dict[str, Any]:
     if name == "MLP":
         site = net.sites["1.input"]
         return row | {"pixels": site.units.features[site.open.numpy()].tolist()}
-    with torch.no_grad():
-        filters = net.compact().conv1.weight[:, 0]
-    return row | {"filters": [[round(float(v), 4) for v in f.flatten()] for f in filters]}
+    filters = net.compact().get_parameter("conv1.weight").detach().flatten(1)
+    return row | {"filters": [[round(v, 4) for v in f] for f in filters.tolist()]}
 
 
 def draw(rows: list[dict[str, Any]], figure: Any) -> None:
