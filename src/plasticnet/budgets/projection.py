@@ -51,7 +51,7 @@ def project(
         raise PlasticError(
             "the target cannot be met: the smallest network, with the units that each site must keep, costs "
             f"{', '.join(f'{s:,.6g} {c} (the target is {t:,.6g})' for s, c, t in found)}. A target must be at least "
-            "that, unless more can be cut: exclude= less, give blocks=, or lower a minimum by net.limit"
+            "that, unless more can be cut: exclude= less, lower a minimum by net.limit, or give blocks="
             + ("" if set(missed) == {"latency"} else ". A share is a number of 1 or less, such as 0.5")
         )
     z = units.best(units.kept, units.order)
