@@ -29,6 +29,7 @@ from plasticnet.oneshot.sensitivity import Sensitivity, SiteSensitivity  # what 
 from plasticnet.repairing.repair import repair  # refit what reads closed units, before they are cut
 from plasticnet.repairing.report import Repaired, RepairedReader  # what repair returns
 from plasticnet.files.pretrained import equalise  # give the layers of a transformers model equal widths
+from plasticnet.layers.recurrent import split_recurrent  # let each layer of an LSTM have its own width
 from plasticnet.layers.sparse import sparsify  # make linear layers with many zeros sparse
 
 # -- Files -------------------------------------------------------------------------------------
@@ -59,6 +60,8 @@ from plasticnet.layers.take import Take  # selects features before a layer
 from plasticnet.layers.skip import Skip  # stands where a block was
 from plasticnet.layers.attention import FreeMultiheadAttention  # nn.MultiheadAttention with fewer heads
 from plasticnet.layers.attention import FreeGridAttention, FreeWindowAttention  # the same of torchvision's
+from plasticnet.layers.recurrent import RecurrentStack  # recurrent layers, each with its own width
+from plasticnet.layers.states import LayerStates  # the last states of such layers
 from plasticnet.layers.sparse import SparseLinear  # what sparsify puts in the place of a linear layer
 
 # -- Errors, and the version -------------------------------------------------------------------
@@ -70,11 +73,12 @@ __all__ = [
     "narrow", "Growth",
     "shrink", "Report", "Milestone", "SiteChange",
     "prune_once", "scores", "sensitivity", "Sensitivity", "SiteSensitivity", "repair", "Repaired", "RepairedReader",
-    "equalise", "sparsify",
+    "equalise", "split_recurrent", "sparsify",
     "save", "load", "save_checkpoint", "load_checkpoint", "save_distributed", "load_distributed",
     "export", "Exported", "save_pretrained",
     "Site", "WeightSite", "Summary", "SiteSummary", "profile", "Profile", "ModuleProfile", "Latency", "Term",
     "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "Slice", "Consumer", "Norm", "Width",
-    "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention", "SparseLinear",
+    "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention", "RecurrentStack", "LayerStates",
+    "SparseLinear",
     "PlasticError", "__version__",
 ]  # fmt: skip

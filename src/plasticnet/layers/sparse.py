@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
+from plasticnet.layers.replacing import replaced
 from plasticnet.tools.snapshot import duplicate
-from plasticnet.tools.torch_private import children_of
 
 ENOUGH = {"csr": 0.8, "2:4": 0.5}  # the share of zeros that a layer must have to be converted, by layout
 
@@ -127,7 +127,7 @@ def sparsify(
         if layout == "csr":
             if linear[name].weight.dtype not in (torch.float32, torch.float64):
                 raise PlasticError(f'layer {name!r} is {linear[name].weight.dtype}: "csr" needs float32 or float64')
-            small = _replaced(small, linear[name], SparseLinear(linear[name]))
+            small = replaced(small, linear[name], SparseLinear(linear[name]).eval())
         else:
             _semi_structure(name, linear[name])
     return small, chosen
@@ -141,17 +141,6 @@ def sparse_layers(module: nn.Module) -> tuple[str, ...]:
         if isinstance(m, SparseLinear)
         or (type(m) is nn.Linear and isinstance(m.weight, torch.sparse.SparseSemiStructuredTensor))
     )
-
-
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put one module wherever the model holds another, and return the model."""
-    if model is old:
-        return new.eval()
-    for parent in list(model.modules()):
-        for key, child in children_of(parent).items():
-            if child is old:
-                children_of(parent)[key] = new.eval()
-    return model
 
 
 def _semi_structure(name: str, layer: nn.Linear) -> None:

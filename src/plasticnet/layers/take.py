@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from plasticnet.tools.torch_private import children_of
+from plasticnet.layers.replacing import replaced
 
 
 class Take(nn.Module):
@@ -43,7 +43,4 @@ def insert_take(model: nn.Module, consumer: str, take: Take) -> None:
     target = model.get_submodule(consumer)
     wrapped = nn.Sequential(take, target)
     wrapped.train(target.training)
-    for module in list(model.modules()):
-        for name, child in list(children_of(module).items()):
-            if child is target and module is not wrapped:
-                children_of(module)[name] = wrapped
+    replaced(model, target, wrapped)

@@ -211,6 +211,12 @@ def flat_weights(module: nn.RNNBase) -> list[Any]:
     return module._flat_weights
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything is called before or after a module, forwards or backwards."""
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(kinds)
+
+
 def set_flat_weights(module: nn.RNNBase, weights: list[Any]) -> None:
     """Let a recurrent layer read its weights from this list."""
     module._flat_weights = weights
