@@ -216,6 +216,18 @@ def cifar(content: Mapping[str, Any]) -> list[str]:
     return table(["network, share", "way", *names, "CPU s, scores, cut and repair"], cells)
 
 
+def recurrent(content: Mapping[str, Any]) -> list[str]:
+    """The rows of recurrent_layers.py: a row for each share and way, over its seeds."""
+    ordered = sorted(content["results"], key=lambda r: (-r["share"], r["way"] != "tied"))
+    cells = []
+    for (share, way), rows in grouped(ordered, "share", "way").items():
+        figures = [spread([100 * r["accuracy"][step] for r in rows]) for step in ("whole", "repaired", "imitated")]
+        widths = ["-".join(f"{fmean(layer):.0f}" for layer in zip(*(r["widths"] for r in rows), strict=True))]
+        cells.append([f"{share:.0%}", way, str(len(rows)), *figures, *widths])
+    header = ["share", "layers", "seeds", "accuracy, %, whole", "cut and repaired", "after imitation", "mean widths"]
+    return table(header, cells)
+
+
 PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "cifar": ("cifar_cut", cifar),
     "one-shot": ("repair", one_shot),
@@ -225,6 +237,7 @@ PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "ranks": ("score_ranks", ranks),
     "latency": ("shrink_latency", latency),
     "large": ("large", large),
+    "recurrent": ("recurrent_layers", recurrent),
 }
 
 
