@@ -58,6 +58,7 @@ class PlasticNet(GatedModel):
         residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, are gated, too. The norms
             then take their statistics over the open units.
         blocks: Name patterns of modules that are units as a whole. A closed one returns its first input.
+        head_dims: Name patterns of attention modules in whose heads the dimensions are the units, and not the heads.
         weights: Name patterns of modules whose weight gets a gate on every entry, which the batch shares.
 
     Attributes:
@@ -102,6 +103,7 @@ class PlasticNet(GatedModel):
         exclude: Patterns = (),
         residual: bool = False,
         blocks: Patterns = (),
+        head_dims: Patterns = (),
         weights: Patterns = (),
     ) -> None:
         sampler = Sampler(estimator, gates)
@@ -111,7 +113,7 @@ class PlasticNet(GatedModel):
             found = with_gradients_if_needed(
                 lambda: find(
                     model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
-                    residual=residual, blocks=blocks, weights=weights,
+                    residual=residual, blocks=blocks, head_dims=head_dims, weights=weights,
                 )
             )  # fmt: skip
         super().__init__(

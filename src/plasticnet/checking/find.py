@@ -55,6 +55,7 @@ def find(
     exclude: Patterns = (),
     residual: bool = False,
     blocks: Patterns = (),
+    head_dims: Patterns = (),
     weights: Patterns = (),
 ) -> Found:
     """Find which parts of a model can be gated.
@@ -68,13 +69,14 @@ def find(
         exclude: Name patterns of sites to leave alone.
         residual: Whether to gate also what LayerNorm, RMSNorm and their like normalise.
         blocks: Name patterns of modules that are units as a whole.
+        head_dims: Name patterns of attention modules in whose heads the dimensions are the units, and not the heads.
         weights: Name patterns of modules whose weight gets a gate on every entry.
 
     Raises:
         PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
     calls = calls_of(example_inputs, more_inputs, outputs)
-    given = {"inputs": inputs, "exclude": exclude, "blocks": blocks, "weights": weights}
+    given = {"inputs": inputs, "exclude": exclude, "blocks": blocks, "head_dims": head_dims, "weights": weights}
     patterns = {name: _listed(name, value) for name, value in given.items()}
     with Progress(f"gating {type(model).__name__}", total=4) as progress:
         return _found(model, calls, patterns, residual, progress)
@@ -84,7 +86,7 @@ def _found(
     model: nn.Module, calls: Sequence[Call], patterns: Mapping[str, tuple[str, ...]], residual: bool, progress: Progress
 ) -> Found:
     """Return what `find` does, for arguments that were read, and advance the progress after each part of the work."""
-    traced, runs = explore(model, calls, patterns["inputs"], residual, patterns["blocks"])
+    traced, runs = explore(model, calls, patterns["inputs"], residual, patterns["blocks"], patterns["head_dims"])
     progress.advance("closing and cutting units")
     for pattern in patterns["exclude"]:
         if not any(fnmatchcase(n, pattern) for n in traced.sites):

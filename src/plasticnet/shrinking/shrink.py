@@ -63,6 +63,7 @@ def shrink(
     exclude: Patterns = (),
     residual: bool = False,
     blocks: Patterns = (),
+    head_dims: Patterns = (),
     optimizer: MakeOptimizer | None = None,
     multiple_of: int = 1,
     example_inputs: Any = None,
@@ -102,6 +103,7 @@ def shrink(
         exclude: Name patterns of sites that are left alone.
         residual: Whether what LayerNorm and similar norms normalise may be cut, too.
         blocks: Name patterns of modules that may be removed as a whole.
+        head_dims: Name patterns of attention modules whose heads become smaller instead of fewer.
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
             default. Its learning rate falls to 0 along a cosine. It is called twice: before the work, to see whether
             it does, and for the small network.
@@ -138,7 +140,8 @@ def shrink(
     if loss is not None:
         try_loss(loss, twin, first, forward)
     read = outputs if forward is None else None  # what a forward of the user's reads of the model is unknown
-    net = PlasticNet(twin, example, outputs=read, exclude=exclude, residual=residual, blocks=blocks)
+    kinds = {"exclude": exclude, "blocks": blocks, "head_dims": head_dims}
+    net = PlasticNet(twin, example, outputs=read, residual=residual, **kinds)
     with _evaluating(model):
         work = _Work(net, data, Imitation(model, forward, outputs), loss, validate, scores, repair, multiple_of)
         work.note("whole", model)

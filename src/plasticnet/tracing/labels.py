@@ -11,9 +11,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from math import prod
 
 import numpy as np
+
+from plasticnet.units import owner
 
 
 class Mark(Enum):
@@ -159,9 +162,12 @@ class Ledger:
         pairs: Pairs of arrays of labels that are joined entry by entry.
         frozen: Arrays of labels that are frozen, each with the reason.
         positional: Whether the model tells units apart by their position, as ``x[:, :3]`` does.
+        head_dims: Name patterns of modules in whose heads the dimensions are the units, and not the heads.
     """
 
     def __init__(self) -> None:
+        self.head_dims: tuple[str, ...] = ()
+        self._dimensions: set[int] = set()  # the labels of dimensions that all heads have in common by now
         self._origins: list[tuple[int, str, int, int]] = []  # the first label, the tensor, the dimension, its length
         self._names: dict[tuple[str, int], tuple[int, int]] = {}
         self._free: list[int] = []  # the first of each group of labels that belongs to no tensor
@@ -239,6 +245,29 @@ class Ledger:
         if len(labels):
             self.frozen.append((labels, reason))
 
+    def by_dimension(self, labels: np.ndarray) -> bool:
+        """Return whether the units of these labels are dimensions of heads, as the user asks by ``head_dims``."""
+        if not self.head_dims:
+            return False
+        paths = [owner(tensor).split(".") for tensor, _ in self.origins_of(labels)]
+        names = {".".join(path[: n + 1]) for path in paths for n in range(len(path))}
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.head_dims)
+
+    def _share_dimensions(self, labels: np.ndarray) -> np.ndarray | None:
+        """Join the dimensions at equal places of all heads, and return one label for each.
+
+        Returns:
+            None where the labels are not those of heads whose dimensions are the units. What takes the dimensions of
+            a head apart, such as the pairs of a rotary embedding, is treated as anywhere else.
+        """
+        if not self.by_dimension(labels) or self._dimensions.issuperset(labels.reshape(-1).tolist()):
+            return None
+        heads = labels.reshape(-1, labels.shape[-1])
+        for column in heads.T:
+            self.join_all(column)
+        self._dimensions.update(heads[0].tolist())
+        return heads[0]
+
     # -- reading axes -----------------------------------------------------------------------
 
     def settle(self, tag: Tag) -> Tag:
@@ -246,7 +275,8 @@ class Ledger:
 
         Parts that came back together in another order are a channel shuffle: the outer factor stays constant, and its
         groups lose the same members. Parts that are still on several axes are heads: one unit is a whole slice of the
-        outermost factor, or of the second one where the first was taken apart before.
+        outermost factor, or of the second one where the first was taken apart before. Where ``head_dims`` says so, one
+        unit is a dimension of all heads.
 
         Returns:
             The same axes without factors that share their labels.
@@ -265,12 +295,14 @@ class Ledger:
                 flat = grid.labels.transpose(parts).reshape(-1)
                 axes[first[0]][first[1] : last[1] + 1] = labelled(flat)
                 continue
-            for row in grid.labels:
-                self.join_all(row.reshape(-1))
-            heads = grid.labels.reshape(grid.labels.shape[0], -1)[:, 0]
+            part, units = grid.labels.ndim - 1, self._share_dimensions(grid.labels)
+            if units is None:
+                for row in grid.labels:
+                    self.join_all(row.reshape(-1))
+                part, units = 0, grid.labels.reshape(grid.labels.shape[0], -1)[:, 0]
             for i, j in where:
                 f = axes[i][j]
-                axes[i][j] = labelled(heads)[0] if f.part == 0 else Factor(f.size)
+                axes[i][j] = labelled(units)[0] if f.part == part else Factor(f.size)
         return Tag(tuple(tuple(a) for a in axes), tag.levers, tag.static)
 
     def read(self, tag: Tag, axis: int) -> np.ndarray:

@@ -116,7 +116,9 @@ def pieces(ledger: Ledger, tag: Tag, axis: int, bounds: Sequence[tuple[int, int]
     size = sum(1 for _ in factors) and int(np.prod([f.size for f in factors]))
     if all(start == 0 and stop == size for start, stop in bounds):
         return [tag for _ in bounds]
-    if len(factors) == 1 and factors[0].is_split:
+    grid = factors[0].grid if len(factors) == 1 and factors[0].is_split else None
+    inner = grid is not None and factors[0].part == grid.labels.ndim - 1
+    if grid is not None and not (inner and ledger.by_dimension(grid.labels)):
         return [_piece_of_grid(ledger, tag, axis, stop - start) for start, stop in bounds]
     labels = ledger.read(tag, axis)
     settled = ledger.settle(tag)

@@ -53,12 +53,14 @@ class Tracer(TorchDispatchMode):
         count: Whether this run counts how often each entry of a parameter is multiplied.
         residual: Whether norms may take their statistics over open units, and embeddings get gates.
         skipped: The names of the blocks.
+        head_dims: Name patterns of modules in whose heads the dimensions are the units.
 
     Attributes:
         ledger: The ledger of the facts.
         tags: The labels of each tensor that was seen.
         calls: The modules that are running, innermost last, each with its first input.
         batch: The length of the batch.
+        dimensions: The labels of the dimensions of heads that the last product of queries and keys has summed over.
         names: The name of each parameter and buffer, by its ``id``.
         parameters: The shapes of the parameters, by name.
     """
@@ -71,10 +73,12 @@ class Tracer(TorchDispatchMode):
         count: bool = True,
         residual: bool = False,
         skipped: Sequence[str] = (),
+        head_dims: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.facts = facts
         self.ledger = facts.ledger
+        self.ledger.head_dims = tuple(head_dims)
         self.model = model
         self.input_patterns = input_patterns
         self.count = count
@@ -84,6 +88,7 @@ class Tracer(TorchDispatchMode):
         self.calls: list[tuple[str, Tensor | None]] = []
         self._before: list[Tag | None] = []  # the labels that these first inputs had when their module began
         self.batch: int | None = None
+        self.dimensions: np.ndarray | None = None
         self.names: dict[int, str] = {}
         self.parameters = {name: p.shape for name, p in model.named_parameters()}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

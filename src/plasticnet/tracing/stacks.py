@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Tag
@@ -44,10 +45,29 @@ def _bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
         ta, tb = tracer.ledger.settle(tracer.tag(a)), tracer.ledger.settle(tracer.tag(b))
         stack = _stack(tracer, ta.axes[0], tb.axes[0])
         pair(tracer, a, 2, b, 1)
+        _tie_sizes(tracer, tracer.ledger.read(ta, 2), tb)
         levers = (ta.levers_of(0) or tb.levers_of(0), ta.levers_of(1), tb.levers_of(2))
         tracer.put(out, Tag((stack, ta.axes[1], tb.axes[2]), levers))
     if len(args) == 3:
         _added(tracer, args[0], out)
+
+
+def _tie_sizes(tracer: Tracer, summed: np.ndarray, right: Tag) -> None:
+    """Join the dimensions of values with those of the queries before, where the dimensions of heads are units.
+
+    Most code has one number for both. Where there are not as many, they stay apart.
+
+    Args:
+        tracer: The tracer.
+        summed: The labels that are summed over.
+        right: The labels of the right operand.
+    """
+    if tracer.ledger.by_dimension(summed):
+        tracer.dimensions = summed
+    elif tracer.dimensions is not None:
+        values = tracer.ledger.read(right, 2)
+        if len(values) == len(tracer.dimensions) and tracer.ledger.by_dimension(values):
+            tracer.ledger.join(tracer.dimensions, values)
 
 
 def _stack(tracer: Tracer, a: Axis, b: Axis) -> Axis:

@@ -60,6 +60,7 @@ def trace(
     inputs: Sequence[str] = (),
     residual: bool = False,
     blocks: Sequence[str] = (),
+    head_dims: Sequence[str] = (),
     outputs: Outputs | None = None,
 ) -> Trace:
     """Find the units of a model by running copies of it, in evaluation and in training mode.
@@ -75,6 +76,8 @@ def trace(
         inputs: Name patterns of consumers whose input features get a site of their own.
         residual: Whether embeddings, and what LayerNorm, RMSNorm and similar norms normalise, get sites, too.
         blocks: Name patterns of modules that are units as a whole.
+        head_dims: Name patterns of attention modules, or of their projections, in whose heads the dimensions are the
+            units, and not the heads.
         outputs: A function that returns what is read of the model's output; by default all of it is.
 
     Raises:
@@ -91,11 +94,16 @@ def trace(
         "reaches the model's output"
     """
     calls = calls_of(example_inputs, more_inputs, outputs)
-    return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks)[0])
+    return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks, head_dims)[0])
 
 
 def explore(
-    model: nn.Module, calls: Sequence[Call], inputs: Sequence[str], residual: bool, blocks: Sequence[str]
+    model: nn.Module,
+    calls: Sequence[Call],
+    inputs: Sequence[str],
+    residual: bool,
+    blocks: Sequence[str],
+    head_dims: Sequence[str],
 ) -> tuple[Trace, Runs]:
     """Return what `trace` does, and what is known of the runs of the model.
 
@@ -105,6 +113,7 @@ def explore(
         inputs: As in `trace`.
         residual: As in `trace`.
         blocks: As in `trace`.
+        head_dims: As in `trace`.
 
     Raises:
         PlasticError: As `trace` raises it.
@@ -114,11 +123,14 @@ def explore(
             f"{type(model).__name__} is {SCRIPTED}: give the module as it was before torch.jit.script or "
             "torch.jit.trace, and compile what compact() returns"
         )
+    for pattern in head_dims:
+        if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
+            raise PlasticError(f"head_dims={pattern!r} matches no module of {type(model).__name__}")
     with unfused(), left_as_it_was(model):
         with blaming_inputs(model, calls[0].args, calls[0].kwargs):
             skipped, reasons = find_blocks(model, blocks, calls)
             ends = branch_ends(model, skipped, calls)
-        tracer = partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped)
+        tracer = partial(Tracer, input_patterns=inputs, residual=residual, skipped=skipped, head_dims=head_dims)
         runs = observe(model, tracer, calls)
     facts = runs.facts
     reasons.update(
