@@ -171,6 +171,19 @@ def test_grow(kind: type[nn.RNNBase]) -> None:
     torch.testing.assert_close(net(x), wanted, rtol=0, atol=1e-9)
 
 
+def test_split_layers_are_repaired() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(200, 5, 4).double()
+    net = pn.PlasticNet(pn.split_recurrent(Reader(nn.LSTM, 2, False).double()), (x[:3],))
+    net.eval()
+    pn.prune_once(net, pn.Budget(macs=0.7), batches=x.split(50), cut=False)
+    found = pn.repair(net, x.split(50))
+    fitted = {r.name for r in found.readers if r.strength is not None}
+    assert fitted & {f"rnn.layers.{i}.weight_{kind}_l0" for i in range(2) for kind in ("ih", "hh")}
+    assert found.after < found.before
+    torch.testing.assert_close(net.compact()(x), net(x), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reads", ["states", "zeros"])
 def test_layers_of_which_the_model_asks_one_width_are_tied(kind: type[nn.RNNBase], reads: str) -> None:
