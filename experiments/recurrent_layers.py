@@ -1,11 +1,11 @@
-"""What it brings that each layer of an LSTM has a width of its own: the same network shrunk with tied layers, and split.
+"""What it brings that each layer of an LSTM has its own width: a network is shrunk with tied and with split ones.
 
 Three LSTM layers read the rows of the 8x8 digits one after the other, and the last state of the last layer says which
 digit it was. The trained network is shrunk by `pn.shrink` as it is, where the three layers lose the same units, and
 after `pn.split_recurrent`: at once, and with epochs in which it imitates itself. Without labels in either case.
 
-About 5 minutes on one core: python experiments/recurrent_layers.py. Adds rows to results/recurrent_layers.json; rows that
-are there are skipped.
+About 5 minutes on one core: python experiments/recurrent_layers.py. Adds rows to results/recurrent_layers.json; those
+that are there are skipped.
 """
 
 from __future__ import annotations

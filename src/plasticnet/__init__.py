@@ -78,7 +78,7 @@ __all__ = [
     "export", "Exported", "save_pretrained",
     "Site", "WeightSite", "Summary", "SiteSummary", "profile", "Profile", "ModuleProfile", "Latency", "Term",
     "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "Slice", "Consumer", "Norm", "Width",
-    "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention", "RecurrentStack", "LayerStates",
-    "SparseLinear",
+    "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention",
+    "RecurrentStack", "LayerStates", "SparseLinear",
     "PlasticError", "__version__",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +189,33 @@ def test_language_model() -> None:
     step()
     with pytest.raises(pn.PlasticError, match="not gain any"):  # new units would move the statistics
         net.grow({"embedding": 1}, optimizer)
+
+
+class TiedLM(LM):
+    """A language model whose last layer reads the table of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("k", [3.0, math.inf])
+def test_a_table_that_the_last_layer_reads(k: float, tmp_path: Path) -> None:
+    ids = torch.randint(11, (6, 5))
+    net = pn.PlasticNet(TiedLM().double(), (ids,), residual=True)
+    assert len(net.sites["embedding"]) == 8
+    net.k = k
+    close_half(net, k)
+    out = net.eval()(ids)
+    small: Any = net.compact()
+    assert small.head.weight is small.embedding.weight
+    assert small.head.weight.shape == (11, 4)
+    assert small.head.in_features == small.embedding.embedding_dim == 4
+    torch.testing.assert_close(small(ids), out, rtol=0, atol=1e-9)
+    pn.save(small, tmp_path / "small.safetensors")
+    again: Any = pn.load(tmp_path / "small.safetensors", lambda: TiedLM().double())
+    assert again.head.weight is again.embedding.weight
+    torch.testing.assert_close(again(ids), out, rtol=0, atol=1e-9)
 
 
 # -- the estimate -----------------------------------------------------------------------------

@@ -23,7 +23,9 @@ SHAPES = [(1, True), (2, False), (2, True), (3, False), (3, True)]  # layers, an
 
 def parts(states: Any) -> list[Tensor]:
     """The last states as tensors: h_n, and c_n of an LSTM."""
-    return [s.stacked() if isinstance(s, pn.LayerStates) else s for s in (states if type(states) is tuple else (states,))]
+    return [
+        s.stacked() if isinstance(s, pn.LayerStates) else s for s in (states if type(states) is tuple else (states,))
+    ]
 
 
 def compare(module: nn.RNNBase, *inputs: Any) -> None:
@@ -67,6 +69,21 @@ def test_equal_outputs(kind: type[nn.RNNBase], layers: int, both: bool, batch_fi
         compare(module, packed, *([] if batch_first is False else [hx]))
         compare(module.train(), packed)
         module.eval()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_gradients(kind: type[nn.RNNBase], batch_first: bool, packed: bool) -> None:
+    module = kind(4, 5, num_layers=2, bidirectional=True, batch_first=batch_first).double()
+    split, x = pn.split_recurrent(module), torch.randn(3, 3, 4).double().requires_grad_()
+    found: list[list[Tensor]] = []
+    for model in (module, split):
+        given: Any = pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=batch_first) if packed else x
+        out, states = model(given)
+        loss = (out.data if packed else out).square().sum() + sum(s.square().sum() for s in parts(states))
+        found.append(list(torch.autograd.grad(loss, [x, *model.parameters()])))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
 
 
 def test_options_and_the_parameters_themselves() -> None:
@@ -140,9 +157,7 @@ def split_net(*what: Any, **options: Any) -> tuple[pn.PlasticNet, Tensor]:
 @pytest.mark.parametrize("reads", ["outputs", "last", "packed"])
 @pytest.mark.parametrize(("layers", "both"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_is_a_site(
-    kind: type[nn.RNNBase], layers: int, both: bool, reads: str, tmp_path: Path
-) -> None:
+def test_every_layer_is_a_site(kind: type[nn.RNNBase], layers: int, both: bool, reads: str, tmp_path: Path) -> None:
     net, x = split_net(kind, layers, both, reads)
     names = [f"rnn.layers.{i}" for i in range(layers * (1 + both))]
     assert set(net.sites) == {"a", *names}
@@ -205,7 +220,7 @@ def test_states_that_the_caller_reads_are_frozen() -> None:
             out, states = self.rnn(x)
             return self.out(out), states
 
-    with pytest.raises(PlasticError, match="nothing to gate .rnn.layers.0: reaches the model's output"):
+    with pytest.raises(PlasticError, match=r"nothing to gate .rnn\.layers\.0: reaches the model's output"):
         pn.PlasticNet(pn.split_recurrent(Both()), (torch.randn(5, 3, 4),))
 
 
@@ -216,7 +231,11 @@ def test_a_training_that_resumes(tmp_path: Path) -> None:
         torch.manual_seed(0)
         net = pn.PlasticNet(pn.split_recurrent(Reader(nn.LSTM, 2, True)), (x[:3],))
         optimizer = torch.optim.Adam(net.param_groups(lr=0.01))
-        return net, optimizer, pn.Schedule(net, optimizer, [pn.Stage(3, k=1.0), pn.Stage(2)], budget=pn.Budget(macs=0.5))
+        return (
+            net,
+            optimizer,
+            pn.Schedule(net, optimizer, [pn.Stage(3, k=1.0), pn.Stage(2)], budget=pn.Budget(macs=0.5)),
+        )
 
     def epochs(net: pn.PlasticNet, optimizer: torch.optim.Optimizer, schedule: pn.Schedule, count: int) -> None:
         for _ in range(count):

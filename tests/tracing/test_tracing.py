@@ -201,7 +201,7 @@ def test_tied_and_unused_parameters() -> None:
 
     traced = pn.trace(Tied(), (torch.tensor([[1, 2], [3, 4]]),))
     assert not traced.sites
-    assert traced.frozen["embedding"] == "one tensor both produces and consumes the same units"
+    assert traced.frozen["embedding"] == "the features of an embedding; residual=True gates them"
 
 
 def test_layers_that_run_only_in_training_count() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,10 +115,25 @@ def test_recurrent_units_are_gated(name: str) -> None:
     assert {n: len(s) for n, s in net.sites.items()} == {"a": 6, inner: 5, "b": 7}
 
 
-def test_a_projection_is_frozen_with_the_reason() -> None:
-    net = pn.PlasticNet(people.RECURRENT["lstm, projected"](), people.steps())
-    assert set(net.sites) == {"b"}
-    assert all("projection" in net.frozen[n] for n in ("a", "rnn"))
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}])
+def test_of_a_projection_the_projected_units_are_gated(options: dict[str, Any], tmp_path: Path) -> None:
+    """Torch needs more hidden units than projected ones, so the hidden ones stay, and the others do not grow."""
+
+    def build() -> nn.Module:
+        return people.Recurrent(nn.LSTM, proj_size=3, batch_first=True, **options).double()
+
+    x = people.steps()[0].double()
+    net = pn.PlasticNet(build(), (x,))
+    assert {n: len(s) for n, s in net.sites.items()} == {"a": 6, "rnn#2": 3, "b": 7}
+    assert "must be more" in net.frozen["rnn"]
+    with pytest.raises(pn.PlasticError, match="rnn#2"):
+        net.grow({"rnn#2": 1})
+    net.resize({"rnn#2": [0, 2]})
+    small: Any = net.eval().compact()
+    assert (small.rnn.hidden_size, small.rnn.proj_size) == (5, 2)
+    torch.testing.assert_close(small(x), net(x), rtol=0, atol=1e-9)
+    pn.save(small, tmp_path / "small.safetensors")
+    torch.testing.assert_close(pn.load(tmp_path / "small.safetensors", build)(x), small(x), rtol=0, atol=0)
 
 
 def hooks(module: nn.Module) -> Callable[[], int]:

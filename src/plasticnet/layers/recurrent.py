@@ -78,7 +78,7 @@ class RecurrentStack(nn.Module):
         for i in range(len(self.layers)):
             self._layer(i).flatten_parameters()
 
-    def forward(self, input: Sequences, hx: Any = None) -> tuple[Sequences, Any]:  # noqa: A002  (torch's name)
+    def forward(self, input: Sequences, hx: Any = None) -> tuple[Sequences, Any]:
         """Run all layers and directions.
 
         Args:
@@ -134,10 +134,11 @@ class RecurrentStack(nn.Module):
         """Return the outputs of both directions as one, one after the other in the last axis."""
         if len(outputs) == 1:
             return outputs[0]
-        if self.batch_first and not isinstance(outputs[0], PackedSequence) and outputs[0].dim() == 3:
+        data = [out.data if isinstance(out, PackedSequence) else out for out in outputs]
+        if self.batch_first and data[0].dim() == 3:
             # They lie in memory with the time first, as torch's own, so that dropout draws the same numbers.
-            return torch.cat([out.transpose(0, 1) for out in outputs], -1).transpose(0, 1)
-        return _mapped(outputs[0], lambda _: torch.cat([out.data for out in outputs], -1))
+            return torch.cat([t.transpose(0, 1) for t in data], -1).transpose(0, 1)
+        return _mapped(outputs[0], lambda _: torch.cat(data, -1))
 
     def extra_repr(self) -> str:
         """Return what holds for all layers."""

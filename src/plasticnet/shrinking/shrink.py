@@ -105,8 +105,7 @@ def shrink(
         blocks: Name patterns of modules that may be removed as a whole.
         head_dims: Name patterns of attention modules whose heads become smaller instead of fewer.
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
-            default. Its learning rate falls to 0 along a cosine. It is called twice: before the work, to see whether
-            it does, and for the small network.
+            default. Its learning rate falls to 0 along a cosine. It is first called before the work, to try it.
         multiple_of: Widths become multiples of this number, within the budget: each goes down to the next multiple, or
             up where the budget has room for it. A site of which the budget leaves less than one multiple keeps what
             the budget leaves.
@@ -140,7 +139,7 @@ def shrink(
     if loss is not None:
         try_loss(loss, twin, first, forward)
     read = outputs if forward is None else None  # what a forward of the user's reads of the model is unknown
-    kinds = {"exclude": exclude, "blocks": blocks, "head_dims": head_dims}
+    kinds: dict[str, Any] = {"exclude": exclude, "blocks": blocks, "head_dims": head_dims}
     net = PlasticNet(twin, example, outputs=read, residual=residual, **kinds)
     with _evaluating(model):
         work = _Work(net, data, Imitation(model, forward, outputs), loss, validate, scores, repair, multiple_of)

@@ -29,6 +29,7 @@ WIDTHS = (
     "normalized_shape",
     "input_size",
     "hidden_size",
+    "proj_size",
     "d_model",
     "unflattened_size",
 )
@@ -37,13 +38,17 @@ _NORM_WIDTHS = ("num_features", "num_channels")
 
 
 def weights_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
-    """Return the name of the weight of every module that owns some of these tensors, where it has one.
+    """Return the name of the weight of every module that holds some of these tensors, where it has one.
+
+    Modules may share a tensor, which has the name that it has in the first of them.
 
     Args:
         model: The model, before any of the tensors is resized.
         tensors: The names of parameters and buffers.
     """
-    owners = dict.fromkeys(map(owner, tensors))
+    held = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    resized = {id(held[t]) for t in tensors if t in held}
+    owners = dict.fromkeys(owner(name) for name, t in held.items() if id(t) in resized)
     found = {name: _weight(model.get_submodule(name)) for name in owners}
     return {name: weight for name, weight in found.items() if weight is not None}
 
@@ -69,7 +74,7 @@ def update_attributes(
             module.groups = model.get_parameter(tensor).shape[0] // rows
         elif isinstance(module, nn.GroupNorm):
             module.num_groups = model.get_parameter(tensor).shape[0] // rows
-    for name in dict.fromkeys(owner(tensor) for tensor, _ in takes):
+    for name in dict.fromkeys([*(owner(tensor) for tensor, _ in takes), *weights]):
         module = model.get_submodule(name)
         for attribute, value in _expected(module, weights.get(name)):
             old = getattr(module, attribute, None)
@@ -240,6 +245,8 @@ def _expected(module: nn.Module, weight: str | None) -> Iterator[tuple[str, int 
         yield "normalized_shape", tuple(shape)
     elif isinstance(module, nn.RNNBase):
         yield from (("input_size", shape[1]), ("hidden_size", shape[0] // _gates(module)))
+        if module.proj_size:
+            yield "proj_size", _shape_of(module, "weight_hr_l0")[0]
     elif isinstance(module, nn.RNNCellBase):
         yield from (("input_size", shape[1]), ("hidden_size", module.weight_hh.shape[1]))
     elif isinstance(module, nn.PReLU):

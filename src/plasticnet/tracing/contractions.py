@@ -216,6 +216,6 @@ def _embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -
     tracer.freeze(table, "the vocabulary of an embedding", [0])
     batch = tracer.tag(index).axes
     lead = [a if any(f.mark is Mark.BATCH for f in a) else plain(n) for a, n in zip(batch, index.shape, strict=True)]
-    if not tracer.residual:
-        tracer.facts.embeddings.update(tensor for tensor, _ in tracer.tag(table).levers_of(1))
+    found = tracer.facts.tables if tracer.residual else tracer.facts.embeddings
+    found.update(tensor for tensor, _ in tracer.tag(table).levers_of(1))
     tracer.put(out, Tag((*lead, tracer.produce(table, 1))))

@@ -35,6 +35,8 @@ class Facts:
         unskippable: The blocks that return something else in training than a tensor like their first input.
         means: The modules, each with an axis, that take a mean over an axis without units.
         embeddings: The tables of embeddings whose own units get no gates.
+        capped: The dimensions of parameters that may become shorter, but not longer.
+        tables: The tables of embeddings whose own units get gates.
         norms: The statistics over gated units.
         counted: The labels of the units that an attribute counts, by the name of a module, the name of the attribute,
             and the place in it, as in `Width`.
@@ -57,5 +59,7 @@ class Facts:
     unskippable: set[str] = field(default_factory=set)
     means: set[tuple[str, int]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
+    capped: set[tuple[str, int]] = field(default_factory=set)
+    tables: set[str] = field(default_factory=set)
     norms: dict[Norm, None] = field(default_factory=dict)
     counted: dict[tuple[str, str, int | None], np.ndarray] = field(default_factory=dict)

@@ -105,16 +105,19 @@ class Tracer(TorchDispatchMode):
                         self.ledger.freeze(self.ledger.fresh(leaf, d, size), SCRIPTED)
 
     def _tie_layers(self, prefix: str, module: nn.RNNBase) -> None:
-        """Join the units of all layers and directions of a recurrent module, which have one hidden size in common."""
-        names = [n for n in flat_names(module) if n.startswith("weight_hh")]
-        if module.proj_size:
-            for n in flat_names(module):
-                for d, size in enumerate(module.get_parameter(n).shape):
-                    self.ledger.freeze(self.ledger.fresh(prefix + n, d, size), "a recurrent layer with a projection")
-            return
-        first, *others = [self.ledger.fresh(prefix + n, 1, module.hidden_size) for n in names]
+        """Join the units of all layers and directions of a recurrent module, which have one hidden size in common.
+
+        With a projection these are the projected units. Torch needs more hidden units than projected ones, so the
+        hidden ones are frozen, and the projected ones only become fewer.
+        """
+        first, *others = [prefix + n for n in flat_names(module) if n.startswith("weight_hh")]
+        size = module.proj_size or module.hidden_size
         for other in others:
-            self.ledger.join(first, other)
+            self.ledger.join(self.ledger.fresh(first, 1, size), self.ledger.fresh(other, 1, size))
+        for name in [prefix + n for n in flat_names(module) if n.startswith("weight_hr")]:
+            hidden = self.ledger.fresh(name, 1, module.hidden_size)
+            self.ledger.freeze(hidden, "the hidden units of a recurrent layer with a projection, which must be more")
+            self.facts.capped.add((name, 0))
 
     # -- running ----------------------------------------------------------------------------
 

@@ -64,8 +64,9 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         freeze_for_other_branches(ledger, classes.of, unseen, "the model reads a value", "in another branch")
     for key in facts.merging & facts.contracted:
         del facts.producers[key]
+    tables = {(table, 1) for table in facts.tables | facts.embeddings}
     for i, key in enumerate(names):
-        if key in facts.producers and key in facts.contracted and key[0] not in facts.inputs:
+        if key in facts.producers and key in facts.contracted and key[0] not in facts.inputs and key not in tables:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
     for norm in facts.norms:
         if (norm.module, norm.axis) in facts.means:
@@ -88,7 +89,9 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         _sites_of(name, mine, classes, reasons, origin_of, starts, names, facts, trace)
     _attach_consumers(facts, trace)
     for units in trace.sites.values():
-        units.norms.extend(n for n in facts.norms if (n.tensor, n.dim) in {(s.tensor, s.dim) for s in units.slices})
+        places = {(s.tensor, s.dim) for s in units.slices}
+        units.norms.extend(n for n in facts.norms if (n.tensor, n.dim) in places)
+        units.growable = not places & facts.capped
     attach_counts(facts, trace)
     return trace
 
