@@ -250,6 +250,39 @@ def local_response(x: Tensor) -> Tensor:
     return F.local_response_norm(x, 3)
 
 
+@piece(exact={"a": 8})
+def sorted_rows(x: Tensor) -> Tensor:
+    """Exact: each channel is sorted by itself, and put back in order by places of its own."""
+    y, places = x.sort(2, descending=True)
+    return torch.zeros_like(x).scatter_(2, places, y.cummax(2)[0])
+
+
+@piece(exact={"a": 8})
+def messages(x: Tensor) -> Tensor:
+    """Exact: places send to others, along an index that was expanded over the channels."""
+    nodes = x.flatten(2)
+    to = torch.arange(15, -1, -1).div(2, rounding_mode="floor").expand(*nodes.shape[:2], -1)
+    most = torch.zeros_like(nodes).scatter_reduce(2, to, nodes, "amax", include_self=False)
+    return (nodes + most.index_add(2, to[0, 0], nodes.tanh())).view_as(x)
+
+
+@piece(frozen={"a": "index that may differ between its channels"})
+def messages_by_channel(x: Tensor) -> Tensor:
+    """Frozen: each channel sends to other places, which the code names for eight channels."""
+    to = torch.arange(128).view(1, 8, 16).remainder(7).expand(len(x), -1, -1)
+    return torch.zeros_like(x).flatten(2).scatter_add(2, to, x.flatten(2)).view_as(x)
+
+
+@piece(exact={"a": 8})
+def some_samples(x: Tensor) -> Tensor:
+    """Exact: some of the samples take another way (a mixture of experts), and are put back."""
+    chosen = torch.arange(len(x)) % 2 == 0
+    y = torch.zeros_like(x)
+    y[chosen] += x[chosen].tanh()
+    y.index_add_(0, (~chosen).nonzero()[:, 0], x[~chosen])
+    return y
+
+
 @piece(frozen={"a": "sort|no rule|position"})
 def sorted_channels(x: Tensor) -> Tensor:
     """Frozen: a channel's place depends on the others' values."""
@@ -275,9 +308,9 @@ def fourier_over_space(x: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(x) * (1 + 1j), s=x.shape[2:])
 
 
-@piece(exact={"a": 8}, otherwise=({}, {"a": "im2col.*no rule"}))
+@piece(exact={"a": 8})
 def unfolded(x: Tensor) -> Tensor:
-    """Exact (patches of each channel by itself), or frozen for want of a rule."""
+    """Exact: patches of each channel by itself."""
     return F.fold(F.unfold(x, 3, padding=1).tanh(), x.shape[2:], 3, padding=1)
 
 

@@ -9,7 +9,7 @@ torch changes something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -283,6 +283,12 @@ def schema_name(op: Any) -> str:
 def schema_arguments(op: torch._ops.OpOverload) -> Sequence[Any]:
     """Return the declared arguments of an operation, each with its name and type."""
     return op._schema.arguments
+
+
+def bound_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of an operation by their names, with the defaults of those that were not given."""
+    given = dict(zip((a.name for a in schema_arguments(op)), args, strict=False)) | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema_arguments(op)}
 
 
 # -- what torch keeps, or calls ---------------------------------------------------------------

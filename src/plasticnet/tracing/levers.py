@@ -72,7 +72,9 @@ def layout(*names: str) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         @wraps(function)
         def moving(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-            before = tracer.tag(args[0])
+            before = tracer.tags.get(args[0]) or tracer.tag(
+                args[0]
+            )  # some operations change the axes of a tensor itself
             function(tracer, func, args, kwargs, out)
             for t in tree_leaves(out):
                 if isinstance(t, Tensor):

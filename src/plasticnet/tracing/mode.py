@@ -34,10 +34,10 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Return a decorator that registers a rule of the library for the ATen operations of these names."""
+    """Return a decorator that registers a rule of the library for the operations of these names, by default of ATen."""
 
     def register(function: Rule) -> Rule:
-        RULES.update((f"aten::{name}", function) for name in names)
+        RULES.update((name if "::" in name else f"aten::{name}", function) for name in names)
         return function
 
     return register
@@ -221,7 +221,8 @@ class Tracer(TorchDispatchMode):
     def unknown(self, func: Any, tensors: Sequence[Tensor], why: str = "for which there is no rule") -> None:
         """Freeze all labels of these tensors, because nothing is known of the operation that reads them."""
         for t in tensors:
-            self.freeze(t, f"used by {schema_name(func)}, {why} (see register_rule)")
+            tag = self.tags.get(t) or self.tag(t)  # the operation may have changed the axes of the tensor itself
+            self.freeze_axes(tag, f"used by {schema_name(func)}, {why} (see register_rule)", range(len(tag.axes)))
 
     # -- what rules use ---------------------------------------------------------------------
 

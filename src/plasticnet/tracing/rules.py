@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from plasticnet.tools.torch_private import schema_arguments, schema_name
+from plasticnet.tools.torch_private import base_of, bound_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
-from plasticnet.tracing.levers import follow, layout, pointwise_levers
+from plasticnet.tracing.levers import follow, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import close_at_birth
 from plasticnet.tracing.statistics import normalise
-from plasticnet.tracing.views import dim_of, join_axes, tensors_in, write
+from plasticnet.tracing.views import dim_of, join_axes, tensors_in
+from plasticnet.tracing.writes import write
 
 
 @rule("pointwise", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "log_sigmoid_forward", "masked_fill",
@@ -32,15 +32,24 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     if len(tags) == 1:
         result = Tag(tags[0].axes, blank=tags[0].blank and in_place)
     else:
-        result = _broadcast(tracer, operands, tags, results[0].dim() if results else 0, in_place)
+        part = in_place and base_of(operands[0]) is not None
+        result = _broadcast(tracer, operands, tags, results[0].dim() if results else 0, part)
     result = pointwise_levers(tracer, func, args, kwargs, operands, result)
     for r in results:
         if r.dim() == len(result.axes):
             tracer.put(r, result)
 
 
-def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: int, in_place: bool) -> Tag:
-    """Return the labels of a result with ``ndim`` axes, for operands that broadcast against one another."""
+def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: int, part: bool) -> Tag:
+    """Return the labels of a result with ``ndim`` axes, for operands that broadcast against one another.
+
+    Args:
+        tracer: The tracer.
+        operands: The operands.
+        tags: The labels of each of them.
+        ndim: The number of axes of the result.
+        part: Whether the result is written into the first operand, which is a view of another tensor.
+    """
     if any(t.labelled for t in tags):
         tags = [tracer.ledger.settle(t) for t in tags]
     axes: list[Axis] = []
@@ -51,14 +60,15 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
         for t, a in here:
             if axis_size(t.axes[a]) != size and has_labels(t.axes[a]):
                 tracer.ledger.freeze(tracer.ledger.read(t, a), "one channel broadcast over many")
-        if not in_place:  # the result takes the labels of a parameter rather than those of its mask
+        if not part:  # the result takes the labels of a parameter rather than those of its mask
             full.sort(key=lambda place: not place[0].levers_of(place[1]))
-        axes.append(join_axes(tracer, full, size, in_place))
+        axes.append(join_axes(tracer, full, size, part))
     return Tag(tuple(axes))
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "max", "min", "any", "all", "prod", "argmax",
-      "argmin", "logsumexp", "var_mean", "std_mean", "norm")  # fmt: skip
+      "argmin", "logsumexp", "var_mean", "std_mean", "norm", "median", "nanmedian", "mode", "kthvalue",
+      "nansum", "count_nonzero")  # fmt: skip
 def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     x: Tensor = args[0]
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) of two tensors is pointwise
@@ -92,29 +102,55 @@ _ZERO_OF_ZEROS = {f"aten::{name}" for name in ("sum", "mean", "amax", "amin", "m
 
 def _reduced_dims(func: Any, args: Any, kwargs: Any, ndim: int) -> tuple[list[int], bool]:
     """Return the dimensions that an operation reduces, counted from the front, and whether it keeps them."""
-    bound: dict[str, Any] = {}
-    for i, parameter in enumerate(schema_arguments(func)):
-        bound[parameter.name] = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
-    dim = bound.get("dim")
+    bound = bound_arguments(func, args, kwargs)
+    dim, keepdim = bound.get("dim"), bool(bound.get("keepdim", False))
     if dim is None or dim == []:
-        return list(range(ndim)), bool(bound.get("keepdim", False))
-    return [dim_of(d, ndim) for d in (dim if isinstance(dim, list | tuple) else [dim])], bool(
-        bound.get("keepdim", False)
-    )
+        return list(range(ndim)), keepdim
+    return [dim_of(d, ndim) for d in (dim if isinstance(dim, list | tuple) else [dim])], keepdim
 
 
-@rule("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod")
+@rule("_softmax", "_safe_softmax", "_log_softmax", "softmax", "log_softmax")
 def _softmax(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    dim = dim_of(args[1], out.dim())
-    tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(args[0]), [dim]))
-    tracer.freeze_axes(tag, f"normalised over its channels by {schema_name(func)}", [dim])
-    tracer.put(out, Tag(tag.axes, static=tag.static))
+    _along(tracer, func, args, kwargs, out, "normalised")
+
+
+@rule("cumsum", "cumsum_", "cumprod", "cumprod_", "cummax", "cummin", "logcumsumexp")
+def _accumulate(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    _along(tracer, func, args, kwargs, out, "accumulated")
+
+
+@rule("sort", "argsort", "topk")
+def _sort(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    """Keep the labels of the other axes, also on the places that the sorted entries had: each channel has its own."""
+    _along(tracer, func, args, kwargs, out, "sorted")
+
+
+def _along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any, what: str) -> None:
+    """Freeze the axis along which entries depend on one another; the other axes keep their labels.
+
+    Args:
+        tracer: The tracer.
+        func: The operation, which has an argument "dim".
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: Its result, of which every tensor gets the labels.
+        what: What happens along the axis, for people to read.
+    """
+    x: Tensor = args[0]
+    dim = dim_of(bound_arguments(func, args, kwargs)["dim"], x.dim())
+    tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(x), [dim] if x.dim() else []))
+    if x.dim():
+        tracer.freeze_axes(tag, f"{what} over its channels by {schema_name(func)}", [dim])
+    for o in tensors_in(out):
+        axes = tuple(plain(n) if d == dim else tag.axes[d] for d, n in enumerate(o.shape))
+        tracer.put(o, Tag(axes, static=tag.static))
 
 
 @rule("flip", "roll")
 def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     """Freeze the axes along which entries change places; elsewhere labels stay as they are."""
-    dims = [dim_of(d, out.dim()) for d in (args[-1] if isinstance(args[-1], list | tuple) else [args[-1]])]
+    asked = bound_arguments(func, args, kwargs)["dims"]
+    dims = [dim_of(d, out.dim()) for d in asked] or list(range(out.dim()))  # without dims, roll flattens the tensor
     tracer.freeze(args[0], f"reordered over its channels by {schema_name(func)}", dims)
     tag = tracer.ledger.settle(tracer.tag(args[0]))
     tracer.put(out, Tag(tuple(plain(out.shape[d]) if d in dims else a for d, a in enumerate(tag.axes))))
@@ -124,7 +160,9 @@ def _reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
       "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
       "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d",
       "upsample_nearest3d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
-      "upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
+      "upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+      "_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "_adaptive_avg_pool1d", "fractional_max_pool2d",
+      "fractional_max_pool3d")  # fmt: skip
 def _spatial(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Keep the labels of the leading axes: the operation mixes trailing axes, for each channel by itself."""
     tag = tracer.ledger.settle(tracer.tag(args[0]))
@@ -154,26 +192,3 @@ def _value(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     tracer.facts.steered = True
     for t in tensors_in(args, kwargs):
         tracer.freeze(t, f"its value is read by {schema_name(func)}")
-
-
-@layout("index", "index_select", "gather")
-def _index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
-    """Freeze the axes that are indexed; the others keep their labels where the layout of the result is simple."""
-    x: Tensor = args[0]
-    tag = tracer.ledger.settle(tracer.tag(x))
-    if schema_name(func) == "aten::index":
-        indices = [*args[1], *[None] * (x.dim() - len(args[1]))]
-        hit = [d for d, i in enumerate(indices) if i is not None]
-        plain_layout = len(hit) == 1 and indices[hit[0]].dim() == 1 and indices[hit[0]].dtype != torch.bool
-    else:
-        hit, plain_layout = [dim_of(args[1], x.dim())], schema_name(func) == "aten::index_select"
-    tracer.freeze(x, "indexed by position", hit)
-    for t in tensors_in(args[1:]):
-        tracer.freeze(t, "used as an index")
-    if plain_layout:
-        tracer.put(out, tag.with_axis(hit[0], plain(out.shape[hit[0]])))
-    elif hit == [0] and len(out.shape) >= x.dim() - 1 and schema_name(func) == "aten::index":
-        lead = out.dim() - (x.dim() - 1)
-        tracer.put(out, Tag((*map(plain, out.shape[:lead]), *tag.axes[1:])))
-    else:
-        tracer.freeze(x, "indexed by position")

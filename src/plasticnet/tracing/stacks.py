@@ -81,7 +81,7 @@ def _stack(tracer: Tracer, a: Axis, b: Axis) -> Axis:
         tracer.meet(labels, others, "a stack of products with something fixed")
         return a
     pairs = [(Tag(((f,),)), Tag(((g,),))) for f, g in zip(a, b, strict=True)]
-    joined = [join_axes(tracer, [(s, 0), (t, 0)], s.shape[0], in_place=False) for s, t in pairs]
+    joined = [join_axes(tracer, [(s, 0), (t, 0)], s.shape[0]) for s, t in pairs]
     return tuple(f for axis in joined for f in axis)
 
 
@@ -93,7 +93,7 @@ def _added(tracer: Tracer, bias: Tensor, out: Tensor) -> None:
     for i in range(-bias.dim(), 0):
         if bias.shape[i] == out.shape[i]:
             places = [(tag, out.dim() + i), (added, bias.dim() + i)]
-            axes[i] = join_axes(tracer, places, out.shape[i], in_place=False)
+            axes[i] = join_axes(tracer, places, out.shape[i])
         else:
             tracer.freeze_axes(added, "one channel broadcast over many", [bias.dim() + i])
     levers = [NO_LEVERS] * out.dim()

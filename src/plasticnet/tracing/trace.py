@@ -18,7 +18,18 @@ from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import MORE, Call, Outputs, blaming_inputs, calls_of
 from plasticnet.tools.snapshot import left_as_it_was
 from plasticnet.tools.torch_private import is_scripted, schema_name
-from plasticnet.tracing import contractions, parametrizations, quantisation, rules, stacks, views  # noqa: F401  (importing registers the rules)
+
+# Importing these files registers the rules.
+from plasticnet.tracing import (  # noqa: F401
+    contractions,
+    indexing,
+    parametrizations,
+    quantisation,
+    rules,
+    stacks,
+    views,
+    windows,
+)
 from plasticnet.tracing.blocks import block_sites, find_blocks
 from plasticnet.tracing.identity import branch_ends
 from plasticnet.tracing.mode import RULES, Rule, Tracer

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from plasticnet.tools.torch_private import base_of, schema_name
+from plasticnet.tools.torch_private import schema_name
 from plasticnet.tracing.labels import (
     NO_LEVERS,
     Axis,
@@ -37,14 +37,15 @@ def dim_of(dim: int, ndim: int) -> int:
     return dim % max(ndim, 1)
 
 
-def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place: bool) -> Axis:
+def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, part: bool = False) -> Axis:
     """Return the axis of the result where tensors are combined entry by entry, and join the labels of their axes.
 
     Args:
         tracer: The tracer.
         places: The tag of each tensor, and the place of its axis.
         size: The length of the axis.
-        in_place: Whether the result is written into the first tensor.
+        part: Whether the result is written into the first tensor, which is a view of another one. If its entries were
+            equal, the labels cannot pass, because the other tensor gets none.
     """
     factors = [t.axes[a] for t, a in places]
     found = next((f for f in factors if has_labels(f)), None)
@@ -54,7 +55,7 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
     if all(f is found for f in factors):
         return found
     union, compared = np.full(size, -1, dtype=np.int64), False
-    written = in_place and is_same(factors[0])  # after the write its entries are no longer equal
+    written = part and is_same(factors[0])
     for n, (t, a) in enumerate(places):
         if is_same(t.axes[a]) and not (written and n == 0):
             continue
@@ -66,60 +67,6 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, in_place
             union, compared = labels, True
     complete = (tracer.ledger.read(Tag((found,)), 0) == union).all()
     return found if complete else labelled(union)
-
-
-def write(tracer: Tracer, target: Tensor, x: Tensor) -> bool:
-    """Move the labels of a tensor that is copied into a blank one, or into a slice of a blank one.
-
-    The whole blank tensor, as ``empty`` or ``zeros`` makes it, takes the labels at the places that are written.
-
-    Args:
-        tracer: The tracer.
-        target: The tensor that is written to.
-        x: The tensor that is copied.
-
-    Returns:
-        Whether the target is blank. If not, no label was moved.
-    """
-    base = base_of(target)
-    base = target if base is None else base
-    tag = tracer.tag(base)
-    if not tag.blank or base.dim() != target.dim() or base.stride() != target.stride() or x.shape != target.shape:
-        return False
-    own = tracer.ledger.settle(tracer.tag(x))
-    rest = int(target.storage_offset() - base.storage_offset())
-    axes: list[Axis] = []
-    for d, (size, stride) in enumerate(zip(base.shape, base.stride(), strict=True)):
-        start, rest = divmod(rest, max(int(stride), 1))
-        axes.append(_written(tracer, tag, own, d, slice(start, start + target.shape[d]), size))
-    tracer.put(base, Tag(tuple(axes), blank=True))
-    return True
-
-
-def _written(tracer: Tracer, tag: Tag, own: Tag, d: int, place: slice, size: int) -> Axis:
-    """Return an axis of a blank tensor after another tensor was copied into a slice of it.
-
-    Args:
-        tracer: The tracer.
-        tag: The labels of the blank tensor.
-        own: The labels of the tensor that is copied.
-        d: The place of the axis.
-        place: The slice of the axis that is written.
-        size: The length of the axis.
-    """
-    before, after = tag.axes[d], own.axes[d]
-    if axis_size(after) == size and is_same(before):
-        return after
-    if not has_labels(before) and not has_labels(after):
-        return before if is_batch(before) and is_batch(after) else plain(size)
-    labels, new = tracer.ledger.read(tag, d).copy(), tracer.ledger.read(own, d)
-    if not is_same(before) and not has_labels(before):
-        tracer.ledger.freeze(new, "written beside something that cannot be cut")
-        return before
-    tracer.ledger.join(labels[place], new)
-    tracer.ledger.freeze(np.where(new < 0, labels[place], -1), "written over by something that cannot be cut")
-    labels[place] = np.where(labels[place] < 0, new, labels[place])
-    return labelled(labels)
 
 
 @layout("view", "_unsafe_view", "_reshape_alias", "reshape")
@@ -165,7 +112,7 @@ def _pairs(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     tracer.put(out, Tag(axes[:-1] if schema_name(func) == "aten::view_as_complex" else (*axes, plain(2))))
 
 
-@layout("t", "numpy_T")
+@layout("t", "t_", "numpy_T")
 def _t(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     _permuted(tracer, args[0], range(args[0].dim())[::-1], out)
 
@@ -216,6 +163,21 @@ def _squeeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     tracer.put(out, Tag(tuple(a for d, a in enumerate(tracer.tag(x).axes) if d not in gone)))
 
 
+@layout("squeeze_", "unsqueeze_")
+def _axes_in_place(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Take axes of length 1 away, or add one, in a tensor that had other axes when it got its labels."""
+    axes = list((tracer.tags.get(args[0]) or tracer.tag(args[0])).axes)
+    if schema_name(func) == "aten::unsqueeze_":
+        axes.insert(dim_of(args[1], out.dim()), ())
+    else:
+        asked = args[1] if len(args) > 1 else range(len(axes))
+        dims = {dim_of(d, len(axes)) for d in (asked if isinstance(asked, list | tuple | range) else [asked])}
+        gone = [d for d in dims if axis_size(axes[d]) == 1]
+        tracer.freeze_axes(Tag(tuple(axes)), "a single channel is squeezed away", gone)
+        axes = [a for d, a in enumerate(axes) if d not in gone]
+    tracer.put(out, Tag(tuple(axes)))
+
+
 @layout("expand")
 def _expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
     axes = list(tracer.tag(args[0]).axes)
@@ -237,7 +199,8 @@ def _repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> N
         if times == 1:
             result.append(axis)
         elif not has_labels(axis):
-            result.append(plain(axis_size(axis) * times))
+            equal = axis_size(axis) == 1 or is_same(axis)
+            result.append(plain(axis_size(axis) * times, Mark.SAME if equal else Mark.NONE))
         else:
             result.append(labelled(np.tile(tracer.ledger.read(Tag((axis,)), 0), times)))
     tracer.put(out, Tag(tuple(result)))
@@ -253,7 +216,7 @@ def _cat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None
         if d == dim:
             axes.append(labelled(np.concatenate([_joined(tracer, t, d) for t in tags])))
         else:
-            axes.append(join_axes(tracer, [(t, d) for t in tags], out.shape[d], in_place=False))
+            axes.append(join_axes(tracer, [(t, d) for t in tags], out.shape[d]))
     if len(parts) == 1:
         axes[dim] = tags[0].axes[dim]
     levers = [together(tracer, [(t, d) for t in tags], -1 if d == dim else n) for d, n in enumerate(out.shape)]
@@ -270,7 +233,7 @@ def _stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> No
     dim = dim_of(args[1] if len(args) > 1 else kwargs.get("dim", 0), out.dim())
     tags = [tracer.ledger.settle(tracer.tag(t)) for t in args[0]]
     axes = [
-        join_axes(tracer, [(t, d) for t in tags], n, in_place=False)
+        join_axes(tracer, [(t, d) for t in tags], n)
         for d, n in enumerate(s for i, s in enumerate(out.shape) if i != dim)
     ]
     levers = [together(tracer, [(t, d) for t in tags], axis_size(axis)) for d, axis in enumerate(axes)]
