@@ -133,18 +133,24 @@ class Norm:
         axis: The axis of what is normalised along which the units lie, counted from the end.
         tensor: The name of a parameter of the module.
         dim: Its dimension along which the units lie in the same order.
+        statistic: The name of the operation of ATen that takes them.
+        least: How many units must be open: 2 for a variance that divides by one less than their number.
+        counts: Whether the module reads the number of units from a shape, to divide by it.
 
     Example:
         >>> import torch, plasticnet as pn
         >>> layers = torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2)
         >>> pn.trace(torch.nn.Sequential(*layers), (torch.zeros(2, 4),), residual=True).sites["0"].norms
-        [Norm(module='1', axis=-1, tensor='1.weight', dim=0)]
+        [Norm(module='1', axis=-1, tensor='1.weight', dim=0, statistic='native_layer_norm', least=1, counts=False)]
     """
 
     module: str
     axis: int
     tensor: str
     dim: int
+    statistic: str
+    least: int = 1
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,11 @@ class Units:
     norms: list[Norm] = field(default_factory=list, kw_only=True)
     widths: tuple[Width, ...] = field(default=(), kw_only=True)
     growable: bool = field(default=True, kw_only=True)
+
+    @property
+    def least(self) -> int:
+        """How many units must stay, so that the statistics over them are numbers."""
+        return max((norm.least for norm in self.norms), default=1)
 
 
 @dataclass

@@ -34,7 +34,7 @@ def keep_signal(net: GatedModel) -> None:
             continue
         outputs = [_outputs(net, c.tensor, c.dim) for c in site.units.consumers if net.frozen.get(c.module) == READ]
         if outputs:
-            site.usual_minimum = max(1, min(max(outputs).bit_length(), len(site) // _SHARE))
+            site.usual_minimum = max(site.usual_minimum, min(max(outputs).bit_length(), len(site) // _SHARE))
             site.minimum = site.usual_minimum
 
 

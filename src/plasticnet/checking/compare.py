@@ -114,7 +114,10 @@ class Comparing:
             except Exception as error:  # a forward that hard-codes a width can raise anything
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
                 return f"the model does not run when units are cut: {what}"
-            masked = self.masked(sites, factors)
+            try:
+                masked = self.masked(sites, factors)
+            except Exception as error:  # a norm that counts open units may need the length of what it gets
+                return f"the model does not run while its units are masked: {error}"
             if relative_difference(masked, compared) > self._allowed(masked):
                 return self._unsteady() or _DISAGREE
             if not masked:

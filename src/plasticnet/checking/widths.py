@@ -24,9 +24,9 @@ _TRIALS = 40  # the most sets of attributes that are tried for one site
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
     """Repair the sites of a family of layers for which masking and cutting disagree.
 
-    First, attributes are sought that must follow the size of a site. The search is done for one member, the largest
-    that fails, and its result is used for all members. If that fails, the sites of all layers are tied, unit by unit,
-    to a single site.
+    First, norms are taken to read the number of their channels from a shape. Then attributes are sought that must
+    follow the size of a site. The search is done for one member, the largest that fails, and its result is used for all
+    members. If that fails, the sites of all layers are tied, unit by unit, to a single site.
 
     Args:
         model: The model, which is left as it was.
@@ -38,6 +38,9 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
     """
     if not all(u.slices for u in family.values()):  # blocks have no width
         return None
+    counting = {n: replace(u, norms=[replace(norm, counts=True) for norm in u.norms]) for n, u in family.items()}
+    if any(u.norms for u in family.values()) and differs(counting) is None:
+        return counting
     found = {n: candidates(model, u) for n, u in family.items()}
     largest = sorted(family, key=lambda n: -family[n].size)
     name = next((n for n in largest if differs({n: family[n]}) is not None), None)

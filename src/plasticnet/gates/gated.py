@@ -277,7 +277,7 @@ class GatedModel(nn.Module):
     def run(self, z: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], **options: Any) -> Any:
         """Run the model under the given gates and return its output.
 
-        Where all units of a site with a norm are closed, the norm takes its statistics over the best unit.
+        Where too few units of a site with a norm are open, the norm takes its statistics over the best ones.
 
         Args:
             z: The gates of the units, shape (units + 1,) or (rows, units + 1), with a constant 1 at the end.

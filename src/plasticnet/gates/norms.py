@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,62 +18,84 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from plasticnet.tools.precision import widened
-from plasticnet.tools.shapes import along
 
 
-@contextmanager
-def open_statistics(module: nn.Module, axis: int, mask: Tensor) -> Iterator[None]:
-    """Let a module take its statistics over the open entries only within this context.
+@dataclass(frozen=True, eq=False)
+class OpenStatistics:
+    """What a module takes over an axis along which gated units lie.
 
-    Args:
+    Attributes:
         module: The module of the norm.
-        axis: The axis along which the units lie, counted from the end.
-        mask: Which entries of this axis are open, a boolean tensor of shape (length of the axis,).
+        axis: The axis, counted from the end.
+        names: The names of the statistics, as ATen has them. Those of whole norms, such as ``layer_norm``, are replaced
+            in any case.
+        counts: Whether the length of this axis that the module reads from a shape is the number of open units, too.
     """
-    modes: list[_OpenStatistics] = []
 
-    def enter(*_: Any) -> None:
-        modes.append(_OpenStatistics(axis, mask))
-        modes[-1].__enter__()
+    module: nn.Module
+    axis: int
+    names: frozenset[str]
+    counts: bool = False
 
-    def leave(*_: Any) -> None:
-        while modes:
-            modes.pop().__exit__(None, None, None)
+    @contextmanager
+    def over(self, mask: Tensor) -> Iterator[None]:
+        """Let the module take these statistics over the open entries only within this context.
 
-    handles = [
-        module.register_forward_pre_hook(enter),
-        module.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        leave()  # because an interrupt skips the hooks
+        Args:
+            mask: Which entries of the axis are open, a boolean tensor of shape (length of the axis,).
+        """
+        modes: list[_Open] = []
+
+        def enter(*_: Any) -> None:
+            modes.append(_Open(self, mask))
+            modes[-1].__enter__()
+
+        def leave(*_: Any) -> None:
+            while modes:
+                modes.pop().__exit__(None, None, None)
+
+        handles = [
+            self.module.register_forward_pre_hook(enter),
+            self.module.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            leave()  # because an interrupt skips the hooks
 
 
-class _OpenStatistics(TorchFunctionMode):
+class _Open(TorchFunctionMode):
     """Replaces operations that take statistics over an axis by versions that count its open entries only.
 
     Args:
-        axis: The axis, counted from the end.
+        norm: The axis, and which statistics are replaced.
         mask: Which of its entries are open, a boolean tensor of shape (length of the axis,).
     """
 
-    def __init__(self, axis: int, mask: Tensor) -> None:
+    def __init__(self, norm: OpenStatistics, mask: Tensor) -> None:
         super().__init__()
-        self.axis = axis
-        self.mask = mask
+        self.axis, self.counts, self.mask = norm.axis, norm.counts, mask
+        self.names = norm.names
+        self._opened: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        masked = _MASKED.get(func)
-        if masked is None:
-            return func(*args, **(kwargs or {}))
-        return masked(self, func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            return _NORMS[func](self, func, *args, **kwargs)
+        if func in _STATISTICS and _STATISTICS[func][0] in self.names:
+            return _over_open(self, func, *args, **kwargs)
+        if self.counts and func in _SHAPES:
+            return _open_shape(self, func, *args, **kwargs)
+        return func(*args, **kwargs)
 
-    def over(self, x: Tensor) -> Tensor:
-        """Return the mask as numbers 1 and 0, in a shape that broadcasts over ``x``."""
-        return along(self.mask.to(x.dtype), self.axis, x.dim())
+    @property
+    def opened(self) -> Tensor:
+        """The indices of the open entries."""
+        if self._opened is None:
+            self._opened = self.mask.nonzero()[:, 0]
+        return self._opened
 
     def count(self) -> Tensor:
         """Return how many entries are open, or 1 where none is, so that nothing is divided by 0."""
@@ -81,6 +104,12 @@ class _OpenStatistics(TorchFunctionMode):
     def reads(self, x: Tensor) -> bool:
         """Return whether ``x`` has the gated axis."""
         return x.dim() >= -self.axis and x.shape[self.axis] == len(self.mask)
+
+    def along(self, x: Tensor, dim: Any) -> bool:
+        """Return whether ``dim``, a number or several, names the gated axis of ``x``; None names no axis."""
+        if not isinstance(dim, int | list | tuple) or isinstance(dim, bool) or not self.reads(x):
+            return False
+        return self.axis % x.dim() in [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)]
 
 
 def _standardised(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor, eps: float) -> Tensor:
@@ -116,7 +145,7 @@ def _scaled(y: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Ten
 
 
 def _layer_norm(
-    mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    mode: _Open, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
     """Do what ``layer_norm`` does over one axis, with the statistics of its open entries."""
@@ -128,7 +157,7 @@ def _layer_norm(
 
 
 def _rms_norm(
-    mode: _OpenStatistics, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
+    mode: _Open, func: Any, input: Tensor, normalized_shape: Any, weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Do what ``rms_norm`` does over one axis, with the statistics of its open entries."""
@@ -142,7 +171,7 @@ def _rms_norm(
 
 
 def _group_norm(
-    mode: _OpenStatistics, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None,
+    mode: _Open, func: Any, input: Tensor, num_groups: int, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
     """Do what ``group_norm`` does with one group, with the statistics of the open channels at all positions."""
@@ -156,25 +185,56 @@ def _group_norm(
     return _like_torch(func, y, input, input.new_empty(0, len(mask), 1), 1, weight, bias)
 
 
-def _mean(mode: _OpenStatistics, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Take a mean over the open entries, where it is over the gated axis alone; any other mean is left as it is."""
-    dim = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
-    dims = [dim] if isinstance(dim, int) else list(dim or [])
-    if len(dims) != 1 or not mode.reads(input) or dims[0] % input.dim() != mode.axis % input.dim():
-        return func(input, *args, **kwargs)
-    keepdim = bool(args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False)))
-    dtype = kwargs.get("dtype") or input.dtype
-    wide = widened(input.to(dtype))  # because torch, too, sums half precision in single precision
-    return ((wide * mode.over(wide)).sum(dims[0], keepdim=keepdim) / mode.count()).to(dtype)
+def _over_open(mode: _Open, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a reduction with the open entries only, where it is over the gated axis; any other is left as it is."""
+    first, *rest = args or [None]
+    name = "input" if "input" in kwargs else "x"
+    x = kwargs[name] if first is None else first
+    _, place = _STATISTICS[func]
+    dim = rest[place] if len(rest) > place else kwargs.get("dim", kwargs.get("axis"))
+    if not mode.along(x, dim):
+        return func(*args, **kwargs)
+    opened = x.index_select(mode.axis, mode.opened)
+    return func(**{**kwargs, name: opened}) if first is None else func(opened, *rest, **kwargs)
 
 
-_MASKED: dict[Any, Callable[..., Tensor]] = {
+def _normalize(
+    mode: _Open, func: Any, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None
+) -> Tensor:
+    """Divide by the length that the open entries have, where it is taken along the gated axis."""
+    if "linalg_vector_norm" not in mode.names or not mode.along(input, dim):
+        return func(input, p, dim, eps, out=out)
+    length = input.index_select(mode.axis, mode.opened).norm(p, dim, keepdim=True)
+    return torch.div(input, length.clamp_min(eps).expand_as(input), out=out)
+
+
+def _open_shape(mode: _Open, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return the shape of a tensor, or a part of it, as if it had the open entries only."""
+    found = func(x, *args, **kwargs)
+    if not mode.reads(x):
+        return found
+    if isinstance(found, int):
+        return len(mode.opened) if mode.along(x, args[0] if args else kwargs.get("dim")) else found
+    sizes = list(found)
+    sizes[mode.axis] = len(mode.opened)
+    return torch.Size(sizes)
+
+
+# Functions that normalise as a whole.
+_NORMS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
     torch.group_norm: _group_norm,
-    torch.mean: _mean,
-    torch.Tensor.mean: _mean,
+    F.normalize: _normalize,
 }
+# Reductions, with the name that ATen has for each, and the place of "dim" among the arguments behind the tensor.
+_STATISTICS: dict[Any, tuple[str, int]] = {
+    **{f: (name, 0) for name in ("mean", "sum", "var", "std") for f in (getattr(torch, name), getattr(Tensor, name))},
+    torch.var_mean: ("var_mean", 0),
+    torch.std_mean: ("std_mean", 0),
+    **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm), ("linalg_vector_norm", 1)),
+}
+_SHAPES = frozenset({Tensor.shape.__get__, Tensor.size})  # pyright: ignore[reportAttributeAccessIssue]

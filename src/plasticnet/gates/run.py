@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from plasticnet.gates.acting import hooked, input_hooks, places_of, skipping, swapped
 from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.compiled import NotOneGraph
-from plasticnet.gates.norms import open_statistics
+from plasticnet.gates.norms import OpenStatistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
 from plasticnet.gates.sharded import folding_later, gathered_later, values_of
 from plasticnet.gates.tiers import Tiers
@@ -30,7 +30,7 @@ from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
-from plasticnet.units import BlockUnits, Units, gate_offsets, gate_positions
+from plasticnet.units import BlockUnits, Norm, Units, gate_offsets, gate_positions
 
 
 class Gating:
@@ -75,16 +75,19 @@ class Gating:
             if isinstance(u, BlockUnits)
             for i, block in enumerate(u.blocks)
         ]
-        self._normed = [(name, offsets[name], u.size) for name, u in sites.items() if u.norms]
+        self._normed = [(name, offsets[name], u.size, u.least) for name, u in sites.items() if u.norms]
         self.fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
-        norms = dict.fromkeys(n for u in sites.values() for n in u.norms)
+        norms: dict[tuple[str, int, str, int], list[Norm]] = {}
+        for n in dict.fromkeys(n for u in sites.values() for n in u.norms):
+            norms.setdefault((n.module, n.axis, n.tensor, n.dim), []).append(n)
         self._norms = [
             (
-                model.get_submodule(n.module),
-                n.axis,
-                torch.from_numpy(gate_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim])).to(device),
+                OpenStatistics(
+                    model.get_submodule(module), axis, frozenset(n.statistic for n in some), any(n.counts for n in some)
+                ),
+                torch.from_numpy(gate_positions(sites, (tensor, dim), shapes[tensor][dim])).to(device),
             )
-            for n in norms
+            for (module, axis, tensor, dim), some in norms.items()
         ]
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         self._places = places_of(model, {name for r in self.readers for name in r.tensors} | set(weights))
@@ -121,8 +124,8 @@ class Gating:
                 one row for each sample, or a single row for the whole batch.
             args: The positional arguments for the model.
             kwargs: The keyword arguments for the model.
-            best: For each site with a norm, the unit that the norm counts where all units of the site are closed, as
-                the cut network will. By default it is the first unit.
+            best: For each site with a norm, the units that the norm counts where fewer than it needs are open, as the
+                cut network will. By default they are the first ones.
             all_open: Whether all gates of units are 1, so that they need not act at all.
             watching: Makes a `Watch` around the call, from the tensors that gates were multiplied into.
             weights: The gates of single weights, by the name of the parameter and of its shape. None stands for open.
@@ -168,15 +171,16 @@ class Gating:
         then = zip(before.known, before.shapes, strict=True)
         return own == [(id(p), shape) for p, shape in then if isinstance(p, nn.Parameter)]
 
-    def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[nn.Module, int, Tensor]]:
-        """Return the norms that count open units only, each with the axis and the mask of its open entries."""
+    def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[OpenStatistics, Tensor]]:
+        """Return the norms that count open units only, each with the mask of its open entries."""
         if not self._norms:
             return []
         opened = shared > 0
-        for name, start, size in self._normed:
+        for name, start, size, least in self._normed:
             part = opened[start : start + size]
-            part |= ~part.any() & (torch.arange(size, device=shared.device) == (0 if best is None else best[name]))
-        return [(norm, axis, opened.index_select(0, positions)) for norm, axis, positions in self._norms]
+            stay = torch.arange(size, device=shared.device)[:least] if best is None else best[name]
+            part[stay] |= part.sum() < least
+        return [(norm, opened.index_select(0, positions)) for norm, positions in self._norms]
 
     def holding(self, tensors: Mapping[str, Tensor], compiled: bool) -> AbstractContextManager[None]:
         """Return a context in which modules hold these tensors in the place of parameters, by name.
@@ -193,7 +197,7 @@ class Gating:
     @property
     def normed(self) -> list[nn.Module]:
         """The norms that can count open units only."""
-        return [norm for norm, *_ in self._norms]
+        return [norm.module for norm, _ in self._norms]
 
     def places_of(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
         """Return for some of the parameters that gates act on the modules that hold them, as `places_of` does."""
@@ -211,7 +215,7 @@ class _Run:
     Args:
         gating: Where gates act.
         z: The gates of the units, as for `Gating.run`.
-        best: The unit that a norm counts where all units of a site are closed.
+        best: The units that a norm counts where too few of a site are open.
         all_open: Whether all gates of units are 1.
         weights: The gates of single weights.
         ranks: The processes that run the model alike, where FSDP2 shards it.
@@ -219,7 +223,7 @@ class _Run:
 
     Attributes:
         tensors: The weights that gates were multiplied into, by the name of the parameter.
-        masks: The norms that count open units only, each with the axis and the mask of its open entries.
+        masks: The norms that count open units only, each with the mask of its open entries.
         skipped: The closed blocks.
         compiled: Whether a module of the model was compiled in place, and runs so.
         timed: A context that times the run, where the model was compiled in place. It yields what takes the output.
@@ -249,7 +253,7 @@ class _Run:
         changed = {*weights, *(name for r in self._read for name in r.tensors)}
         self._later = gathered_later(gating.model, gating.places_of(changed)) if changed else []
         self.tensors = self._multiplied(changed.difference(*(held for _, held in self._later)))
-        self.masks: list[tuple[nn.Module, int, Tensor]] = []
+        self.masks: list[tuple[OpenStatistics, Tensor]] = []
         self.skipped: list[nn.Module] = []
         self._tied: list[nn.Module] = []  # closed blocks that are open on another rank
         if not all_open:
@@ -323,8 +327,8 @@ class _Run:
                 stack.enter_context(unfused_layers())
             if self._acts and not torch.compiler.is_dynamo_compiling():
                 stack.enter_context(checkpoints_by(self._wrap))
-            for norm, axis, mask in self.masks:
-                stack.enter_context(open_statistics(norm, axis, mask))
+            for norm, mask in self.masks:
+                stack.enter_context(norm.over(mask))
             if self.skipped:
                 stack.enter_context(skipping(self.skipped, self._tied))
             if self.tensors:

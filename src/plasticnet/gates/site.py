@@ -146,8 +146,8 @@ class Site(_Gates):
 
     @property
     def _lowest(self) -> int:
-        """The lowest number of units that a site can have: 0 for blocks, which may all be closed, else 1."""
-        return 0 if isinstance(self.units, BlockUnits) else 1
+        """The lowest number of units that a site can have: that of its norms, mostly 1; 0 for blocks, which may all close."""
+        return 0 if isinstance(self.units, BlockUnits) else self.units.least
 
     @property
     def least(self) -> int:
@@ -178,8 +178,11 @@ class Site(_Gates):
 
     @property
     def best(self) -> Tensor:
-        """The index of the unit that is most likely to be open, a scalar. It stays when all units are closed."""
-        return self.phi.detach().argmax()
+        """The indices of the units that stay, and count in norms, when too few are open: mostly a single one.
+
+        They are those that are most likely to be open.
+        """
+        return self.phi.detach().argsort(descending=True, stable=True)[: self.units.least]
 
     def likely(self, n: int) -> np.ndarray:
         """Return the indices of the ``n`` units that are most likely to be open, or of all if there are fewer.

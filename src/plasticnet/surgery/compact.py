@@ -42,7 +42,7 @@ def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
     with as_whole(net.model):
         small = duplicate(net.model).eval()
     sites = net.sites.values()
-    best = {s.name: int(s.best) for s in sites}
+    best = {s.name: s.best.cpu().numpy() for s in sites}
     factors = {s.name: s.mean_gate(net.k) for s in sites}
     weights = net.mean_weights()
     if weights is not None:
@@ -59,20 +59,20 @@ def cut(
     model: nn.Module,
     sites: Mapping[str, Units],
     factors: Mapping[str, Tensor],
-    best: Mapping[str, int] | None = None,
+    best: Mapping[str, np.ndarray] | None = None,
     multiple_of: int = 1,
 ) -> nn.Module:
     """Bring a model to its final form.
 
     Units whose factor is 0 are cut, and the other factors are multiplied into the weights that read the units. Closed
     blocks become a `Skip`, and the features that are left of a layer's input are selected by a `Take`. A site whose
-    factors are all 0 keeps one unit, which is read with weights of zero.
+    factors are all 0 keeps one unit, which is read with weights of zero, or two where a norm needs them.
 
     Args:
         model: The model, which is changed in place.
         sites: Its sites.
         factors: What is multiplied into the weights that read a unit, shape (units,) for each site.
-        best: The unit that stays in a site whose factors are all 0; by default the first one.
+        best: The units that stay in a site of which fewer would; by default the first one, or as many as norms need.
         multiple_of: What widths are to be a multiple of, as in `survivors`.
 
     Returns:
@@ -93,8 +93,9 @@ def cut(
         unfuse_encoders(model)
         values = {name: factors[name].cpu().numpy().copy() for name in sites}
         for name, f in values.items():
-            if not f.any():
-                f[(best or {}).get(name, 0)] = 1.0
+            if (f != 0).sum() < sites[name].least:
+                stay = (best or {}).get(name, np.arange(min(sites[name].least, len(f))))
+                f[stay[f[stay] == 0]] = 1.0
         sources = _counted_open(sites, values, survivors(sites, values, 0.0, multiple_of))
         with torch.random.fork_rng(devices=[]):  # because a plan may draw which feature comes back
             planned = plan_resize(sites, lengths(model), sources)

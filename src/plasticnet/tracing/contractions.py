@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from plasticnet.tools.torch_private import schema_name
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, labelled, plain
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import contract, count_uses, pair
@@ -181,7 +182,7 @@ def _group_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     labels = tracer.ledger.read(tag, 1)
     for vector in (weight, bias):
         tracer.attach(labels, vector, "a normalisation vector without units")
-    if groups > 1 or not normalise(tracer, x, 1, weight):
+    if groups > 1 or not normalise(tracer, x, 1, schema_name(func), weight):
         counted = () if weight is None else tracer.tag(weight).levers_of(0)
         tracer.facts.grouped.update((tensor, channels // groups) for tensor, _ in counted)
         for group in labels.reshape(groups, channels // groups):
@@ -199,7 +200,7 @@ def _layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     x, shape = args[:2]
     tag = tracer.ledger.settle(tracer.tag(x))
     vectors = [vector for vector in args[2:4] if isinstance(vector, Tensor)]
-    if len(shape) == 1 and vectors and normalise(tracer, x, x.dim() - 1, vectors[0]):
+    if len(shape) == 1 and vectors and normalise(tracer, x, x.dim() - 1, schema_name(func), vectors[0]):
         for vector in vectors[1:]:
             tracer.attach(tracer.ledger.read(tag, x.dim() - 1), vector, "a normalisation vector without units")
     else:

@@ -33,7 +33,8 @@ class Facts:
         stateful: Whether the model keeps something from one call to the next.
         random: Whether the model draws random numbers in evaluation mode.
         unskippable: The blocks that return something else in training than a tensor like their first input.
-        means: The modules, each with an axis, that take a mean over an axis without units.
+        means: The modules, each with an axis and the name of an operation, that take such statistics over an axis
+            without units.
         embeddings: The tables of embeddings whose own units get no gates.
         capped: The dimensions of parameters that may become shorter, but not longer.
         tables: The tables of embeddings whose own units get gates.
@@ -57,7 +58,7 @@ class Facts:
     stateful: bool = False
     random: bool = False
     unskippable: set[str] = field(default_factory=set)
-    means: set[tuple[str, int]] = field(default_factory=set)
+    means: set[tuple[str, int, str]] = field(default_factory=set)
     embeddings: set[str] = field(default_factory=set)
     capped: set[tuple[str, int]] = field(default_factory=set)
     tables: set[str] = field(default_factory=set)

@@ -12,7 +12,7 @@ from plasticnet.tracing.layout import join_parts
 from plasticnet.tracing.levers import follow, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import close_at_birth
-from plasticnet.tracing.statistics import normalise
+from plasticnet.tracing.statistics import STATISTICS, normalised
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in
 from plasticnet.tracing.writes import write
 
@@ -74,11 +74,9 @@ def _reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None
     if len(args) > 1 and isinstance(args[1], Tensor):  # max(x, y) of two tensors is pointwise
         return pointwise(tracer, func, args, kwargs, out)
     dims, keepdim = _reduced_dims(func, args, kwargs, x.dim())
-    single = schema_name(func) == "aten::mean" and len(dims) == 1
-    if single and tracer.calls and not has_labels(tracer.tag(x).axes[dims[0]]):
-        tracer.facts.means.add((tracer.calls[-1][0], dims[0] - x.dim()))
-    if not single or not normalise(tracer, x, dims[0]):
-        hint = " (residual=True may gate it)" if schema_name(func) == "aten::mean" and not tracer.residual else ""
+    if not normalised(tracer, func, args, kwargs, dims):
+        maybe = not tracer.residual and schema_name(func).removeprefix("aten::") in STATISTICS
+        hint = " (residual=True may gate it)" if maybe else ""
         before = tracer.tag(x)
         tag = join_parts(tracer.ledger, before, dims)
         tracer.put(x, tag)  # every later reader must take the parts as this operation does

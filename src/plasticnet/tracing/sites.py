@@ -69,9 +69,9 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         if key in facts.producers and key in facts.contracted and key[0] not in facts.inputs and key not in tables:
             ledger.freeze(origins[i][2], "one tensor both produces and consumes the same units")
     for norm in facts.norms:
-        if (norm.module, norm.axis) in facts.means:
+        if (norm.module, norm.axis, norm.statistic) in facts.means:
             labels = next(labels for t, d, labels in origins if (t, d) == (norm.tensor, norm.dim))
-            ledger.freeze(labels, "its layer also takes a mean, over the same axis, of something else")
+            ledger.freeze(labels, f"its layer also takes a {norm.statistic} over the same axis of something else")
     reasons = _frozen_classes(classes, ledger.frozen)
 
     trace = Trace({}, {}, dict(facts.uses))
@@ -91,7 +91,7 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
     for units in trace.sites.values():
         places = {(s.tensor, s.dim) for s in units.slices}
         units.norms.extend(n for n in facts.norms if (n.tensor, n.dim) in places)
-        units.growable = not places & facts.capped
+        units.growable = not units.norms and not places & facts.capped  # new units would count in the statistics
     attach_counts(facts, trace)
     return trace
 

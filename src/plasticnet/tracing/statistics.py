@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
+from plasticnet.tools.torch_private import bound_arguments, schema_name
+from plasticnet.tracing.labels import has_labels
 from plasticnet.tracing.mode import Tracer
 from plasticnet.units import Norm, owner
 
+# What may take statistics over the open units only, by the names of ATen; other reductions freeze what they reduce.
+STATISTICS = frozenset({"mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"})
 
-def normalise(tracer: Tracer, x: Tensor, axis: int, vector: Tensor | None = None) -> bool:
+
+def normalised(tracer: Tracer, func: Any, args: Any, kwargs: Any, dims: Sequence[int]) -> bool:
+    """Note that a reduction is to count the open units only, where that is possible, or what else it reduces.
+
+    Args:
+        tracer: The tracer of the run.
+        func: The reduction.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        dims: The axes that it reduces.
+
+    Returns:
+        Whether it is possible.
+    """
+    x: Tensor = args[0]
+    name = schema_name(func).removeprefix("aten::")
+    if name not in STATISTICS or not tracer.calls:
+        return False
+    tag = tracer.tag(x)
+    tracer.facts.means.update((tracer.calls[-1][0], d - x.dim(), name) for d in dims if not has_labels(tag.axes[d]))
+    bound = bound_arguments(func, args, kwargs)
+    labelled = [d for d in dims if has_labels(tag.axes[d])]
+    if len(labelled) != 1 or bound["dim"] in (None, []):
+        return False
+    correction = bound.get("correction", bound.get("unbiased", 0))
+    least = 1 + math.ceil(1 if correction is None else correction)
+    return normalise(tracer, x, labelled[0], name, least=least)
+
+
+def normalise(
+    tracer: Tracer, x: Tensor, axis: int, statistic: str, vector: Tensor | None = None, least: int = 1
+) -> bool:
     """Note that statistics over an axis are to be taken over the open units only, where that is possible.
 
     It is possible where masked norms were asked for and the running module owns a vector as long as the axis. The
@@ -19,8 +58,10 @@ def normalise(tracer: Tracer, x: Tensor, axis: int, vector: Tensor | None = None
         tracer: The tracer of the run.
         x: The tensor whose statistics are taken.
         axis: The axis.
+        statistic: The name of the operation.
         vector: The vector that the norm is given: a parameter of the module, or computed from one. None stands for any
             vector of the module.
+        least: How many units must be open for the statistics to be numbers.
 
     Returns:
         Whether it is possible.
@@ -39,7 +80,9 @@ def normalise(tracer: Tracer, x: Tensor, axis: int, vector: Tensor | None = None
     if place is None or labels is None:
         return False
     tracer.meet(ledger.read(tracer.tag(x), axis), labels, "a normalisation vector without units")
-    tracer.facts.norms.setdefault(Norm(module, axis % x.dim() - x.dim(), *place))
+    tracer.facts.norms.setdefault(
+        Norm(module, axis % x.dim() - x.dim(), *place, statistic.removeprefix("aten::"), least)
+    )
     return True
 
 
