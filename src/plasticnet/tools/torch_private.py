@@ -285,6 +285,13 @@ def schema_arguments(op: torch._ops.OpOverload) -> Sequence[Any]:
     return op._schema.arguments
 
 
+def writes_silently(op: torch._ops.OpOverload) -> bool:
+    """Return whether an operation writes to an argument that it does not return."""
+    written = sum(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
+    returned = sum(r.alias_info is not None and r.alias_info.is_write for r in op._schema.returns)
+    return written > returned
+
+
 def bound_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of an operation by their names, with the defaults of those that were not given."""
     given = dict(zip((a.name for a in schema_arguments(op)), args, strict=False)) | dict(kwargs)

@@ -16,16 +16,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
-from plasticnet.tools.torch_private import (
-    differentiates_now,
-    flat_names,
-    is_scripted,
-    schema_name,
-)
+from plasticnet.tools.torch_private import differentiates_now, flat_names, is_scripted, schema_name
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, has_labels, labelled, plain
+from plasticnet.tracing.liveness import Liveness
 from plasticnet.units import READ, SCRIPTED
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
@@ -57,6 +53,7 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         ledger: The ledger of the facts.
+        liveness: Which operations had a part in what is read; what others freeze does not count.
         tags: The labels of each tensor that was seen.
         calls: The modules that are running, innermost last, each with its first input.
         batch: The length of the batch.
@@ -84,6 +81,7 @@ class Tracer(TorchDispatchMode):
         self.count = count
         self.residual = residual
         self.skipped = skipped
+        self.liveness = Liveness()
         self.tags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.calls: list[tuple[str, Tensor | None]] = []
         self._before: list[Tag | None] = []  # the labels that these first inputs had when their module began
@@ -140,13 +138,19 @@ class Tracer(TorchDispatchMode):
             module = self.model.get_submodule(name)
             handles.append(module.register_forward_hook(partial(self._skip, name), with_kwargs=True))
         try:
-            with without_gradients(), self:
+            with without_gradients(), self.liveness.watching(), self:
                 out = self.model(*args, **kwargs)
                 read = call.read(out)
+        except BaseException:
+            self.ledger.frozen += self.liveness.take(everything=True)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
         counting.note_outputs(self.model, out)
+        own = [*self.model.parameters(), *self.model.buffers()]  # which runs in another mode may read
+        self.liveness.reads([*tensors_within(read), *tensors_within((args, kwargs)), *own])
+        self.ledger.frozen += self.liveness.take()
         for tensor in tensors_within(read):
             self.freeze(tensor, READ)
         for tensor in tensors_within((args, kwargs)):  # the inputs themselves have no labels
@@ -189,11 +193,19 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        out, before = func(*args, **kwargs), len(self.ledger.frozen)
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
         if differentiates_now():  # The model takes a gradient. Whatever gates do to its function, they do to that, too.
+            self.liveness.differentiated = True
             return out
+        self._move(func, tensors, args, kwargs, out)
+        self.liveness.note(func, tensors, out, self.ledger.frozen[before:])
+        del self.ledger.frozen[before:]  # until something reads what has become of it
+        return out
+
+    def _move(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
+        """Move the labels of an operation by its rule."""
         self.facts.random |= torch.Tag.nondeterministic_seeded in func.tags and not self.model.training
         self._note_steering(func, tensors)
         found = RULES.get(schema_name(func))
@@ -204,12 +216,11 @@ class Tracer(TorchDispatchMode):
             static = all(self.tag(t).static or self.tags.get(t) is None for t in tensors)
             for t in tensors_within(out):
                 self.put(t, Tag(tuple(map(plain, t.shape)), static=static))
-            return out
+            return
         try:
             found(self, func, args, kwargs, out)
         except Exception as error:  # a rule cannot foresee every use of its operation
             self.unknown(func, tensors, f"whose rule fails here with {error!r}")
-        return out
 
     def _note_steering(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Note an operation whose result has a shape that depends on values, because the model can branch on shapes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def follow(tracer: Tracer, before: Kept, call: Call) -> None:
     new = [(n, t) for n in changed for t in now.held[n] if isinstance(t, Tensor) and id(t) not in known]
     new = [(n, t) for n, t in new if not isinstance(t, nn.Parameter)]
     simple = any(not isinstance(v, Tensor) for n in changed for v in now.held[n])
-    if not new and not simple and not any(n in now.buffers for n in changed):
+    if not new and not simple and not any(n in now.buffers for n in changed) and not tracer.liveness.lingers():
         return
     facts = tracer.facts
     names = {id(old): tracer.names[id(old)] for old in before.buffers.values() if id(old) in tracer.names}
@@ -96,6 +97,7 @@ def follow(tracer: Tracer, before: Kept, call: Call) -> None:
     with suppress(Exception):  # what a model refuses in a second call cannot be traced
         tracer.run(call)
     read, facts.seen = facts.seen, facts.seen | seen
+    _read_in_the_other_mode(tracer, call)
     for name, t in new:
         old = before.buffers.get(name)
         if old is not None and old.dim() == t.dim() and id(old) in names:
@@ -104,6 +106,17 @@ def follow(tracer: Tracer, before: Kept, call: Call) -> None:
             what = "a buffer of another shape: call the model once before" if name in now.buffers else _NO_BUFFER
             tracer.freeze(t, f"the model keeps it from call to call in {name}, which is {what}")
     facts.stateful |= simple or any(n in now.buffers for n in changed) or any(n in read for n, _ in new)
+
+
+def _read_in_the_other_mode(tracer: Tracer, call: Call) -> None:
+    """Run the model in the other mode, too, if anything is kept that only this might read, such as a mean of means."""
+    if tracer.liveness.lingers():
+        seen = set(tracer.facts.seen)
+        tracer.model.train(not call.training)
+        with suppress(Exception):  # which count as having read everything
+            tracer.run(replace(call, training=not call.training))
+        tracer.model.train(call.training)
+        tracer.facts.seen = seen
 
 
 def _join(tracer: Tracer, name: str, old: Tensor, new: Tensor) -> None:
