@@ -26,7 +26,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
 
 RESULT = HERE / "results" / "zoo.json"
-PACKAGES = ("torchvision", "timm", "transformers", "onnx", "onnxruntime", "onnxscript", "torch-pruning", "peft")
+PACKAGES = (
+    "torchvision",
+    "timm",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch-pruning",
+    "peft",
+    "torch-geometric",
+)
 
 
 def preload() -> None:
@@ -35,7 +45,7 @@ def preload() -> None:
     import zoo_measure  # noqa: F401
 
     torch.set_num_threads(1)
-    for package in ("timm", "transformers", "onnxruntime", "onnxscript", "torch._dynamo"):
+    for package in ("timm", "transformers", "torch_geometric", "onnxruntime", "onnxscript", "torch._dynamo"):
         with suppress(ImportError):
             importlib.import_module(package)
 

@@ -1,4 +1,7 @@
-"""Small networks of kinds that no model library covers: recurrent ones, a UNet, a generator, autoencoders."""
+"""Small networks of kinds that no model library covers.
+
+They are recurrent ones, a UNet, a generator, autoencoders, an ensemble, and networks on point clouds.
+"""
 
 from __future__ import annotations
 
@@ -197,3 +200,58 @@ def quantisation_aware() -> nn.Module:
     quantization.prepare_qat(model, inplace=True)
     model(torch.randn(8, 3, 16, 16))
     return model.apply(quantization.disable_observer)
+
+
+class PointNet(nn.Module):
+    """A layer on each point that is turned by a small network, the largest of all points, and a head."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.turn = nn.Sequential(_points(3, 16), _points(16, 32))
+        self.matrix = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 9))
+        self.features = nn.Sequential(_points(3, 16), _points(16, 24), _points(24, 48))
+        self.head = nn.Sequential(nn.Linear(48, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, points) to (batch, classes)."""
+        turn = self.matrix(self.turn(x).amax(2)).unflatten(1, (3, 3)) + torch.eye(3).to(x)
+        return self.head(self.features(torch.bmm(turn, x)).amax(2))
+
+
+def _points(into: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(into, out, 1), nn.BatchNorm1d(out), nn.ReLU())
+
+
+class DGCNN(nn.Module):
+    """Edge convolutions among the nearest neighbours, which are sought anew among the features of each layer."""
+
+    def __init__(self, neighbours: int = 4, classes: int = 5) -> None:
+        super().__init__()
+        self.neighbours = neighbours
+        self.edges = nn.ModuleList(self._edge(a, b) for a, b in pairwise([3, 16, 16, 24]))
+        self.last = _points(56, 48)
+        self.head = nn.Sequential(nn.Linear(96, 24), nn.LeakyReLU(0.2), nn.Dropout(0.2), nn.Linear(24, classes))
+
+    def _edge(self, into: int, out: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(2 * into, out, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2))
+
+    def _neighbourhoods(self, x: Tensor) -> Tensor:
+        """(batch, channels, points) to (batch, 2 * channels, points, neighbours)."""
+        square = x.pow(2).sum(1, keepdim=True)
+        near = 2 * torch.matmul(x.transpose(2, 1), x) - square - square.transpose(2, 1)
+        index = near.topk(self.neighbours, dim=-1)[1]
+        batch, _, points = x.shape
+        index = (index + torch.arange(batch, device=x.device).view(-1, 1, 1) * points).view(-1)
+        x = x.transpose(2, 1).contiguous()
+        others = x.view(batch * points, -1)[index].view(batch, points, self.neighbours, -1)
+        own = x.unsqueeze(2).expand_as(others)
+        return torch.cat([others - own, own], 3).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 3, points) to (batch, classes)."""
+        found: list[Tensor] = []
+        for edge in self.edges:
+            x = edge(self._neighbourhoods(x)).amax(3)
+            found.append(x)
+        x = self.last(torch.cat(found, 1))
+        return self.head(torch.cat([x.amax(2), x.mean(2)], 1))

@@ -2,7 +2,7 @@
 
 Each family is represented by its smallest member, on small inputs (batches of two), with random
 weights. Where even the smallest member is large, widths or depths are cut by the library's own
-arguments; the architecture stays. Nothing is downloaded. timm and transformers are imported when a
+arguments; the architecture stays. Nothing is downloaded. timm, transformers and PyG are imported when a
 model of theirs is asked for.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torchvision
 import zoo_examples as examples
+import zoo_graphs
 from torch import nn
 from zoo_inputs import BATCH, Example, images, tokens
 from zoo_transformers import TRANSFORMERS
@@ -52,6 +53,7 @@ def _backbone(kind: str, name: str) -> Example:
 def _detector(name: str, size: int = 96, **options: Any) -> Example:
     """A whole detector; the targets are what it needs to run in training mode."""
     box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
+    box |= {"masks": torch.ones(1, size, size, dtype=torch.uint8)} if name.startswith("mask") else {}
     inputs = {"images": [torch.rand(3, size, size) for _ in range(BATCH)], "targets": [dict(box) for _ in range(BATCH)]}
     return partial(torchvision.models.get_model, name, weights=None, weights_backbone=None, **options), inputs
 
@@ -83,6 +85,13 @@ _TORCHVISION: dict[str, Callable[[], Example]] = {name: partial(_torchvision, na
     "ssdlite320_mobilenet_v3_large": partial(_detector, "ssdlite320_mobilenet_v3_large", num_classes=5),
     "retinanet_resnet50_fpn": partial(
         _detector, "retinanet_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
+    ),
+    **{
+        name: partial(_detector, name, num_classes=5, min_size=64, max_size=96, box_score_thresh=0.0)
+        for name in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
+    },
+    "fcos_resnet50_fpn": partial(
+        _detector, "fcos_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
     ),
     "r3d_18": partial(_video, "r3d_18"),
 }
@@ -147,6 +156,8 @@ _EXAMPLES: dict[str, Callable[[], Example]] = {
     "ensemble": lambda: (examples.Ensemble, (torch.randn(BATCH, 20),)),
     "quantisation_aware": lambda: (examples.quantisation_aware, images(16)),
     "seq2seq_transformer": lambda: (examples.Seq2Seq, (tokens(6, 40), tokens(5, 40))),
+    "pointnet": lambda: (examples.PointNet, (torch.randn(BATCH, 3, 16),)),
+    "dgcnn": lambda: (examples.DGCNN, (torch.randn(BATCH, 3, 16),)),
 }
 
 MODELS: dict[str, Callable[[], Example]] = {
@@ -156,6 +167,7 @@ MODELS: dict[str, Callable[[], Example]] = {
         "torchvision": _TORCHVISION,
         "timm": _TIMM,
         "transformers": TRANSFORMERS,
+        "pyg": zoo_graphs.PYG,
     }.items()
     for name, build in models.items()
 }
@@ -170,4 +182,5 @@ FAST = (
     "timm/vit_tiny_patch16_224",
     "transformers/bert",
     "transformers/llama",
+    "pyg/gat",
 )
