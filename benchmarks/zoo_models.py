@@ -62,6 +62,9 @@ def _video(name: str, frames: int = 4, size: int = 32) -> Example:
     return partial(torchvision.models.get_model, name, weights=None), (torch.randn(BATCH, 3, frames, size, size),)
 
 
+# Few boxes are enough to see whether the layers behind them are exact.
+_PROPOSALS = {f"rpn_{when}_nms_top_n_{mode}": 20 for when in ("pre", "post") for mode in ("train", "test")}
+
 _IMAGENET = """
     alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s mnasnet0_5 mobilenet_v2 mobilenet_v3_small
     regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d wide_resnet50_2 shufflenet_v2_x0_5 squeezenet1_1
@@ -87,7 +90,7 @@ _TORCHVISION: dict[str, Callable[[], Example]] = {name: partial(_torchvision, na
         _detector, "retinanet_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
     ),
     **{
-        name: partial(_detector, name, num_classes=5, min_size=64, max_size=96, box_score_thresh=0.0)
+        name: partial(_detector, name, num_classes=5, min_size=64, max_size=96, box_score_thresh=0.0, **_PROPOSALS)
         for name in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
     },
     "fcos_resnet50_fpn": partial(
