@@ -247,14 +247,19 @@ def without_lost_inputs(sites: Mapping[str, Units]) -> dict[str, Units]:
     """
     found: dict[str, Units] = {}
     for name, u in sites.items():
-        slices = [
-            replace(s, tensor=s.virtual[0], dim=s.virtual[1], virtual=None)
-            if s.virtual is not None and s.tensor not in sites
-            else s
-            for s in u.slices
-        ]
+        slices: list[Slice] = []
+        for s in u.slices:
+            if s.virtual is not None and s.tensor not in sites:
+                s = replace(s, tensor=s.virtual[0], dim=s.virtual[1], virtual=None)
+            if not any(_same_place(s, other) for other in slices):  # the weight may be read directly, too
+                slices.append(s)
         found[name] = replace(u, slices=slices)
     return found
+
+
+def _same_place(a: Slice, b: Slice) -> bool:
+    """Return whether two slices say the same of where units lie."""
+    return (a.tensor, a.dim, a.virtual) == (b.tensor, b.dim, b.virtual) and np.array_equal(a.index, b.index)
 
 
 @dataclass
