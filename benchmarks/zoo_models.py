@@ -53,7 +53,6 @@ def _backbone(kind: str, name: str) -> Example:
 def _detector(name: str, size: int = 96, **options: Any) -> Example:
     """A whole detector; the targets are what it needs to run in training mode."""
     box = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
-    box |= {"masks": torch.ones(1, size, size, dtype=torch.uint8)} if name.startswith("mask") else {}
     inputs = {"images": [torch.rand(3, size, size) for _ in range(BATCH)], "targets": [dict(box) for _ in range(BATCH)]}
     return partial(torchvision.models.get_model, name, weights=None, weights_backbone=None, **options), inputs
 
@@ -89,10 +88,15 @@ _TORCHVISION: dict[str, Callable[[], Example]] = {name: partial(_torchvision, na
     "retinanet_resnet50_fpn": partial(
         _detector, "retinanet_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
     ),
-    **{
-        name: partial(_detector, name, num_classes=5, min_size=64, max_size=96, box_score_thresh=0.0, **_PROPOSALS)
-        for name in ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
-    },
+    "fasterrcnn_resnet50_fpn": partial(
+        _detector,
+        "fasterrcnn_resnet50_fpn",
+        num_classes=5,
+        min_size=64,
+        max_size=96,
+        box_score_thresh=0.0,
+        **_PROPOSALS,
+    ),  # fmt: skip
     "fcos_resnet50_fpn": partial(
         _detector, "fcos_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
     ),
