@@ -96,7 +96,7 @@ _TORCHVISION: dict[str, Callable[[], Example]] = {name: partial(_torchvision, na
         max_size=96,
         box_score_thresh=0.0,
         **_PROPOSALS,
-    ),  # fmt: skip
+    ),
     "fcos_resnet50_fpn": partial(
         _detector, "fcos_resnet50_fpn", num_classes=5, min_size=64, max_size=96, score_thresh=0.0
     ),

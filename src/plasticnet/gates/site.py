@@ -100,8 +100,8 @@ class Site(_Gates):
         phi: The logits of the gates, shape (units,).
         grace: For how many epochs each unit is still held open and unpriced, shape (units,); `ASLEEP` for blocks that
             sleep, and for the units within them.
-        usual_minimum: The minimum unless another one is set: 0 for blocks, which may all be closed, and 1 for other
-            units; more where the output layer reads the units (`plasticnet.budgets.floors`).
+        usual_minimum: The minimum unless another one is set: 0 for blocks, which may all be closed, and mostly 1 for
+            other units; more where a norm needs it, or where the output layer reads them (`plasticnet.budgets.floors`).
         minimum: How many units pruning leaves.
         maximum: The number of units at which growth stops.
         strength: What the pressure on these gates is multiplied by.
@@ -146,7 +146,7 @@ class Site(_Gates):
 
     @property
     def _lowest(self) -> int:
-        """The lowest number of units that a site can have: that of its norms, mostly 1; 0 for blocks, which may all close."""
+        """The fewest units that a site can have: what its norms need, mostly 1; 0 for blocks, which may all close."""
         return 0 if isinstance(self.units, BlockUnits) else self.units.least
 
     @property
