@@ -33,6 +33,7 @@ from plasticnet.gates.site import (
     refuse_nan,
     weight_key,
 )
+from plasticnet.gates.structure import Structure
 from plasticnet.gates.tiers import Tiers
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
@@ -78,6 +79,7 @@ class GatedModel(nn.Module):
         lock: What a thread holds while it runs or changes the network.
         tiers: Which runs of a model that was compiled in place run compiled.
         sizes: The present sizes, to tell whether they are still those of an earlier moment.
+        structure: The modules that the model had when it was gated.
         resized: Whether units were ever cut or added, so that unsaved buffers may have other entries than at first.
 
     Raises:
@@ -109,6 +111,7 @@ class GatedModel(nn.Module):
         self.resized = False
         self._ranks = Ranks()
         self.lock, self.sizes = Lock(), Sizes()
+        self.structure = Structure(model)
         self.tiers = Tiers(0.0)
         self._frozen = dict(frozen)
         self._k = math.inf
@@ -286,8 +289,11 @@ class GatedModel(nn.Module):
             options: The keyword arguments of `Gating.run`.
 
         Raises:
-            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
+            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates; or
+                modules of the model were replaced.
         """
+        if not torch.compiler.is_dynamo_compiling():
+            self.structure.check()
         best = {name: s.best for name, s in self.sites.items() if s.units.norms}
         ranks = self.ranks if self.ranks.sharded else None
         return self.gating.run(z, args, kwargs, best, ranks=ranks, **options)

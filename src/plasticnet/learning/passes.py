@@ -174,13 +174,15 @@ def changing(net: GatedModel, sampler: Sampler) -> Iterator[None]:
     """Let nothing else run or change the network while its sizes change within this context.
 
     Raises:
-        PlasticError: A closure of `expected_loss` is running, whose passes must all have the same sizes.
+        PlasticError: A closure of `expected_loss` is running, whose passes must all have the same sizes; or modules of
+            the model were replaced.
     """
     with net.lock:
         if sampler.running.role != "free":
             raise PlasticError(
                 "the sizes of the network cannot change in the closure of expected_loss; do it afterwards"
             )
+        net.structure.check()
         yield
 
 

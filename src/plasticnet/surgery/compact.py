@@ -35,10 +35,11 @@ def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
         multiple_of: What widths are to be a multiple of, as in `survivors`; None for ``net.multiple_of``.
 
     Raises:
-        PlasticError: ``multiple_of`` is not a whole number from 1 on.
+        PlasticError: ``multiple_of`` is not a whole number from 1 on, or modules of the model were replaced.
     """
     multiple_of = net.multiple_of if multiple_of is None else multiple_of
     check_multiple(multiple_of)
+    net.structure.check()
     with as_whole(net.model):
         small = duplicate(net.model).eval()
     sites = net.sites.values()
