@@ -48,6 +48,11 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
     with net.lock:
         if not net.training:
             raise PlasticError("expected_loss needs training mode; call net.train() first")
+        if not callable(closure):
+            raise PlasticError(
+                f"expected_loss takes a function that runs the network, not a {type(closure).__name__}: "
+                "net.expected_loss(lambda: loss_of(net(x), y))"
+            )
         if sampler.running.role != "free":
             raise PlasticError(
                 "expected_loss was called in the closure of expected_loss; call net(x) there. Where a callback makes "
