@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -26,9 +27,10 @@ from plasticnet.measuring.summary import Summary, summarise
 from plasticnet.surgery import loading
 from plasticnet.surgery.candidates import grow_by_gradient
 from plasticnet.surgery.compact import compacted
-from plasticnet.surgery.optimizers import Optimizers
+from plasticnet.surgery.optimizers import Optimizers, listed
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
+from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
@@ -279,6 +281,12 @@ class PlasticNet(GatedModel):
 
     # -- changing size ------------------------------------------------------------------------
 
+    @contextmanager
+    def _changing(self, optimizer: Optimizers) -> Iterator[None]:
+        """Let nothing else use the network while its sizes change, and put everything back if that fails midway."""
+        with passes.changing(self, self.sampler), undone_on_error(self, listed(optimizer), [self.sampler]):
+            yield
+
     def resize(self, sources: Sources, optimizer: Optimizers = None, *, init: str = "preserve", grace: int = 0) -> None:
         """Rebuild sites from lists of their units: ``{"conv1": [0, 2, -1]}`` keeps units 0 and 2 and adds one.
 
@@ -292,9 +300,10 @@ class PlasticNet(GatedModel):
 
         Raises:
             PlasticError: A site is unknown, an index is out of range, a site would be left empty, or the optimizers do
-                not hold every trainable parameter or cannot be resized.
+                not hold every trainable parameter or cannot be resized. Nothing was changed, as when the call is
+                interrupted or memory runs out.
         """
-        with passes.changing(self, self.sampler):
+        with self._changing(optimizer):
             resize(self, sources, optimizer, init, grace)
 
     def grow(
@@ -322,7 +331,7 @@ class PlasticNet(GatedModel):
             PlasticError: A number is negative, fewer blocks sleep, the loss for "gradmax" is missing, or as `resize`
                 raises it.
         """
-        with passes.changing(self, self.sampler):
+        with self._changing(optimizer):
             if init != "gradmax":
                 grow(self, counts, optimizer, init, grace)
             elif loss is None:
@@ -344,7 +353,7 @@ class PlasticNet(GatedModel):
         Returns:
             How many units were cut, for each site that lost some.
         """
-        with passes.changing(self, self.sampler):
+        with self._changing(optimizer):
             return prune(self, below, optimizer, multiple_of)
 
     def compact(self, multiple_of: int | None = None) -> nn.Module:

@@ -156,9 +156,9 @@ def test_what_is_refused_changes_nothing(bad: str) -> None:
     before = {n: p.clone() for n, p in net.state_dict().items()}
     counts = {"fc1.input": 99} if bad == "features" else {"conv1": 2}
     with pytest.raises(PlasticError, match={"not finite": "finite", "optimizer": "do not hold"}.get(bad)):
-        grow_by_gradient(
-            net, counts, (lambda: loss() * math.nan) if bad == "not finite" else loss,
-            Adam(net.model.parameters()) if bad == "optimizer" else optimizer,
+        net.grow(
+            counts, Adam(net.model.parameters()) if bad == "optimizer" else optimizer, init="gradmax",
+            loss=(lambda: loss() * math.nan) if bad == "not finite" else loss,
         )  # fmt: skip
     after = net.state_dict()
     assert after.keys() == before.keys()

@@ -56,8 +56,7 @@ def grow_by_gradient(
 
     Raises:
         PlasticError: The loss does not depend on the network, it or its gradient is not finite, the counts do
-            not fit the sites, more features were asked for than are closed, or the optimizers cannot be
-            resized. Candidates that were added before the error are removed again.
+            not fit the sites, more features were asked for than are closed, or the optimizers cannot be resized.
     """
     check_counts(net, counts)
     refuse_sharded(net, 'grow(init="gradmax")')
@@ -69,21 +68,15 @@ def grow_by_gradient(
         if n > (left := net.sites[name].spare):
             raise PlasticError(f"site {name!r}: {n} features were to be re-opened, but only {left} are closed")
     before = {name: site.grace.clone() for name, site in net.sites.items()}
-    new: dict[str, Tensor] = {}
-    try:
-        for site in net.sites.values():
-            site.grace.clamp_(max=0)  # What sleeps goes on sleeping.
-        grow(net, {name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
-        new = {name: site.grace == 1 for name, site in net.sites.items()}
-        with aside(net):
-            for step in range(ASCENT if ascend else 0):
-                _ascend(net, new, loss, _SHARE / (1 + step))
-            benefit = _benefits(net, loss)
-        keep = _chosen(net, counts, new, benefit)
-    except BaseException:
-        _settle(net, {name: ~mask.cpu().numpy() for name, mask in new.items()}, new, before, 0, optimizer)
-        raise
-    _settle(net, keep, new, before, grace, optimizer)
+    for site in net.sites.values():
+        site.grace.clamp_(max=0)  # What sleeps goes on sleeping.
+    grow(net, {name: _candidates(net, name, n) for name, n in counts.items()}, optimizer, grace=1)
+    new = {name: site.grace == 1 for name, site in net.sites.items()}
+    with aside(net):
+        for step in range(ASCENT if ascend else 0):
+            _ascend(net, new, loss, _SHARE / (1 + step))
+        benefit = _benefits(net, loss)
+    _settle(net, _chosen(net, counts, new, benefit), new, before, grace, optimizer)
 
 
 def _settle(
@@ -105,9 +98,8 @@ def _settle(
         optimizer: The optimizer, or all of those, that hold the parameters.
     """
     for name, site in net.sites.items():
-        mask = new.get(name, torch.zeros_like(site.grace, dtype=torch.bool))
         site.grace.fill_(grace)
-        site.grace[~mask] = before[name]
+        site.grace[~new[name]] = before[name]
     resize(net, {n: np.flatnonzero(mask).tolist() for n, mask in keep.items() if not mask.all()}, optimizer)
 
 

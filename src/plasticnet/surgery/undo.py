@@ -1,4 +1,7 @@
-"""Puts everything back when the end of an epoch fails midway, so that it can be tried again."""
+"""Puts everything back when a change of size or the end of an epoch fails midway, so that it can be tried again.
+
+It may fail anywhere: memory runs out, the user interrupts it, or data cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from plasticnet.net import PlasticNet
+from plasticnet.gates.gated import GatedModel
 from plasticnet.tools.sharding import Shards
-from plasticnet.tools.snapshot import RandomState
+from plasticnet.tools.snapshot import Snapshot
+from plasticnet.units import BlockUnits
 
 
 @contextmanager
-def undone_on_error(net: PlasticNet, optimizers: Sequence[Optimizer], others: Iterable[object]) -> Iterator[None]:
+def undone_on_error(net: GatedModel, optimizers: Sequence[Optimizer], others: Iterable[object]) -> Iterator[None]:
     """Put a network, its optimizers and other objects back to where they were, if an error leaves this context.
 
     A resize makes new parameters and leaves the old ones alone, so that these need no copies. Within this context they
-    stay in memory, though, together with the state that the optimizers had of them.
+    stay in memory, though, together with the state that the optimizers had of them. Only what may be changed in place
+    is copied: buffers, gates, what optimizers keep of gates, and the blocks that sleep, since they wake anew.
 
     Args:
         net: The network.
         optimizers: The optimizers that hold its parameters.
         others: Objects whose attributes are put back. Lists and dicts among these may be changed in place.
     """
-    before = _Before(net, optimizers, [*others, net.sampler, net.sizes, net.ranks])
+    before = _Before(net, optimizers, [*others, net.sizes, net.ranks])
     try:
         yield
     except BaseException:
@@ -38,18 +43,18 @@ def undone_on_error(net: PlasticNet, optimizers: Sequence[Optimizer], others: It
 class _Before:
     """What a network, its optimizers and other objects are at a moment; see `undone_on_error`."""
 
-    def __init__(self, net: PlasticNet, optimizers: Sequence[Optimizer], others: Sequence[object]) -> None:
+    def __init__(self, net: GatedModel, optimizers: Sequence[Optimizer], others: Sequence[object]) -> None:
         self._put_shards_back = Shards(net).kept()  # first, because it may change what the modules hold
-        self._random = RandomState(net.model)
+        self._buffers = Snapshot(net.model)  # and random numbers
         self._modules = [(m, type(m), _attributes(m)) for m in net.modules()]
         self._others = [(o, _attributes(o)) for o in others]
-        self._gradients = [(g.phi, g.phi.grad) for g in net.all_gates()]
+        self._gradients = [(p, p.grad) for p in net.parameters()]
         self._groups = [(group, dict(group)) for o in optimizers for group in o.param_groups]
         self._states = [(o, dict(o.state), [(s, dict(s)) for s in o.state.values()]) for o in optimizers]
-        # These are changed in place, in gates and in what optimizers keep of gates.
-        kept = [v for o in optimizers for phi, _ in self._gradients for v in o.state.get(phi, {}).values()]
-        changing = [phi for phi, _ in self._gradients] + [s.grace for s in net.sites.values()]
-        self._values = [(t, t.detach().clone()) for t in (*changing, *kept) if isinstance(t, Tensor)]
+        logits = [g.phi for g in net.all_gates()]
+        kept = [v for o in optimizers for phi in logits for v in o.state.get(phi, {}).values()]
+        changing = (*logits, *(s.grace for s in net.sites.values()), *_asleep(net), *kept)
+        self._values = [(t, t.detach().clone()) for t in changing if isinstance(t, Tensor)]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -69,9 +74,18 @@ class _Before:
         with torch.no_grad():
             for tensor, value in self._values:
                 tensor.copy_(value)
-        for phi, gradient in self._gradients:
-            phi.grad = gradient
-        self._random.restore()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._buffers.restore()
+
+
+def _asleep(net: GatedModel) -> Iterator[Tensor]:
+    """Yield the parameters of all blocks that sleep."""
+    for site in net.sites.values():
+        if isinstance(site.units, BlockUnits):
+            for block, asleep in zip(site.units.blocks, site.asleep.tolist(), strict=True):
+                if asleep:
+                    yield from net.model.get_submodule(block).parameters()
 
 
 def _attributes(thing: object) -> list[tuple[str, Any, Any]]:

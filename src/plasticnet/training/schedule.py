@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from plasticnet.learning.pressure import Pressure
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
+from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import check_batches
 from plasticnet.tools.sharding import held_parameters, refuse_sharded
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
@@ -28,7 +29,6 @@ from plasticnet.training.stages import Change, Stage
 from plasticnet.training.state import restore, state_of
 from plasticnet.training.stillness import Stillness
 from plasticnet.training.timeline import Timeline
-from plasticnet.training.undo import undone_on_error
 
 
 class Schedule:
@@ -186,7 +186,8 @@ class Schedule:
             PlasticError: The schedule is over; a validation loss is needed in a plastic stage and is missing or NaN;
                 gates are not finite; the optimizers no longer fit the network; the budget has become impossible;
                 growth goes on, and the epoch has not called `penalty`, or not `PlasticNet.expected_loss`;
-                or the inputs to repair it on have no form that is known. Nothing was changed.
+                or the inputs to repair it on have no form that is known. Nothing was changed, as when the call is
+                interrupted or memory runs out.
         """
         with self.net.lock:
             return self._ended(val_loss)
@@ -206,16 +207,14 @@ class Schedule:
                 decide(net, force.targets)
         undecided = transition(probabilities(net.all_gates(), net.k).detach())
         parameters = list(net.model.parameters())
-        # Only what runs the network can fail from here on. Undoing takes memory, so that it is prepared for that only.
-        running = stage.plastic and self.repair is not None and timeline.ends_stage
-        with self._undone_on_error() if running else nullcontext():
+        with self._undone_on_error():
             cut, grown = self._end_epoch(loss)
+            if not self.stage.plastic or timeline.over:
+                net.sampler.missed = None
+            self._stillness.begin(net)
         rebuilt = any(p is not q for p, q in zip(parameters, net.model.parameters(), strict=True))
         if self.on_resize is not None and (cut or grown or rebuilt):
             self.on_resize(net)
-        if not self.stage.plastic or timeline.over:
-            net.sampler.missed = None
-        self._stillness.begin(net)
         change = Change(cut, grown, net.k, undecided)
         if self.on_change is not None:
             given = {} if val_loss is None else {"val_loss": float(val_loss)}
@@ -317,11 +316,11 @@ class Schedule:
                 forget_gates(self.net, self.optimizers)
             else:
                 self._enter()
-        self._stillness.begin(self.net)
+            self._stillness.begin(self.net)
 
     def _undone_on_error(self) -> AbstractContextManager[None]:
         """Return a context that puts everything back when it is left by an error."""
-        parts = (self.timeline, self._stillness, self.growth, self.force)
+        parts = (self.timeline, self._stillness, self.growth, self.force, self.net.sampler)
         return undone_on_error(self.net, self.optimizers, [part for part in parts if part is not None])
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,10 +341,10 @@ class Schedule:
         timeline = self.timeline.restored(state)
         with self._undone_on_error():
             restore(state, self.net, self.growth, self.force)
-        self.timeline = timeline
-        self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
-        if self.growth is not None and self.stage.plastic and not timeline.over:
-            self.growth.attend(self.net)
+            self.net.k, self.net.multiple_of = timeline.k, self.multiple_of
+            if self.growth is not None and timeline.stage.plastic and not timeline.over:
+                self.growth.attend(self.net)
+            self.timeline = timeline
 
 
 def _together(counts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
