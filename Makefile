@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick lint wheel zoo cost gates growth random soak detectors integrations docs clean \
+.PHONY: demo test quick versions lint wheel zoo cost gates growth random soak detectors integrations docs clean \
 	experiments experiments-peers experiments-small experiments-full experiments-gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,6 +20,11 @@ test: $(VENV)/.installed
 # What takes more than a few seconds is left out.
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# The quick tests on the oldest and the newest torch, by Python 3.11 to 3.13, as far as these are at hand; it says what it
+# skips. VERSIONS=--dry-run only says what it would do.
+versions:
+	$(PYTHON) release/versions.py $(VERSIONS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -67,12 +72,14 @@ random: $(VENV)/.installed
 	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM); code=$$?; \
 		$(BIN)/python benchmarks/random_table.py && exit $$code
 
-# Trainings that are killed, and files that are damaged; it goes on from what is there: KILLS=1000 FILES=1000000 for more.
+# Trainings that are killed, files that are damaged, and a long training; it goes on from what is there: KILLS=1000
+# FILES=1000000 for more, and LONG="--steps 2400 --resizes 50" for less.
 KILLS := 100
 FILES := 50000
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak_kills.py --count $(KILLS); code=$$?; \
 		$(BIN)/python benchmarks/soak_files.py --count $(FILES) || code=1; \
+		$(BIN)/python benchmarks/soak_long.py $(LONG) || code=1; \
 		$(BIN)/python benchmarks/soak_table.py && exit $$code
 
 $(VENV)/.peers: $(VENV)/.installed

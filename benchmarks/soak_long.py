@@ -1,6 +1,6 @@
 """A soak: a long training with hundreds of changes of size must leave nothing behind.
 
-``make soak`` runs ``python benchmarks/soak_long.py``. A small network is trained, and resized to a width drawn at random
+``make soak`` runs ``python benchmarks/soak_long.py``. A small network is trained, and brought to widths drawn at random
 in between, so that units are cut as often as they are added. Every so often it is brought to its first size, and then
 everything that must not grow is measured: the memory of the process and of Python's objects, tensors, hooks, open files
 and the time of a step. The first of these measurements are left out as a warm-up. soak_table.py writes docs/soak.md.
@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = rows[min(2, len(rows) // 3) :]
     found = verdicts(rows)
     settings = {"steps": options.resizes * per, "resizes": options.resizes, "seed": options.seed}
+    settings |= {"narrowest": NARROWEST, "widest": WIDEST}
     result = {"environment": environment(), "settings": settings, "found": found, "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     grew = [name for name, f in found.items() if f["grew"]]

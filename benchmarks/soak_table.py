@@ -1,4 +1,4 @@
-"""Write docs/soak.md from what soak_kills.py and soak_files.py found; --check only says whether it is up to date."""
+"""Write docs/soak.md from what the three soaks found; --check only says whether it is up to date."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ PAGE = HERE.parent / "docs" / "soak.md"
 
 PAGE_TEXT = """# Soaks
 
-What becomes of a training that is killed, and of files that are damaged or crafted. `make soak` goes on with both
-(benchmarks/soak_kills.py and benchmarks/soak_files.py) and writes this page (benchmarks/soak_table.py).
+What becomes of a training that is killed, of files that are damaged or crafted, and of a training that takes long.
+`make soak` goes on with the first two (benchmarks/soak_kills.py and benchmarks/soak_files.py), repeats the third
+(benchmarks/soak_long.py) and writes this page (benchmarks/soak_table.py).
 
 ## Trainings that are killed
 
@@ -53,6 +54,20 @@ or refused by a `PlasticError`.
 {files_table}
 
 {files_environment}
+
+## A long training
+
+A small network with a convolution, a norm and linear layers is trained, and brought to other widths again and again:
+every site to {narrowest} to {widest} units at random, so that units are cut as often as they are added, with the state
+of Adam. Every so often it gets its first widths, and then everything is measured that must not grow. The table compares
+the median of the first third of the measurements with that of the last. What is counted may not grow at all, memory by
+2 % and 64 KiB, because Python keeps some small objects to use them again, and the time of a step by half.
+
+**{long_summary}**
+
+{long_table}
+
+{long_environment}
 
 ## Limits
 
@@ -107,6 +122,24 @@ def files(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def long(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is said of a long training."""
+    settings, found = content["settings"], content["found"]
+    grew = ", ".join(name for name, f in found.items() if f["grew"]) or "nothing"
+    rows = [
+        (name, f"{f['first']:,.1f}", f"{f['last']:,.1f}", "yes" if f["grew"] else "no") for name, f in found.items()
+    ]
+    e = content["environment"]
+    return {
+        "narrowest": str(settings["narrowest"]),
+        "widest": str(settings["widest"]),
+        "long_summary": f"{settings['steps']:,} steps, {settings['resizes']:,} changes of size, {len(content['rows'])} "
+        f"measurements: {grew} has grown.",
+        "long_table": table(("measured", "at first", "at last", "grew"), rows),
+        "long_environment": environment(e, [e["commit"]], None),
+    }
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table, whose first column holds words."""
     lines = [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else c for c in row)} |" for row in rows]
@@ -125,8 +158,9 @@ def environment(e: Mapping[str, Any], commits: Iterable[str], what: str | None) 
 
 def main() -> int:
     """Write the page, or compare it with --check."""
-    found = {name: json.loads((RESULTS / f"soak_{name}.json").read_text()) for name in ("kills", "files")}
-    return publish({PAGE: PAGE_TEXT.format(**kills(found["kills"]), **files(found["files"]))})
+    found = {name: json.loads((RESULTS / f"soak_{name}.json").read_text()) for name in ("kills", "files", "long")}
+    texts = {**kills(found["kills"]), **files(found["files"]), **long(found["long"])}
+    return publish({PAGE: PAGE_TEXT.format(**texts)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A sample of the soaks of `make soak`: trainings that are killed, and files that are damaged."""
+"""A sample of the soaks of `make soak`: trainings that are killed, files that are damaged, and a long training."""
 
 from __future__ import annotations
 
@@ -29,3 +29,18 @@ def test_files_that_are_damaged_or_crafted() -> None:
     command = [sys.executable, str(BENCHMARKS / "soak_files.py"), "--seed", "10000000", "--count", "750"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is found in another way")
+def test_a_long_training_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "soak_long.py"), "--steps", "120", "--resizes", "40"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "found.json")], capture_output=True, text=True, check=False
+    )
+    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    counted = ("tensors", "their KiB", "states of the optimizer", "hooks", "open files")
+    assert not [name for name in counted if found[name]["grew"]], (
+        done.stdout,
+        done.stderr,
+    )  # times and caches are left
