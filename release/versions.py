@@ -1,8 +1,8 @@
 """Run the quick tests on the oldest and the newest torch, by every Python that is supported and at hand.
 
 ``make versions`` runs it. Each pair gets an environment of its own in build/versions, into which pip brings what the
-tests need. A pair is skipped, and named, where the interpreter or the wheel of torch is missing. ``--dry-run`` only says
-which interpreters are there and what would be run.
+tests need. A pair is skipped, and named, where the interpreter or the wheel of torch is missing. With ``--dry-run`` it
+only says which interpreters are there and what would be run.
 """
 
 from __future__ import annotations
