@@ -66,14 +66,18 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
     for i, way in enumerate(WAYS):
         found = {r["network"]: r for r in rows if r["way"] == way}
         filters = found["LeNet-5"]["filters"]
-        parts[i][0].suptitle(f"LeNet-5, {way}: {len(filters)} filters of the first layer", fontsize=10)
+        parts[i][0].suptitle(
+            f"LeNet-5, {way}: {len(filters)} of 20 filters, {found['LeNet-5']['test']:.1f} % wrong", fontsize=10
+        )
         for place, weights in zip(parts[i][0].subplots(2, 10).flat, filters + [None] * 20, strict=False):
             place.axis("off")
             if weights is not None:
                 place.imshow(torch.tensor(weights).view(5, 5), cmap="coolwarm", vmin=-0.6, vmax=0.6)
         pixels = torch.zeros(784)
         pixels[found["MLP"]["pixels"]] = 1
-        parts[i][1].suptitle(f"MLP, {way}: {int(pixels.sum())} of 784 pixels", fontsize=10)
+        parts[i][1].suptitle(
+            f"MLP, {way}: {int(pixels.sum())} of 784 pixels, {found['MLP']['test']:.1f} % wrong", fontsize=10
+        )
         place = parts[i][1].subplots()
         place.imshow(pixels.view(28, 28), cmap="Greys", vmin=0, vmax=1)
         place.set_xticks([])

@@ -206,6 +206,7 @@ def test_parameters_count_where_multiply_adds_do_not() -> None:
 @pytest.mark.parametrize("last", [Stage(1), Stage(1, 7.0)])
 def test_widths_stay_multiples(last: Stage) -> None:
     net = PlasticNet(mlp(4, 32, 20, 3), (torch.randn(2, 4),))
+    net.limit("2", minimum=1)
     optimizer = Adam(net.param_groups(1e-2))
     schedule = Schedule(net, optimizer, [Stage(1, 7.0), last], multiple_of=8)
     with torch.no_grad():
