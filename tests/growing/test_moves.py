@@ -148,12 +148,28 @@ def test_features_that_leave_do_not_come_back_at_once() -> None:
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_chance_speaks_for_units(relative: bool) -> None:
-    """A unit is only called worthless if its worth is low by two standard errors."""
+    """A unit is called worthless, and leaves before others, only if its worth is low by two standard errors."""
     net = network(4)
     missed = Missed(torch.arange(4), (4,))
     for rises in ([0.0, -0.5, -1.0, 1.0], [0.0, -0.5, 1.0, 1.0]):
         missed.note(torch.arange(4), torch.zeros(4), torch.tensor(rises))
     found = verdicts(net, missed, Prices(relative=relative))["0"]
-    assert found.ranked == (1, 0, 2, 3)
+    assert found.ranked == (0, 1, 2, 3)
     assert found.worthless == (0,)
     assert (found.worth, found.price, found.samples) == (0.125, 1.0, 8.0)
+
+
+def test_units_of_which_nothing_depends_leave_before_those_that_were_unlucky() -> None:
+    """By the mean alone, noisy units would leave and constant ones stay; one unit in five matters."""
+    torch.manual_seed(0)
+    net = network(40)
+    missed = Missed(torch.arange(40), (40,))
+    matters, constant = torch.arange(8), torch.arange(8, 40)
+    rises = torch.randn(40, 20, dtype=torch.float64)
+    rises[matters] += 0.3
+    rises[constant] *= 1e-3
+    missed.rises, missed.squares = rises.sum(1), rises.square().sum(1)
+    missed.counts += 20
+    (found,) = verdicts(net, missed, Prices(relative=True)).values()
+    assert (rises[matters].mean(1) < 0).any()  # so that the mean alone would be wrong
+    assert set(found.ranked[:32]) == set(constant.tolist())

@@ -29,7 +29,9 @@ class Verdict:
         samples: Over how many samples or batches the worth was measured. Where the units have several turns, as blocks
             have, this is the number for one turn, so that they count like others.
         error: The standard error of the worth.
-        ranked: The places of these units in the site, those that are missed least first.
+        ranked: The places of these units in the site, in the order in which they should leave: by the most that each
+            may be worth, two standard errors above what was measured. By the measured worth alone, those would leave
+            first that were unlucky. Those of which nothing depends, such as constant inputs, would stay.
         worthless: The places of those that are worth next to nothing for their price, beyond what chance explains.
         depth: Whether the units are whole blocks. These are not ranked, because they do not leave.
     """
@@ -68,7 +70,7 @@ def verdicts(net: PlasticNet, missed: Missed, priced: Priced) -> dict[str, Verdi
                 price,
                 samples,
                 math.sqrt(float(squares[own].sum()) / net.ranks.count) / samples,
-                tuple(places[worth.argsort(stable=True)].tolist()),
+                tuple(places[most.argsort(stable=True)].tolist()),
                 tuple(places[most <= 0 if priced.relative else most < WORTHLESS * price].tolist()),
             )
             if is_depth(site):
