@@ -62,3 +62,13 @@ def test_channels_that_a_convolution_reads_for_the_output():
     assert pn.PlasticNet(model, (torch.randn(2, 3, 8, 8),)).sites["0"].minimum == 5
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.ConvTranspose2d(64, 21, 2))
     assert pn.PlasticNet(model, (torch.randn(2, 3, 8, 8),)).sites["0"].minimum == 5
+
+
+def test_a_network_that_begins_narrow_may_stay_so():
+    net = pn.PlasticNet(mlp(64, 10), (torch.randn(2, 4),))
+    pn.narrow(net, 3)
+    assert [site.minimum for site in net.sites.values()] == [1, 1]
+    net = pn.PlasticNet(mlp(64, 10), (torch.randn(2, 4),))
+    net.limit("2", minimum=5)
+    pn.narrow(net, 3)
+    assert net.sites["2"].minimum == 5

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from plasticnet.budgets.floors import keep_signal
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.depth import begin_anew, check_sleep, put_to_sleep
@@ -57,6 +58,7 @@ def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
     net.resize(channels)
     features = {n: _spread(len(s), units) for n, s in net.sites.items() if len(s) > units and _selects(s)}
     net.resize(features)
+    keep_signal(net)
     begin_anew(net.model)
     if blocks is not None:
         with net.lock:
