@@ -98,12 +98,20 @@ def rows_of(**what: Any) -> list[dict[str, Any]]:
     return [r for r in written(NAME) if all(r.get(k) == v for k, v in what.items())]
 
 
+def pruning_version() -> str:
+    """The version of Torch-Pruning, where it is installed."""
+    try:
+        return metadata.version("torch-pruning")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def add(row: dict[str, Any]) -> None:
     """Write a row."""
     row["commit"] = environment()["commit"]
     row["load"] = environment()["load"]
     print({k: v for k, v in row.items() if k not in ("widths", "commit")}, flush=True)
-    settings = {"settings": SETTINGS, "tuning seed": TUNING, "torch-pruning": metadata.version("torch-pruning")}
+    settings = {"settings": SETTINGS, "tuning seed": TUNING, "torch-pruning": pruning_version()}
     write(NAME, settings, [*written(NAME), row])
 
 

@@ -51,7 +51,7 @@ def test_inspect_table() -> None:
 def test_inspect_by_name(name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
     text = succeed("inspect", name)
-    assert re.search(r"\[0-1\]", text)
+    assert re.search(r"\[0-\s*1\]", text)  # a narrow terminal breaks the line
     found = json.loads(succeed("inspect", name, "--json"))
     assert found["checked"]
     assert 0 < found["prunable_parameters"] < found["parameters"]
@@ -91,7 +91,8 @@ def test_inspect_without_memory() -> None:
 
 def test_inspect_of_a_transformer_in_its_own_size() -> None:
     pytest.importorskip("transformers")
-    assert "encoder.layer.[0-11]" in succeed("inspect", "transformers:bert", "--full", "--meta")
+    text = succeed("inspect", "transformers:bert", "--full", "--meta")
+    assert re.search(r"encoder\.layer\.\[0-\s*11\]", text)
 
 
 def test_inspect_names_what_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

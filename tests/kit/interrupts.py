@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import plasticnet
 
 # What takes a lock or gives it back cannot be told from what waits for it, and is left out.
@@ -35,12 +37,14 @@ class _Lines:
 @contextmanager
 def interrupted(at: int | None) -> Iterator[_Lines]:
     """Count the lines that run in this context, and interrupt it before one of them, unless there are fewer."""
-    lines, before = _Lines(at), sys.gettrace()
+    lines, before, gradients = _Lines(at), sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(lines)
     try:
         yield lines
     finally:
         sys.settrace(before)
+        # An interrupt on the line of a with statement keeps torch's context from being left, which is not ours to mend.
+        torch.set_grad_enabled(gradients)
 
 
 def lines_of(call: Callable[[], object]) -> int:

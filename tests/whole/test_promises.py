@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import plasticnet as pn
-from plasticnet.gates.norms import open_statistics
+from plasticnet.gates.norms import OpenStatistics
 from plasticnet.layers.attention import free_heads
 
 
@@ -205,7 +205,8 @@ def test_an_interrupt_leaves_no_mode_behind() -> None:
             raise KeyboardInterrupt
 
     module = Interrupted(4)
-    with pytest.raises(KeyboardInterrupt), open_statistics(module, -1, torch.tensor([True, False, True, True])):
+    mask = torch.tensor([True, False, True, True])
+    with pytest.raises(KeyboardInterrupt), OpenStatistics(module, -1, frozenset({"mean", "var"})).over(mask):
         module(torch.randn(2, 4))
     x = torch.randn(2, 4)
     assert torch.equal(F.layer_norm(x, (4,)), torch.layer_norm(x, (4,)))
@@ -232,7 +233,7 @@ def test_means_in_half_precision_do_not_overflow() -> None:
     module = nn.Identity()
     x = torch.full((1, 1024), 200.0, dtype=torch.float16)
     mask = torch.arange(1024) > 0
-    with open_statistics(module, -1, mask):
+    with OpenStatistics(module, -1, frozenset({"mean"})).over(mask):
         module.forward = lambda t: t.pow(2).mean(-1)  # pyright: ignore
         assert module(x).item() == 40_000.0
 

@@ -50,7 +50,9 @@ class _Before:
         self._others = [(o, _attributes(o)) for o in others]
         self._gradients = [(p, p.grad) for p in net.parameters()]
         self._groups = [(group, dict(group)) for o in optimizers for group in o.param_groups]
-        self._states = [(o, dict(o.state), [(s, dict(s)) for s in o.state.values()]) for o in optimizers]
+        self._states = [
+            (o, dict(o.state), [(s, dict(s)) for s in o.state.values() if isinstance(s, dict)]) for o in optimizers
+        ]
         logits = [g.phi for g in net.all_gates()]
         kept = [v for o in optimizers for phi in logits for v in o.state.get(phi, {}).values()]
         changing = (*logits, *(s.grace for s in net.sites.values()), *_asleep(net), *kept)
