@@ -289,11 +289,8 @@ class GatedModel(nn.Module):
             options: The keyword arguments of `Gating.run`.
 
         Raises:
-            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates; or
-                modules of the model were replaced.
+            PlasticError: Gradient checkpointing is reentrant, and so would run layers again without their gates.
         """
-        if not torch.compiler.is_dynamo_compiling():
-            self.structure.check()
         best = {name: s.best for name, s in self.sites.items() if s.units.norms}
         ranks = self.ranks if self.ranks.sharded else None
         return self.gating.run(z, args, kwargs, best, ranks=ranks, **options)

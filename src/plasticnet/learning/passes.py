@@ -61,6 +61,8 @@ def call(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[
 def _called(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the network, as `call` does, while this thread has its lock."""
     now = sampler.running
+    if now.role == "free" and not torch.compiler.is_dynamo_compiling():
+        net.structure.check()
     if net.training:
         meet(net)
         if now.role == "free":  # for its own passes `expected_loss` has done this already
