@@ -14,7 +14,7 @@ _SHARE = 8  # a floor is at most the width over this number: a layer that was na
 
 
 def keep_signal(net: GatedModel) -> None:
-    """Give every site that an output layer reads its usual minimum, unless somebody has set another one.
+    """Give every site that an output layer reads its usual minimum.
 
     It is the number of binary digits that number the outputs of this layer and none of them, but at most an eighth of
     the units.
@@ -34,10 +34,7 @@ def keep_signal(net: GatedModel) -> None:
             continue
         outputs = [_outputs(net, c.tensor, c.dim) for c in site.units.consumers if net.frozen.get(c.module) == READ]
         if outputs:
-            least = max(site.units.least, min(max(outputs).bit_length(), len(site) // _SHARE))
-            if site.minimum == site.usual_minimum:
-                site.minimum = least
-            site.usual_minimum = least
+            site.usual_minimum = max(site.units.least, min(max(outputs).bit_length(), len(site) // _SHARE))
 
 
 def _outputs(net: GatedModel, tensor: str, dim: int) -> int:

@@ -102,7 +102,7 @@ class Site(_Gates):
             sleep, and for the units within them.
         usual_minimum: The minimum unless another one is set: 0 for blocks, which may all be closed, and mostly 1 for
             other units; more where a norm needs it, or where the output layer reads them (`plasticnet.budgets.floors`).
-        minimum: How many units pruning leaves.
+        minimum: How many units pruning leaves; the usual minimum unless it is set, and again once it is set to None.
         maximum: The number of units at which growth stops.
         strength: What the pressure on these gates is multiplied by.
 
@@ -125,7 +125,8 @@ class Site(_Gates):
     def __init__(self, units: Units, like: Tensor) -> None:
         super().__init__()
         self.units = units
-        self.usual_minimum = self.minimum = self._lowest
+        self.usual_minimum = self._lowest
+        self._own_minimum: int | None = None
         self.maximum = math.inf
         self.strength = 1.0
         device, dtype = like.device, torch.promote_types(torch.float32, like.dtype)  # never half precision
@@ -143,6 +144,14 @@ class Site(_Gates):
     def open(self) -> Tensor:
         """Which units are open, a boolean mask of shape (units,): phi >= 0."""
         return self.phi.detach() >= 0
+
+    @property
+    def minimum(self) -> int:
+        return self.usual_minimum if self._own_minimum is None else self._own_minimum
+
+    @minimum.setter
+    def minimum(self, units: int | None) -> None:
+        self._own_minimum = units
 
     @property
     def _lowest(self) -> int:

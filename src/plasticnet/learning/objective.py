@@ -42,8 +42,8 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
         closure: A function that runs the network and returns the losses of the samples, shape (batch,), or their mean.
 
     Raises:
-        PlasticError: The network is in evaluation mode, its gates are not finite, modules of the model were replaced, or
-            the closure does not return usable losses.
+        PlasticError: The network is in evaluation mode, its gates are not finite, modules of the model were replaced,
+            or the closure does not return usable losses.
     """
     with net.lock:
         if not net.training:

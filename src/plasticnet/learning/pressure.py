@@ -193,5 +193,5 @@ def limit(net: GatedModel, pattern: str, minimum: int | None, maximum: float, st
     if not _strong(strength):
         raise PlasticError(f"limit: strength={strength!r}; what the pressure is multiplied by is a number, 0 or more")
     for site in matching:
-        site.minimum = site.usual_minimum if minimum is None else minimum
+        site.minimum = minimum
         site.maximum, site.strength = maximum, float(strength)
