@@ -59,6 +59,23 @@ def tuned(depth: int, folder: Path, cache: Path, train: Data, held_out: Data) ->
     return {"state": best, "held out": found}
 
 
+def prepared(depth: int, folder: Path, cache: Path) -> tuple[nn.Module, Data, Data, Data, dict[str, Any]]:
+    """The network that is "dense", images to train on, those held out, and those to test on, and how it was trained.
+
+    Args:
+        depth: The depth of the network.
+        folder: Where images and published weights are.
+        cache: Where decoded images and the network are kept.
+    """
+    x, y = cached(cache / "train.pt", lambda: images(folder, "train", 50_000))
+    test = cached(cache / "test.pt", lambda: images(folder, "test", 10_000))
+    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
+    first = cached(cache / f"dense{depth}.pt", lambda: tuned(depth, folder, cache, train, held_out))
+    dense = published(depth, folder)
+    dense.load_state_dict(first["state"])
+    return dense, train, held_out, test, first
+
+
 def epoch(model: nn.Module, train: Data, held_out: Data, number: int) -> dict[str, Any]:
     """The state of a network after one more epoch, and its accuracy on the images held out."""
     for _ in epochs(model, *train, 1, RATE, number):
@@ -93,15 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    x, y = cached(options.cache / "train.pt", lambda: images(options.data_dir, "train", 50_000))
-    test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
-    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
-    first = cached(
-        options.cache / f"dense{options.depth}.pt",
-        lambda: tuned(options.depth, options.data_dir, options.cache, train, held_out),
-    )
-    dense = published(options.depth, options.data_dir)
-    dense.load_state_dict(first["state"])
+    dense, train, _, test, first = prepared(options.depth, options.data_dir, options.cache)
 
     def add(row: dict[str, Any]) -> None:
         print({k: v for k, v in row.items() if k != "units"}, flush=True)

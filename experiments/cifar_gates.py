@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar import BATCH, accuracy, augmented, images, published
-from cifar_cut import HELD_OUT, cached, tuned
+from cifar import BATCH, accuracy, augmented
+from cifar_cut import prepared
 from common import known, write, written
 from norms import reestimated
+from pruning import cycle, operations, smallest_cut
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import plasticnet as pn
 
@@ -40,23 +39,11 @@ WAYS = ("gates", "shrink", "Torch-Pruning", "dense")
 Data = tuple[Tensor, Tensor]
 
 
-def macs(model: nn.Module, x: Tensor) -> int:
-    """The multiply-adds of one image, as torch counts them."""
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        model.eval()(x[:1])
-    return counter.get_total_flops() // 2
-
-
 def losses(model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The losses of images, from their labels and the whole network's outputs."""
     with torch.no_grad():
         wanted = teacher(x)
     return pn.distillation(model(x), wanted, y, temperature=TEMPERATURE, weight=TEACHER)
-
-
-def cycle(place: float, rate: float) -> float:
-    """Up over the first tenth, then down along a cosine."""
-    return rate * min(place / 0.1 + 0.05, 0.5 + 0.5 * math.cos(math.pi * place))
 
 
 class Training:
@@ -163,21 +150,20 @@ def by_torch_pruning(dense: nn.Module, share: float, train: Data, held_out: Data
         F.cross_entropy(slopes(train[0][i]), train[1][i]).backward()
     found = []
     for everywhere in (False, True):
-        low, high, best = 0.0, 1.0, None
-        for _ in range(8):
-            model, ratio = copy.deepcopy(dense), (low + high) / 2
+
+        def pruned(ratio: float, everywhere: bool = everywhere) -> nn.Module:
+            model = copy.deepcopy(dense)
             pruner = BasePruner(
                 model, x[:2], importance=GroupTaylorImportance(), global_pruning=everywhere, pruning_ratio=ratio,
-                max_pruning_ratio=0.95, ignored_layers=[model.linear],
+                max_pruning_ratio=0.95, ignored_layers=[model.get_submodule("linear")],
             )  # fmt: skip
             for p, q in zip(model.parameters(), slopes.parameters(), strict=True):
                 p.grad = None if q.grad is None else q.grad.clone()
             pruner.step()
             model.zero_grad(set_to_none=True)
-            if macs(model, x) <= share * macs(dense, x):
-                high, best = ratio, model
-            else:
-                low = ratio
+            return model
+
+        best = smallest_cut(pruned, lambda small: operations(small, x), share * operations(dense, x), 8)
         if best is not None:
             again = reestimated(best.eval(), x.split(BATCH), nn.Module.__call__) or best
             found.append((accuracy(again, *held_out), again))
@@ -211,15 +197,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    x, y = cached(options.cache / "train.pt", lambda: images(options.data_dir, "train", 50_000))
-    test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
-    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
-    first = cached(
-        options.cache / f"dense{options.depth}.pt",
-        lambda: tuned(options.depth, options.data_dir, options.cache, train, held_out),
-    )
-    dense = published(options.depth, options.data_dir)
-    dense.load_state_dict(first["state"])
+    dense, train, held_out, test, _ = prepared(options.depth, options.data_dir, options.cache)
+    x = train[0]
     for seed in options.seeds:
         for way in options.ways:
             key = {"depth": options.depth, "share": 1.0 if way == "dense" else options.share, "epochs": options.epochs}
@@ -231,7 +210,7 @@ def main() -> None:
             training = Training(dense.eval(), train, options.epochs, seed, kept)
             small = trained(way, dense.eval(), options.share, (train, held_out), training)
             row = {**key, "held out": accuracy(small, *held_out), "test": accuracy(small, *test)}
-            row |= {"before": accuracy(dense, *test), "macs": macs(small, x) / macs(dense, x)}
+            row |= {"before": accuracy(dense, *test), "macs": operations(small, x) / operations(dense, x)}
             row |= {"parameters": sum(p.numel() for p in small.parameters()), "seconds": training.seconds}
             print(row, flush=True)
             settings = {"rate": RATE, "gate rate": GATE_RATE, "plastic rate": PLASTIC_RATE, "periods": PERIODS}

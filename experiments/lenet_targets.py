@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,6 @@ POINTS = {
         last=50,
         rate=5e-3,
     ),
-    "h": Point(
-        "MLP 784-300-100, multiply-adds, units and features, taught by LeNet-5",
-        1.60,
-        "macs",
-        9_000,
-        {"macs": 9_000},
-        "MLP",
-        ("fc1",),
-        plastic=30,
-        last=120,
-        rate=5e-3,
-        taught_by="LeNet-5",
-    ),
     "e": Point(
         "MLP 784-300-100, multiply-adds, single weights",
         1.60,
@@ -127,6 +114,10 @@ POINTS = {
         last=50,
     ),
 }
+
+POINTS["h"] = replace(
+    POINTS["d"], title=f"{POINTS['d'].title}, taught by LeNet-5", taught_by="LeNet-5", plastic=30, last=120
+)
 
 
 class LeNet(LeNet5):

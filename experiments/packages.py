@@ -26,7 +26,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from common import write, written
 from norms import reestimated
 from packages_models import MODELS, Case
+from pruning import smallest_cut
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -191,7 +192,7 @@ def peers(case: Case, errors: Errors, share: float) -> tuple[nn.Module, Found]:
                 name = f"{importance.__name__}, {'global' if everywhere else 'local'}{', spared' if spared else ''}"
                 cut = partial(pruned, case, importance, slopes, everywhere, spared)
                 try:
-                    best = smallest_cut(case, cut, share * whole)
+                    best = smallest_cut(cut, partial(operations, case), share * whole, 7)
                     small, error = (None, math.nan) if best is None else with_norms(case, errors, best)
                 except Exception as failed:  # It may not be able to do it in this way, but in another.
                     raised[name] = failed
@@ -204,19 +205,6 @@ def peers(case: Case, errors: Errors, share: float) -> tuple[nn.Module, Found]:
     seconds = time.process_time() - begun
     found = {"variant": name, "error": {"at once": errors.of(small, case.test)}, "seconds": {"cut": seconds}}
     return small, found | {"raised": {n: f"{type(e).__name__}: {e}"[:200] for n, e in raised.items()}}
-
-
-def smallest_cut(case: Case, cut: Callable[[float], nn.Module], most: float) -> nn.Module | None:
-    """The model cut at the smallest ratio, of those tried, that leaves at most so many operations."""
-    low, high, best = 0.0, 1.0, None
-    for _ in range(7):
-        ratio = (low + high) / 2
-        small = cut(ratio)
-        if operations(case, small) <= most:
-            high, best = ratio, small
-        else:
-            low = ratio
-    return best
 
 
 def slopes_of(case: Case, errors: Errors) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from common import environment, write, written
 from peers_tasks import TASKS, Task
-from peers_training import Start, gated, operations, train
+from peers_training import Start, gated, train
 from peers_ways import FULL, OURS, SETTINGS, made
+from pruning import operations
 from torch import nn
 
 NAME, TUNING = "peers", 100
@@ -84,7 +85,7 @@ def run(way: str, start: Start, share: float, setting: dict[str, Any], widths: d
     task = start.task
     return {
         "widths": widths_of(start, small),
-        "macs": operations(task, small) / operations(task, start.dense),
+        "macs": operations(small, task.parts[0][0]) / operations(start.dense, task.parts[0][0]),
         "parameters": sum(p.numel() for p in small.parameters()),
         "validation": task.error(small, task.parts[1]),
         "test": task.error(small, task.parts[2]),
@@ -139,7 +140,14 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
         errors = {"validation": task.error(start.dense, task.parts[1]), "test": task.error(start.dense, task.parts[2])}
         size = sum(p.numel() for p in start.dense.parameters())
         row = {"task": name, "way": "dense", "seed": seed, "share": 1.0, "macs": 1.0, "parameters": size, **errors}
-        add({**row, "multiply-adds": operations(task, start.dense), "seconds": 0.0, "dense_seconds": seconds})
+        add(
+            {
+                **row,
+                "multiply-adds": operations(start.dense, task.parts[0][0]),
+                "seconds": 0.0,
+                "dense_seconds": seconds,
+            }
+        )
     for key in todo:
         ours = [r for r in rows_of(task=name, way=OURS, share=key["share"], seed=seed) if "failed" not in r]
         widths = min(ours, key=lambda r: r["validation"])["widths"] if ours else {}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1  # of the hard-concrete distribution (arXiv 1712.01312, section 3)
 INITIAL = 3.0  # the logits of gates at first: 95 % open
 DUAL = 0.05  # the learning rate of the multiplier, for each step
-Share = Callable[[dict[str, Tensor]], Tensor]
+Values = dict[str, Tensor]
+Share = Callable[[Values], Tensor]
 
 
 def _share(start: Start) -> tuple[Share, dict[str, int]]:
@@ -59,16 +60,32 @@ def _constrained(
         multiplier = max(0.0, multiplier + DUAL * float(beyond.detach())) if float(beyond.detach()) > 0 else 0.0
         return multiplier * beyond
 
-    half = task.epochs // 2
-    train(task, network, half, rate, losses, extra, list(logits.values()), gate_rate)
+    train(task, network, task.epochs // 2, rate, losses, extra, list(logits.values()), gate_rate)
     points.remove()
-    net = gated(start)
-    net.model.load_state_dict(network.state_dict())
     with torch.no_grad():
-        scale(net, {name: value(phi) for name, phi in logits.items()})
+        factors = {name: value(phi) for name, phi in logits.items()}
         found = {name: probability(phi) for name, phi in logits.items()}
-    small = by_scores(net, found, share)
-    train(task, small, task.epochs - half, rate, start.taught)
+    return _second_half(start, network, share, rate, found, factors)
+
+
+def _second_half(
+    start: Start, network: nn.Module, share: float, rate: float, scores: Values, factors: Values
+) -> nn.Module:
+    """The network that half of the epochs have made, cut to the budget by these scores, after the other half.
+
+    Args:
+        start: What the way began with.
+        network: The network, of its full size.
+        share: The budget.
+        rate: The largest learning rate.
+        scores: A score for each unit; those that score least go.
+        factors: What the network multiplies its units by, for the sites where it does.
+    """
+    net, task = gated(start), start.task
+    net.model.load_state_dict(network.state_dict())
+    scale(net, factors)
+    small = by_scores(net, scores, share)
+    train(task, small, task.epochs - task.epochs // 2, rate, start.taught)
     return small
 
 
@@ -107,22 +124,16 @@ def slimming(start: Start, share: float, rate: float, strength: float) -> nn.Mod
     _, sizes = _share(start)
     network = copy.deepcopy(start.dense)
     points = Points(task, network)
-    points.values = {name: nn.Parameter(torch.ones(n)) for name, n in sizes.items()}
-    scales = list(points.values.values())
+    scales = [nn.Parameter(torch.ones(n)) for n in sizes.values()]
+    points.values = dict(zip(sizes, scales, strict=True))
 
     def extra() -> Tensor:
         return strength * torch.stack([s.abs().sum() for s in scales]).sum()
 
-    half = task.epochs // 2
-    train(task, network, half, rate, start.taught, extra, [s for s in scales if isinstance(s, nn.Parameter)], rate)
+    train(task, network, task.epochs // 2, rate, start.taught, extra, scales, rate)
     points.remove()
-    net = gated(start)
-    net.model.load_state_dict(network.state_dict())
     factors = {name: s.detach() for name, s in points.values.items()}
-    scale(net, factors)
-    small = by_scores(net, {name: s.abs() for name, s in factors.items()}, share)
-    train(task, small, task.epochs - half, rate, start.taught)
-    return small
+    return _second_half(start, network, share, rate, {name: s.abs() for name, s in factors.items()}, factors)
 
 
 def group_lasso(start: Start, share: float, rate: float, strength: float) -> nn.Module:
@@ -144,15 +155,12 @@ def group_lasso(start: Start, share: float, rate: float, strength: float) -> nn.
             found[name] = (torch.stack(squares).sum(0) + 1e-12).sqrt()
         return found
 
-    network, half = copy.deepcopy(start.dense), task.epochs // 2
+    network = copy.deepcopy(start.dense)
 
     def extra() -> Tensor:
         return strength * torch.stack([n.sum() for n in norms(network).values()]).sum()
 
-    train(task, network, half, rate, start.taught, extra)
-    net.model.load_state_dict(network.state_dict())
+    train(task, network, task.epochs // 2, rate, start.taught, extra)
     with torch.no_grad():
         found = norms(network)
-    small = by_scores(net, found, share)
-    train(task, small, task.epochs - half, rate, start.taught)
-    return small
+    return _second_half(start, network, share, rate, found, {})

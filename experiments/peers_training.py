@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from peers_tasks import Task
+from pruning import cycle
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import plasticnet as pn
 
@@ -59,11 +58,6 @@ def batches(task: Task) -> Iterator[Tensor]:
     yield from order.split(task.batch)
 
 
-def cycle(place: float, rate: float) -> float:
-    """The learning rate at a place of the training, from 0 to 1: up over the first tenth, then down along a cosine."""
-    return rate * min(place / 0.1 + 0.05, 0.5 + 0.5 * math.cos(math.pi * place))
-
-
 def train(
     task: Task,
     network: nn.Module,
@@ -103,21 +97,6 @@ def train(
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
     network.eval()
-
-
-def operations(task: Task, network: nn.Module) -> int:
-    """The multiply-adds of a network's layers for one input, as torch counts them; attention's products are left out.
-
-    plasticnet does not take part in this count.
-    """
-    modes = [(m, m.training) for m in network.modules()]
-    network.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(task.parts[0][0][:1])
-    for module, mode in modes:
-        module.training = mode
-    counts = counter.get_flop_counts()["Global"]
-    return sum(n for operation, n in counts.items() if "bmm" not in str(operation)) // 2
 
 
 def gated(start: Start) -> pn.PlasticNet:

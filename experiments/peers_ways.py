@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from norms import reestimated
 from peers_gates import group_lasso, hard_concrete, slimming, straight_through
-from peers_training import DECAY, Start, anew, batches, by_scores, cycle, gated, operations, train
+from peers_training import DECAY, Start, anew, batches, by_scores, gated, train
+from pruning import cycle, operations, smallest_cut
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -76,15 +78,10 @@ def magnitude(start: Start, share: float, setting: Setting, widths: Widths) -> n
 
 def torch_pruning(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """Torch-Pruning with its group Taylor or group norm importance, ranked over all layers or in each layer."""
-    most, low, high, best = share * operations(start.task, start.dense), 0.0, 1.0, None
+    x = start.task.parts[0][0]
     slopes = _slopes(start) if setting["importance"] == "GroupTaylorImportance" else {}
-    for _ in range(9):
-        ratio = (low + high) / 2
-        small = _pruned(start, setting, slopes, ratio)
-        if operations(start.task, small) <= most:
-            high, best = ratio, small
-        else:
-            low = ratio
+    most = share * operations(start.dense, x)
+    best = smallest_cut(partial(_pruned, start, setting, slopes), lambda small: operations(small, x), most, 9)
     if best is None:
         raise RuntimeError("no ratio meets the budget")
     return _tuned(start, best, setting)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,14 @@ WAYS: dict[str, Callable[[str, int], Any]] = {
 }
 
 
+def divided(name: str, seed: int, rows: Arrays) -> list[np.ndarray]:
+    """Inputs to fit and to test on, and targets to fit and to test on."""
+    return train_test_split(*rows, test_size=1 / 3, random_state=seed, stratify=None if name == "housing" else rows[1])
+
+
 def run(name: str, way: str, seed: int, rows: Arrays) -> dict[str, Any]:
     """Fit, and score on the rows that were not fitted: accuracy, or R²."""
-    x, x_test, y, y_test = train_test_split(
-        *rows, test_size=1 / 3, random_state=seed, stratify=None if name == "housing" else rows[1]
-    )
+    x, x_test, y, y_test = divided(name, seed, rows)
     model = WAYS[way](name, seed)
     begun = time.process_time()
     with warnings.catch_warnings():
@@ -91,24 +94,37 @@ def run(name: str, way: str, seed: int, rows: Arrays) -> dict[str, Any]:
     return {"score": float(model.score(x_test, y_test)), "widths": widths, "parameters": parameters, "seconds": seconds}
 
 
-def main() -> None:
-    """Run what is not there yet, all ways in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(
+    results: str,
+    text: str,
+    settings: dict[str, Any],
+    ways: Iterable[str],
+    run: Callable[[str, str, int, Arrays], dict[str, Any]],
+) -> None:
+    """Run what is not there yet, all ways in turn.
+
+    Args:
+        results: The name of the results.
+        text: What --help says.
+        settings: The settings that all rows share.
+        ways: The names of the ways.
+        run: Makes a row from the names of a task and of a way, the seed, and the rows of the task.
+    """
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["digits", "housing", "adult"])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {"grid": GRID, "folds": FOLDS}
     for seed in range(options.seeds):
         for name in options.tasks:
             rows = data(name, options.data_dir)
-            for way in WAYS:
-                if not known(NAME, task=name, way=way, seed=seed):
+            for way in ways:
+                if not known(results, task=name, way=way, seed=seed):
                     row = {"task": name, "way": way, "seed": seed, **run(name, way, seed, rows)}
-                    write(NAME, settings, [*written(NAME), row])
+                    write(results, settings, [*written(results), row])
                     print(row, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    measure(NAME, __doc__, {"grid": GRID, "folds": FOLDS}, WAYS, run)

@@ -11,24 +11,21 @@ what is there is not run again. Optuna is needed (the extra peers).
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import known, write, written
-from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-from sklearn_grid import Arrays, data, ours, size
+from sklearn_grid import Arrays, divided, measure
+from sklearn_grid import run as fitted
 from torch import Tensor, nn
 
 from plasticnet.apps.models import MLP
 from plasticnet.sklearn.fitting import batch_size, number_of_epochs
 
-NAME, TRIALS, SEEDS = "width_search", 40, 5
+NAME, OURS, TRIALS = "width_search", "plasticnet", 40
 NARROWEST, WIDEST = 4, 256
 NOISES, RATE = (0.0, 0.1, 0.2, 0.4), 3e-3
 Rows = tuple[Tensor, Tensor]
@@ -98,17 +95,11 @@ def searched(rows: Rows, classes: bool, seed: int) -> tuple[nn.Module, list[int]
 
 def run(name: str, way: str, seed: int, arrays: Arrays) -> dict[str, Any]:
     """Fit in one way, and score on the rows that were not fitted: accuracy, or R²."""
+    if way == OURS:
+        return fitted(name, way, seed, arrays)
     classes = name != "housing"
-    x, x_test, y, y_test = train_test_split(
-        *arrays, test_size=1 / 3, random_state=seed, stratify=arrays[1] if classes else None
-    )
+    x, x_test, y, y_test = divided(name, seed, arrays)
     begun = time.process_time()
-    if way == "plasticnet":
-        model = ours(name, seed)
-        model.fit(x, y)
-        seconds, (widths, parameters) = time.process_time() - begun, size(model)
-        found = float(model.score(x_test, y_test))
-        return {"score": found, "widths": widths, "parameters": parameters, "seconds": seconds}
     columns = StandardScaler().fit(x)
     middle, deviation = (0.0, 1.0) if classes else (float(y.mean()), float(y.std()))
 
@@ -122,24 +113,6 @@ def run(name: str, way: str, seed: int, arrays: Arrays) -> dict[str, Any]:
     return {**row, "parameters": sum(p.numel() for p in network.parameters()), "seconds": seconds}
 
 
-def main() -> None:
-    """Run what is not there yet, both ways in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["digits", "housing", "adult"])
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = {"trials": TRIALS, "widths": [NARROWEST, WIDEST], "noises": NOISES, "rate": RATE}
-    for seed in range(options.seeds):
-        for name in options.tasks:
-            arrays = data(name, options.data_dir)
-            for way in ("plasticnet", "Optuna"):
-                if not known(NAME, task=name, way=way, seed=seed):
-                    row = {"task": name, "way": way, "seed": seed, **run(name, way, seed, arrays)}
-                    write(NAME, settings, [*written(NAME), row])
-                    print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    SETTINGS = {"trials": TRIALS, "widths": [NARROWEST, WIDEST], "noises": NOISES, "rate": RATE}
+    measure(NAME, __doc__, SETTINGS, (OURS, "Optuna"), run)
