@@ -26,6 +26,7 @@ def outputs(content: dict[str, Any]) -> list[list[dict[str, Any]]]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.close("all")  # a figure that somebody left open is no output of a cell
     names: dict[str, Any] = {"__name__": "__main__"}
     found: list[list[dict[str, Any]]] = []
     for number, cell in enumerate(content["cells"]):

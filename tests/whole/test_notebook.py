@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "release" / "notebook.py"))
 TEXT = (ROOT / "examples" / "shrink_and_grow.ipynb").read_text()
 CONTENT = json.loads(TEXT)
+
+
+def test_a_figure_that_was_open_before_is_no_output() -> None:
+    pyplot.figure()
+    assert SCRIPT["outputs"]({"cells": [{"cell_type": "code", "source": ["print(1)"]}]}) == [
+        [{"name": "stdout", "output_type": "stream", "text": ["1\n"]}]
+    ]
 
 
 @pytest.mark.slow

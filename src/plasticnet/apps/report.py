@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -204,14 +203,13 @@ def _label(name: str) -> str:
 
 def _svg(draw: Any) -> str:
     """Return the SVG text of a figure that a function draws."""
-    figure = plt.figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")  # no figure of pyplot, which would outlive an interrupt
     draw(figure)
     buffer = io.StringIO()
     # The picture has no date, and its ids are fixed, so that equal runs give equal pages.
     with mpl.rc_context({"svg.hashsalt": "plasticnet"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters are shown as boxes
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
