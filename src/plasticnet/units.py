@@ -307,6 +307,7 @@ class Trace:
         steered: Whether values steer the model, as in ``if x.sum() > 0`` or a mixture of experts.
         stateful: Whether the model keeps something from one call to the next.
         random: Whether the model draws random numbers in evaluation mode.
+        sorting: Whether the model sorts values, of which some may be equal but for rounding.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -324,3 +325,4 @@ class Trace:
     steered: bool = False
     stateful: bool = False
     random: bool = False
+    sorting: bool = False

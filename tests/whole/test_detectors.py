@@ -47,7 +47,6 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 _HEAVY = pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes minutes: make detectors")
-# Faster R-CNN has fewer sites than it had (16 of 33) since its boxes are followed; `make detectors` still asks for all.
 NAMES = [n if n == "ssdlite" else pytest.param(n, marks=_HEAVY) for n in DETECTORS]
 
 

@@ -29,6 +29,7 @@ class Facts:
         grouped: For each weight of a grouped layer, the number of rows of one group.
         steered: Whether the model has read a value while it ran, as ``if x.sum() > 0`` does, or has made a tensor whose
             shape depends on values.
+        sorting: Whether the model sorts values, of which some may be equal but for rounding.
         routed: Whether which modules run depends on values, as in a mixture of experts.
         stateful: Whether the model keeps something from one call to the next.
         random: Whether the model draws random numbers in evaluation mode.
@@ -54,6 +55,7 @@ class Facts:
     lengths: dict[str, tuple[str, int]] = field(default_factory=dict)
     grouped: dict[str, int] = field(default_factory=dict)
     steered: bool = False
+    sorting: bool = False
     routed: bool = False
     stateful: bool = False
     random: bool = False

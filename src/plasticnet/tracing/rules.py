@@ -120,6 +120,7 @@ def _accumulate(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
 @rule("sort", "argsort", "topk")
 def _sort(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Keep the labels of the other axes, also on the places that the sorted entries had: each channel has its own."""
+    tracer.facts.sorting = True
     _along(tracer, func, args, kwargs, out, "sorted")
 
 

@@ -155,7 +155,7 @@ def explore(
     tensors = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     traced = build(facts, [name for name in tensors if name not in facts.seen], runs.refused)
     traced.positional, traced.steered, traced.stateful = facts.ledger.positional, facts.steered, facts.stateful
-    traced.random = facts.random
+    traced.random, traced.sorting = facts.random, facts.sorting
     traced.sites.update(block_sites([name for name in skipped if name not in reasons], ends))
     traced.frozen.update((f"{name} (as a block)", reason) for name, reason in reasons.items())
     traced.frozen.update(_idle(model, facts.seen))
