@@ -2,10 +2,10 @@
 
 A wide network is trained for each seed. Every way then has the same number of epochs of the same training, in which it
 also learns from the wide network's outputs, to reach a share of its multiply-adds. The time of the wide network counts
-in all of them. Each way has four settings to choose from (peers_ways.py), and takes the one whose error on validation
+in all of them. Each way has six settings to choose from (peers_ways.py), and takes the one whose error on validation
 data is smallest at the second smallest budget on seed 100, which is not measured. Test data are read once a run.
 
-"plasticnet" is `pn.shrink` or gates that learn under a budget; the four settings decide between these, too. "same
+"plasticnet" is `pn.shrink` or gates that learn under a budget; the six settings decide between these, too. "same
 widths" knows the widths that it has found, and starts from random weights with the epochs of both trainings together.
 
 A run takes some seconds to two minutes on one core, all of them some six hours: python experiments/peers.py --data-dir

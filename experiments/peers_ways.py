@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from norms import reestimated
 from peers_gates import group_lasso, hard_concrete, slimming, straight_through
-from peers_training import DECAY, Start, anew, batches, by_scores, gated, train
+from peers_training import CLIP, DECAY, Start, anew, batches, by_scores, gated, train
 from pruning import cycle, operations, smallest_cut
 from torch import Tensor, nn
 
@@ -24,7 +24,8 @@ import plasticnet as pn
 Setting = Mapping[str, Any]
 Widths = Mapping[str, int]
 Way = Callable[[Start, float, Setting, Widths], nn.Module]
-PERIODS, GATE_RATE, PLASTIC_RATE = 2, 4e-2, 1e-3  # steps of the schedule in an epoch, and rates while gates move
+PERIODS, GATE_RATE = 2, 4e-2  # steps of the schedule in an epoch, and the gates' learning rate
+PLASTIC = 0.5  # the share of the largest learning rate at which weights learn while gates move
 
 
 def shrink(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
@@ -38,7 +39,7 @@ def shrink(start: Start, share: float, setting: Setting, widths: Widths) -> nn.M
 def gates(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """Gates of plasticnet that learn under a budget for half of the epochs; the rest is ordinary training."""
     task, net = start.task, gated(start)
-    optimizer = torch.optim.AdamW(net.param_groups(PLASTIC_RATE, GATE_RATE, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(net.param_groups(PLASTIC * setting["rate"], GATE_RATE, weight_decay=0.0))
     half = task.epochs // 2
     stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((task.epochs - half) * PERIODS)]
     schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(macs=share))
@@ -52,6 +53,7 @@ def gates(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Mo
             loss = net.expected_loss(lambda i=i: start.taught(net, i)) + schedule.penalty()
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
             optimizer.step()
             if (n + 1) % -(-len(order) // PERIODS) == 0 or n + 1 == len(order):
                 schedule.step()
@@ -165,7 +167,7 @@ def gradmax(start: Start, share: float, setting: Setting, widths: Widths) -> nn.
     return net.compact()
 
 
-RATES, FEW = (2e-3, 4e-3, 8e-3, 16e-3), (4e-3, 8e-3)
+RATES, FEW = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (4e-3, 12e-3, 32e-3)
 OURS = "plasticnet"
 
 # Every way has as many settings to choose from by validation data, on a seed that is not measured.
