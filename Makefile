@@ -103,7 +103,7 @@ experiments-small: $(VENV)/.peers
 
 # All peers on two tasks, MNIST to the end, growth, and CIFAR-10: days on two cores. CACHE=DIR keeps what is trained.
 experiments-full: experiments
-	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks MNIST Adult --budgets 1 2 --all
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks housing Adult --budgets 1 2 --all
 	$(BIN)/python experiments/peers_table.py
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
 	$(MAKE) growth gates DATA=$(DATA)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from norms import reestimated
 from peers_gates import group_lasso, hard_concrete, slimming, straight_through
+from peers_grown import gradmax, tiny
 from peers_training import CLIP, DECAY, Start, anew, batches, by_scores, gated, train
 from pruning import cycle, operations, smallest_cut
 from torch import Tensor, nn
@@ -142,31 +143,6 @@ def _from_random(start: Start, widths: Widths, setting: Setting) -> nn.Module:
     return network
 
 
-def gradmax(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
-    """From 3 units a site to the widths of plasticnet, new units by GradMax (Evci et al., arXiv 2201.05125)."""
-    task = start.task
-    torch.manual_seed(start.seed)
-    net = pn.PlasticNet(anew(start, {name: min(3, n) for name, n in widths.items()}), (task.parts[0][0][:2],))
-    first = {name: len(site) for name, site in net.sites.items()}
-    epochs = task.dense + task.epochs
-    growing = epochs // 2
-    optimizer = torch.optim.AdamW(net.parameters(), setting["rate"], weight_decay=DECAY)
-    for epoch in range(epochs):
-        net.train()
-        order = list(batches(task))
-        for n, i in enumerate(order):
-            optimizer.param_groups[0]["lr"] = cycle((epoch + n / len(order)) / epochs, setting["rate"])
-            optimizer.zero_grad()
-            start.taught(net, i).mean().backward()
-            optimizer.step()
-        if epoch < growing:
-            wanted = {name: n + round((widths[name] - n) * (epoch + 1) / growing) for name, n in first.items()}
-            counts = {name: n - len(net.sites[name]) for name, n in wanted.items() if n > len(net.sites[name])}
-            i = start.chosen()[:512]
-            net.grow(counts, optimizer, init="gradmax", loss=lambda i=i: start.taught(net, i))
-    return net.compact()
-
-
 RATES, FEW = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (4e-3, 12e-3, 32e-3)
 OURS = "plasticnet"
 
@@ -192,6 +168,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         for rate in FEW
     ],
     "GradMax": [{"rate": rate} for rate in RATES],
+    "GroMo": [{"rate": rate} for rate in RATES],
 }
 FULL = (OURS, "magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
 
@@ -212,5 +189,7 @@ def made(way: str, start: Start, share: float, setting: Setting, widths: Widths)
     }
     if way in learned:
         return learned[way](start, share, **setting)
-    others: dict[str, Way] = {"same widths": same_widths, "uniform widths": uniform_widths, "GradMax": gradmax}
+    if way in ("GradMax", "GroMo"):
+        return {"GradMax": gradmax, "GroMo": tiny}[way](start, widths, **setting)
+    others: dict[str, Way] = {"same widths": same_widths, "uniform widths": uniform_widths}
     return others[way](start, share, setting, widths)
