@@ -9,7 +9,7 @@ data is smallest at the second smallest budget on seed 100, which is not measure
 widths" knows the widths that it has found, and starts from random weights with the epochs of both trainings together.
 
 A run takes some seconds to two minutes on one core, all of them some six hours: python experiments/peers.py --data-dir
-DIR. Adds rows to results/peers.json after each run, and goes on from there. The packages of the extra "peers" are needed.
+DIR. Adds rows to results/peers.json after each run, and goes on from there. It needs the extra "peers".
 """
 
 from __future__ import annotations

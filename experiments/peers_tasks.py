@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from growth_tasks import adult, fashion, housing, images, squares
+from peers_series import Lstm, temperatures
 from torch import Tensor, nn
 from transformers_cut import CHARACTERS, CONTEXT, LENGTH, PADDING, WORDS, characters, sentences
 
@@ -225,6 +226,13 @@ def _shakespeare(folder: Path) -> Task:
     return replace(task, rows=3200, measure="perplexity")
 
 
+def _series(folder: Path) -> Task:
+    points = {"first": ("act1", 2), "x": ("state", 1), "up": ("act2", 1)}
+    build = lambda: Lstm(7, 48, 48, 96)  # noqa: E731
+    task = Task(temperatures(folder), build, points, ("out",), NARROW, 10, 10, 64, 2e-3)
+    return replace(task, rows=3200, measure="mean squared error")
+
+
 TASKS: dict[str, Callable[[Path], Task]] = {
     "MNIST": _mnist,
     "Fashion-MNIST": _fashion,
@@ -232,4 +240,5 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "Adult": _adult,
     "SST-2": _sentences,
     "Shakespeare": _shakespeare,
+    "ETTh1": _series,
 }
