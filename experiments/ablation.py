@@ -26,6 +26,7 @@ import plasticnet as pn
 from plasticnet.apps.data import Data, Split, load_data
 from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import LeNet5
+from plasticnet.apps.preparing import Training
 from plasticnet.apps.scores import evaluate
 from plasticnet.apps.settings import Config
 
@@ -72,7 +73,7 @@ def run(variant: Variant, data: Data, seed: int) -> dict[str, Any]:
     for epoch in range(schedule.epochs):
         for group, rate in zip(optimizer.param_groups, (LR, GATE_LR), strict=True):
             group["lr"] = rate * min(1.0, (schedule.epochs - epoch) / DECAY) if math.isinf(net.k) else rate
-        train_epoch(net, optimizer, schedule, data.train, Config())
+        train_epoch(Training(net, optimizer, schedule), data.train, Config())
         change = schedule.step()
         size = net.summary()
         history.append({"parameters": size.open_parameters, "macs": size.open_macs, "transition": change.transition})

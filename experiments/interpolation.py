@@ -23,6 +23,7 @@ import plasticnet as pn
 from plasticnet.apps.data import Data, load_data
 from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import MLP
+from plasticnet.apps.preparing import Training
 from plasticnet.apps.scores import evaluate
 from plasticnet.apps.settings import Config
 from plasticnet.gates.site import INITIAL_LOGIT, probabilities, transition
@@ -53,7 +54,7 @@ def gated(k: float, data: Data, seed: int) -> dict[str, Any]:
     schedule = pn.Schedule(net, optimizer, [pn.Stage(EPOCHS, k=k)], pressure=pressure)
     transitions = []
     for _ in range(EPOCHS):
-        train_epoch(net, optimizer, schedule, data.train, CONFIG)
+        train_epoch(Training(net, optimizer, schedule), data.train, CONFIG)
         transitions.append(transition(probabilities(list(net.sites.values()), k).detach()))
     size = net.summary()
     return {

@@ -25,6 +25,7 @@ import plasticnet as pn
 from plasticnet.apps.data import Data, Split, load_data
 from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import LeNet5
+from plasticnet.apps.preparing import Training
 from plasticnet.apps.scores import evaluate
 from plasticnet.apps.settings import Config
 
@@ -55,7 +56,7 @@ def run(mode: str, data: Data, seed: int) -> Iterator[dict[str, Any]]:
         torch.set_rng_state(random)
         started, k = time.process_time(), net.k
         for part in torch.randperm(len(data.train)).chunk(PERIODS):
-            train_epoch(net, optimizer, schedule, Split(data.train.x[part], data.train.y[part]), Config())
+            train_epoch(Training(net, optimizer, schedule), Split(data.train.x[part], data.train.y[part]), Config())
             val_loss, val_accuracy = evaluate(net, data.val)
             schedule.step(val_loss)
             left = min(1.0, (schedule.epochs - schedule.epoch) / (DECAY * PERIODS))

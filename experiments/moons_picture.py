@@ -21,6 +21,7 @@ import plasticnet as pn
 from plasticnet.apps.data import Split
 from plasticnet.apps.loop import train_epoch
 from plasticnet.apps.models import MLP
+from plasticnet.apps.preparing import Training
 from plasticnet.apps.settings import Config
 
 mpl.use("Agg")
@@ -75,7 +76,7 @@ class Run:
     def epoch(self) -> None:
         """Train for one epoch, with random numbers of its own."""
         torch.set_rng_state(self.random)
-        train_epoch(self.net, self.optimizer, self.schedule, Split(self.x, self.y), Config(batch=BATCH))
+        train_epoch(Training(self.net, self.optimizer, self.schedule), Split(self.x, self.y), Config(batch=BATCH))
         self.schedule.step()
         self.random = torch.get_rng_state()
         self.widths.append(self.present())

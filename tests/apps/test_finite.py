@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticError, load_checkpoint, save_checkpoint
 from plasticnet.apps.data import Data, Split, load_data
-from plasticnet.apps.loop import prepare_run, train_run
+from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import MLP
+from plasticnet.apps.preparing import prepare_run
 from plasticnet.apps.scores import evaluate
 from plasticnet.apps.settings import Config, Mode
 from tests.kit.commands import fail, succeed

@@ -17,19 +17,16 @@ from plasticnet.apps.checkpoints import Checkpoints
 from plasticnet.apps.data import Data, Split, Task
 from plasticnet.apps.finite import Guard, check_gradients, check_loss, named, naming_output
 from plasticnet.apps.identity import describe_model, identity
+from plasticnet.apps.preparing import Training, prepare_run
 from plasticnet.apps.saving import SECONDS, Keeper, Place, resume_run
 from plasticnet.apps.scores import SCORES, evaluate, losses
 from plasticnet.apps.settings import Config, Mode
 from plasticnet.apps.stopping import Stop
 from plasticnet.errors import PlasticError
 from plasticnet.gates.site import transition
-from plasticnet.growing.growth import Growth
-from plasticnet.growing.narrow import narrow
-from plasticnet.learning.pressure import Pressure
 from plasticnet.measuring.profiling import profile
 from plasticnet.measuring.timing import one_thread
 from plasticnet.net import PlasticNet
-from plasticnet.training.schedule import Schedule
 
 _PROFILES = 10  # the most profiles of a run while it trains; each of them takes as long as about twenty steps
 
@@ -51,39 +48,8 @@ class Result:
     summary: dict[str, Any]
 
 
-def prepare_run(
-    model: nn.Module, data: Data, config: Config, mode: Mode, *, limited: bool = True
-) -> tuple[PlasticNet, torch.optim.Optimizer, Schedule]:
-    """Build the network, its optimizer and its schedule for a run.
-
-    Args:
-        model: The model, which is gated in place, on the device of the data. A network that grows starts narrow.
-        data: The data.
-        config: The settings.
-        mode: What the run does.
-        limited: Whether a network that grows keeps to the widths of the model.
-
-    Raises:
-        PlasticError: The settings, the model and the data do not fit together.
-    """
-    model.to(data.train.x.device)
-    net = PlasticNet(model, (data.train.x[:2],), estimator=config.estimator, gates=config.gates, inputs=config.inputs)
-    budget = None if config.budget is None or mode == "dense" else config.budget.absolute(net)
-    if mode == "grow":
-        for name, site in net.sites.items() if limited else ():
-            net.limit(name, maximum=len(site))
-        narrow(net, config.start)
-    optimizer = torch.optim.Adam(net.param_groups(config.lr, config.gate_lr, weight_decay=config.weight_decay))
-    growth = Growth() if mode == "grow" else None
-    pressure = Pressure(config.price / len(data.train), config.cost) if budget is None else None
-    schedule = Schedule(net, optimizer, config.stages(mode), growth=growth, pressure=pressure, budget=budget)
-    return net, optimizer, schedule
-
-
 def train_epoch(
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    training: Training,
     train: Split,
     config: Config,
     task: Task = "classification",
@@ -94,9 +60,7 @@ def train_epoch(
     """Train for one epoch over shuffled batches, or for what is left of it.
 
     Args:
-        net: The network.
-        optimizer: Its optimizer.
-        schedule: Its schedule, whose penalty is added to the loss where k is finite.
+        training: The network, its optimizer, and its schedule, whose penalty is added to the loss where k is finite.
         train: The training data.
         config: The settings, of which the size of a batch counts here.
         task: What kind of answer the data ask for.
@@ -110,6 +74,7 @@ def train_epoch(
         PlasticError: The loss, the pressure or a gradient of a step is not finite; the message names the first output
             or the first parameter. The network has then not made this step.
     """
+    net, optimizer, schedule = training
     net.train()
     place = begin_epoch(train) if place is None else place
     batches = place.order.to(train.x.device).split(config.batch)
@@ -145,9 +110,7 @@ def begin_epoch(train: Split) -> Place:
 
 
 def train_epochs(
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    training: Training,
     data: Data,
     config: Config,
     guard: Guard,
@@ -160,9 +123,7 @@ def train_epochs(
     cuts or grows anything after that epoch.
 
     Args:
-        net: The network.
-        optimizer: Its optimizer.
-        schedule: Its schedule.
+        training: The network, its optimizer and its schedule.
         data: The data.
         config: The settings.
         guard: Says whether all numbers are finite.
@@ -173,18 +134,17 @@ def train_epochs(
         PlasticError: A loss, a weight, a gate or something that the optimizer remembers has become NaN or infinite. The
             message names the epoch, the step where it is known, and the first such tensor in the order of the modules.
     """
+    schedule = training.schedule
     while schedule.epoch < schedule.epochs:
         place = begin_epoch(data.train) if place is None else place
         with named(f"epoch {schedule.epoch + 1}"), guard.naming():
-            record = _one_epoch(net, optimizer, schedule, data, config, guard, place, after_step)
+            record = _one_epoch(training, data, config, guard, place, after_step)
         yield record
         place = None
 
 
 def _one_epoch(
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    training: Training,
     data: Data,
     config: Config,
     guard: Guard,
@@ -192,8 +152,9 @@ def _one_epoch(
     after_step: Callable[[Place], None],
 ) -> dict[str, Any]:
     """Train to the end of an epoch, let the schedule end it, and return its record, unless something is not finite."""
+    net, schedule = training.net, training.schedule
     k = net.k
-    loss = train_epoch(net, optimizer, schedule, data.train, config, data.task, place=place, after_step=after_step)
+    loss = train_epoch(training, data.train, config, data.task, place=place, after_step=after_step)
     started = time.process_time()
     if not math.isfinite(loss):  # a sum of finite losses
         raise PlasticError("the mean training loss is not finite (NaN or infinite)")
@@ -277,28 +238,28 @@ def train_run(
     own = identity(data, describe_model(model), config, mode)
     torch.manual_seed(config.seed)
     model = copy.deepcopy(model).to(data.train.x.device)
-    net, optimizer, schedule = prepare_run(copy.deepcopy(model), data, config, mode, limited=limited)
+    training = prepare_run(copy.deepcopy(model), data, config, mode, limited=limited)
     checkpoints = None if checkpoint is None else Checkpoints(checkpoint)
-    history, place, guard = list[dict[str, Any]](), None, Guard(net, optimizer)
+    history, place, guard = list[dict[str, Any]](), None, Guard(training.net, training.optimizer)
     if checkpoints is not None and resume:
-        history, place = resume_run(checkpoints, net, optimizer, schedule, own)
+        history, place = resume_run(checkpoints, training, own)
     for record in history:
         if on_epoch:
             on_epoch(record)
     before = profile_dict(model, data, config)
-    keeper = Keeper(checkpoints, net, optimizer, schedule, history, own, guard, seconds, stop or Stop())
-    for record in train_epochs(net, optimizer, schedule, data, config, guard, place, keeper.after_step):
+    keeper = Keeper(checkpoints, training, history, own, guard, seconds, stop or Stop())
+    for record in train_epochs(training, data, config, guard, place, keeper.after_step):
         history.append(record)
         keeper.after_epoch()
         if on_epoch:
             on_epoch(record)
-    small = net.compact()
+    small = training.net.compact()
     with named("after the last epoch"):
-        summary = _summary(net, small, data, mode, history)
+        summary = _summary(training.net, small, data, mode, history)
     summary["profile"] = {"before": before, "after": profile_dict(small, data, config)}
-    if schedule.growth is not None:
-        summary["growth_stopped"] = schedule.growth.stopped
-    return Result(mode, net, small, summary)
+    if training.schedule.growth is not None:
+        summary["growth_stopped"] = training.schedule.growth.stopped
+    return Result(mode, training.net, small, summary)
 
 
 def _summary(

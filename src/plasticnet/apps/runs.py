@@ -42,10 +42,11 @@ from plasticnet.apps.folder import (
     write_text,
 )
 from plasticnet.apps.identity import describe_model, differences, hashes, identity, settings
-from plasticnet.apps.loop import prepare_run, train_run
+from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import factory
 from plasticnet.apps.page import START
 from plasticnet.apps.prepared import Prepared
+from plasticnet.apps.preparing import prepare_run
 from plasticnet.apps.printing import print_results, print_start, progress
 from plasticnet.apps.report import render
 from plasticnet.apps.saving import SECONDS, restore_run
@@ -313,8 +314,8 @@ def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 def _check_checkpoint(model: nn.Module, data: Data, run: Run, mode: Mode, folder: Path) -> int:
     """Return how many epochs of a run are over. Raises `PlasticError` where its checkpoints cannot be resumed."""
     own = identity(data, describe_model(model), run.config, mode)
-    parts = prepare_run(model, data, run.config, mode, limited=run.limited)
-    found = restore_run(checkpoints_in(folder, mode), *parts, own)
+    training = prepare_run(model, data, run.config, mode, limited=run.limited)
+    found = restore_run(checkpoints_in(folder, mode), training, own)
     return 0 if found is None else len(found.history)
 
 

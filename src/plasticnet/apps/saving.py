@@ -15,10 +15,10 @@ from plasticnet.apps.checkpoints import Checkpoints
 from plasticnet.apps.console import print_line
 from plasticnet.apps.finite import Guard
 from plasticnet.apps.identity import differences
+from plasticnet.apps.preparing import Training
 from plasticnet.apps.stopping import Stop
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
-from plasticnet.training.schedule import Schedule
 
 _KEYS = {"net", "optimizer", "schedule", "rng", "history", "place", "config", "model", "mode", "data_sha256"}
 SECONDS = 600.0  # within an epoch, the state is saved after so many seconds unless the user says otherwise
@@ -65,9 +65,7 @@ class Keeper:
 
     Args:
         checkpoints: Where it is saved; nowhere if this is None.
-        net: The network.
-        optimizer: Its optimizer.
-        schedule: Its schedule.
+        training: The network, its optimizer and its schedule.
         history: The records of the epochs that are over, to which the run adds.
         identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
         guard: Says whether all numbers are finite. A state in which some are not is not saved.
@@ -78,16 +76,14 @@ class Keeper:
     def __init__(
         self,
         checkpoints: Checkpoints | None,
-        net: PlasticNet,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
+        training: Training,
         history: list[dict[str, Any]],
         identity: Mapping[str, Any],
         guard: Guard,
         seconds: float,
         stop: Stop,
     ) -> None:
-        self.checkpoints, self.net, self.optimizer, self.schedule = checkpoints, net, optimizer, schedule
+        self.checkpoints, self.training = checkpoints, training
         self.history, self.identity, self.guard, self.seconds, self.stop = history, identity, guard, seconds, stop
         self._saved = time.monotonic()
 
@@ -112,29 +108,25 @@ class Keeper:
 
     def _save(self, checkpoints: Checkpoints, place: Place | None, *, best: bool) -> None:
         """Write the state of the run and of torch's random numbers."""
-        parts = {"net": self.net, "optimizer": self.optimizer, "schedule": self.schedule}
-        state = {name: part.state_dict() for name, part in parts.items()}
+        net = self.training.net
+        state = {name: part.state_dict() for name, part in self.training._asdict().items()}
         # By this gradient a budget measures its pressure in the next step.
-        here = None if place is None else {**vars(place), "gradient": self.net.sampler.gradient}
-        beside = {"rng": random_states(self.net), "history": self.history, "place": here}
+        here = None if place is None else {**vars(place), "gradient": net.sampler.gradient}
+        beside = {"rng": random_states(net), "history": self.history, "place": here}
         checkpoints.write({**state, **beside, **self.identity}, best=best)
         self._saved = time.monotonic()
 
 
 def restore_run(
     checkpoints: Checkpoints,
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    training: Training,
     identity: Mapping[str, Any],
 ) -> Restored | None:
     """Bring a run that was just prepared to the state that its newest checkpoint holds which can be read.
 
     Args:
         checkpoints: The checkpoints.
-        net: The network.
-        optimizer: Its optimizer.
-        schedule: Its schedule.
+        training: The network, its optimizer and its schedule.
         identity: What the run is, as `plasticnet.apps.identity.identity` returns it.
 
     Returns:
@@ -157,22 +149,19 @@ def restore_run(
         raise PlasticError(
             f"{path} belongs to a run with another configuration: {changed}; it can only be resumed as it began"
         )
-    guard = Guard(net, optimizer)
-    net.load_state_dict(saved["net"])
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule.load_state_dict(saved["schedule"])
+    guard = Guard(training.net, training.optimizer)
+    for name, part in training._asdict().items():
+        part.load_state_dict(saved[name])
     culprit = guard.culprit()
     if culprit is not None:
         raise PlasticError(f"{path} cannot be resumed: {culprit} is not finite (NaN or infinite); start the run anew")
-    place = _placed(saved.get("place"), net)
+    place = _placed(saved.get("place"), training.net)
     return Restored(saved["history"], saved["rng"], place, found.passed, found.why)
 
 
 def resume_run(
     checkpoints: Checkpoints,
-    net: PlasticNet,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    training: Training,
     identity: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], Place | None]:
     """Let a run that was just prepared go on from its newest checkpoint that can be read, if there is one.
@@ -184,7 +173,7 @@ def resume_run(
     Returns:
         The records of the epochs that are over, and where in the next epoch the run stands, as `Restored` has them.
     """
-    found = restore_run(checkpoints, net, optimizer, schedule, identity)
+    found = restore_run(checkpoints, training, identity)
     if found is None:
         return [], None
     set_random_states(found.rng)
