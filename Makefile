@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test quick versions lint wheel zoo cost gates growth random soak detectors integrations docs clean \
-	experiments experiments-peers experiments-small experiments-full experiments-gpu
+	experiments experiments-peers experiments-peers-images experiments-peers-others experiments-small experiments-full \
+	experiments-gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -89,10 +90,15 @@ $(VENV)/.peers: $(VENV)/.installed
 # The evidence; DATA=DIR is the folder with the data, and every script goes on from what is there. On two cores,
 # `make -j2 experiments DATA=DIR` takes under three hours; it needs no CIFAR.
 experiments: experiments-peers experiments-small
-
-experiments-peers: $(VENV)/.peers
-	$(BIN)/python experiments/peers.py --data-dir $(DATA)
 	$(BIN)/python experiments/peers_table.py
+
+experiments-peers: experiments-peers-images experiments-peers-others
+
+experiments-peers-images: $(VENV)/.peers
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks MNIST Fashion-MNIST Shakespeare
+
+experiments-peers-others: $(VENV)/.peers
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks housing Adult SST-2 ETTh1
 
 experiments-small: $(VENV)/.peers
 	$(BIN)/python experiments/moons.py

@@ -9,7 +9,8 @@ data is smallest at the second smallest budget on seed 100, which is not measure
 widths" knows the widths that it has found, and starts from random weights with the epochs of both trainings together.
 
 A run takes some seconds to two minutes on one core, all of them some six hours: python experiments/peers.py --data-dir
-DIR. Adds rows to results/peers.json after each run, and goes on from there. It needs the extra "peers".
+DIR. Adds rows to results/peers_TASK.json after each run, and goes on from there, so that processes may measure tasks
+side by side. It needs the extra "peers".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from peers_ways import FULL, OURS, SETTINGS, made
 from pruning import operations
 from torch import nn
 
-NAME, TUNING = "peers", 100
+TUNING = 100  # the seed for tuning
 KEPT = 20_000  # as many outputs of the wide network are kept at most
 
 
@@ -94,9 +95,14 @@ def run(way: str, start: Start, share: float, setting: dict[str, Any], widths: d
     }
 
 
-def rows_of(**what: Any) -> list[dict[str, Any]]:
-    """The rows that are there with these values."""
-    return [r for r in written(NAME) if all(r.get(k) == v for k, v in what.items())]
+def file_of(task: str) -> str:
+    """The name of the results of a task."""
+    return f"peers_{task.lower()}"
+
+
+def rows_of(task: str, **what: Any) -> list[dict[str, Any]]:
+    """The rows of a task that are there with these values."""
+    return [r for r in written(file_of(task)) if all(r.get(k) == v for k, v in what.items())]
 
 
 def pruning_version() -> str:
@@ -113,12 +119,13 @@ def add(row: dict[str, Any]) -> None:
     row["load"] = environment()["load"]
     print({k: v for k, v in row.items() if k not in ("widths", "commit")}, flush=True)
     settings = {"settings": SETTINGS, "tuning seed": TUNING, "torch-pruning": pruning_version()}
-    write(NAME, settings, [*written(NAME), row])
+    name = file_of(row["task"])
+    write(name, settings, [*written(name), row])
 
 
 def chosen(name: str, way: str) -> dict[str, Any] | None:
     """The setting that is best on validation data, or None where none works."""
-    found = [r for r in rows_of(task=name, way=way, seed=TUNING) if "failed" not in r]
+    found = [r for r in rows_of(name, way=way, seed=TUNING) if "failed" not in r]
     return min(found, key=lambda r: r["validation"])["setting"] if found else None
 
 
@@ -136,7 +143,7 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
     if not todo:
         return
     start, seconds = started(task, seed)
-    if not rows_of(task=name, way="dense", seed=seed):
+    if not rows_of(name, way="dense", seed=seed):
         errors = {"validation": task.error(start.dense, task.parts[1]), "test": task.error(start.dense, task.parts[2])}
         size = sum(p.numel() for p in start.dense.parameters())
         row = {"task": name, "way": "dense", "seed": seed, "share": 1.0, "macs": 1.0, "parameters": size, **errors}
@@ -149,7 +156,7 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
             }
         )
     for key in todo:
-        ours = [r for r in rows_of(task=name, way=OURS, share=key["share"], seed=seed) if "failed" not in r]
+        ours = [r for r in rows_of(name, way=OURS, share=key["share"], seed=seed) if "failed" not in r]
         widths = min(ours, key=lambda r: r["validation"])["widths"] if ours else {}
         found = run(key["way"], start, key["share"], key["setting"], widths)
         add({**key, **found, "dense_seconds": seconds})
@@ -168,9 +175,9 @@ def main() -> None:
     ways = tuple(SETTINGS) if options.all else tuple(options.ways)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for seed in (TUNING, *options.seeds):
-        for name in options.tasks:
-            task = TASKS[name](options.data_dir)
+    for name in options.tasks:
+        task = TASKS[name](options.data_dir)
+        for seed in (TUNING, *options.seeds):
             budgets = (2,) if seed == TUNING else options.budgets
             measure(name, task, seed, ways, tuple(task.shares[b] for b in budgets))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from common import RESULTS, between, how, publish, spread, svg
 from gates_table import grouped, table
+from peers_tasks import TASKS
 from peers_ways import FULL, OURS, SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -158,15 +159,16 @@ def picture(rows: Rows, task: str) -> str:
 
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
-    content, searched, smallest = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("peers", "width_search", "few_units")
-    )
-    rows = content["results"]
+    searched, smallest = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("width_search", "few_units"))
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("peers_*.json"))]
+    named = {content["results"][0]["task"]: content for content in found}
+    contents = {name: named[name] for name in sorted(named, key=lambda name: [*TASKS, name].index(name))}
+    rows = [row for content in contents.values() for row in content["results"]]
     tasks = list(dict.fromkeys(r["task"] for r in measured(rows) if r["way"] != "dense"))
     page = DOCS / "peers.md"
     text = between(page.read_text(), "verdict", verdict(rows))
-    parts = [by_budget(rows, task) for task in tasks]
-    text = between(text, "budgets", "\n\n".join([*parts, how(content["environment"])]))
+    parts = [f"{by_budget(rows, task)}\n\n{how(contents[task]['environment'])}" for task in tasks]
+    text = between(text, "budgets", "\n\n".join(parts))
     text = between(text, "choices", choices(rows))
     text = between(between(text, "search", search(searched)), "few", few(smallest))
     return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})

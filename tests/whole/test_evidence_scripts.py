@@ -114,9 +114,9 @@ def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tm
     measured = partial(peers.measure, "clouds", task, ways=ways)
     measured(seed=100, budgets=(0.3,))
     measured(seed=0, budgets=(0.3,))
-    before = common.written("peers")
+    before = common.written("peers_clouds")
     measured(seed=0, budgets=(0.6, 0.3))
-    after = common.written("peers")
+    after = common.written("peers_clouds")
     assert after[: len(before)] == before
     assert len(after) == len(before) + 2
     assert peers_table.main() == 0
