@@ -52,12 +52,13 @@ from plasticnet.cost.latency import Latency, Term  # what net.measure_latency() 
 from plasticnet.tracing.trace import trace  # which units a model has
 from plasticnet.tracing.trace import register_rule  # teach tracing an operation
 from plasticnet.units import Trace  # what trace returns
-from plasticnet.units import BlockUnits, InputUnits, Units  # the units of a site
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units  # the units of a site
 from plasticnet.units import Consumer, Norm, Slice, Width  # where they lie, and what follows them
 
 # -- What a compact module may hold beside the layers of its architecture ----------------------
 from plasticnet.layers.take import Take  # selects features before a layer
 from plasticnet.layers.skip import Skip  # stands where a block was
+from plasticnet.layers.experts import Experts  # the list of a mixture from which experts were removed
 from plasticnet.layers.attention import FreeMultiheadAttention  # nn.MultiheadAttention with fewer heads
 from plasticnet.layers.attention import FreeGridAttention, FreeWindowAttention  # the same of torchvision's
 from plasticnet.layers.recurrent import RecurrentStack  # recurrent layers, each with its own width
@@ -77,8 +78,9 @@ __all__ = [
     "save", "load", "save_checkpoint", "load_checkpoint", "save_distributed", "load_distributed",
     "export", "Exported", "save_pretrained",
     "Site", "WeightSite", "Summary", "SiteSummary", "profile", "Profile", "ModuleProfile", "Latency", "Term",
-    "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "Slice", "Consumer", "Norm", "Width",
-    "Take", "Skip", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention",
+    "trace", "register_rule", "Trace", "Units", "InputUnits", "BlockUnits", "ExpertUnits", "Slice", "Consumer",
+    "Norm", "Width",
+    "Take", "Skip", "Experts", "FreeMultiheadAttention", "FreeWindowAttention", "FreeGridAttention",
     "RecurrentStack", "LayerStates", "SparseLinear",
     "PlasticError", "__version__",
 ]  # fmt: skip

@@ -61,6 +61,7 @@ class PlasticNet(GatedModel):
             then take their statistics over the open units.
         blocks: Name patterns of modules that are units as a whole. A closed one returns its first input.
         head_dims: Name patterns of attention modules in whose heads the dimensions are the units, and not the heads.
+        experts: Name patterns of lists or stacks of experts, which are units as a whole; routers choose no closed one.
         weights: Name patterns of modules whose weight gets a gate on every entry, which the batch shares.
 
     Attributes:
@@ -106,6 +107,7 @@ class PlasticNet(GatedModel):
         residual: bool = False,
         blocks: Patterns = (),
         head_dims: Patterns = (),
+        experts: Patterns = (),
         weights: Patterns = (),
     ) -> None:
         sampler = Sampler(estimator, gates)
@@ -115,7 +117,8 @@ class PlasticNet(GatedModel):
             found = with_gradients_if_needed(
                 lambda: find(
                     model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
-                    residual=residual, blocks=blocks, head_dims=head_dims, weights=weights,
+                    residual=residual, blocks=blocks, head_dims=head_dims, experts=experts,
+                    weights=weights,
                 )
             )  # fmt: skip
         super().__init__(

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+CHOICE = "choice"  # the statistic of a `Norm` that is a choice among its units, as by the router of a mixture
+
 # Three reasons for which parts of a model are frozen; other places refer to them.
 READ = "reaches the model's output"
 IDLE = "it did not run on the example inputs"
@@ -133,7 +135,7 @@ class Norm:
         axis: The axis of what is normalised along which the units lie, counted from the end.
         tensor: The name of a parameter of the module.
         dim: Its dimension along which the units lie in the same order.
-        statistic: The name of the operation of ATen that takes them.
+        statistic: The name of the operation of ATen that takes them, or `CHOICE`.
         least: How many units must be open: 2 for a variance that divides by one less than their number.
         counts: Whether the module reads the number of units from a shape, to divide by it.
 
@@ -291,6 +293,36 @@ class BlockUnits(Units):
             tensor: The name of the module or the tensor.
         """
         return next((i for i, block in enumerate(self.blocks) if f"{tensor}.".startswith(f"{block}.")), None)
+
+
+@dataclass
+class ExpertUnits(BlockUnits):
+    """A site whose units are the experts of a mixture: the router never chooses a closed one.
+
+    Their slices are the rows of the router, and the experts themselves where these lie in stacked parameters. Like
+    blocks, closed experts stay until the network is compacted. The other attributes are those of `BlockUnits`.
+
+    Attributes:
+        listed: Whether the experts are the modules of a list, and ``blocks`` has their names.
+        sparse: Whether each row of an input goes to some of the experts only, so that fewer experts do the same work.
+
+    Example:
+        >>> import torch, plasticnet as pn
+        >>> class Mixture(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.router = torch.nn.Linear(4, 3)
+        ...         self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 2) for _ in range(3))
+        ...     def forward(self, x):
+        ...         weights = self.router(x).softmax(-1)
+        ...         return sum(weights[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+        >>> net = pn.PlasticNet(Mixture(), (torch.zeros(2, 4),), experts=["experts"])
+        >>> net.sites["experts.members"].units.blocks
+        ('experts.0', 'experts.1', 'experts.2')
+    """
+
+    listed: bool = True
+    sparse: bool = False
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing, Pattern
 from plasticnet.checking.culprits import Comparison, Repair, culprits
+from plasticnet.checking.experts import settled
 from plasticnet.checking.reached import reaching, unsure
 from plasticnet.checking.twins import in_precision, random_twin
 from plasticnet.checking.widths import repaired
@@ -108,7 +109,8 @@ def _trial(
     if is_large(twin):
         all_alike = partial(_alike, share=CLOSED_SHARES[-1])
         rough = Comparing(twin, calls[:1], ROUGH, [all_alike], random=traced.random, vouch=False)
-        bad = culprits(rough.cut_differs, sites, partial(repaired, twin))
+        sites, bad = settled(twin, rough.cut_differs, sites)
+        bad |= culprits(rough.cut_differs, sites, partial(repaired, twin))
         del rough  # which holds the model at full size
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
@@ -118,8 +120,10 @@ def _trial(
     else:
         calls, reached = reaching(twin, calls, sites, traced.steered)
         patterns = [_falling, _rising, partial(_alike, share=CLOSED_SHARES[-1])]
-        run, current = _precise(twin, calls, traced, patterns), sites
-        bad = culprits(run.cut_differs, sites, partial(repaired, run.model))
+        run = _precise(twin, calls, traced, patterns)
+        sites, bad = settled(run.model, run.cut_differs, sites)
+        current = sites
+        bad |= culprits(run.cut_differs, sites, partial(repaired, run.model))
     bad |= unsure(sites, reached, bad)
     good = without_lost_inputs({n: sites[n] for n in traced.sites if n in sites and n not in bad})
     step("adding units")

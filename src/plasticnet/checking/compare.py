@@ -21,7 +21,7 @@ from plasticnet.tools.precision import HALF
 from plasticnet.tools.snapshot import left_as_it_was, sharing
 from plasticnet.tools.torch_private import Dropout
 from plasticnet.tools.trees import numbers_within
-from plasticnet.units import BlockUnits, InputUnits, Units, without_lost_inputs
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units, without_lost_inputs
 
 # The relative tolerances in double precision, in which some norms still compute in single, and in other precisions.
 FINE, ROUGH = 2e-6, 1e-3
@@ -148,7 +148,7 @@ class Comparing:
         """Yield the gates of each trial, and whether so many are closed that the output has to move.
 
         Every pattern is tried with all blocks open. Where there are blocks, the last pattern is tried again with some
-        of them closed, and with all.
+        of them closed, and with all; where there are experts, with those closed that have certain places.
         """
         device = next(self.model.parameters()).device
 
@@ -163,6 +163,9 @@ class Comparing:
         if any(isinstance(u, BlockUnits) for u in sites.values()):
             yield gates(last, lambda n: torch.rand(n).round()), False
             yield gates(last, torch.zeros), True
+        if any(isinstance(u, ExpertUnits) for u in sites.values()):  # a forward may treat experts by their place
+            for experts in (_first_closed, _last_closed, _first_half_closed, _every_other):
+                yield gates(last, experts), False
 
     def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Return why one more unit for each of these sites changes the output or fails, or None.
@@ -182,6 +185,26 @@ class Comparing:
         except Exception as error:  # a forward that hard-codes a width can raise anything
             return f"the model does not run when units are added: {error}"
         return None
+
+
+def _first_closed(n: int) -> Tensor:
+    """Return gates of ``n`` units of which only the first is closed."""
+    return (torch.arange(n) > 0).float()
+
+
+def _last_closed(n: int) -> Tensor:
+    """Return gates of ``n`` units of which only the last is closed."""
+    return (torch.arange(n) < n - 1).float()
+
+
+def _first_half_closed(n: int) -> Tensor:
+    """Return gates of ``n`` units of which the first half is closed."""
+    return (torch.arange(n) >= n // 2).float()
+
+
+def _every_other(n: int) -> Tensor:
+    """Return gates of ``n`` units of which every other one is closed, the first one too."""
+    return (torch.arange(n) % 2).float()
 
 
 @contextmanager

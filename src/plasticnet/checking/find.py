@@ -19,7 +19,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import MORE, Call, Outputs, calls_of
 from plasticnet.tools.progress import Progress
 from plasticnet.tracing.trace import explore
-from plasticnet.units import Units, without_lost_inputs
+from plasticnet.units import ExpertUnits, Units, owner, without_lost_inputs
 
 Patterns = str | Sequence[str]  # one pattern of names or several, with the wildcards of fnmatch
 
@@ -56,6 +56,7 @@ def find(
     residual: bool = False,
     blocks: Patterns = (),
     head_dims: Patterns = (),
+    experts: Patterns = (),
     weights: Patterns = (),
 ) -> Found:
     """Find which parts of a model can be gated.
@@ -70,13 +71,17 @@ def find(
         residual: Whether to gate also what LayerNorm, RMSNorm and their like normalise.
         blocks: Name patterns of modules that are units as a whole.
         head_dims: Name patterns of attention modules in whose heads the dimensions are the units, and not the heads.
+        experts: Name patterns of lists or stacks of experts, which are units as a whole.
         weights: Name patterns of modules whose weight gets a gate on every entry.
 
     Raises:
         PlasticError: The model rejects the example inputs, a pattern matches nothing, or there is nothing to gate.
     """
     calls = calls_of(example_inputs, more_inputs, outputs)
-    given = {"inputs": inputs, "exclude": exclude, "blocks": blocks, "head_dims": head_dims, "weights": weights}
+    given = {
+        "inputs": inputs, "exclude": exclude, "blocks": blocks, "head_dims": head_dims, "experts": experts,
+        "weights": weights,
+    }  # fmt: skip
     patterns = {name: _listed(name, value) for name, value in given.items()}
     with Progress(f"gating {type(model).__name__}", total=4) as progress:
         return _found(model, calls, patterns, residual, progress)
@@ -86,7 +91,9 @@ def _found(
     model: nn.Module, calls: Sequence[Call], patterns: Mapping[str, tuple[str, ...]], residual: bool, progress: Progress
 ) -> Found:
     """Return what `find` does, for arguments that were read, and advance the progress after each part of the work."""
-    traced, runs = explore(model, calls, patterns["inputs"], residual, patterns["blocks"], patterns["head_dims"])
+    traced, runs = explore(
+        model, calls, patterns["inputs"], residual, patterns["blocks"], patterns["head_dims"], patterns["experts"]
+    )
     progress.advance("closing and cutting units")
     for pattern in patterns["exclude"]:
         if not any(fnmatchcase(n, pattern) for n in traced.sites):
@@ -113,8 +120,13 @@ def _found(
             UserWarning,
             stacklevel=6,
         )
-    frozen = {**traced.frozen, **ungated}
+    frozen = {n: r for n, r in traced.frozen.items() if n not in _routers(traced.sites)} | ungated
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)
+
+
+def _routers(sites: Mapping[str, Units]) -> set[str]:
+    """Return the names of routers whose rows belong to experts, and whose outputs tracing itself has frozen."""
+    return {owner(n.tensor) for u in sites.values() if isinstance(u, ExpertUnits) for n in u.norms}
 
 
 def _listed(name: str, patterns: Patterns) -> tuple[str, ...]:

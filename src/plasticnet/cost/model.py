@@ -82,11 +82,17 @@ class CostModel:
             owned = [d for d in range(p.dim()) if (tensor, d) in owners]
             for d in owned:
                 place[tensor, d] = self._lengths.add(p.shape[d], owners[tensor, d]), owners[tensor, d]
-            fixed = prod(n for d, n in enumerate(p.shape) if d not in owned)
-            counts = {"parameters": float(fixed), "macs": fixed * uses.get(tensor, 0.0)}
-            tensors = self._terms["parameters"]
-            for terms in (tensors,) if tensor in weights else (tensors, self._ungated):
-                terms.add([place[tensor, d] for d in owned], self._places.block_of(tensor), counts)
+            block, tensors = self._places.block_of(tensor), self._terms["parameters"]
+            steady = self._places.sparse_experts(tensor)
+            for costs in (("parameters", "macs"),) if steady is None else (("parameters",), ("macs",)):
+                # Fewer experts that rows are shared among do the same work, so that it does not follow their gates.
+                fewer = steady is not None and costs == ("macs",)
+                dims = [d for d in owned if not (fewer and steady in owners[tensor, d])]
+                fixed = prod(n for d, n in enumerate(p.shape) if d not in dims)
+                counts = {"parameters": float(fixed), "macs": fixed * uses.get(tensor, 0.0)}
+                counts = {cost: n if cost in costs else 0.0 for cost, n in counts.items()}
+                for terms in (tensors,) if tensor in weights else (tensors, self._ungated):
+                    terms.add([place[tensor, d] for d in dims], None if fewer else block, counts)
         for t in () if latency is None else latency.terms:
             if any((t.tensor, d) not in place for d in t.dims):
                 raise PlasticError(f"the latency was measured on another network: no units lie along {t.tensor!r} here")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plasticnet.tools.precision import product
-from plasticnet.units import BlockUnits, InputUnits, Units
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units
 
 
 class Places:
@@ -44,6 +44,18 @@ class Places:
             if isinstance(u, BlockUnits) and (i := u.inside(tensor)) is not None:
                 found = self.starts[name] + i
         return found
+
+    def sparse_experts(self, tensor: str) -> str | None:
+        """Return the name of the site of sparse experts in which a tensor lies, or None.
+
+        The rows of their router are no part of the experts.
+        """
+        for name, u in self.sites.items():
+            if isinstance(u, ExpertUnits) and u.sparse:
+                held = name.rpartition(".")[0]
+                if u.inside(tensor) is not None or (not u.listed and tensor.rpartition(".")[0] == held):
+                    return name
+        return None
 
 
 # A dimension is given by its place among the lengths, and by the width of a unit of each site that owns parts of it.

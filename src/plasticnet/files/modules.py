@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.files.container import FORMAT, mapping_in, read_file, write_file
 from plasticnet.layers.attention import free_heads, head_size, unfuse_encoders
+from plasticnet.layers.experts import remove_expert
 from plasticnet.layers.record import RECORD
 from plasticnet.layers.skip import remove_block
 from plasticnet.layers.sparse import sparse_layers
@@ -74,7 +75,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         if widths:
             attributes[name] = widths
     recipe = {"format": FORMAT, "kind": "module", "attributes": attributes, "takes": takes}
-    recipe.update((key, record[key]) for key in ("resized", "removed") if key in record)
+    recipe.update((key, record[key]) for key in ("resized", "removed", "experts") if key in record)
     if "resized" in record:
         recipe["resized"] = [*record["resized"], *_new_biases(module, record["resized"])]
     write_file(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
@@ -117,12 +118,18 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     if not isinstance(model, nn.Module):
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
     model.eval()  # this comes first, because in training mode spectral_norm changes when its weight is read
-    removed = recipe.get("removed", [])
-    for name in removed if isinstance(removed, list) else [None]:
-        if not isinstance(name, str) or not name:
-            raise PlasticError(f"{path}: damaged (which blocks were removed)")
-        _submodule(path, model, name)
-        remove_block(model, name)
+    lost = {key: recipe.get(key, []) for key in ("removed", "experts")}
+    for key, names in lost.items():
+        for name in names if isinstance(names, list) else [None]:
+            if not isinstance(name, str) or not name:
+                raise PlasticError(f"{path}: damaged (which blocks or experts were removed)")
+            _submodule(path, model, name)
+            if key == "removed":
+                remove_block(model, name)
+            elif isinstance(_submodule(path, model, name.rpartition(".")[0]), nn.ModuleList):
+                remove_expert(model, name)
+            else:
+                raise PlasticError(f"{path} belongs to another architecture: {name!r} is no module of a list")
     takes = mapping_in(path, recipe, "takes")
     for name, axis in takes.items():
         indices = tensors.get(f"{name}.0.indices")
@@ -143,7 +150,15 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         if not isinstance(resized, list) or not all(isinstance(pair, list) for pair in resized):
             raise PlasticError(f"{path}: damaged (which dimensions were resized)")
         widths = [[name, a] for name, own in recipe["attributes"].items() for a in own if a not in WIDTHS]
-        setattr(model, RECORD, {"resized": resized, "widths": widths, "removed": removed})
+        setattr(
+            model,
+            RECORD,
+            {
+                "resized": resized,
+                "widths": widths,
+                **{k: names for k, names in lost.items() if names or k == "removed"},
+            },
+        )
     _set_tensors(path, model, tensors, resized)
     for name, size in heads.items():
         free_heads(model.get_submodule(name), size)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from plasticnet.gates.modes import within
 from plasticnet.tools.precision import widened
 
 
@@ -44,26 +45,8 @@ class OpenStatistics:
         Args:
             mask: Which entries of the axis are open, a boolean tensor of shape (length of the axis,).
         """
-        modes: list[_Open] = []
-
-        def enter(*_: Any) -> None:
-            modes.append(_Open(self, mask))
-            modes[-1].__enter__()
-
-        def leave(*_: Any) -> None:
-            while modes:
-                modes.pop().__exit__(None, None, None)
-
-        handles = [
-            self.module.register_forward_pre_hook(enter),
-            self.module.register_forward_hook(leave, always_call=True),
-        ]
-        try:
+        with within(self.module, lambda: _Open(self, mask)):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            leave()  # because an interrupt skips the hooks
 
 
 class _Open(TorchFunctionMode):

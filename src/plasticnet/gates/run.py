@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from plasticnet.gates.checkpoints import checkpoints_by
 from plasticnet.gates.compiled import NotOneGraph
 from plasticnet.gates.norms import OpenStatistics
 from plasticnet.gates.readers import Folded, Reader, fold, multiplied, readers
+from plasticnet.gates.routing import Choice
 from plasticnet.gates.sharded import folding_later, gathered_later, values_of
 from plasticnet.gates.tiers import Tiers
 from plasticnet.gates.watching import Watch, Watching
@@ -30,7 +32,7 @@ from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
-from plasticnet.units import BlockUnits, Norm, Units, gate_offsets, gate_positions
+from plasticnet.units import CHOICE, BlockUnits, ExpertUnits, Norm, Units, gate_offsets, gate_positions
 
 
 class Gating:
@@ -67,19 +69,26 @@ class Gating:
         self.lock, self.tiers = lock or Lock(), tiers or Tiers(0.0)
         self.readers = readers(sites, model)
         offsets, _ = gate_offsets(sites)
-        shapes = {name: t.shape for name, t in model.named_parameters()}
+        shapes = {name: t.shape for name, t in (*model.named_parameters(), *model.named_buffers())}
         device = next(model.parameters()).device
         self.blocks = [
             (model.get_submodule(block), offsets[name] + i)
             for name, u in sites.items()
-            if isinstance(u, BlockUnits)
+            if isinstance(u, BlockUnits) and not isinstance(u, ExpertUnits)
             for i, block in enumerate(u.blocks)
         ]
         self._normed = [(name, offsets[name], u.size, u.least) for name, u in sites.items() if u.norms]
         self.fused = any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules())
         norms: dict[tuple[str, int, str, int], list[Norm]] = {}
+        self._choices: list[tuple[Choice, Tensor]] = []
         for n in dict.fromkeys(n for u in sites.values() for n in u.norms):
-            norms.setdefault((n.module, n.axis, n.tensor, n.dim), []).append(n)
+            if n.statistic == CHOICE:
+                positions = torch.from_numpy(gate_positions(sites, (n.tensor, n.dim), shapes[n.tensor][n.dim]))
+                holder, _, leaf = n.tensor.rpartition(".")
+                choice = Choice(model.get_submodule(n.module), model.get_submodule(holder), leaf, n.dim)
+                self._choices.append((choice, positions.to(device)))
+            else:
+                norms.setdefault((n.module, n.axis, n.tensor, n.dim), []).append(n)
         self._norms = [
             (
                 OpenStatistics(
@@ -171,16 +180,17 @@ class Gating:
         then = zip(before.known, before.shapes, strict=True)
         return own == [(id(p), shape) for p, shape in then if isinstance(p, nn.Parameter)]
 
-    def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[OpenStatistics, Tensor]]:
-        """Return the norms that count open units only, each with the mask of its open entries."""
-        if not self._norms:
+    def masks(self, shared: Tensor, best: Mapping[str, Tensor] | None) -> list[tuple[OpenStatistics | Choice, Tensor]]:
+        """Return the norms that count open units only, and the routers, each with the mask of its open entries."""
+        if not self._normed:
             return []
         opened = shared > 0
         for name, start, size, least in self._normed:
             part = opened[start : start + size]
             stay = torch.arange(size, device=shared.device)[:least] if best is None else best[name]
             part[stay] |= part.sum() < least
-        return [(norm, opened.index_select(0, positions)) for norm, positions in self._norms]
+        chosen = [(replace(c, gates=shared.index_select(0, positions)), positions) for c, positions in self._choices]
+        return [(norm, opened.index_select(0, positions)) for norm, positions in (*self._norms, *chosen)]
 
     def holding(self, tensors: Mapping[str, Tensor], compiled: bool) -> AbstractContextManager[None]:
         """Return a context in which modules hold these tensors in the place of parameters, by name.
@@ -196,8 +206,8 @@ class Gating:
 
     @property
     def normed(self) -> list[nn.Module]:
-        """The norms that can count open units only."""
-        return [norm.module for norm, _ in self._norms]
+        """The norms that can count open units only, and the modules around routers."""
+        return [norm.module for norm, _ in (*self._norms, *self._choices)]
 
     def places_of(self, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
         """Return for some of the parameters that gates act on the modules that hold them, as `places_of` does."""
@@ -223,7 +233,7 @@ class _Run:
 
     Attributes:
         tensors: The weights that gates were multiplied into, by the name of the parameter.
-        masks: The norms that count open units only, each with the mask of its open entries.
+        masks: The norms that count open units only, and the routers, each with the mask of its open entries.
         skipped: The closed blocks.
         compiled: Whether a module of the model was compiled in place, and runs so.
         timed: A context that times the run, where the model was compiled in place. It yields what takes the output.
@@ -253,7 +263,7 @@ class _Run:
         changed = {*weights, *(name for r in self._read for name in r.tensors)}
         self._later = gathered_later(gating.model, gating.places_of(changed)) if changed else []
         self.tensors = self._multiplied(changed.difference(*(held for _, held in self._later)))
-        self.masks: list[tuple[OpenStatistics, Tensor]] = []
+        self.masks: list[tuple[OpenStatistics | Choice, Tensor]] = []
         self.skipped: list[nn.Module] = []
         self._tied: list[nn.Module] = []  # closed blocks that are open on another rank
         if not all_open:

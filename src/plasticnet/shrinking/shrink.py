@@ -64,6 +64,7 @@ def shrink(
     residual: bool = False,
     blocks: Patterns = (),
     head_dims: Patterns = (),
+    experts: Patterns = (),
     optimizer: MakeOptimizer | None = None,
     multiple_of: int = 1,
     example_inputs: Any = None,
@@ -104,6 +105,7 @@ def shrink(
         residual: Whether what LayerNorm and similar norms normalise may be cut, too.
         blocks: Name patterns of modules that may be removed as a whole.
         head_dims: Name patterns of attention modules whose heads become smaller instead of fewer.
+        experts: Name patterns of lists or stacks of experts, of which some may be removed as a whole.
         optimizer: Makes an optimizer from parameters, such as ``lambda p: torch.optim.SGD(p, lr=0.01)``; AdamW by
             default. Its learning rate falls to 0 along a cosine. It is first called before the work, to try it.
         multiple_of: Widths become multiples of this number, within the budget: each goes down to the next multiple, or
@@ -139,7 +141,7 @@ def shrink(
     if loss is not None:
         try_loss(loss, twin, first, forward)
     read = outputs if forward is None else None  # what a forward of the user's reads of the model is unknown
-    kinds: dict[str, Any] = {"exclude": exclude, "blocks": blocks, "head_dims": head_dims}
+    kinds: dict[str, Any] = {"exclude": exclude, "blocks": blocks, "head_dims": head_dims, "experts": experts}
     net = PlasticNet(twin, example, outputs=read, residual=residual, **kinds)
     with _evaluating(model):
         work = _Work(net, data, Imitation(model, forward, outputs), loss, validate, scores, repair, multiple_of)

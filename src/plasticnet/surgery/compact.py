@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.readers import fold, readers
 from plasticnet.layers.attention import unfuse_encoders
+from plasticnet.layers.experts import remove_expert
 from plasticnet.layers.record import RECORD
 from plasticnet.layers.skip import remove_block
 from plasticnet.layers.take import Take, insert_take
@@ -21,7 +22,7 @@ from plasticnet.surgery.rewrite import apply_plan, replace_tensors
 from plasticnet.surgery.survivors import alive, check_multiple, read_units, survivors
 from plasticnet.tools.sharding import as_whole
 from plasticnet.tools.snapshot import duplicate
-from plasticnet.units import BlockUnits, InputUnits, Units
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units
 
 
 def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
@@ -66,8 +67,9 @@ def cut(
     """Bring a model to its final form.
 
     Units whose factor is 0 are cut, and the other factors are multiplied into the weights that read the units. Closed
-    blocks become a `Skip`, and the features that are left of a layer's input are selected by a `Take`. A site whose
-    factors are all 0 keeps one unit, which is read with weights of zero, or two where a norm needs them.
+    blocks become a `Skip`, closed experts are taken out of their list, and the features that are left of a layer's
+    input are selected by a `Take`. A site whose factors are all 0 keeps one unit, which is read with weights of zero;
+    or several where a norm needs them, or a router.
 
     Args:
         model: The model, which is changed in place.
@@ -79,32 +81,48 @@ def cut(
     Returns:
         The model.
     """
-    gone = [
-        b
-        for n, u in sites.items()
-        if isinstance(u, BlockUnits)
-        for b, f in zip(u.blocks, factors[n], strict=True)
-        if f == 0
-    ]
-    sites = _without(sites, gone)
+    values = {name: _kept(u, factors[name], (best or {}).get(name)) for name, u in sites.items()}
+    gone, experts = list[str](), list[str]()
+    for n, u in sites.items():
+        if isinstance(u, BlockUnits):
+            closed = [b for b, f in zip(u.blocks, values[n], strict=True) if f == 0]
+            if not isinstance(u, ExpertUnits):
+                gone += closed
+            elif u.listed:
+                experts += closed
+    sites = _without(sites, [*gone, *experts])
     for block in gone:
         remove_block(model, block)
+    for expert in experts:
+        remove_expert(model, expert)
     taken: list[str] = []
     if sites:
         unfuse_encoders(model)
-        values = {name: factors[name].cpu().numpy().copy() for name in sites}
-        for name, f in values.items():
-            if (f != 0).sum() < sites[name].least:
-                stay = (best or {}).get(name, np.arange(min(sites[name].least, len(f))))
-                f[stay[f[stay] == 0]] = 1.0
-        sources = _counted_open(sites, values, survivors(sites, values, 0.0, multiple_of))
+        here = {name: values[name] for name in sites}
+        sources = _counted_open(sites, here, survivors(sites, here, 0.0, multiple_of))
         with torch.random.fork_rng(devices=[]):  # because a plan may draw which feature comes back
             planned = plan_resize(sites, lengths(model), sources)
         apply_plan(model, planned, {})
         _fold_kept(model, planned, factors)
         taken = _insert_takes(model, planned)
-    _remember(model, sites, taken, gone)
+    _remember(model, sites, taken, gone, experts)
     return model
+
+
+def _kept(u: Units, factors: Tensor, best: np.ndarray | None) -> np.ndarray:
+    """Return the factors of units, with 1 for units that stay although they are closed, because too few are open.
+
+    Args:
+        u: The site.
+        factors: The factors of its units, shape (units,).
+        best: The units that stay then; by default the first ones.
+    """
+    f = factors.cpu().numpy().copy()
+    skipped = isinstance(u, BlockUnits) and not isinstance(u, ExpertUnits)
+    if not skipped and (f != 0).sum() < u.least:
+        stay = np.arange(min(u.least, len(f))) if best is None else best
+        f[stay[f[stay] == 0]] = 1.0
+    return f
 
 
 def _counted_open(
@@ -163,7 +181,9 @@ def _insert_takes(model: nn.Module, planned: Plan) -> list[str]:
     return taken
 
 
-def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], gone: list[str]) -> None:
+def _remember(
+    model: nn.Module, sites: Mapping[str, Units], taken: list[str], gone: list[str], experts: list[str]
+) -> None:
     """Add what a cut did to the `RECORD` of the module."""
     record = getattr(model, RECORD, {"resized": [], "widths": [], "removed": []})
     inputs = {name for name, u in sites.items() if isinstance(u, InputUnits)}
@@ -171,7 +191,10 @@ def _remember(model: nn.Module, sites: Mapping[str, Units], taken: list[str], go
     resized = {(_renamed(tensor, taken), dim) for tensor, dim in [*owned, *map(tuple, record["resized"])]}
     widths = {(w.module, w.attribute) for u in sites.values() for w in u.widths} | set(map(tuple, record["widths"]))
     removed = {*record["removed"], *gone}
-    setattr(model, RECORD, {"resized": _sorted(resized), "widths": _sorted(widths), "removed": sorted(removed)})
+    new = {"resized": _sorted(resized), "widths": _sorted(widths), "removed": sorted(removed)}
+    if lost := {*record.get("experts", []), *experts}:
+        new["experts"] = sorted(lost)
+    setattr(model, RECORD, new)
 
 
 def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
@@ -180,14 +203,19 @@ def _sorted(pairs: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
 
 
 def _without(sites: Mapping[str, Units], gone: list[str]) -> dict[str, Units]:
-    """Return the sites without everything in blocks that are gone, and without the sites of blocks themselves."""
+    """Return the sites without everything in blocks that are gone, and without the sites of blocks themselves.
+
+    Of sites of experts the rows of routers and the stacked parameters are left, which are cut like other units.
+    """
 
     def stays(name: str) -> bool:
         return not any(f"{name}.".startswith(f"{block}.") for block in gone)
 
     left: dict[str, Units] = {}
     for name, u in sites.items():
-        if isinstance(u, BlockUnits):
+        if isinstance(u, ExpertUnits):
+            u = Units(name, u.size, u.slices, norms=u.norms, widths=u.widths, growable=False)
+        elif isinstance(u, BlockUnits):
             continue
         slices = [s for s in u.slices if stays(s.tensor)]
         consumers = [c for c in u.consumers if stays(c.tensor)]

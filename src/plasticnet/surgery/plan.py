@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.units import BlockUnits, InputUnits, Slice, Units, Width
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Slice, Units, Width
 
 Sources = Mapping[str, Sequence[int]]  # for each site the old units that stay, in order, and -1 for a new one
 
@@ -98,6 +98,8 @@ def _checked(sites: Mapping[str, Units], name: str, sources: object) -> np.ndarr
     if name not in sites:
         raise PlasticError(f"there is no site {name!r}; the sites are: {', '.join(sites)}")
     u = sites[name]
+    if isinstance(u, ExpertUnits):
+        raise PlasticError(f"site {name!r} holds whole experts: a closed one is not chosen, and compact removes it")
     if isinstance(u, BlockUnits):
         raise PlasticError(f"site {name!r} holds whole blocks: their gates skip them, and compact removes them")
     array = np.asarray(list(sources) if isinstance(sources, Iterable) else [sources]).reshape(-1)

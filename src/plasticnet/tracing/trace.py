@@ -31,6 +31,7 @@ from plasticnet.tracing import (  # noqa: F401
     windows,
 )
 from plasticnet.tracing.blocks import block_sites, find_blocks
+from plasticnet.tracing.experts import find_experts
 from plasticnet.tracing.identity import branch_ends
 from plasticnet.tracing.mode import RULES, Rule, Tracer
 from plasticnet.tracing.runs import Runs, observe
@@ -72,6 +73,7 @@ def trace(
     residual: bool = False,
     blocks: Sequence[str] = (),
     head_dims: Sequence[str] = (),
+    experts: Sequence[str] = (),
     outputs: Outputs | None = None,
 ) -> Trace:
     """Find the units of a model by running copies of it, in evaluation and in training mode.
@@ -89,6 +91,7 @@ def trace(
         blocks: Name patterns of modules that are units as a whole.
         head_dims: Name patterns of attention modules, or of their projections, in whose heads the dimensions are the
             units, and not the heads.
+        experts: Name patterns of lists or stacks of experts, which are units as a whole.
         outputs: A function that returns what is read of the model's output; by default all of it is.
 
     Raises:
@@ -105,7 +108,7 @@ def trace(
         "reaches the model's output"
     """
     calls = calls_of(example_inputs, more_inputs, outputs)
-    return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks, head_dims)[0])
+    return with_gradients_if_needed(lambda: explore(model, calls, inputs, residual, blocks, head_dims, experts)[0])
 
 
 def explore(
@@ -115,6 +118,7 @@ def explore(
     residual: bool,
     blocks: Sequence[str],
     head_dims: Sequence[str],
+    experts: Sequence[str],
 ) -> tuple[Trace, Runs]:
     """Return what `trace` does, and what is known of the runs of the model.
 
@@ -125,6 +129,7 @@ def explore(
         residual: As in `trace`.
         blocks: As in `trace`.
         head_dims: As in `trace`.
+        experts: As in `trace`.
 
     Raises:
         PlasticError: As `trace` raises it.
@@ -158,6 +163,9 @@ def explore(
     traced.random, traced.sorting = facts.random, facts.sorting
     traced.sites.update(block_sites([name for name in skipped if name not in reasons], ends))
     traced.frozen.update((f"{name} (as a block)", reason) for name, reason in reasons.items())
+    found, others = find_experts(model, experts, traced.sites, traced.uses)
+    traced.sites.update(found)
+    traced.frozen.update((f"{name} (as experts)", reason) for name, reason in others.items())
     traced.frozen.update(_idle(model, facts.seen))
     return traced, runs
 

@@ -1,0 +1,63 @@
+"""Finds out by trial how the experts of a mixture can be cut, and how many of them must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from plasticnet.checking.culprits import Comparison
+from plasticnet.tracing.experts import variants
+from plasticnet.units import ExpertUnits, Units
+
+_MOST = 16  # the largest number of experts for which every floor is tried
+
+
+def settled(
+    model: nn.Module, differs: Comparison, sites: Mapping[str, Units]
+) -> tuple[dict[str, Units], dict[str, str]]:
+    """Return sites whose experts are cut as comparisons say, and the sites for which nothing that was tried is right.
+
+    A router may choose several experts for each row, and then as many must stay. This is found by cutting: the first
+    number with which masking and cutting agree is the floor.
+
+    Args:
+        model: The model that is compared.
+        differs: Returns why masking and cutting of some sites differ, or None.
+        sites: The sites by name.
+
+    Returns:
+        The sites, and the reason for each that fails, by name.
+    """
+    found: dict[str, Units] = dict(sites)
+    bad: dict[str, str] = {}
+    for name, u in sites.items():
+        if not isinstance(u, ExpertUnits):
+            continue
+        reason = differs({name: u})
+        for choice in _choices(model, u) if reason is not None else ():
+            trouble = differs({name: choice})
+            if trouble is None:
+                found[name], reason = choice, None
+                break
+            if _places(choice) == _places(u):  # the last of these has the highest floor, which tells most
+                reason = trouble
+        if reason is not None:
+            bad[name] = reason
+            del found[name]
+    return found, bad
+
+
+def _places(u: ExpertUnits) -> tuple[object, ...]:
+    """Return where experts lie, and what follows their number."""
+    return (*((s.tensor, s.dim) for s in u.slices), *u.widths)
+
+
+def _choices(model: nn.Module, u: ExpertUnits) -> Iterator[ExpertUnits]:
+    """Yield what a site of experts may be, with every floor that is tried; the given site comes first."""
+    for variant in variants(model, u.name.rpartition(".")[0]):
+        for least in range(1, u.size):
+            if u.size <= _MOST or least & (least - 1) == 0:
+                norms = [replace(n, least=least) for n in variant.norms]
+                yield replace(variant, norms=norms, sparse=u.sparse)
