@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,42 @@ def test_inspect_gates_what_it_is_asked_to() -> None:
     args = ["inspect", "torchvision:resnet18", "--input", "2,3,32,32", "--json"]
     before, after = (json.loads(succeed(*args, *more)) for more in ([], ["--blocks", "layer1.[01]"]))
     assert len(after["sites"]) == len(before["sites"]) + 1
+
+
+MIXTURE = """
+from torch import nn
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(4, 5)
+        self.experts = nn.ModuleList(nn.Linear(4, 2) for _ in range(5))
+        self.attention, self.size = nn.Linear(4, 24), 4
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        weights = self.router(x).softmax(-1)
+        q, k, v = (a[:, None] for a in self.attention(x).view(-1, 3, 2, self.size).transpose(1, 2).unbind(2))
+        attended = self.out(((q * k).sum(-1, keepdim=True) * v).flatten(1))
+        return attended + sum(weights[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "shrink"])
+def test_experts_and_dimensions_of_heads(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library has as experts= and head_dims=, commands have as --experts and --head-dims."""
+    (tmp_path / "mixtures.py").write_text(MIXTURE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    np.savez("data.npz", x=np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32), y=np.zeros(40))
+    options = ["--experts", "experts", "--head-dims", "attention"]
+    if command == "inspect":
+        found = json.loads(succeed("inspect", "mixtures:Mixture", "--input", "3,4", *options, "--json"))["sites"]
+        sizes = {s["name"]: s["units"] for s in found}
+    else:
+        succeed("shrink", "mixtures:Mixture", "--data", "data.npz", "--budget", "params=0.8", *options, "--out", "out")
+        sizes = {s["name"]: s["before"] for s in json.loads(Path("out/report.json").read_text())["sites"]}
+    assert sizes == {"experts.members": 5, "attention": 4}
 
 
 def test_inspect_says_how_much_each_site_can_lose(tmp_path: Path) -> None:

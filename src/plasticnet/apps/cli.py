@@ -20,6 +20,8 @@ from plasticnet.apps.options import (
     MODELS,
     Channels,
     DataDir,
+    Experts,
+    HeadDims,
     Ignore,
     ImageSize,
     Mean,
@@ -73,6 +75,8 @@ def shrink_command(
     blocks: Annotated[
         list[str] | None, typer.Option(help="A name pattern of modules that may be removed as a whole.")
     ] = None,
+    head_dims: HeadDims = None,
+    experts: Experts = None,
     multiple_of: Annotated[int, typer.Option(help="What widths are multiples of.")] = 1,
     classes: Annotated[int | None, typer.Option(help="The number of outputs of the model.")] = None,
     seed: Annotated[int, typer.Option(help="The seed of all draws.")] = 0,
@@ -89,7 +93,7 @@ def shrink_command(
     assert asked is not None
     options = Options(
         batch, epochs, loss, calibrate, tuple(exclude or ()), residual, tuple(blocks or ()), multiple_of, classes, seed,
-        like,
+        like, tuple(head_dims or ()), tuple(experts or ()),
     )  # fmt: skip
     how = reading_of(target, None, ignore, image_size, channels, mean, std, data_dir)
     if weights is None:
@@ -112,6 +116,8 @@ def inspect_command(
     blocks: Annotated[
         list[str] | None, typer.Option(help="A name pattern of modules that are units as a whole.")
     ] = None,
+    head_dims: HeadDims = None,
+    experts: Experts = None,
     full: Annotated[bool, typer.Option(help="Build a transformers model in its own size, not a tiny one.")] = False,
     meta: Annotated[
         bool, typer.Option(help="Use no memory and compute nothing, for large models; sites are then not checked.")
@@ -138,8 +144,9 @@ def inspect_command(
     """List what can be gated, what a unit costs and what reads it, and what is frozen and why."""
     how = reading_of(target, task, ignore, image_size, channels, mean, std, data_dir)
     found = inspect_model(
-        model, shape_of(input), inputs=inputs or (), residual=residual, blocks=blocks or (), full=full, meta=meta,
-        data=data, how=how, weights=weights, with_profile=measure, with_sensitivity=sensitivity,
+        model, shape_of(input), inputs=inputs or (), residual=residual, blocks=blocks or (),
+        head_dims=head_dims or (), experts=experts or (), full=full, meta=meta, data=data, how=how, weights=weights,
+        with_profile=measure, with_sensitivity=sensitivity,
     )  # fmt: skip
     if json_output:
         typer.echo(json.dumps(found.as_dict(), indent=2))

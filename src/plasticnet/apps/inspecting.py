@@ -57,6 +57,8 @@ def inspect_model(
     inputs: Sequence[str] = (),
     residual: bool = False,
     blocks: Sequence[str] = (),
+    head_dims: Sequence[str] = (),
+    experts: Sequence[str] = (),
     full: bool = False,
     meta: bool = False,
     data: str | None = None,
@@ -73,6 +75,8 @@ def inspect_model(
         inputs: An option of `PlasticNet`.
         residual: An option of `PlasticNet`.
         blocks: An option of `PlasticNet`.
+        head_dims: An option of `PlasticNet`.
+        experts: An option of `PlasticNet`.
         full: Whether a transformers model has its own size, and not a tiny one.
         meta: Whether the model is built on the meta device, where nothing is computed.
         data: Where the data lie that the model reads.
@@ -98,7 +102,10 @@ def inspect_model(
     make = factory(name, (shape or IMAGE)[1:], outputs, full=full)
     module = build_model(make, meta) if weights is None else load(weights, make)
     examples = example_inputs(name, module, shape)
-    net = PlasticNet(module, examples, inputs=tuple(inputs), residual=residual, blocks=tuple(blocks))
+    net = PlasticNet(
+        module, examples, inputs=tuple(inputs), residual=residual, blocks=tuple(blocks), head_dims=tuple(head_dims),
+        experts=tuple(experts),
+    )  # fmt: skip
     return Inspection(
         net.summary(),
         net.checked,

@@ -16,6 +16,13 @@ MODELS = "mlp, mlp:300-100, lenet5, torchvision:resnet18, timm:resnet18, transfo
 OVERWRITE = "Replace the run that --out holds. Only files of a run are removed, when everything else was accepted."
 DATA = f"The data: {KNOWN}."
 
+HeadDims = Annotated[
+    list[str] | None,
+    typer.Option(help="A name pattern of attention modules whose heads become smaller instead of fewer."),
+]
+Experts = Annotated[
+    list[str] | None, typer.Option(help="A name pattern of lists or stacks of experts, of which some may be removed.")
+]
 Target = Annotated[str | None, typer.Option(help="The column of a table that is to be predicted.")]
 Task = Annotated[
     str | None, typer.Option(help="What it is: classification or regression. By default its values say it.")

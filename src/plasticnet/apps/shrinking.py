@@ -47,6 +47,8 @@ class Options:
         seed: The seed of random weights and draws.
         like: The folder of a run of train, whose preparation of a table is used; without it columns are numbers, and
             stay as they are.
+        head_dims: An option of `shrink`.
+        experts: An option of `shrink`.
     """
 
     batch: int = 64
@@ -60,6 +62,8 @@ class Options:
     classes: int | None = None
     seed: int = 0
     like: Path | None = None
+    head_dims: Sequence[str] = ()
+    experts: Sequence[str] = ()
 
 
 def shrink_model(
@@ -95,7 +99,7 @@ def shrink_model(
     small, report = shrink(
         model, batches, budget, epochs=options.epochs, loss=_loss(options.loss), calibrate=options.calibrate,
         exclude=tuple(options.exclude), residual=options.residual, blocks=tuple(options.blocks),
-        multiple_of=options.multiple_of,
+        head_dims=tuple(options.head_dims), experts=tuple(options.experts), multiple_of=options.multiple_of,
     )  # fmt: skip
     make_folder(out)
     save(small, out / "compact.safetensors")
