@@ -292,6 +292,15 @@ def writes_silently(op: torch._ops.OpOverload) -> bool:
     return written > returned
 
 
+def written_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors among the arguments of a call to which the operation writes."""
+    if not op._schema.is_mutable:
+        return []
+    bound = bound_arguments(op, args, kwargs)
+    given = [bound[a.name] for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in given if isinstance(t, Tensor)]
+
+
 def bound_arguments(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call of an operation by their names, with the defaults of those that were not given."""
     given = dict(zip((a.name for a in schema_arguments(op)), args, strict=False)) | dict(kwargs)

@@ -96,6 +96,11 @@ class Liveness:
         """Return a context in which values count as read where Python reads them without an operation."""
         return _Watching(self)
 
+    def shares_memory(self, a: Tensor, b: Tensor) -> bool:
+        """Return whether two tensors lie in the same memory, as a view and what it is a view of."""
+        address = self._address(a)
+        return address is not None and address == self._address(b)
+
     def take(self, everything: bool = False) -> list[Frozen]:
         """Return what operations have frozen that had a part in what is read, in order, each only once.
 

@@ -16,7 +16,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from plasticnet.tools.gradients import without_gradients
 from plasticnet.tools.inputs import Call, copy_inputs
-from plasticnet.tools.torch_private import differentiates_now, flat_names, is_scripted, schema_name
+from plasticnet.tools.torch_private import (
+    differentiates_now,
+    flat_names,
+    is_scripted,
+    schema_name,
+    written_arguments,
+)
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
@@ -199,7 +205,10 @@ class Tracer(TorchDispatchMode):
         if differentiates_now():  # The model takes a gradient. Whatever gates do to its function, they do to that, too.
             self.liveness.differentiated = True
             return out
+        written = [(t, self.tag(t).levers) for t in written_arguments(func, args, kwargs)]
         self._move(func, tensors, args, kwargs, out)
+        for t, levers in written:
+            self._forget_levers(t, levers)
         self.liveness.note(func, tensors, out, self.ledger.frozen[before:])
         del self.ledger.frozen[before:]  # until something reads what has become of it
         return out
@@ -221,6 +230,26 @@ class Tracer(TorchDispatchMode):
             found(self, func, args, kwargs, out)
         except Exception as error:  # a rule cannot foresee every use of its operation
             self.unknown(func, tensors, f"whose rule fails here with {error!r}")
+
+    def _forget_levers(self, written: Tensor, before: tuple[Levers, ...]) -> None:
+        """Let tensors that share the memory of one that was written to lose their levers, if that one has lost some.
+
+        Args:
+            written: The tensor that was written to, perhaps a view of another one.
+            before: The levers that it had.
+        """
+        now = self.tag(written)
+        if all(own <= now.levers_of(d) for d, own in enumerate(before) if d < len(now.axes)):
+            return
+        for other in list(self.tags.keys()):
+            tag = self.tags.get(other)
+            if (
+                other is not written
+                and tag is not None
+                and any(tag.levers)
+                and self.liveness.shares_memory(other, written)
+            ):
+                self.put(other, Tag(tag.axes, (), tag.static, tag.blank))
 
     def _note_steering(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Note an operation whose result has a shape that depends on values, because the model can branch on shapes."""
