@@ -290,3 +290,24 @@ def test_sizes_beside_the_layer(tmp_path: Path) -> None:
     assert torch.equal(pn.load(tmp_path / "small.safetensors", make)(x), small(x))
     net.grow({"0": 2})
     assert net.model[2].unflattened_size == (6, 3, 3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_four_attributes_follow_the_heads_of_mamba_2(groups: int) -> None:
+    """Its splits, its convolution, its heads and its gated norm each have a number of their own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(
+        vocab_size=20, hidden_size=16, state_size=3, num_hidden_layers=1, num_heads=4, head_dim=8, n_groups=groups,
+        chunk_size=4, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = transformers.Mamba2ForCausalLM(config).double()
+    net = pn.PlasticNet(model, (torch.randint(20, (2, 9)),), residual=True, outputs=lambda out: out.logits).eval()
+    site = net.sites["backbone.layers.0.mixer.in_proj"]
+    assert len(site) == 4 // groups  # a group loses all its heads or none
+    assert {w.attribute for w in site.units.widths} >= {"num_heads", "intermediate_size", "conv_dim"}
+    for _ in range(3):
+        randomise_gates(net)
+        tokens = torch.randint(20, (2, 11))
+        # Its norm computes in single precision.
+        torch.testing.assert_close(net.compact()(tokens).logits, net(tokens).logits, rtol=1e-5, atol=1e-6)

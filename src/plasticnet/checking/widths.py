@@ -17,8 +17,8 @@ from plasticnet.surgery.attributes import candidates
 from plasticnet.units import Units, Width, family_of
 
 Kind = tuple[str, str, int | None]  # the same attribute in all layers of a family: family of modules, name, place
-_DEPTH = 3  # the most attributes that are changed together
-_TRIALS = 40  # the most sets of attributes that are tried for one site
+_DEPTH = 4  # the most attributes that are changed together
+_TRIALS = 100  # the most sets of attributes that are tried for one site
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
