@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from tests.kit.adversarial_checks import check_life
+from tests.kit.networks import randomise_gates
 
 
 class ConvLSTM(nn.Module):
@@ -133,3 +134,64 @@ def test_exact(kind: type[nn.Module], shape: tuple[int, ...], sites: dict[str, i
 def test_a_width_that_is_hard_coded() -> None:
     with pytest.raises(pn.PlasticError, match=r"nothing to gate.*conv: the model does not run when units are cut"):
         pn.PlasticNet(HardCoded(), (torch.randn(VIDEO),))
+
+
+class StackedCell(nn.Module):
+    """A cell of a stack, which splits by a number of its own, and makes its first state if nobody gives it one."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.inputs, self.hidden = inputs, hidden
+        self.conv = nn.Conv2d(inputs + hidden, 4 * hidden, 3, padding=1)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        i, f, o, g = self.conv(torch.cat([x, h], 1)).split(self.hidden, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class Stacked(nn.Module):
+    """A stack of cells, whose widths are in a list of the stack, or in each cell.
+
+    Args:
+        widths: The width of each cell.
+        listed: Whether first states are as wide as the list says.
+    """
+
+    def __init__(self, widths: list[int], listed: bool) -> None:
+        super().__init__()
+        self.widths, self.listed = list(widths), listed
+        self.cells = nn.ModuleList(StackedCell(i, o) for i, o in zip([2, *widths[:-1]], widths, strict=True))
+        self.o = nn.Conv2d(widths[-1], 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n, cell in enumerate(self.cells):
+            width = self.widths[n] if self.listed else cell.hidden
+            h = c = x.new_zeros(len(x), width, 4, 4)  # pyright: ignore[reportArgumentType]
+            steps: list[Tensor] = []
+            for t in range(x.shape[1]):
+                h, c = cell(x[:, t], (h, c))
+                steps.append(h)
+            x = torch.stack(steps, 1)
+        return self.o(x[:, -1])
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("widths", [[8, 6], [6, 6, 6]])
+def test_a_stack_of_cells_with_a_list_of_widths(widths: list[int], listed: bool, tmp_path: Path) -> None:
+    """Each cell follows its own entry of the list, also where all entries are equal."""
+    torch.manual_seed(0)
+    model = Stacked(widths, listed).double()
+    x = torch.randn(2, 2, 2, 4, 4).double()
+    net = pn.PlasticNet(model, (x,))
+    assert {n: len(s) for n, s in net.sites.items()} == {f"cells.{i}.conv": n for i, n in enumerate(widths)}
+    randomise_gates(net)
+    wanted, small = net.eval()(x), net.compact()
+    torch.testing.assert_close(small(x), wanted, rtol=0, atol=1e-9)
+    pn.save(small, path := tmp_path / "small.safetensors")
+    torch.testing.assert_close(pn.load(path, lambda: Stacked(widths, listed).double())(x), wanted, rtol=0, atol=1e-9)
+    net.resize({"cells.0.conv": [1, 2, 5, -1], "cells.1.conv": [0, 4]})
+    torch.testing.assert_close(net.compact()(x), net(x), rtol=0, atol=1e-9)
+    assert len(net.sites["cells.0.conv"]) == 4
+    assert net.model.get_submodule("cells.0").hidden == 4

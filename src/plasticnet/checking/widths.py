@@ -7,8 +7,10 @@ and running the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -16,7 +18,9 @@ from plasticnet.checking.culprits import Comparison
 from plasticnet.surgery.attributes import candidates
 from plasticnet.units import Units, Width, family_of
 
-Kind = tuple[str, str, int | None]  # the same attribute in all layers of a family: family of modules, name, place
+# The same attribute in all layers of a family: the family of its modules, its name, and its place.
+Kind = tuple[str, str, int | str | None]
+Kinds = Callable[[Width, str], Kind]  # the kind of an attribute, for the name of the site that it follows
 _DEPTH = 4  # the most attributes that are changed together
 _TRIALS = 100  # the most sets of attributes that are tried for one site
 
@@ -44,30 +48,51 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
     found = {n: candidates(model, u) for n, u in family.items()}
     largest = sorted(family, key=lambda n: -family[n].size)
     name = next((n for n in largest if differs({n: family[n]}) is not None), None)
-    if name is not None:
-        for kinds in _search(found[name], lambda kinds: differs({name: _with(family, found, kinds)[name]})):
-            fixed = _with(family, found, kinds)
+    for kind in _ways(found) if name is not None else ():
+        assert name is not None
+        own = dict.fromkeys(kind(w, name) for w in found[name])
+        for kinds in _search(list(own), partial(_trouble, differs, family, found, kind, name)):
+            fixed = _with(family, found, kinds, kind)
             if differs(fixed) is None:
                 return fixed
     tied = _tied(family)
     outside = {n: candidates(model, u, outside=True) for n, u in tied.items()}
-    for widths in outside.values():
-        for kinds in _search(widths, lambda kinds: differs(_with(tied, outside, kinds))):
-            return _with(tied, outside, kinds)
+    for n, widths in outside.items():
+        own = dict.fromkeys(_by_family(w, n) for w in widths)
+        for kinds in _search(list(own), lambda kinds: differs(_with(tied, outside, kinds, _by_family))):
+            return _with(tied, outside, kinds, _by_family)
     return None
 
 
-def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None]) -> Iterator[tuple[Kind, ...]]:
+def _trouble(
+    differs: Comparison, family: Mapping[str, Units], found: Mapping[str, list[Width]], kind: Kinds, name: str,
+    kinds: tuple[Kind, ...],
+) -> str | None:  # fmt: skip
+    """Return what is wrong with one member of a family while attributes of these kinds follow its size, or None."""
+    return differs({name: _with(family, found, kinds, kind)[name]})
+
+
+def _ways(found: Mapping[str, list[Width]]) -> list[Kinds]:
+    """Return how attributes of layers correspond to one another: by their place beside each layer, and by family.
+
+    Both are tried where they are not the same, as where one layer has the same attribute as the next one, or a list
+    has an entry for each layer.
+    """
+    both = {(_by_place(w, n), _by_family(w, n)) for n, widths in found.items() for w in widths}
+    alike = len(both) == len({place for place, _ in both}) == len({family for _, family in both})
+    return [_by_family] if alike else [_by_place, _by_family]
+
+
+def _search(kinds: Sequence[Kind], trouble: Callable[[tuple[Kind, ...]], str | None]) -> Iterator[tuple[Kind, ...]]:
     """Yield sets of attributes that remove the trouble, small ones first.
 
     Small sets come first because an attribute that is changed without need may be wrong elsewhere. A set is extended
     only if adding its last attribute has changed the trouble.
 
     Args:
-        found: The attributes that may have to follow the size.
+        kinds: The kinds of the attributes that may have to follow the size.
         trouble: Returns what is wrong while these attributes follow the size, or None.
     """
-    kinds = list(dict.fromkeys(map(_kind, found)))
     seen: set[frozenset[Kind]] = set()
     level: list[tuple[tuple[Kind, ...], str | None]] = [((), None)]
     for _ in range(_DEPTH + 1):
@@ -85,9 +110,11 @@ def _search(found: list[Width], trouble: Callable[[tuple[Kind, ...]], str | None
         level = extended
 
 
-def _with(family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...]) -> dict[str, Units]:
+def _with(
+    family: Mapping[str, Units], found: Mapping[str, list[Width]], kinds: tuple[Kind, ...], kind: Kinds
+) -> dict[str, Units]:
     """Return every member of the family with those of the attributes in ``found`` too that are of these kinds."""
-    return {n: replace(u, widths=(*u.widths, *(w for w in found[n] if _kind(w) in kinds))) for n, u in family.items()}
+    return {n: replace(u, widths=(*u.widths, *(w for w in found[n] if kind(w, n) in kinds))) for n, u in family.items()}
 
 
 def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
@@ -112,6 +139,23 @@ def _tied(family: Mapping[str, Units]) -> dict[str, Units]:
     return {first.name: tied}
 
 
-def _kind(width: Width) -> Kind:
-    """Return the kind of an attribute, which it shares with the same attribute of the other layers."""
+def _by_family(width: Width, _: str) -> Kind:
+    """Return the kind of an attribute, which it shares with the same attribute of all other layers."""
     return family_of(width.module), width.attribute, width.place
+
+
+def _by_place(width: Width, site: str) -> Kind:
+    """Return the kind of an attribute, which it shares with the one that lies in the same way beside other layers.
+
+    The numbers in the name of its module are compared with those in the name of the site. A place in a list may be such
+    a number itself.
+    """
+    own = _numbers(site)
+    steps = [n - m for n, m in zip(_numbers(width.module), own, strict=False)]
+    place = f"#{own.index(width.place)}" if width.place in own else width.place
+    return f"{family_of(width.module)}{steps}", width.attribute, place
+
+
+def _numbers(name: str) -> list[int]:
+    """Return the numbers in a name, in order."""
+    return [int(n) for n in re.findall(r"\d+", name)]

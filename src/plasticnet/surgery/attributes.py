@@ -111,7 +111,7 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
 
     A value qualifies if it is the number of units, a multiple of it, or the length of a dimension along which the site
     lies. The attributes are sought in the modules that own slices of the site, in the modules that contain these, up to
-    the one that contains all of them, and in direct submodules of any of these that have no parameters.
+    the one that contains all of them and is no list, and in direct submodules of any of these that have no parameters.
 
     Args:
         model: The model.
@@ -124,6 +124,8 @@ def candidates(model: nn.Module, units: Units, outside: bool = False) -> list[Wi
     paths = [list(filter(None, owner(s.tensor).split("."))) for s in units.slices]
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
     common = 0 if outside else shared
+    while common and isinstance(model.get_submodule(".".join(paths[0][:common])), nn.ModuleList | nn.ModuleDict):
+        common -= 1  # a list has no attributes of its own
     names = dict.fromkeys(".".join(path[:n]) for path in paths for n in range(common, len(path) + 1))
     for name in list(names):  # A layer without parameters beside them may have a width too, as nn.Unflatten has.
         for leaf, child in model.get_submodule(name).named_children():
