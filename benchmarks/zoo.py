@@ -36,6 +36,8 @@ PACKAGES = (
     "torch-pruning",
     "peft",
     "torch-geometric",
+    "diffusers",
+    "ultralytics",
 )
 
 

@@ -2,8 +2,8 @@
 
 Each family is represented by its smallest member, on small inputs (batches of two), with random
 weights. Where even the smallest member is large, widths or depths are cut by the library's own
-arguments; the architecture stays. Nothing is downloaded. timm, transformers and PyG are imported when a
-model of theirs is asked for.
+arguments; the architecture stays. Nothing is downloaded. timm, transformers, PyG, diffusers and ultralytics are
+imported when a model of theirs is asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torchvision
 import zoo_examples as examples
 import zoo_graphs
+import zoo_others
 from torch import nn
 from zoo_inputs import BATCH, Example, images, tokens
 from zoo_transformers import TRANSFORMERS
@@ -175,6 +176,8 @@ MODELS: dict[str, Callable[[], Example]] = {
         "timm": _TIMM,
         "transformers": TRANSFORMERS,
         "pyg": zoo_graphs.PYG,
+        "diffusers": zoo_others.DIFFUSERS,
+        "ultralytics": zoo_others.ULTRALYTICS,
     }.items()
     for name, build in models.items()
 }
@@ -190,4 +193,6 @@ FAST = (
     "transformers/bert",
     "transformers/llama",
     "pyg/gat",
+    "diffusers/unet2d",
+    "ultralytics/yolov8n",
 )
