@@ -268,6 +268,16 @@ def test_work_that_rows_share_does_not_follow_the_number_of_experts() -> None:
         assert (float(net.penalty(1.0, "macs")) < before["macs"] - rows) == falls
 
 
+def test_a_profile_counts_experts_as_they_run() -> None:
+    torch.manual_seed(0)
+    net = gated(Mixture("before"), exclude=("stem", "experts.*.0"))
+    x, before = (inputs(),), pn.profile(net, (inputs(),)).macs
+    close(net, [0, 3])
+    assert pn.profile(net, x).macs == before  # rows go to others, and the router still has all its rows
+    small = pn.profile(net.compact(), x).macs
+    assert before - small == pytest.approx(2 * 6, abs=1)  # two rows of the router
+
+
 def test_scores_find_the_expert_that_matters_least() -> None:
     torch.manual_seed(0)
     model = Mixture("dense").double()

@@ -24,7 +24,7 @@ from plasticnet.tools.table import format_table, readable_bytes
 from plasticnet.tools.torch_private import storage_key
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.trace import trace
-from plasticnet.units import BlockUnits
+from plasticnet.units import BlockUnits, ExpertUnits
 
 PROFILE_COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
 
@@ -214,9 +214,14 @@ def _sizes(
 
 
 def _closed_blocks(twin: nn.Module) -> list[str]:
-    """Return the names of the gated blocks that are closed, and so are skipped when the network runs."""
+    """Return the names of the gated blocks that are closed, and so are skipped when the network runs.
+
+    Closed experts are none of them: in a dense mixture they are still computed, and in a sparse one others do their
+    work.
+    """
     sites = twin.sites.values() if isinstance(twin, GatedModel) else []
-    blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in sites if isinstance(s.units, BlockUnits)]
+    skipped = [s for s in sites if isinstance(s.units, BlockUnits) and not isinstance(s.units, ExpertUnits)]
+    blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in skipped if isinstance(s.units, BlockUnits)]
     return [name for names, kept in blocks for name, stays in zip(names, kept, strict=True) if not stays]
 
 

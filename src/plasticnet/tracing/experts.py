@@ -41,7 +41,7 @@ def find_experts(
     reasons: dict[str, str] = {}
     for name in names:
         first = next(variants(model, name), None)
-        reason = _trouble(model, name, first, sites)
+        reason = _trouble(model, name, first, {**sites, **found})
         if reason is not None or first is None:
             reasons[name] = reason or "no experts"
         else:
