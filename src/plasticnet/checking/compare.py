@@ -158,7 +158,7 @@ class Comparing:
             return {n: z.to(device) for n, z in drawn.items()}
 
         last = self.patterns[-1]
-        for pattern in self.patterns:
+        for pattern in self.patterns if not all(isinstance(u, ExpertUnits) for u in sites.values()) else ():
             yield gates(pattern, torch.ones), pattern is last
         if any(isinstance(u, BlockUnits) for u in sites.values()):
             yield gates(last, lambda n: torch.rand(n).round()), False

@@ -11,7 +11,7 @@ from plasticnet.checking.culprits import Comparison
 from plasticnet.tracing.experts import variants
 from plasticnet.units import ExpertUnits, Units
 
-_MOST = 16  # the largest number of experts for which every floor is tried
+_FLOORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # how many experts may have to stay, as is tried
 
 
 def settled(
@@ -20,7 +20,7 @@ def settled(
     """Return sites whose experts are cut as comparisons say, and the sites for which nothing that was tried is right.
 
     A router may choose several experts for each row, and then as many must stay. This is found by cutting: the first
-    number with which masking and cutting agree is the floor.
+    of some numbers with which masking and cutting agree is the floor.
 
     Args:
         model: The model that is compared.
@@ -57,7 +57,6 @@ def _places(u: ExpertUnits) -> tuple[object, ...]:
 def _choices(model: nn.Module, u: ExpertUnits) -> Iterator[ExpertUnits]:
     """Yield what a site of experts may be, with every floor that is tried; the given site comes first."""
     for variant in variants(model, u.name.rpartition(".")[0]):
-        for least in range(1, u.size):
-            if u.size <= _MOST or least & (least - 1) == 0:
-                norms = [replace(n, least=least) for n in variant.norms]
-                yield replace(variant, norms=norms, sparse=u.sparse)
+        for least in (n for n in _FLOORS if n < u.size):
+            norms = [replace(n, least=least) for n in variant.norms]
+            yield replace(variant, norms=norms, sparse=u.sparse)

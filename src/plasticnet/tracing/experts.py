@@ -155,7 +155,7 @@ def _is_sparse(model: nn.Module, units: ExpertUnits, uses: Mapping[str, float]) 
 def _trouble(model: nn.Module, name: str, first: ExpertUnits | None, sites: Mapping[str, Units]) -> str | None:
     """Return why experts cannot be units, as far as the model shows it without a run, or None."""
     if _members(model, name)[0] < 2:
-        return "experts are two or more modules of an nn.ModuleList, or lie in parameters of three dimensions"
+        return "experts are two or more modules of a plain nn.ModuleList, or lie in parameters of three dimensions"
     if first is None:
         return "nothing around the experts has a matrix with a row for each of them, as a router has"
     for other, u in sites.items():
