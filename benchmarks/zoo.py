@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -94,7 +95,7 @@ def part_of_row(name: str, part: str, options: argparse.Namespace) -> dict[str, 
         if trouble and "status" not in row:
             row["status"] = trouble
         if said:
-            row["traceback"] = said[-3000:]
+            row["traceback"] = re.sub(r"/\S*/(?=[^/\s]+\.py)", "", said)[-3000:]  # without folders of the machine
         return row
 
 

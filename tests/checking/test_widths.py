@@ -311,3 +311,39 @@ def test_four_attributes_follow_the_heads_of_mamba_2(groups: int) -> None:
         tokens = torch.randint(20, (2, 11))
         # Its norm computes in single precision.
         torch.testing.assert_close(net.compact()(tokens).logits, net(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+class Weighed(nn.Module):
+    """A layer whose heads weigh their own channels, as in a graph attention network."""
+
+    def __init__(self, inputs: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.lin, self.att = nn.Linear(inputs, heads * size), nn.Parameter(torch.randn(1, heads, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lin(x).view(-1, self.heads, self.size)
+        return (x * (x * self.att).sum(-1, keepdim=True).sigmoid()).reshape(len(x), -1)
+
+
+class LastHasOneHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.out = nn.ModuleList([Weighed(6, 4, 5), Weighed(20, 1, 7)]), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x).relu()
+        return self.out(x)
+
+
+def test_layers_of_a_stack_may_follow_different_attributes() -> None:
+    """Of the first layer whole heads are units, and of the last one, which has a single head, its channels."""
+    torch.manual_seed(0)
+    net = pn.PlasticNet(LastHasOneHead().double(), (torch.randn(5, 6).double(),)).eval()
+    follow = {n: (len(s), {w.attribute for w in s.units.widths}) for n, s in net.sites.items()}
+    assert follow == {"convs.0.lin": (4, {"heads"}), "convs.1.lin": (7, {"size"})}
+    for _ in range(4):
+        randomise_gates(net)
+        x = torch.randn(5, 6).double()
+        torch.testing.assert_close(net.compact()(x), net(x), rtol=0, atol=1e-9)

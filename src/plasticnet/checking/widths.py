@@ -23,6 +23,7 @@ Kind = tuple[str, str, int | str | None]
 Kinds = Callable[[Width, str], Kind]  # the kind of an attribute, for the name of the site that it follows
 _DEPTH = 4  # the most attributes that are changed together
 _TRIALS = 100  # the most sets of attributes that are tried for one site
+_FEW = 4  # the most members of a family that are repaired each by itself
 
 
 def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units]) -> dict[str, Units] | None:
@@ -30,7 +31,8 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
 
     First, norms are taken to read the number of their channels from a shape. Then attributes are sought that must
     follow the size of a site. The search is done for one member, the largest that fails, and its result is used for all
-    members. If that fails, the sites of all layers are tied, unit by unit, to a single site.
+    members. If that fails, each member of a small family is repaired by itself. If that fails, too, the sites of all
+    layers are tied, unit by unit, to a single site.
 
     Args:
         model: The model, which is left as it was.
@@ -48,13 +50,17 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
     found = {n: candidates(model, u) for n, u in family.items()}
     largest = sorted(family, key=lambda n: -family[n].size)
     name = next((n for n in largest if differs({n: family[n]}) is not None), None)
+    solved = False
     for kind in _ways(found) if name is not None else ():
         assert name is not None
         own = dict.fromkeys(kind(w, name) for w in found[name])
         for kinds in _search(list(own), partial(_trouble, differs, family, found, kind, name)):
-            fixed = _with(family, found, kinds, kind)
+            solved, fixed = True, _with(family, found, kinds, kind)
             if differs(fixed) is None:
                 return fixed
+    apart = _apart(differs, family, found) if solved and len(family) <= _FEW else None
+    if apart is not None and differs(apart) is None:
+        return apart
     tied = _tied(family)
     outside = {n: candidates(model, u, outside=True) for n, u in tied.items()}
     for n, widths in outside.items():
@@ -62,6 +68,24 @@ def repaired(model: nn.Module, differs: Comparison, family: Mapping[str, Units])
         for kinds in _search(list(own), lambda kinds: differs(_with(tied, outside, kinds, _by_family))):
             return _with(tied, outside, kinds, _by_family)
     return None
+
+
+def _apart(
+    differs: Comparison, family: Mapping[str, Units], found: Mapping[str, list[Width]]
+) -> dict[str, Units] | None:
+    """Return the members of a family, each with the attributes that it needs by itself, or None if one finds none.
+
+    Layers of a graph network may be alike but for the last one, which has a single head, and whose units are others.
+    """
+    fixed = dict(family)
+    for name, u in family.items():
+        if differs({name: u}) is not None:
+            own = dict.fromkeys(_by_place(w, name) for w in found[name])
+            kinds = next(_search(list(own), partial(_trouble, differs, family, found, _by_place, name)), None)
+            if kinds is None:
+                return None
+            fixed[name] = _with(family, found, kinds, _by_place)[name]
+    return fixed
 
 
 def _trouble(
