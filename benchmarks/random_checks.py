@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -27,6 +27,7 @@ import plasticnet as pn
 from plasticnet.gates.gated import GatedModel
 
 KS = (0.0, 0.5, 7.0, math.inf)
+REFUSED = ("all features would be removed", "closed features were to be re-opened")  # resizes of input sites
 COSTS = ("units", "parameters", "macs", {"macs": 1.0, "parameters": 0.5})
 
 
@@ -62,12 +63,15 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def check(recipe: Recipe, seconds: float = 10.0) -> dict[str, Any]:
+def check(
+    recipe: Recipe, seconds: float = 10.0, lives: Callable[[Recipe, Progress], None] | None = None
+) -> dict[str, Any]:
     """Check one network.
 
     Args:
         recipe: Its recipe.
         seconds: The time limit.
+        lives: What the network goes through; by default `life`.
 
     Returns:
         A row with the ``status``: "ok", "refused" (nothing to gate), "wrong", "crash", "error" (the library refuses
@@ -79,7 +83,7 @@ def check(recipe: Recipe, seconds: float = 10.0) -> dict[str, Any]:
     try:
         with time_limit(seconds), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            life(recipe, progress)
+            (lives or life)(recipe, progress)
     except Unfit as error:
         status, what = "unfit", str(error)
     except Wrong as error:
@@ -270,13 +274,13 @@ def random_logits(net: pn.PlasticNet, rng: Random) -> None:
 
 
 def resize(net: pn.PlasticNet, optimizer: torch.optim.Optimizer, rng: Random) -> None:
-    """Resize a network at random; what leaves an input site without features is refused, and drawn anew."""
+    """Resize a network at random; what input sites cannot follow is refused, and drawn anew."""
     for _ in range(20):
         sources, init = random_sources(net, rng), rng.choice(("preserve", "random", "paper"))
         try:
             net.resize(sources, optimizer, init=init)
         except pn.PlasticError as error:
-            if "all features would be removed" not in str(error):
+            if not any(reason in str(error) for reason in REFUSED):
                 raise
         else:
             return

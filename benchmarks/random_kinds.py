@@ -49,18 +49,24 @@ class Kind:
     chance: str = ""
 
 
-KINDS: dict[str, Kind] = {}
 _Made = TypeVar("_Made", bound=Callable[..., nn.Module])
 
 
-def kind(*domains: str, **options: Any) -> Callable[[_Made], _Made]:
-    """Register a class of pieces as a kind."""
+def registering(kinds: dict[str, Kind]) -> Callable[..., Callable[[_Made], _Made]]:
+    """Return a decorator with arguments that registers classes of pieces as kinds."""
 
-    def register(make: _Made) -> _Made:
-        KINDS[make.__name__] = Kind(make.__name__, make, domains, **options)
-        return make
+    def kind(*domains: str, **options: Any) -> Callable[[_Made], _Made]:
+        def register(make: _Made) -> _Made:
+            kinds[make.__name__] = Kind(make.__name__, make, domains, **options)
+            return make
 
-    return register
+        return register
+
+    return kind
+
+
+KINDS: dict[str, Kind] = {}
+kind = registering(KINDS)
 
 
 class Place:

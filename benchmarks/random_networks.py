@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def child(seeds: range, seconds: float) -> None:
     """Check networks, and print a line of JSON for each."""
     import torch
     from random_checks import check
-    from random_recipes import draw
+    from random_recipes import draw, smaller
 
     torch.set_num_threads(1)
     for seed in seeds:
@@ -47,21 +47,25 @@ def child(seeds: range, seconds: float) -> None:
         recipe = draw(seed)
         row = {"seed": seed, **check(recipe, seconds)}
         if row["status"] in BAD:
-            row["recipe"] = minimised(recipe, row, seconds) if row["status"] != "unfit" else recipe
+            fit = row["status"] != "unfit"
+            row["recipe"] = minimised(recipe, row, lambda r: check(r, seconds), smaller) if fit else recipe
         print(json.dumps(row), flush=True)
 
 
-def minimised(recipe: dict[str, Any], row: dict[str, Any], seconds: float, limit: float = 25.0) -> dict[str, Any]:
+def minimised(
+    recipe: dict[str, Any],
+    row: dict[str, Any],
+    check: Callable[[dict[str, Any]], dict[str, Any]],
+    smaller: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
+    limit: float = 25.0,
+) -> dict[str, Any]:
     """Return the smallest recipe found, within a time limit, that fails in the same way."""
-    from random_checks import check
-    from random_recipes import smaller
-
     end = time.monotonic() + limit
     while True:
         for simpler in smaller(recipe):
             if time.monotonic() > end:
                 return recipe
-            found = check(simpler, seconds)
+            found = check(simpler)
             if found["status"] == row["status"] and family(found) == family(row):
                 recipe = simpler
                 break
@@ -78,10 +82,10 @@ def family(row: dict[str, Any]) -> str:
 # -- in the main process ----------------------------------------------------------------------
 
 
-def rows_of(seeds: range, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows_of(seeds: range, options: argparse.Namespace, script: str = __file__) -> Iterator[dict[str, Any]]:
     """Yield a row for each network, checked in processes of their own; one that ends its process is a crash, too."""
     while seeds:
-        command = [sys.executable, __file__, "--child", "--seed", str(seeds.start), "--count", str(len(seeds))]
+        command = [sys.executable, script, "--child", "--seed", str(seeds.start), "--count", str(len(seeds))]
         command += ["--seconds", str(options.seconds)]
         limit, trouble, last = 300 + 4 * options.seconds * len(seeds), "", seeds.start
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -149,12 +153,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any], script: str = __file__) -> None:
     """Print a failure with what reproduces it."""
     print(f"\n{row['status'].upper()} at {row['step']!r}: {row['what']}")
-    print(f"  python benchmarks/random_networks.py --seed {row['seed']} --count 1")
+    print(f"  python benchmarks/{Path(script).name} --seed {row['seed']} --count 1")
     if "recipe" in row:
-        print(f"  python benchmarks/random_networks.py --recipe '{json.dumps(row['recipe'])}'")
+        print(f"  python benchmarks/{Path(script).name} --recipe '{json.dumps(row['recipe'])}'")
 
 
 def one(recipe: dict[str, Any], seconds: float) -> int:
@@ -241,16 +245,22 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
     return int(any(r["status"] in BAD for r in content["failures"]))
 
 
-def again(content: dict[str, Any], environment: dict[str, Any], options: argparse.Namespace, out: Path) -> int:
+def again(
+    content: dict[str, Any],
+    environment: dict[str, Any],
+    options: argparse.Namespace,
+    out: Path,
+    script: str = __file__,
+) -> int:
     """Run the networks that have failed once more, and note beside each failure what was found now."""
     commit, date = environment["commit"], environment["date"]
     for failure in content["failures"]:
-        (row,) = rows_of(range(failure["seed"], failure["seed"] + 1), options)
+        (row,) = rows_of(range(failure["seed"], failure["seed"] + 1), options, script)
         found = {key: row[key] for key in ("status", "step", "what")}
         failure["again"] = {**found, "seconds": options.seconds, "commit": commit, "date": date}
         print(failure["seed"], failure["status"], "is now", row["status"], flush=True)
         if row["status"] in BAD:
-            show(row)
+            show(row, script)
     write(out, content)
     return int(any(f["again"]["status"] in BAD for f in content["failures"]))
 
