@@ -168,3 +168,41 @@ def test_layers_that_agree_only_as_long_as_they_lose_alike(how: str, layers: int
         with torch.no_grad():
             before.sites[next(iter(net.sites))].phi.fill_(-1.0)[kept] = 1.0
         assert (twin(x) - before(x)).abs().max() <= 1e-12
+
+
+class Distant(nn.Module):
+    """Many layers of one width side by side, of which the first and another one must have equally many units."""
+
+    def __init__(self, how: str, other: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+        self.out, self.how, self.other = nn.Linear(4 * layers, 3), how, other
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [layer(x).tanh() for layer in self.layers]
+        here, there = found[0], found[self.other]
+        match self.how:
+            case "expand":
+                found[0] = here.mean(0, keepdim=True).expand_as(there)
+            case "view":
+                found[0] = here.view(there.shape)
+            case "slice":
+                found[0] = here[:, : there.shape[1]]
+            case "slice of the later one":
+                found[self.other] = there[:, : here.shape[1]]
+            case _:
+                found[0] = here * there.shape[1]
+        return self.out(torch.cat(found, 1))
+
+
+@pytest.mark.parametrize("how", ["expand", "view", "slice", "slice of the later one", "scale"])
+@pytest.mark.parametrize("other", [3, 6, 9])  # of four units 3, 2 or 1 stay open, from layer to layer
+def test_layers_that_agree_by_their_place(how: str, other: int) -> None:
+    net = PlasticNet(Distant(how, other, 10).double(), (x := torch.randn(5, 4).double(),)).eval()
+    assert len(net.sites) >= 8
+    for site in net.sites:
+        twin, before = copy.deepcopy(net), copy.deepcopy(net)
+        twin.resize({site: [0, 2]})
+        with torch.no_grad():
+            before.sites[site].phi.fill_(-1.0)[[0, 2]] = 1.0
+        torch.testing.assert_close(twin(x), before(x), rtol=1e-9, atol=1e-12)

@@ -182,6 +182,32 @@ class Recurrent(nn.Module):
         return self.out(self.layer(self.embed(x))[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm, prune.identity])
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "ConvTranspose2d"])
+def test_a_computed_weight_that_reads_a_single_channel_for_a_while(
+    kind: str, norm: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    """Lengths and directions of a weight_norm have one shape then."""
+    layer, shape = LAYERS[kind]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [layer(*sides) for sides in ((4, 8), (8, 6), (6, 2))]
+        norm(layers[1], "weight")
+        return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2]).double().eval()
+
+    x = torch.randn(shape).double()
+    net = pn.PlasticNet(make(), (x,)).eval()
+    for kept in ([3], [0, -1, -1], [1], [0]):
+        net.resize({name: kept for name in net.sites})
+        assert widths(net.model[2]) == (len(net.sites["0"]), len(net.sites["2"]) if "2" in net.sites else 6)  # pyright: ignore[reportIndexIssue]
+        small = net.compact()
+        pn.save(small, tmp_path / "small.safetensors")
+        loaded = pn.load(tmp_path / "small.safetensors", make)
+        torch.testing.assert_close(loaded(x), net(x), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}])
 @pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -32,7 +32,7 @@ _ATTEMPTS = 3
 # Where a model sorts, rounding decides between values that are equal, so that masking and cutting may differ by chance.
 # After a first difference, as many other random parameters are tried at most, and two that show none are believed.
 _OTHERS = 4
-_FEW, _MANY = 3, 32  # to how many units a site of a large model is cut at least and at most, for the precise comparison
+_FEW, _MANY = 7, 32  # to how many units a site of a large model is cut at least and at most, for the precise comparison
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
 
@@ -115,11 +115,11 @@ def _trial(
         sites = without_lost_inputs({n: u for n, u in sites.items() if n not in bad})
         twin, current = _narrowed(twin, sites)
         calls, reached = reaching(twin, calls, sites, traced.steered)
-        run = _precise(twin, calls, traced, [_falling, _rising])
+        run = _precise(twin, calls, traced, [*_apart(current), _falling, _rising])
         bad |= culprits(run.cut_differs, dict(current))
     else:
         calls, reached = reaching(twin, calls, sites, traced.steered)
-        patterns = [_falling, _rising, partial(_alike, share=CLOSED_SHARES[-1])]
+        patterns = [_falling, _rising, *_apart(sites), partial(_alike, share=CLOSED_SHARES[-1])]
         run = _precise(twin, calls, traced, patterns)
         sites, bad = settled(run.model, run.cut_differs, sites)
         current = sites
@@ -198,11 +198,44 @@ def _falling(units: int, site: int) -> Tensor:
         units: The number of units of the site.
         site: The place of the site among those that are compared.
     """
-    most, least = (int(random_gates(units, share).sum()) for share in CLOSED_SHARES)
-    counts = [*range(most, least - 1, -1)] if most > 1 or units == 1 else [1, 2]
+    counts = _counts(units)
     gates = torch.zeros(units)
     gates[torch.randperm(units)[: counts[site % len(counts)]]] = 1.0
     return gates
+
+
+def _counts(units: int) -> Sequence[int]:
+    """Return how many units of a site are open under `_falling`, of the first site, the next, and so on."""
+    most, least = (int(random_gates(units, share).sum()) for share in CLOSED_SHARES)
+    return range(most, least - 1, -1) if most > 1 or units == 1 else (1, 2)
+
+
+def _apart(sites: Mapping[str, Units]) -> list[Pattern]:
+    """Return patterns that tell apart sites of a size of which `_falling` leaves equally many units open.
+
+    The place of a site is written with as many digits as there are such numbers. `_falling` and `_rising` take the last
+    digit, and each pair of patterns the one before it, until any two sites differ in one.
+    """
+    places: dict[int, list[int]] = {}
+    for place, u in enumerate(sites.values()):
+        if not isinstance(u, BlockUnits):
+            places.setdefault(u.size, []).append(place)
+    digits = 1
+    for size, found in places.items():
+        base = len(_counts(size))
+        while base > 1 and len({place % base**digits for place in found}) < len(found):
+            digits += 1
+    return [partial(by, digit=digit) for digit in range(1, digits) for by in (_falling_by, _rising_by)]
+
+
+def _falling_by(units: int, site: int, digit: int) -> Tensor:
+    """Return what `_falling` does, by another digit of the place of a site; see `_apart`."""
+    return _falling(units, site // len(_counts(units)) ** digit)
+
+
+def _rising_by(units: int, site: int, digit: int) -> Tensor:
+    """Return what `_rising` does, by another digit of the place of a site; see `_apart`."""
+    return _rising(units, site // len(_counts(units)) ** digit)
 
 
 def _rising(units: int, site: int) -> Tensor:

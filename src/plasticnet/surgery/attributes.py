@@ -176,7 +176,9 @@ def _weight(module: nn.Module) -> str | None:
     if hasattr(module, "parametrizations"):
         own.update((n, t) for n, t in module.named_parameters() if n.startswith("parametrizations."))
     alike = [n for n, t in own.items() if tuple(t.shape) == shape]
-    return min(alike, key=lambda n: names[0] not in n, default=None)  # of several, one that is named after the weight
+    # Of several, one that is named after the weight. A weight_norm keeps the lengths before the directions, and where the
+    # layer reads a single channel they have one shape, which only the directions keep to.
+    return max(reversed(alike), key=lambda n: names[0] in n, default=None)
 
 
 def _conv_shape(module: Any) -> tuple[int, ...]:
