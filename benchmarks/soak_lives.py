@@ -37,13 +37,13 @@ def life(recipe: Recipe, progress: Progress) -> None:
     progress.found |= {"sites": len(sizes), "frozen": dict(net.frozen), "resizes": 0, "cut": 0, "added": 0}
     progress.step = "after attaching"
     agree(plain.eval(), net.eval(), inputs)
+    spare = copy.deepcopy(net)
     net.k = rng.choice((2.0, 7.0, 7.0, float("inf")))
     optimizer = optimizer_of(recipe, net)
     train(net, optimizer, inputs[0], rng)
 
     for number in range(RESIZES):
         when = f"resize {number + 1} at k={net.k:g}"
-        progress.step = f"check before {when}"
         before = {name: len(site) for name, site in net.sites.items()}
         progress.step = when
         if number % 5 == 3:
@@ -63,7 +63,7 @@ def life(recipe: Recipe, progress: Progress) -> None:
         progress.step = f"compact after {when}"
         if number % 4 == 3:
             check_compact(net, inputs)
-    check_files(recipe, net, optimizer, inputs, progress)
+    check_files(recipe, net, optimizer, spare, inputs, progress)
 
 
 def optimizer_of(recipe: Recipe, net: pn.PlasticNet) -> Optimizer:
@@ -90,7 +90,9 @@ def check_optimizer(net: pn.PlasticNet, optimizer: Optimizer) -> None:
         raise Wrong(f"gradients of another shape: {wrong[:5]}")
 
 
-def check_files(recipe: Recipe, net: pn.PlasticNet, optimizer: Optimizer, inputs: Any, progress: Progress) -> None:
+def check_files(
+    recipe: Recipe, net: pn.PlasticNet, optimizer: Optimizer, spare: pn.PlasticNet, inputs: Any, progress: Progress
+) -> None:
     """Raise `Wrong` unless the compact module that is saved and loaded, and a checkpoint, give the same network."""
     progress.step = "compact at the end"
     small = net.compact()
@@ -105,11 +107,8 @@ def check_files(recipe: Recipe, net: pn.PlasticNet, optimizer: Optimizer, inputs
     agree(small, loaded, inputs)
     agree(net.eval(), loaded, inputs)
     progress.step = "load_state_dict"
-    args, kwargs = inputs[0]
-    fresh = pn.PlasticNet(build(recipe), {"x": args[0], **kwargs} if kwargs else args, **recipe["options"])
-    other = optimizer_of(recipe, fresh)
-    fresh.load_state_dict(state["net"])
-    other = optimizer_of(recipe, fresh)
+    spare.load_state_dict(state["net"])
+    other = optimizer_of(recipe, spare)
     other.load_state_dict(state["optimizer"])
-    agree(net, fresh.eval(), inputs)
-    check_optimizer(fresh, other)
+    agree(net, spare.eval(), inputs)
+    check_optimizer(spare, other)
