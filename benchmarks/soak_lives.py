@@ -30,14 +30,13 @@ def life(recipe: Recipe, progress: Progress) -> None:
 
     progress.step = "attach"
     torch.manual_seed(recipe["seed"])
-    args, kwargs = inputs[0]
-    example = {"x": args[0], **kwargs} if kwargs else args
-    net = pn.PlasticNet(model, example, **recipe["options"])
+    net = attached(recipe, model, inputs[0])
     sizes = {name: len(site) for name, site in net.sites.items()}
     progress.found |= {"sites": len(sizes), "frozen": dict(net.frozen), "resizes": 0, "cut": 0, "added": 0}
     progress.step = "after attaching"
     agree(plain.eval(), net.eval(), inputs)
-    spare = copy.deepcopy(net)
+    old = "OldNorms" in {node["kind"] for node in recipe["nodes"]}  # torch does not copy a weight that was computed
+    spare = attached(recipe, build(recipe), inputs[0]) if old else copy.deepcopy(net)
     net.k = rng.choice((2.0, 7.0, 7.0, float("inf")))
     optimizer = optimizer_of(recipe, net)
     train(net, optimizer, inputs[0], rng)
@@ -64,6 +63,12 @@ def life(recipe: Recipe, progress: Progress) -> None:
         if number % 4 == 3:
             check_compact(net, inputs)
     check_files(recipe, net, optimizer, spare, inputs, progress)
+
+
+def attached(recipe: Recipe, model: torch.nn.Module, example: Any) -> pn.PlasticNet:
+    """Return a network with gates, as the recipe asks for them."""
+    args, kwargs = example
+    return pn.PlasticNet(model, {"x": args[0], **kwargs} if kwargs else args, **recipe["options"])
 
 
 def optimizer_of(recipe: Recipe, net: pn.PlasticNet) -> Optimizer:
