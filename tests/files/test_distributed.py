@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -152,6 +155,62 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     assert_near(everything(again[0]), before, 0)
     load_distributed(tmp_path / "a", again[0])
     assert len(again[0].sites["0"]) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be forked there")
+def test_a_process_that_is_killed_while_it_writes_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    folder, net = tmp_path / "a", started()[0]
+    save_distributed(folder, net, extra="old")
+    old, ends = everything(net), []
+    net.resize({"0": [0, 1, 5]})
+    new = everything(net)
+    (folder / "notes.txt").write_text("not of the checkpoint")
+    for place in range(1, 100):
+        number = os.fork()
+        if not number:
+            kill_before_a_write(folder, place)
+            save_distributed(folder, net, extra="new")
+            os._exit(0)
+        ended = os.WIFEXITED(os.waitpid(number, 0)[1])
+        found = started()[0]
+        ends.append(load_distributed(folder, found))
+        assert_near(everything(found), new if ends[-1] == "new" else old, 0)
+        if ended:
+            break
+    assert ends[0] == "old"
+    assert ends == sorted(ends, reverse=True)  # once it is new, it stays new
+    assert ended
+    assert len(ends) >= 4
+    files = {p.name.partition(".")[2] for p in folder.iterdir()}
+    assert files == {"metadata", "distcp", "txt"}
+    assert len(list(folder.iterdir())) == 3
+
+
+def kill_before_a_write(folder: Path, place: int) -> None:
+    """Let this process die before a certain time that it opens, renames or removes a file in the folder."""
+    left = [place]
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(str(folder)):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = started()[0]
+    save_distributed(tmp_path, net, extra="old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(PlasticError, match=r"cannot be written.*No space left.*older one"):
+            save_distributed(tmp_path, net, extra="new")
+    assert load_distributed(tmp_path, net) == "old"
 
 
 # -- two processes ----------------------------------------------------------------------------

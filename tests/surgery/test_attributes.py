@@ -200,7 +200,7 @@ def test_a_computed_weight_that_reads_a_single_channel_for_a_while(
     x = torch.randn(shape).double()
     net = pn.PlasticNet(make(), (x,)).eval()
     for kept in ([3], [0, -1, -1], [1], [0]):
-        net.resize({name: kept for name in net.sites})
+        net.resize(dict.fromkeys(net.sites, kept))
         assert widths(net.model[2]) == (len(net.sites["0"]), len(net.sites["2"]) if "2" in net.sites else 6)  # pyright: ignore[reportIndexIssue]
         small = net.compact()
         pn.save(small, tmp_path / "small.safetensors")

@@ -71,7 +71,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
-        _bring_to_disk(target.parent)
+        bring_to_disk(target.parent)
     except BaseException as error:
         if partial is not None:
             with suppress(OSError):  # the file, or even its folder, may not exist
@@ -103,7 +103,7 @@ def move_file(old: Path, new: Path) -> None:
         os.replace(old, new)
     except OSError as error:
         raise not_written(new, error) from error
-    _bring_to_disk(new.parent)
+    bring_to_disk(new.parent)
 
 
 def remove_partials(folder: Path, names: set[str]) -> None:
@@ -131,7 +131,7 @@ def not_written(path: str | os.PathLike[str], error: OSError) -> PlasticError:
     return PlasticError(f"{path} cannot be written: {error.strerror or error}: {way_out}")
 
 
-def _bring_to_disk(folder: Path) -> None:
+def bring_to_disk(folder: Path) -> None:
     """Bring the names in a folder to the disk, where the system can do that."""
     with suppress(OSError):  # as on Windows, where a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)

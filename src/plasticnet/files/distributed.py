@@ -49,7 +49,8 @@ def save_distributed(
     """Write a training run to a folder by torch's distributed checkpoint; every process writes what it holds.
 
     All processes must call it alike. Without `torch.distributed` a single process writes all. The states of the random
-    number generators of each process are saved, too.
+    number generators of each process are saved, too. A checkpoint that is in the folder stays until the new one is
+    whole, also where processes are killed, so there must be room for both.
 
     Args:
         folder: The folder, which all processes see.
@@ -60,7 +61,8 @@ def save_distributed(
         extra: Anything else that `save_checkpoint` can write; that of rank 0 is saved.
 
     Raises:
-        PlasticError: An optimizer holds a parameter that the module does not have, or ``extra`` cannot be written.
+        PlasticError: An optimizer holds a parameter that the module does not have, ``extra`` or the folder cannot be
+            written, or another process has failed.
 
     Example:
         >>> import tempfile, torch, plasticnet as pn
@@ -98,10 +100,19 @@ def save_distributed(
     tensors |= {f"small.{key}": t for key, t in small.items()}
     tensors["tree"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     tensors |= {f"random.{_rank()}.{kind}": state for kind, state in _random().items()}
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    with _quiet():
-        save(tensors, checkpoint_id=os.fspath(folder), no_dist=not _together())
+    from plasticnet.files.parts import PartsWriter
+
+    try:
+        with _quiet():
+            save(tensors, storage_writer=PartsWriter(os.fspath(folder)), no_dist=not _together())
+    except CheckpointException as error:  # which is no Exception
+        what = "; ".join(f"rank {rank}: {wrapped[0]!r}" for rank, wrapped in error.failures.items())
+        raise PlasticError(
+            f"{folder}: the checkpoint cannot be written ({what}); an older one is still there"
+        ) from error
 
 
 def load_distributed(
@@ -325,9 +336,10 @@ def _networks(module: nn.Module) -> dict[str, PlasticNet]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from warning within this context that there is a single process, as there may be."""
+    """Keep torch from warning within this context of a single process or an older checkpoint, as there may be."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
         yield
 
 

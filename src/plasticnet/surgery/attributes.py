@@ -176,8 +176,8 @@ def _weight(module: nn.Module) -> str | None:
     if hasattr(module, "parametrizations"):
         own.update((n, t) for n, t in module.named_parameters() if n.startswith("parametrizations."))
     alike = [n for n, t in own.items() if tuple(t.shape) == shape]
-    # Of several, one that is named after the weight. A weight_norm keeps the lengths before the directions, and where the
-    # layer reads a single channel they have one shape, which only the directions keep to.
+    # Of several, one that is named after the weight. Lengths and directions of a weight_norm have one shape where the
+    # layer reads a single channel; the directions come last, and are the ones that say how many it reads.
     return max(reversed(alike), key=lambda n: names[0] in n, default=None)
 
 
