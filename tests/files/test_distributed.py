@@ -17,9 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from plasticnet import Budget, PlasticError, PlasticNet, Schedule, Stage, load_distributed, save_distributed
-from tests.kit.networks import mlp
-from tests.kit.processes import together
+from plasticnet import (
+    Budget,
+    Growth,
+    PlasticError,
+    PlasticNet,
+    Pressure,
+    Schedule,
+    Stage,
+    load_distributed,
+    save_distributed,
+)
+from tests.kit.networks import assert_same, mlp
+from tests.kit.processes import everywhere, together
 from tests.kit.shares import assert_near, everything
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -219,7 +229,7 @@ def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_from_two_processes_into_one_and_back(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
-    together(tmp_path / "first", partial(saved_by_two, folder=tmp_path))
+    together(tmp_path / "first", partial(saved_by_two, folder=tmp_path), partial(within_an_epoch, folder=tmp_path))
     for way in ("fsdp", "ddp"):
         net, _, optimizer, schedule = run = started()
         assert load_distributed(tmp_path / way, net, optimizer, schedule) == way
@@ -258,3 +268,46 @@ def loaded_by_two(rank: int, folder: Path) -> None:
         load_distributed(folder / f"{way} alone", top, optimizer, schedule)
         assert_near(everything(net, optimizer), torch.load(folder / f"{way} alone.pt"), 0)
         goes_on(run, rank, 2)
+
+
+def within_an_epoch(rank: int, folder: Path) -> None:
+    """Each rank has its own statistics of growth, those of norms are rank 0's, and the checkpoint is written over."""
+
+    def begun() -> Run:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3)).double()
+        net = PlasticNet(model, (torch.randn(3, 4).double(),))
+        optimizer = Adam(net.param_groups(1e-2))
+        stages, pressure = [Stage(1), Stage(12, 7.0), Stage(1)], Pressure(1e-3)
+        return net, DDP(net), optimizer, Schedule(net, optimizer, stages, growth=Growth(), pressure=pressure)
+
+    def steps(run: Run, count: int) -> None:
+        net, top, optimizer, schedule = run
+        for _ in range(count):
+            x, y = torch.randn(6, 4).double() + rank, torch.arange(6) % 3
+            optimizer.zero_grad()
+            value = net.expected_loss(lambda x=x, y=y: F.cross_entropy(top(x), y, reduction="none"))
+            (value + schedule.penalty()).backward()
+            optimizer.step()
+
+    run = begun()
+    torch.manual_seed(rank + 1)
+    for _ in range(3):
+        steps(run, 3)
+        save_distributed(folder / "within", run[1], run[2], run[3], extra=["old", rank])
+        run[3].step(1.0)
+    steps(run, 2)
+    own, norms = run[3].state_dict(), everywhere(run[0].state_dict()["model.1.running_mean"].tolist())
+    assert norms[0] != norms[1]
+    assert len({repr(g) for g in everywhere(own["growth"])}) == 2
+    save_distributed(folder / "within", run[1], run[2], run[3], extra=["new", rank])
+    again = begun()
+    assert load_distributed(folder / "within", again[1], again[2], again[3]) == ["new", 0]
+    assert again[0].state_dict()["model.1.running_mean"].tolist() == norms[0]
+    assert_same(again[3].state_dict(), own)
+    steps(again, 2)
+    again[3].step(1.0)
+    load_distributed(folder / "within", run[1], run[2], run[3])
+    steps(run, 2)
+    run[3].step(1.0)
+    assert_near(everything(again[0], again[2]), everything(run[0], run[2]), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from plasticnet import Growth, PlasticError, PlasticNet, Schedule, Stage, load_checkpoint, save_checkpoint
+from plasticnet import (
+    Budget,
+    Growth,
+    PlasticError,
+    PlasticNet,
+    Pressure,
+    Schedule,
+    Stage,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests.kit.networks import assert_same, mlp, set_probabilities, small, train_step
 
 INF = math.inf
@@ -411,6 +422,49 @@ def test_resume_in_the_second_round_equals_the_uninterrupted(stop: int, tmp_path
     go(again, optimizer, schedule, 11)
     assert_same(again.state_dict(), net.state_dict())
     assert schedule.rounds == 2
+
+
+@pytest.mark.parametrize(
+    "force",
+    [
+        lambda: {"budget": Budget(units=0.5)},
+        lambda: {"budget": Budget(units=0.5), "growth": Growth()},
+        lambda: {"pressure": Pressure(1e-3), "growth": Growth()},
+    ],
+)
+def test_resume_within_an_epoch_equals_the_uninterrupted(force: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+    """A budget measures its pressure by the gradient of the step before, which may lie before the interruption."""
+
+    def begun() -> tuple[PlasticNet, Adam, Schedule]:
+        torch.manual_seed(0)
+        net = PlasticNet(mlp(4, 8, 6, 3), (torch.randn(2, 4),))
+        optimizer = Adam(net.param_groups(1e-2))
+        return net, optimizer, Schedule(net, optimizer, [Stage(12, k=7.0), Stage(1)], **force())
+
+    def steps(net: PlasticNet, optimizer: Adam, schedule: Schedule, count: int) -> None:
+        for _ in range(count):
+            x = torch.randn(6, 4)
+            optimizer.zero_grad()
+            (net.train().expected_loss(lambda x=x: net(x).square().mean(1)) + schedule.penalty()).backward()
+            optimizer.step()
+
+    net, optimizer, schedule = begun()
+    steps(net, optimizer, schedule, 3)
+    schedule.step(1.0)
+    steps(net, optimizer, schedule, 2)
+    parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    save_checkpoint({n: p.state_dict() for n, p in parts.items()}, tmp_path / "state")
+    again, state = begun(), load_checkpoint(tmp_path / "state")
+    for part, name in zip(again, parts, strict=True):
+        part.load_state_dict(state[name])
+    for run in ((net, optimizer, schedule), again):
+        torch.manual_seed(5)
+        steps(*run, 2)
+        run[2].step(1.0)
+    for part, other in zip(again, parts.values(), strict=True):
+        assert_same(part.state_dict(), other.state_dict())
+    with pytest.raises(PlasticError, match="gradient of the gates that is none"):
+        again[2].load_state_dict({**state["schedule"], "gradient": "steep"})
 
 
 def test_nothing_to_wake() -> None:

@@ -110,8 +110,7 @@ class Keeper:
         """Write the state of the run and of torch's random numbers."""
         net = self.training.net
         state = {name: part.state_dict() for name, part in self.training._asdict().items()}
-        # By this gradient a budget measures its pressure in the next step.
-        here = None if place is None else {**vars(place), "gradient": net.sampler.gradient}
+        here = None if place is None else dict(vars(place))
         beside = {"rng": random_states(net), "history": self.history, "place": here}
         checkpoints.write({**state, **beside, **self.identity}, best=best)
         self._saved = time.monotonic()
@@ -185,12 +184,10 @@ def resume_run(
 
 
 def _placed(saved: Mapping[str, Any] | None, net: PlasticNet) -> Place | None:
-    """Return where in an epoch a run stands; its network gets its last gradient of the gates."""
+    """Return where in an epoch a run stands."""
     if saved is None:
         return None
-    device, gradient = net.like.device, saved["gradient"]
-    net.sampler.gradient = None if gradient is None else gradient.to(device)
-    return Place(saved["order"], saved["total"].to(device), saved["step"], saved["seconds"])
+    return Place(saved["order"], saved["total"].to(net.like.device), saved["step"], saved["seconds"])
 
 
 def random_states(net: PlasticNet) -> dict[str, Tensor]:

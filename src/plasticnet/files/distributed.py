@@ -88,26 +88,29 @@ def save_distributed(
         found, described = _of_optimizer(o, names, i)
         tensors |= found
         groups.append(described)
-    small: dict[str, Tensor] = {}
-    tree = {
+    common = {
         "rest": rest,
         "optimizers": groups,
         "schedule": None if schedule is None else schedule.state_dict(),
         "extra": extra,
         "ranks": _ranks(),
     }
-    text = json.dumps(encode(tree, small)).encode()
-    tensors |= {f"small.{key}": t for key, t in small.items()}
-    tensors["tree"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    own = {"schedule": common["schedule"]}  # which has collected something in this process since the last epoch ended
+    tensors |= _written("", common) | _written(f"own.{_rank()}.", own)
     tensors |= {f"random.{_rank()}.{kind}": state for kind, state in _random().items()}
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from plasticnet.files.parts import PartsWriter
 
+    writer = PartsWriter(os.fspath(folder))
+    # What all processes hold is that of rank 0, as in training. By default any of them writes it, and the statistics of
+    # a norm would be those of another one.
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
         with _quiet():
-            save(tensors, storage_writer=PartsWriter(os.fspath(folder)), no_dist=not _together())
+            save(tensors, storage_writer=writer, planner=planner, no_dist=not _together())
     except CheckpointException as error:  # which is no Exception
         what = "; ".join(f"rank {rank}: {wrapped[0]!r}" for rank, wrapped in error.failures.items())
         raise PlasticError(
@@ -158,6 +161,9 @@ def load_distributed(
     saved = _Saved(folder)
     names = {id(p): n for n, p in held_parameters(module).items()}
     tree = saved.tree()
+    # An older file, and one of another number of processes, has the schedule of a single process.
+    mine = f"own.{_rank()}."
+    own = saved.tree(mine) if tree["ranks"] == _ranks() and f"{mine}tree" in saved.entries else tree
     _check(tree, optimizers, schedule, names)
     _check_module(module, saved)
     for prefix, net in _networks(module).items():
@@ -173,7 +179,7 @@ def load_distributed(
     for o, state in zip(optimizers, states, strict=True):
         state.put(o)
     if schedule is not None:
-        schedule.load_state_dict(tree["schedule"])
+        schedule.load_state_dict(own["schedule"])
     _go_on({k.rpartition(".")[2]: t for k, t in random.items()})
     return tree["extra"]
 
@@ -212,12 +218,12 @@ class _Saved:
         found = {k: m for k, m in self.entries.items() if k.startswith(prefix)}
         return {k: torch.empty(m.size, dtype=m.properties.dtype, device=device) for k, m in found.items()}
 
-    def tree(self) -> dict[str, Any]:
-        """Return what was saved beside the large tensors."""
-        found = self.empty("tree") | self.empty("small.")
+    def tree(self, prefix: str = "") -> dict[str, Any]:
+        """Return what was saved beside the large tensors by `_written`."""
+        found = self.empty(f"{prefix}tree") | self.empty(f"{prefix}small.")
         self.read(found)
-        text = found.pop("tree").numpy().tobytes()
-        return decode(json.loads(text), {k.removeprefix("small."): t for k, t in found.items()})
+        text = found.pop(f"{prefix}tree").numpy().tobytes()
+        return decode(json.loads(text), {k.removeprefix(f"{prefix}small."): t for k, t in found.items()})
 
     def network(self, prefix: str) -> dict[str, Tensor]:
         """Return the state of a network, in which only the tensors of its gates have values."""
@@ -257,6 +263,14 @@ class _State:
             optimizer.state[parameter] = state
         for group, was in zip(optimizer.param_groups, self._groups, strict=True):
             group.update({key: value for key, value in was.items() if key != "params"})
+
+
+def _written(prefix: str, tree: Any) -> dict[str, Tensor]:
+    """Return nested data as tensors, by names that begin with a prefix."""
+    small: dict[str, Tensor] = {}
+    text = json.dumps(encode(tree, small)).encode()
+    named = {f"{prefix}small.{key}": t for key, t in small.items()}
+    return {f"{prefix}tree": torch.frombuffer(bytearray(text), dtype=torch.uint8), **named}
 
 
 def _of_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

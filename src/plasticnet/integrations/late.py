@@ -23,7 +23,7 @@ from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.training.schedule import Schedule
 from plasticnet.training.stages import Change, Stage
 
-_KEYS = ("schedule", "begun", "val_loss", "seed", "gradient")
+_KEYS = ("schedule", "begun", "val_loss", "seed")
 
 
 class LateSchedule:
@@ -69,8 +69,7 @@ class LateSchedule:
         if self._loaded is not None:
             self.schedule.load_state_dict(self._loaded["schedule"])
             self._begun, self.val_loss = self._loaded["begun"], self._loaded["val_loss"]
-            self._seed, gradient = self._loaded["seed"], self._loaded["gradient"]
-            self.net.sampler.gradient = None if gradient is None else gradient.to(self.net.like.device)
+            self._seed = self._loaded["seed"]
             self._loaded = None
         elif self.net.k != self.schedule.timeline.k:
             raise PlasticError(
@@ -169,10 +168,7 @@ class LateSchedule:
         """Return what a checkpoint needs, beside the states of the network and of the optimizers."""
         if self._loaded is not None:
             return dict(self._loaded)
-        # By this gradient a budget measures its pressure in the next step. It matters within an epoch only.
-        gradient = self.net.sampler.gradient
-        gradient = None if gradient is None else gradient.detach().clone()
-        values = (self.schedule.state_dict(), self._begun, self.val_loss, self._seed, gradient)
+        values = (self.schedule.state_dict(), self._begun, self.val_loss, self._seed)
         return dict(zip(_KEYS, values, strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

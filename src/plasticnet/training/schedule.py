@@ -229,7 +229,7 @@ class Schedule:
             self._stillness.end(net, timeline.ends_stage)
         timeline.epoch += 1
         passed, entered = timeline.epoch - begin, timeline.place != place
-        # A checkpoint does not hold this gradient, so it must not matter after an epoch.
+        # The gradient belongs to the sizes before, and a checkpoint at the end of an epoch needs none.
         net.sampler.gradient = None
         force.step(loss, stage.plastic, passed, max(end - begin, 1))
         options = {"hibernate": self.hibernate, "multiple_of": self.multiple_of}
@@ -327,7 +327,7 @@ class Schedule:
         """Return what a checkpoint needs of the schedule; the network has a state dict of its own.
 
         The state holds the epoch, the stages that `wake` has added, the states of growth and of the pressure or the
-        budget, the latency that was measured, and what was found out about the closure.
+        budget, the measured latency, what is known of the closure, and within an epoch the last gradient of the gates.
         """
         return {**self.timeline.state_dict(), **state_of(self.net, self.growth, self.force)}
 

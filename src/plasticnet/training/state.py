@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from plasticnet.cost.latency import Latency
 from plasticnet.errors import PlasticError
 from plasticnet.growing.rule import GrowthRule
@@ -21,6 +23,9 @@ _PARTS = ("growth", "pressure", "budget")
 def state_of(net: PlasticNet, growth: GrowthRule | None, force: Force) -> dict[str, Any]:
     """Return the measured latency, what is known of the closure, and the states of growth, pressure and budget.
 
+    Within an epoch there is also the last gradient of the loss with respect to the gates, by which a budget measures
+    its pressure in the next step.
+
     Args:
         net: The network.
         growth: How it grows, or None.
@@ -29,7 +34,9 @@ def state_of(net: PlasticNet, growth: GrowthRule | None, force: Force) -> dict[s
     parts = {name: part.state_dict() for name, part in _parts(growth, force).items()}
     latency = None if net.latency is None else net.latency.as_dict()
     found = {name: getattr(net.sampler, name) for name in _FOUND}
-    return {"latency": latency, "found": found, **dict.fromkeys(_PARTS), **parts}
+    gradient = net.sampler.gradient
+    gradient = None if gradient is None else gradient.detach().clone()
+    return {"latency": latency, "found": found, "gradient": gradient, **dict.fromkeys(_PARTS), **parts}
 
 
 def restore(state: Mapping[str, Any], net: PlasticNet, growth: GrowthRule | None, force: Force) -> None:
@@ -54,12 +61,16 @@ def restore(state: Mapping[str, Any], net: PlasticNet, growth: GrowthRule | None
         )
     found = {name: _answer(state.get("found"), name) for name in _FOUND}
     latency = None if state.get("latency") is None else Latency.from_dict(state["latency"])
+    gradient = state.get("gradient")
+    if gradient is not None and not (isinstance(gradient, Tensor) and gradient.is_floating_point()):
+        raise PlasticError(f"the state holds a gradient of the gates that is none: {gradient!r}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     if latency is not None:
         net.use_latency(latency)
     for name, answer in found.items():
         setattr(net.sampler, name, answer)
+    net.sampler.gradient = None if gradient is None else gradient.to(net.like.device)
 
 
 def _answer(found: Any, name: str) -> bool | None:
