@@ -73,13 +73,18 @@ random: $(VENV)/.installed
 	$(BIN)/python benchmarks/random_networks.py --count 2000 --workers 2 $(RANDOM); code=$$?; \
 		$(BIN)/python benchmarks/random_table.py && exit $$code
 
-# Trainings that are killed, files that are damaged, and a long training; it goes on from what is there: KILLS=1000
-# FILES=1000000 for more, and LONG="--steps 2400 --resizes 50" for less.
+# Trainings that are killed, files that are damaged, networks that change their size, and a long training; it goes on from
+# what is there: KILLS=1000 RANKS=100 FILES=1000000 NETWORKS=10000 for more, LONG="--steps 2400 --resizes 50" for less.
 KILLS := 100
+RANKS := 30
 FILES := 50000
+NETWORKS := 1000
 soak: $(VENV)/.installed
 	$(BIN)/python benchmarks/soak_kills.py --count $(KILLS); code=$$?; \
+		$(BIN)/python benchmarks/soak_ranks.py --count $(RANKS) || code=1; \
 		$(BIN)/python benchmarks/soak_files.py --count $(FILES) || code=1; \
+		$(BIN)/python benchmarks/soak_networks.py --count $(NETWORKS) || code=1; \
+		$(BIN)/python benchmarks/soak_denormals.py || code=1; \
 		$(BIN)/python benchmarks/soak_long.py $(LONG) || code=1; \
 		$(BIN)/python benchmarks/soak_table.py && exit $$code
 

@@ -1,8 +1,9 @@
-"""Write docs/soak.md from what the three soaks found; --check only says whether it is up to date."""
+"""Write docs/soak.md from what the soaks found; --check only says whether it is up to date."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +13,18 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
 from common import publish  # noqa: E402
+from soak_ranks import WHOM  # noqa: E402
 
 RESULTS = HERE / "results"
+MS = ("ms", "ms, drawn anew", "ms at full width", "ms at full width, drawn anew")
 PAGE = HERE.parent / "docs" / "soak.md"
 
 PAGE_TEXT = """# Soaks
 
-What becomes of a training that is killed, of files that are damaged or crafted, and of a training that takes long.
-`make soak` goes on with the first two (benchmarks/soak_kills.py and benchmarks/soak_files.py), repeats the third
-(benchmarks/soak_long.py) and writes this page (benchmarks/soak_table.py).
+What becomes of trainings that are killed, of files that are damaged or crafted, of networks that change their size
+again and again, and of a training that takes long. `make soak` goes on with the first four (benchmarks/soak_kills.py,
+soak_ranks.py, soak_files.py and soak_networks.py there), repeats the others (soak_denormals.py and soak_long.py), and
+writes this page (soak_table.py).
 
 ## Trainings that are killed
 
@@ -42,6 +46,21 @@ saved after every epoch, and within epochs every 0.05 seconds.
 
 {kills_environment}
 
+## Trainings in two processes that are killed
+
+Two processes train one network in `DistributedDataParallel` (gloo), with a norm, and save together by
+`save_distributed` after every epoch and every {every} steps, over the checkpoint before. They are killed at the same
+moments as above: both at once, or one of them, and then the other one must end by itself within two minutes, or
+torchrun ends it. Then both begin again. In the end all that each process holds is compared with a run that was left in
+peace: network, optimizer, schedule, random numbers, and a list with a line for every step. The running statistics of
+the norm are those of rank 0.
+
+**{ranks_summary}**
+
+{ranks_table}
+
+{ranks_environment}
+
 ## Files that are damaged or crafted
 
 Sound files are changed at random, one to four times each: bytes are flipped, cut out, doubled and overwritten, and what
@@ -54,6 +73,23 @@ or refused by a `PlasticError`.
 {files_table}
 
 {files_environment}
+
+## Networks that change their size again and again
+
+Networks are put together at random, from {kinds} kinds of pieces that [the other random networks](random.md) do not
+have: attention with slopes, tables and latents, recurrence into attention, scans, graphs, capsules, memories, stacks of
+experts, pyramids, two resolutions, and so on. A piece reads one or two of those before it; a network has up to three
+inputs and two outputs. Each one is attached in double precision, and then twenty times cut and grown, with a training
+step after each change (Adam, AdamW, SGD with momentum, RMSprop or Adagrad). Gates and compact module must agree to
+1e-09 at several of these moments and in the end, also after the module was saved and loaded, and after a checkpoint was
+loaded into a fresh network. After every change and every step the optimizer must hold the present parameters, each
+once, and no state that is of another shape or of what is gone.
+
+**{networks_summary}**
+
+{networks_table}
+
+{networks_environment}
 
 ## A long training
 
@@ -68,6 +104,19 @@ the median of the first third of the measurements with that of the last. What is
 {long_table}
 
 {long_environment}
+
+## Numbers next to zero
+
+Half of the units of a network are closed, and it trains on with weight decay for {steps} steps, until the weights of
+the closed units are not zero and below the normal numbers of float32. Some processors compute many times slower with
+those; this one takes {minds} times as long for single products of this size. The compact module is timed against one
+of the same widths whose weights were drawn anew. It keeps such weights where open units have died in training, too.
+
+**{denormals_summary}**
+
+{denormals_table}
+
+{denormals_environment}
 
 ## Limits
 
@@ -101,6 +150,66 @@ def kills(content: Mapping[str, Any]) -> dict[str, str]:
         "kills_table": table(("run", "trainings", *when, "damaged checkpoints", "equal at the end"), rows),
         "kills_environment": environment(content["environment"], (t["commit"] for t in trials), "trainings"),
     }
+
+
+def ranks(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is said of trainings in two processes that were killed."""
+    trials, settings = content["trials"], content["settings"]
+    rows = []
+    for run in settings["runs"]:
+        own = [t for t in trials if t["run"] == run]
+        counts = {whom: sum(n for t in own for k, n in t["kills"].items() if k.endswith(f", {whom}")) for whom in WHOM}
+        rows.append((run, len(own), *counts.values(), sum(t["status"] == "equal" for t in own)))
+    total, equal = sum(sum(t["kills"].values()) for t in trials), sum(t["status"] == "equal" for t in trials)
+    bad = Counter(t["status"] for t in trials if t["status"] != "equal")
+    what = ", ".join(f"{n} {status}" for status, n in bad.items()) or "none is different, and none has hung"
+    return {
+        "every": str(settings["every"]),
+        "ranks_summary": f"{len(trials)} trainings, {total} kills: {equal} trainings ended equal to the bit; {what}.",
+        "ranks_table": table(("run", "trainings", *WHOM, "equal at the end"), rows),
+        "ranks_environment": environment(content["environment"], (t["commit"] for t in trials), "trainings"),
+    }
+
+
+def networks(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is said of random networks."""
+    from soak_recipes import KINDS
+
+    counts, totals, failures = content["counts"], content["totals"], content["failures"]
+    status = Counter(counts["status"])
+    bad = {name: n for name, n in status.items() if name not in ("ok", "refused")}
+    # What fails with the present code; a network that has failed before is run again.
+    now = Counter(f.get("again", f)["status"] for f in failures)
+    still = ", ".join(f"{n} {name}" for name, n in now.items() if name not in ("ok", "refused")) or "none"
+    failed = ", ".join(f"{n} {name}" for name, n in bad.items()) or "none failed"
+    rows = [
+        (str(f["seed"]), f["status"], f["step"], short(f["what"]), f.get("again", {}).get("status", "not yet"))
+        for f in failures
+    ]
+    done = [d for d in content["done"] for _ in range(d["seeds"][1] - d["seeds"][0] + 1)]
+    again = f" Run again, of those that failed: {still} failed." if bad else ""
+    return {
+        "kinds": str(len(KINDS)),
+        "networks_summary": f"{sum(status.values()):,} networks, {totals['resizes']:,} changes of size, in which "
+        f"{totals['cut']:,} units were cut and {totals['added']:,} added: {status['ok']:,} are exact to the end, "
+        f"{status['refused']:,} have nothing to gate; {failed}.{again}",
+        "networks_table": table_of_words(("seed", "found", "at", "what", "now"), rows)
+        if rows
+        else "No network failed.",
+        "networks_environment": environment(content["environment"], (d["commit"] for d in done), "networks"),
+    }
+
+
+def short(text: str) -> str:
+    """Return the beginning of a message, without paths and in one line, for a cell of a table."""
+    text = re.sub(r"/tmp/\S*/", "", text.replace("\n", " ").replace("|", "/"))
+    return text if len(text) <= 100 else f"{text[:100].rsplit(' ', 1)[0]} ..."
+
+
+def table_of_words(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of words."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
 
 
 def files(content: Mapping[str, Any]) -> dict[str, str]:
@@ -140,6 +249,25 @@ def long(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def denormals(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is said of numbers next to zero."""
+    found, e = content["rows"], content["environment"]
+    slower = ", ".join(r["network"] for r in found if r["slower"]) or "no compact module"
+    before, after = (sum(r[k] for r in found) for k in ("before", "after"))
+    allowed = content["settings"]["allowed"] - 1
+    rows = [
+        (r["network"], f"{100 * r['right']:.0f}%", r["before"], r["after"], *(f"{r[k]:.2f}" for k in MS)) for r in found
+    ]
+    return {
+        "steps": f"{content['settings']['steps']:,}",
+        "minds": f"{content['minds']:.1f}",
+        "denormals_summary": f"{before:,} such weights before the cut, {after:,} after it: {slower} is more than "
+        f"{allowed:.0%} slower than with other weights.",
+        "denormals_table": table(("network", "right", "such weights", "after", *MS), rows),
+        "denormals_environment": environment(e, [e["commit"]], None),
+    }
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table, whose first column holds words."""
     lines = [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else c for c in row)} |" for row in rows]
@@ -158,8 +286,11 @@ def environment(e: Mapping[str, Any], commits: Iterable[str], what: str | None) 
 
 def main() -> int:
     """Write the page, or compare it with --check."""
-    found = {name: json.loads((RESULTS / f"soak_{name}.json").read_text()) for name in ("kills", "files", "long")}
-    texts = {**kills(found["kills"]), **files(found["files"]), **long(found["long"])}
+    parts = {"kills": kills, "ranks": ranks, "files": files, "networks": networks, "long": long}
+    parts["denormals"] = denormals
+    texts: dict[str, str] = {}
+    for name, part in parts.items():
+        texts |= part(json.loads((RESULTS / f"soak_{name}.json").read_text()))
     return publish({PAGE: PAGE_TEXT.format(**texts)})
 
 
