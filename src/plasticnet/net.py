@@ -381,9 +381,11 @@ class PlasticNet(GatedModel):
         same happens when a module that contains the network loads its state dict.
 
         Raises:
-            PlasticError: The state dict does not fit the network. Nothing was changed in it.
+            PlasticError: The state dict does not fit the network. Nothing was changed in it, as when the call is
+                interrupted.
         """
-        with passes.changing(self, self.sampler):
+        undone = undone_on_error(self, [], [self.sampler], self.parameters())
+        with passes.changing(self, self.sampler), undone:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 

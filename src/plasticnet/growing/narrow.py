@@ -10,6 +10,7 @@ from plasticnet.budgets.floors import keep_signal
 from plasticnet.errors import PlasticError
 from plasticnet.net import PlasticNet
 from plasticnet.surgery.depth import begin_anew, check_sleep, put_to_sleep
+from plasticnet.surgery.undo import undone_on_error
 from plasticnet.units import InputUnits
 
 
@@ -34,7 +35,7 @@ def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
 
     Raises:
         PlasticError: A number is not a whole number from 1 on; the network is no `PlasticNet`; or it has no blocks, or
-            one that would sleep cannot begin as the identity. Nothing was changed.
+            one that would sleep cannot begin as the identity. Nothing was changed, as when the call is interrupted.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -52,6 +53,12 @@ def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
         raise PlasticError(f"cannot start from {units!r} units a site; a whole number, at least 1, is needed")
     if blocks is not None:
         check_sleep(net, blocks)
+    with net.lock, undone_on_error(net, [], [net.sampler], net.model.parameters()):
+        _narrowed(net, units, blocks)
+
+
+def _narrowed(net: PlasticNet, units: int, blocks: int | None) -> None:
+    """Do what `narrow` does, in a network that is locked."""
     # Sites that cannot grow would stay narrow for good.
     wide = {n: s for n, s in net.sites.items() if len(s) > units and s.units.growable}
     channels = {n: list(range(units)) for n, s in wide.items() if not _selects(s)}
@@ -61,8 +68,7 @@ def narrow(net: PlasticNet, units: int, *, blocks: int | None = None) -> None:
     keep_signal(net)
     begin_anew(net.model)
     if blocks is not None:
-        with net.lock:
-            put_to_sleep(net, blocks)
+        put_to_sleep(net, blocks)
 
 
 def _selects(site: Any) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +16,9 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.site import INITIAL_LOGIT
 from plasticnet.net import PlasticNet
 from plasticnet.oneshot.scores import Scores, by_cost, resolve
-from plasticnet.surgery.optimizers import Optimizers
+from plasticnet.surgery.optimizers import Optimizers, listed
 from plasticnet.surgery.survivors import survivors
+from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import Forward
 from plasticnet.tools.inputs import Loss, Outputs
 
@@ -69,7 +69,8 @@ def prune_once(
 
     Raises:
         PlasticError: k is not infinity, the budget has no targets on costs, the smallest network costs more than the
-            budget, the scores are not possible or do not fit, or the optimizers cannot be resized. Nothing was changed.
+            budget, the scores are not possible or do not fit, or the optimizers cannot be resized. Nothing was changed,
+            as when the call is interrupted.
 
     Example:
         >>> import torch, plasticnet as pn
@@ -104,32 +105,17 @@ def prune_once(
         keep = project(net, worth, targets, net.open_weights())
     sources = _sources(net, keep, worth) if cut else {}
     before = {n: int(s.open.sum()) for n, s in net.sites.items()}
-    with _closed_entries(net, left):
+    with net.lock, undone_on_error(net, listed(optimizer), [net.sampler]), torch.no_grad():
+        for name, kept in left.items():
+            phi = net.weights[name].phi
+            phi[torch.from_numpy(~kept).to(phi.device)] = -INITIAL_LOGIT
         if cut:
             net.resize(sources, optimizer)
-    with torch.no_grad():
         for name, site in net.sites.items():
             closed = ~keep[name][sources.get(name, slice(None))]
             if closed.any():
                 site.phi[torch.from_numpy(closed).to(site.phi.device)] = -INITIAL_LOGIT
     return {n: before[n] - now for n, s in net.sites.items() if (now := int(s.open.sum())) < before[n]}
-
-
-@contextmanager
-def _closed_entries(net: PlasticNet, keep: Mapping[str, np.ndarray]) -> Iterator[None]:
-    """Close the entries of weights that do not stay; if an error leaves the context, they are what they were."""
-    before = {name: net.weights[name].phi for name in keep}
-    logits = {name: phi.detach().clone() for name, phi in before.items()}
-    with torch.no_grad():
-        for name, phi in before.items():
-            phi[torch.from_numpy(~keep[name]).to(phi.device)] = -INITIAL_LOGIT
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for name, phi in before.items():
-                phi.copy_(logits[name])
-        raise
 
 
 def _entry_prices(net: PlasticNet, targets: Mapping[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from plasticnet.repairing.paired import Paired, Unpaired
 from plasticnet.repairing.readers import Reader, find_readers
 from plasticnet.repairing.report import Repaired, RepairedReader
 from plasticnet.repairing.ridge import Fit, refit
+from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import Calibration, Forward, calibration
 from plasticnet.tools.gradients import with_gradients_if_needed
 from plasticnet.tools.half import products_in_single
@@ -87,7 +88,8 @@ def repair(
     data = calibration(batches, calibrate)
     with net.lock:
         aim = None if towards is None else _checked(net, towards)
-        found = with_gradients_if_needed(lambda: _repaired(net, data, forward, outputs, aim))
+        with undone_on_error(net, [], []):
+            found = with_gradients_if_needed(lambda: _repaired(net, data, forward, outputs, aim))
         if net.ranks.count > 1:
             net.ranks.broadcast([*net.model.parameters(), *net.model.buffers()])
     return found

@@ -5,22 +5,29 @@ It may fail anywhere: memory runs out, the user interrupts it, or data cannot be
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plasticnet.gates.gated import GatedModel
-from plasticnet.tools.sharding import Shards
+from plasticnet.tools.sharding import Shards, is_sharded
 from plasticnet.tools.snapshot import Snapshot
+from plasticnet.tools.torch_private import give_shape
 from plasticnet.units import BlockUnits
 
 
 @contextmanager
-def undone_on_error(net: GatedModel, optimizers: Sequence[Optimizer], others: Iterable[object]) -> Iterator[None]:
+def undone_on_error(
+    net: GatedModel,
+    optimizers: Sequence[Optimizer],
+    others: Iterable[object],
+    written: Iterable[nn.Parameter] = (),
+) -> Iterator[None]:
     """Put a network, its optimizers and other objects back to where they were, if an error leaves this context.
 
     A resize makes new parameters and leaves the old ones alone, so that these need no copies. Within this context they
@@ -31,8 +38,9 @@ def undone_on_error(net: GatedModel, optimizers: Sequence[Optimizer], others: It
         net: The network.
         optimizers: The optimizers that hold its parameters.
         others: Objects whose attributes are put back. Lists and dicts among these may be changed in place.
+        written: Parameters that get other values, or another shape, in place, and so are copied.
     """
-    before = _Before(net, optimizers, [*others, net.sizes, net.ranks])
+    before = _Before(net, optimizers, [*others, net.sizes, net.ranks], written)
     try:
         yield
     except BaseException:
@@ -43,7 +51,13 @@ def undone_on_error(net: GatedModel, optimizers: Sequence[Optimizer], others: It
 class _Before:
     """What a network, its optimizers and other objects are at a moment; see `undone_on_error`."""
 
-    def __init__(self, net: GatedModel, optimizers: Sequence[Optimizer], others: Sequence[object]) -> None:
+    def __init__(
+        self,
+        net: GatedModel,
+        optimizers: Sequence[Optimizer],
+        others: Sequence[object],
+        written: Iterable[nn.Parameter],
+    ) -> None:
         self._put_shards_back = Shards(net).kept()  # first, because it may change what the modules hold
         self._buffers = Snapshot(net.model)  # and random numbers
         self._modules = [(m, type(m), _attributes(m)) for m in net.modules()]
@@ -57,6 +71,7 @@ class _Before:
         kept = [v for o in optimizers for phi in logits for v in o.state.get(phi, {}).values()]
         changing = (*logits, *(s.grace for s in net.sites.values()), *_asleep(net), *kept)
         self._values = [(t, t.detach().clone()) for t in changing if isinstance(t, Tensor)]
+        self._written = [(p, p.data, p.detach().clone()) for p in written if not is_sharded(p)]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -74,6 +89,10 @@ class _Before:
             for own, items in inner:
                 _replace(own, items)
         with torch.no_grad():
+            for parameter, data, value in self._written:
+                if parameter.shape != data.shape:
+                    give_shape(parameter, data)
+                parameter.copy_(value)
             for tensor, value in self._values:
                 tensor.copy_(value)
         for parameter, gradient in self._gradients:
@@ -92,7 +111,8 @@ def _asleep(net: GatedModel) -> Iterator[Tensor]:
 
 def _attributes(thing: object) -> list[tuple[str, Any, Any]]:
     """Return the name and the value of every attribute, and the contents of the value where it is a list or a dict."""
-    return [(n, v, type(v)(v) if type(v) in (list, dict) else None) for n, v in vars(thing).items()]
+    kinds = (list, dict, OrderedDict)  # of which torch keeps hooks in the last
+    return [(n, v, type(v)(v) if type(v) in kinds else None) for n, v in vars(thing).items()]
 
 
 def _put_back(thing: object, attributes: Sequence[tuple[str, Any, Any]]) -> None:
