@@ -216,7 +216,7 @@ def _take(folder: Path, path: Path) -> int:
     """Return a descriptor of the file that carries the lock, which is then ours."""
     for _ in range(100):
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             raise PlasticError(f"the folder {folder} cannot be written: {error}") from error
         try:

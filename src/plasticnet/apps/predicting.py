@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from plasticnet.apps.console import print_line
 from plasticnet.apps.data import DATASETS
-from plasticnet.apps.folder import COMPACT, CONFIG, read_run
+from plasticnet.apps.folder import COMPACT, CONFIG, read_run, write_text
 from plasticnet.apps.models import factory, reads_numbers
 from plasticnet.apps.own_data import read
 from plasticnet.apps.prepared import Prepared, read_prepared
@@ -61,11 +62,9 @@ def predict(folder: Path, source: str, out: Path, network: str | None = None) ->
         head = ("prediction", "probability")
     if files is not None:
         head, rows = ("file", *head), [(file, *row) for file, row in zip(files, rows, strict=True)]
-    try:
-        with out.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *rows])
-    except OSError as error:
-        raise PlasticError(f"--out {out}: {error}") from error
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([head, *rows])
+    write_text(out, table.getvalue())
     return len(rows)
 
 
