@@ -207,8 +207,8 @@ def ends(folder: Path) -> list[Any]:
     return [list(leaves(load_checkpoint(folder / f"end-{rank}.safetensors"))) for rank in range(2)]
 
 
-def trial(seed: int, work_folder: Path, peaceful: dict[str, Any]) -> dict[str, Any]:
-    """Run one trial, and return what was done and found."""
+def trial(seed: int, work_folder: Path, peaceful: dict[str, Any], most: int = KILLS) -> dict[str, Any]:
+    """Run one trial, with so many kills at most, and return what was done and found."""
     draw = random.Random(seed)
     run = RUNS[seed % len(RUNS)]
     if run not in peaceful:
@@ -223,7 +223,7 @@ def trial(seed: int, work_folder: Path, peaceful: dict[str, Any]) -> dict[str, A
     folder.mkdir()
     status: list[int | None] = [None]
     row: dict[str, Any] = {"seed": seed, "run": run, "kills": kills, "status": "equal"}
-    for _ in range(KILLS):
+    for _ in range(most):
         plan = draw.choice(WHEN), draw.choice((*WHOM[:2], *WHOM)), draw.randrange(2**30)
         status, hangs = waited(started(run, folder, plan), plan[1] == WHOM[0])
         if hangs:
@@ -250,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=30, help="how many kills, those of earlier calls included")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--kills", type=int, default=KILLS, help="the most kills of a trial")
     parser.add_argument("--minutes", type=float, default=600.0, help="no trial begins after so many minutes")
     parser.add_argument("--work", type=Path, help="where runs are written; in memory, as in /dev/shm, they are faster")
     parser.add_argument("--work-on", nargs=3, help=argparse.SUPPRESS)
@@ -260,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepared(Path(folder), json.loads(plan), int(os.environ["RANK"]))
         work(run, Path(folder))
         return 0
-    settings = {"runs": list(RUNS), "epochs": EPOCHS, "batches": BATCHES, "every": EVERY, "kills": KILLS}
+    settings = {"runs": list(RUNS), "epochs": EPOCHS, "batches": BATCHES, "every": EVERY, "kills": options.kills}
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "trials": []}
     if options.out.exists():
         before = json.loads(options.out.read_text())
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     trials, end = result["trials"], time.monotonic() + 60 * options.minutes
     folder, peaceful = Path(tempfile.mkdtemp(prefix="soak-", dir=options.work)), dict[str, Any]()
     while sum(sum(t["kills"].values()) for t in trials) < options.count and time.monotonic() < end:
-        row = trial(len(trials), folder, peaceful)
+        row = trial(options.seed + len(trials), folder, peaceful, options.kills)
         trials.append({**row, "commit": result["environment"]["commit"]})
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(row, flush=True)
