@@ -42,7 +42,8 @@ $(VENV)/.zoo: $(VENV)/.installed
 	touch $@
 
 zoo: $(VENV)/.zoo
-	$(BIN)/python benchmarks/zoo.py $(ZOO); code=$$?; $(BIN)/python benchmarks/zoo_table.py && exit $$code
+	$(BIN)/python benchmarks/zoo.py $(ZOO); code=$$?; $(BIN)/python benchmarks/zoo_open.py && \
+		$(BIN)/python benchmarks/zoo_table.py && exit $$code
 
 cost: $(VENV)/.installed
 	$(BIN)/python benchmarks/cost.py $(COST)
