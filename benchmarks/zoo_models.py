@@ -123,12 +123,17 @@ _ANY_SIZE = """
     inception_next_atto mambaout_femto poolformer_s12 caformer_s18 edgenext_xx_small fastvit_t8 mobilevit_xxs
     mobilevitv2_050 efficientvit_b0 starnet_s050 swiftformer_xs shvit_s1 rdnet_tiny tresnet_m pvt_v2_b0
     twins_svt_small xcit_nano_12_p16_224 focalnet_tiny_srf davit_tiny sequencer2d_s
+    regnetx_002 ecaresnet26t seresnext26t_32x4d dla46_c mixnet_s efficientnet_es semnasnet_050 spnasnet_100
+    mobilenetv1_100 mobileone_s0 mobilenet_edgetpu_v2_xs cs3darknet_s gernet_s ghostnetv2_100 res2next50
+    legacy_seresnet18 resnetblur18 convmixer_768_32 nextvit_small fasternet_t0 vovnet39a resnet18d
+    efficientnet_b0_gn
 """
 _TIMM = {name: partial(_timm, name) for name in _ANY_SIZE.split()}
 # Those whose image size is fixed when they are built.
 _FIXED_SIZE = """
     vit_tiny_patch16_224 deit_tiny_distilled_patch16_224 convit_tiny mixer_s32_224 gmlp_ti16_224 resmlp_12_224
-    pit_ti_224 visformer_tiny mvitv2_tiny coat_lite_tiny volo_d1_224
+    pit_ti_224 visformer_tiny mvitv2_tiny coat_lite_tiny volo_d1_224 tiny_vit_5m_224 efficientvit_m0 hiera_tiny_224
+    coatnet_nano_rw_224
 """
 _TIMM |= {name: partial(_timm, name, 64, img_size=64) for name in _FIXED_SIZE.split()}
 _TIMM |= {
