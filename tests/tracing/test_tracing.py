@@ -70,6 +70,12 @@ def shuffle(x: Tensor) -> Tensor:
     return x.reshape(len(x), 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
 
 
+def long_convolution(x: Tensor) -> Tensor:
+    """Convolve every channel with a filter as long as its rows, as state space models do."""
+    filters = torch.linspace(-1, 1, 4).to(x).expand(x.shape[1], 1, 4)
+    return torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(filters, n=8), n=8)[..., :4]
+
+
 class Scalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -95,6 +101,14 @@ EXACT: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "accumulated": (lambda x: x.cummax(2)[0] + x.logcumsumexp(3) + x.clone().cumsum_(-1) + x.cumsum(0), 8),
     "axes in place": (lambda x: x.clone().unsqueeze_(1).tanh().squeeze_(1).transpose_(2, 3), 8),
     "squeeze and excite": (lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(), 8),
+    "fourier": (
+        lambda x: torch.fft.irfft2(torch.fft.rfft2(x).mul(0.5j), s=x.shape[2:]) + torch.fft.fft(x, dim=0).imag,
+        8,
+    ),
+    "long convolution": (long_convolution, 8),
+    "fourier over groups": (lambda x: torch.fft.fft(x.unflatten(1, (2, -1)), dim=1).real.flatten(1, 2), 4),
+    "triangles": (lambda x: x.tril() @ x.clone().triu_(-1) * torch.ones(4, 4).to(x).tril(), 8),
+    "diagonals": (lambda x: x.diagonal(1, 3, -2)[..., None] + x.diagonal(0, 0, 2).permute(2, 0, 1)[:, :, None, :3], 8),
     "einsum with a view": (lambda x: torch.movedim(x, 1, -1).flatten(1, 2).unflatten(1, (4, 4)).movedim(-1, 1), 8),
 }
 FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -111,6 +125,10 @@ FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cummax": (lambda x: x.cummax(1)[0], "accumulated over its channels"),
     "windows of channels": (lambda x: x.unfold(1, 2, 1).sum(-1), "cut into windows over its channels"),
     "determinants": (lambda x: x * torch.linalg.det(x)[..., None, None], "no rule"),
+    "fourier": (lambda x: torch.fft.fft(x, dim=1).real, "transformed over its channels"),
+    "fourier of all axes": (lambda x: torch.fft.rfftn(x, dim=(-3, -1)).abs(), "transformed over its channels"),
+    "triangle": (lambda x: x.transpose(1, 2).tril().transpose(1, 2), "cut to a triangle with its channels"),
+    "diagonal": (lambda x: x.diagonal(0, 1, 2)[:, None].expand(-1, 8, -1, -1), "read along a diagonal of its channels"),
     "flat roll": (lambda x: x.roll(16), "reordered"),
     "numbers in order": (lambda x: x * torch.ones(x.shape[1]).to(x).cumsum(0)[:, None, None], "nothing to cut there"),
     "data-dependent control flow": (lambda x: x if x.amax() > 0 else -x, "reduced|read"),

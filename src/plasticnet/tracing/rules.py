@@ -9,7 +9,7 @@ from torch import Tensor
 from plasticnet.tools.torch_private import base_of, bound_arguments, schema_name
 from plasticnet.tracing.labels import Axis, Mark, Tag, axis_size, has_labels, plain
 from plasticnet.tracing.layout import join_parts
-from plasticnet.tracing.levers import follow, pointwise_levers
+from plasticnet.tracing.levers import follow, layout, pointwise_levers
 from plasticnet.tracing.mode import Tracer, rule
 from plasticnet.tracing.readers import close_at_birth
 from plasticnet.tracing.statistics import STATISTICS, normalised
@@ -117,6 +117,12 @@ def _accumulate(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> 
     _along(tracer, func, args, kwargs, out, "accumulated")
 
 
+@layout("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def _fourier(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Keep the labels of the axes that are not transformed, where the transform of zeros is zeros."""
+    _along(tracer, func, args, kwargs, out, "transformed")
+
+
 @rule("sort", "argsort", "topk")
 def _sort(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Keep the labels of the other axes, also on the places that the sorted entries had: each channel has its own."""
@@ -125,23 +131,23 @@ def _sort(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any, what: str) -> None:
-    """Freeze the axis along which entries depend on one another; the other axes keep their labels.
+    """Freeze the axes along which entries depend on one another; the others keep their labels.
 
     Args:
         tracer: The tracer.
-        func: The operation, which has an argument "dim".
+        func: The operation, which has an argument "dim", one dimension or a list of them.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         out: Its result, of which every tensor gets the labels.
-        what: What happens along the axis, for people to read.
+        what: What happens along the axes, for people to read.
     """
     x: Tensor = args[0]
-    dim = dim_of(bound_arguments(func, args, kwargs)["dim"], x.dim())
-    tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(x), [dim] if x.dim() else []))
-    if x.dim():
-        tracer.freeze_axes(tag, f"{what} over its channels by {schema_name(func)}", [dim])
+    asked = bound_arguments(func, args, kwargs)["dim"]
+    dims = [dim_of(d, x.dim()) for d in (asked if isinstance(asked, list | tuple) else [asked])] if x.dim() else []
+    tag = tracer.ledger.settle(join_parts(tracer.ledger, tracer.tag(x), dims))
+    tracer.freeze_axes(tag, f"{what} over its channels by {schema_name(func)}", dims)
     for o in tensors_in(out):
-        axes = tuple(plain(n) if d == dim else tag.axes[d] for d, n in enumerate(o.shape))
+        axes = tuple(plain(n) if d in dims else tag.axes[d] for d, n in enumerate(o.shape))
         tracer.put(o, Tag(axes, static=tag.static))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from plasticnet.tools.torch_private import schema_name
+from plasticnet.tools.torch_private import bound_arguments, schema_name
 from plasticnet.tracing.labels import (
     NO_LEVERS,
     Axis,
@@ -139,6 +139,26 @@ def _shuffle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> 
     tag = reshape(tracer.ledger, tracer.tag(args[0]), (*lead, *split))
     axes = (*tag.axes[:n], *(tag.axes[n + i] for i in order))
     tracer.put(out, reshape(tracer.ledger, Tag(axes), out.shape))
+
+
+@layout("tril", "triu", "tril_", "triu_")
+def _triangle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Freeze the two last axes, whose entries are set to zero by their places; the others keep their labels."""
+    plane = range(out.dim() - 2, out.dim())
+    tracer.freeze(args[0], f"cut to a triangle with its channels by {schema_name(func)}", plane)
+    tag = tracer.ledger.settle(tracer.tag(args[0]))
+    tracer.put(out, Tag((*tag.axes[:-2], *map(plain, out.shape[-2:]))))
+
+
+@layout("diagonal")
+def _diagonal(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Tensor) -> None:
+    """Read the diagonal of two axes, which are frozen, into a new axis at the end; the others keep their labels."""
+    x: Tensor = args[0]
+    bound = bound_arguments(func, args, kwargs)
+    plane = [dim_of(bound[name], x.dim()) for name in ("dim1", "dim2")]
+    tracer.freeze(x, "read along a diagonal of its channels", plane)
+    tag = tracer.ledger.settle(tracer.tag(x))
+    tracer.put(out, Tag((*(a for d, a in enumerate(tag.axes) if d not in plane), plain(out.shape[-1]))))
 
 
 @layout("permute")
