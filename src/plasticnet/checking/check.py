@@ -24,7 +24,7 @@ from plasticnet.surgery.rewrite import apply_plan
 from plasticnet.tools.inputs import Call, is_large
 from plasticnet.tools.precision import full_precision
 from plasticnet.tools.snapshot import left_as_it_was, sharing
-from plasticnet.units import BlockUnits, Trace, Units, without_lost_inputs
+from plasticnet.units import BlockUnits, ExpertUnits, Trace, Units, without_lost_inputs
 
 # Where closing units has no effect, the check is repeated with other random parameters, up to this many runs in all.
 # That may happen by chance, for example where a ReLU gives only zeros.
@@ -32,6 +32,7 @@ _ATTEMPTS = 3
 # Where a model sorts, rounding decides between values that are equal, so that masking and cutting may differ by chance.
 # After a first difference, as many other random parameters are tried at most, and two that show none are believed.
 _OTHERS = 4
+_ROUTERS = 2  # under how many other random parameters experts are compared
 _FEW, _MANY = 7, 32  # to how many units a site of a large model is cut at least and at most, for the precise comparison
 CLOSED_SHARES = (0.3, 0.8)  # 0.3 alone would miss errors that show only when most units are gone
 
@@ -121,7 +122,8 @@ def _trial(
         calls, reached = reaching(twin, calls, sites, traced.steered)
         patterns = [_falling, _rising, *_apart(sites), partial(_alike, share=CLOSED_SHARES[-1])]
         run = _precise(twin, calls, traced, patterns)
-        sites, bad = settled(run.model, run.cut_differs, sites)
+        others = partial(_other, model, calls, traced, patterns, seed)
+        sites, bad = settled(run.model, _under_all(run, others), sites)
         current = sites
         bad |= culprits(run.cut_differs, sites, partial(repaired, run.model))
     bad |= unsure(sites, reached, bad)
@@ -134,6 +136,48 @@ def _trial(
         del good[n]
     step("single weights")
     return replace(traced, sites=without_lost_inputs(good), frozen=bad)
+
+
+def _under_all(run: Comparing, others: Callable[[int], Comparing]) -> Comparison:
+    """Return a comparison under several random parameters, which are drawn when they are first needed.
+
+    Routers need it: their rows may be such that an expert whose place matters is hardly ever chosen.
+
+    Args:
+        run: The comparison under the first parameters.
+        others: Returns the comparison under other ones, by their number from 1.
+    """
+    runs = [run]
+
+    def differs(sites: Mapping[str, Units]) -> str | None:
+        for i in range(1 + _ROUTERS):
+            if i == len(runs):
+                runs.append(others(i))
+            reason = runs[i].cut_differs(sites)
+            if reason is not None:
+                return reason
+        return None
+
+    return differs
+
+
+def _other(
+    model: nn.Module, calls: Sequence[Call], traced: Trace, patterns: list[Pattern], seed: int, number: int
+) -> Comparing:
+    """Return the comparison under other random parameters, which does not ask that closing units moves the output.
+
+    The biases of experts have both signs, as they do not have otherwise: closed experts contribute zeros, which hide
+    among numbers that are all positive where a model takes the largest of what its experts say.
+    """
+    twin, calls = random_twin(model, calls, _ATTEMPTS + _OTHERS + seed * _ROUTERS + number)
+    experts = [u for u in traced.sites.values() if isinstance(u, ExpertUnits)]
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            if name.endswith("bias") and p.is_floating_point() and any(u.inside(name) is not None for u in experts):
+                p.sub_(1.0)
+    run = _precise(twin, calls, traced, patterns)
+    run.vouch = False
+    return run
 
 
 def _narrowed(model: nn.Module, sites: Mapping[str, Units]) -> tuple[nn.Module, dict[str, Units]]:

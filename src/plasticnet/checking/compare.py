@@ -29,6 +29,7 @@ FINE, ROUGH = 2e-6, 1e-3
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
+_DRAWN = 8  # how many random choices of closed experts are compared
 _REPEATS = 4  # how often a model is called again to find out whether it repeats itself
 _UNSTEADY = (
     "the model gives other outputs whenever it is called, so that nothing can be compared: it draws random numbers "
@@ -164,7 +165,9 @@ class Comparing:
             yield gates(last, lambda n: torch.rand(n).round()), False
             yield gates(last, torch.zeros), True
         if any(isinstance(u, ExpertUnits) for u in sites.values()):  # a forward may treat experts by their place
-            for experts in (_first_closed, _last_closed, _first_half_closed, _every_other):
+            alone = all(isinstance(u, ExpertUnits) for u in sites.values())
+            drawn = [_some_closed] * (_DRAWN if alone else 0)
+            for experts in (_first_closed, _last_closed, _first_half_closed, _every_other, *drawn):
                 yield gates(last, experts), False
 
     def growth_differs(self, sites: Mapping[str, Units]) -> str | None:
@@ -200,6 +203,13 @@ def _last_closed(n: int) -> Tensor:
 def _first_half_closed(n: int) -> Tensor:
     """Return gates of ``n`` units of which the first half is closed."""
     return (torch.arange(n) >= n // 2).float()
+
+
+def _some_closed(n: int) -> Tensor:
+    """Return random gates of ``n`` units of which at least one is closed and at least one is open."""
+    gates = torch.ones(n)
+    gates[torch.randperm(n)[: int(torch.randint(1, max(n, 2), ()))]] = 0.0
+    return gates
 
 
 def _every_other(n: int) -> Tensor:

@@ -42,7 +42,7 @@ class Runs:
     refused: str | None = None
 
 
-def observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Call]) -> Runs:
+def observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Call], both: bool = False) -> Runs:
     """Run copies of a model under a tracer.
 
     Training mode is traced because layers that run only there (auxiliary heads) join units, too. A model that does not
@@ -52,19 +52,23 @@ def observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Cal
         model: The model.
         tracer: Makes a tracer from a model and the facts.
         calls: The calls in evaluation mode; the first one must succeed, and every other in one mode at least.
+        both: Whether the self-check compares all calls in training mode, too, and not only those that use other
+            parameters there.
 
     Raises:
         PlasticError: The model rejects a set of inputs.
     """
     if is_large(model):
         with suppress(Exception):  # not every model runs on meta tensors, which have no values
-            found = _observe(_on_meta(model), tracer, [_inputs_by(call, _to_meta) for call in calls], calls)
+            found = _observe(_on_meta(model), tracer, [_inputs_by(call, _to_meta) for call in calls], calls, both)
             if found.refused is None:
                 return found
-    return _observe(model, tracer, calls, calls)
+    return _observe(model, tracer, calls, calls, both)
 
 
-def _observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Call], given: Sequence[Call]) -> Runs:
+def _observe(
+    model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Call], given: Sequence[Call], both: bool
+) -> Runs:
     """Run a model; ``given`` are the same calls with the tensors that the caller gave."""
     runs = Runs()
     failed: dict[int, Exception] = {}
@@ -88,7 +92,7 @@ def _observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Ca
         else:
             trained += 1
             failed.pop(i, None)
-            more = any(name in runs.facts.seen - runs.evaluated for name, _ in model.named_parameters())
+            more = both or any(name in runs.facts.seen - runs.evaluated for name, _ in model.named_parameters())
             if i > 0 or more:
                 runs.calls.append(replace(_doubled(given[i]) if ran == 2 else given[i], training=True))
     for i, error in failed.items():
