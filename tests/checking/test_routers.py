@@ -89,6 +89,41 @@ def test_experts_are_cut_exactly_in_training_mode_too(way: str, least: int) -> N
     assert max(differences(net)) <= 1e-9
 
 
+@pytest.mark.parametrize(("target", "frozen"), [pytest.param("mean", True, marks=pytest.mark.slow), ("fixed", False)])
+def test_what_training_keeps_for_each_expert_is_cut_exactly_or_they_are_frozen(target: str, frozen: bool) -> None:
+    class Balanced(Mixture):
+        """Raises the bias of experts with few rows, as it trains."""
+
+        bias: Tensor
+
+        def __init__(self) -> None:
+            super().__init__("biased")
+            self.register_buffer("bias", torch.zeros(E))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            scores = self.gate(x).sigmoid()
+            chosen = (scores + self.bias).topk(2, -1)[1]
+            if self.training:
+                rows = torch.zeros_like(scores).scatter(1, chosen, 1.0).sum(0)
+                self.bias += 0.001 * torch.sign((rows.mean() if target == "mean" else 10) - rows)
+            return self.head(x + self.dispatched(x, scores.gather(1, chosen), chosen))
+
+    torch.manual_seed(0)
+    net = pn.PlasticNet(Balanced().double(), (torch.randn(40, 4, dtype=torch.float64),), experts="experts")
+    if frozen:
+        assert "keeps for its next call in bias" in net.frozen["experts.members"]
+        return
+    with torch.no_grad():
+        net.sites["experts.members"].phi.copy_(torch.tensor([1.0, -1, 1, -1, 1, 1]))
+    small = net.eval().compact().train()
+    net.k = float("inf")
+    x = torch.randn(50, 30, 4, dtype=torch.float64)
+    whole, cut = ([model(rows) for rows in x] for model in (net.train(), small))
+    torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(small.get_buffer("bias"), net.model.get_buffer("bias")[[0, 2, 4, 5]])
+
+
 @pytest.mark.parametrize(
     "way",
     ["capacity by length", "uniform in training", "largest answer", pytest.param("a pair", marks=pytest.mark.slow)],

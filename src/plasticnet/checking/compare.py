@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ FINE, ROUGH = 2e-6, 1e-3
 # What rounding makes of outputs in half precision after some dozen layers.
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+STOPS = "the model does not run when units are cut"
+_KEEPS = "cutting its units changes what the model keeps for its next call in {names}"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
 _DRAWN = 8  # how many random choices of closed experts are compared
 _REPEATS = 4  # how often a model is called again to find out whether it repeats itself
@@ -75,7 +77,7 @@ class Comparing:
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Return the outputs of a model, which is left as it was, in all calls."""
-        return self._called(model, lambda run, args, kwargs: run(*args, **kwargs))
+        return self._called(model, _plainly)[0]
 
     def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the outputs of the whole model with the gates multiplied in.
@@ -84,12 +86,22 @@ class Comparing:
             sites: The sites that have gates.
             factors: The gates of each of these sites, shape (units,).
         """
-        z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
-        return self._called(self.model, lambda run, args, kwargs: Gating(sites, run).run(z, args, kwargs))
+        return self._called(self.model, _masking(sites, factors))[0]
 
-    def _called(self, model: nn.Module, run: Callable[..., Any]) -> list[Tensor]:
-        """Return the outputs in all calls, each of which begins with the same state and draws the same numbers."""
-        found: list[Tensor] = []
+    def _called(
+        self, model: nn.Module, run: Callable[..., Any], keeps: Callable[[nn.Module], list[Tensor]] = lambda _: []
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs in all calls, each of which begins with the same state and draws the same numbers.
+
+        Args:
+            model: The model.
+            run: Calls a model with positional and keyword arguments.
+            keeps: Returns what is to be known of the model as each call leaves it.
+
+        Returns:
+            The outputs, and what ``keeps`` returns.
+        """
+        found, kept = list[Tensor](), list[Tensor]()
         for call in self.calls:
             twin = sharing(model) if self.stateful else model  # because a state need not lie in a buffer
             with left_as_it_was(twin), _mode(twin, call.training):
@@ -97,7 +109,8 @@ class Comparing:
                     args, kwargs = copy_inputs((call.args, call.kwargs))
                     with EvenDraws() if self.random else nullcontext():
                         found += _comparable(call.read(run(twin, args, kwargs)))
-        return found
+                kept += keeps(twin)
+        return found, kept
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Return why masking and cutting differ for these sites, or None if they agree under every pattern.
@@ -105,22 +118,26 @@ class Comparing:
         What lies in a block that is closed is not compared, so blocks are closed in trials of their own.
         """
         sites = without_lost_inputs(sites)
+        names = _buffers_of_experts(self.model, sites)
         for factors, telling in self._trials(sites):
             try:
                 small = cut(sharing(self.model), sites, factors)
             except Exception as error:  # an attribute of the model may refuse to change
                 return _IMPOSSIBLE.format(error=error)
             try:
-                compared = self.outputs(small)
+                compared, left = self._called(small, _plainly, partial(_copies, names))
             except Exception as error:  # a forward that hard-codes a width can raise anything
                 what = str(error).splitlines()[0][:200] if str(error) else repr(error)
-                return f"the model does not run when units are cut: {what}"
+                return f"{STOPS}: {what}"
             try:
-                masked = self.masked(sites, factors)
+                run, keeps = _masking(sites, factors), partial(_copies_of_cut, names, sites, factors)
+                masked, kept = self._called(self.model, run, keeps)
             except Exception as error:  # a norm that counts open units may need the length of what it gets
                 return f"the model does not run while its units are masked: {error}"
             if relative_difference(masked, compared) > self._allowed(masked):
                 return self._unsteady() or _DISAGREE
+            if relative_difference(kept, left) > self._allowed(masked):
+                return _KEEPS.format(names=", ".join(names))
             if not masked:
                 return "the model has no floating-point output to compare"
             closed = any((f == 0).any() for f in factors.values())
@@ -188,6 +205,35 @@ class Comparing:
         except Exception as error:  # a forward that hard-codes a width can raise anything
             return f"the model does not run when units are added: {error}"
         return None
+
+
+def _plainly(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return the output of a model."""
+    return model(*args, **kwargs)
+
+
+def _masking(sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """Return a function that calls a model with gates multiplied in; the arguments are those of `Comparing.masked`."""
+    z = torch.cat([*factors.values(), next(iter(factors.values())).new_ones(1)])
+    return lambda model, args, kwargs: Gating(sites, model).run(z, args, kwargs)
+
+
+def _buffers_of_experts(model: nn.Module, sites: Mapping[str, Units]) -> list[str]:
+    """Return the names of buffers with an entry for each expert, such as a bias that balances their load."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return [s.tensor for u in sites.values() if isinstance(u, ExpertUnits) for s in u.slices if s.tensor in buffers]
+
+
+def _copies(names: Sequence[str], model: nn.Module) -> list[Tensor]:
+    """Return copies of buffers of a model."""
+    return [model.get_buffer(name).detach().clone() for name in names]
+
+
+def _copies_of_cut(
+    names: Sequence[str], sites: Mapping[str, Units], factors: Mapping[str, Tensor], model: nn.Module
+) -> list[Tensor]:
+    """Return what is left of buffers of a model when closed units are cut from it; the model stays as it is."""
+    return _copies(names, cut(sharing(model), sites, factors)) if names else []
 
 
 def _first_closed(n: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from plasticnet.checking.compare import STOPS
 from plasticnet.checking.culprits import Comparison
 from plasticnet.tracing.experts import variants
 from plasticnet.units import ExpertUnits, Units
@@ -41,8 +42,9 @@ def settled(
             if trouble is None:
                 found[name], reason = choice, None
                 break
-            if _places(choice) == _places(u):  # the last of these has the highest floor, which tells most
-                reason = trouble
+            same = _places(choice) == _places(u)  # the last of these has the highest floor, which tells most
+            if not trouble.startswith(STOPS) or (same and reason is not None and reason.startswith(STOPS)):
+                reason = trouble  # what runs comes nearer to the truth than what does not
         if reason is not None:
             bad[name] = reason
             del found[name]
