@@ -196,3 +196,16 @@ def test_blocks_are_looked_for_in_all_inputs() -> None:
     frozen = pn.PlasticNet(Twice(), x, more_inputs=[(x, True)], blocks=blocks).frozen
     assert "several times" in frozen["block (as a block)"]
     assert "other (as a block)" not in frozen
+
+
+def test_a_parameter_of_the_model_itself_that_did_not_run_is_named() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.shift = nn.Linear(3, 5), nn.Linear(5, 2), nn.Parameter(torch.zeros(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).tanh()
+            return self.b(h + self.shift if x.sum() > 1e9 else h)
+
+    assert "and shift did not run" in pn.trace(Branching(), (torch.randn(2, 3),)).frozen["a"]

@@ -32,7 +32,7 @@ def freeze_for_other_branches(ledger: Ledger, classes: np.ndarray, unseen: Seque
         if tensor in idle and len(labels) > 1:
             sibling = siblings.get((family_of(tensor), dim, len(labels)))
             if sibling is None or not _is_inside(_module(sibling[0], tensor), sibling[1], ledger, classes):
-                lengths[len(labels)] = owner(tensor)
+                lengths[len(labels)] = owner(tensor) or tensor
     for _, _, labels in origins:
         if len(labels) in lengths:
             what = f"{lengths[len(labels)]} did not run: it may read these units {when}"
