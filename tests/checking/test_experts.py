@@ -15,7 +15,7 @@ from plasticnet import PlasticError
 from tests.kit.networks import randomise_gates
 
 E, K = 5, 2  # the number of experts, and how many of them a row goes to
-ROUTERS = ["linear", "matmul", "turned", "noisy", "biased"]
+ROUTERS = ["linear", "matmul", "turned", "transposed", "noisy", "biased"]
 WAYS = ["dense", "stacked outputs", "before", "after", "sigmoid"]
 
 
@@ -36,7 +36,7 @@ class Mixture(nn.Module):
             self.gate = nn.Linear(6, E, bias=router == "linear")
         else:
             self.gate = nn.ParameterDict(
-                {"weight": nn.Parameter(torch.randn((E, 6) if router == "turned" else (6, E)))}
+                {"weight": nn.Parameter(torch.randn((6, E) if router in ("matmul", "noisy") else (E, 6)))}
             )
         self.noise = nn.Linear(6, E) if router == "noisy" else None
         self.register_buffer("shift", torch.linspace(0, 1, E))
@@ -53,7 +53,10 @@ class Mixture(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         if isinstance(self.gate, nn.Linear):
             return self.gate(x)
-        logits = x @ (self.gate["weight"].t() if self.router == "turned" else self.gate["weight"])
+        weight = self.gate["weight"]
+        if self.router in ("turned", "transposed"):
+            weight = weight.t() if self.router == "turned" else weight.transpose(0, 1)
+        logits = x @ weight
         return logits if self.noise is None else logits + torch.linspace(-1, 1, len(x))[:, None].to(x) * self.noise(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,6 +123,25 @@ def test_a_closed_expert_is_never_chosen_and_cut_exactly(way: str, router: str, 
         left = held["up"].shape[0] if isinstance(held, nn.ParameterDict) else len(held)  # pyright: ignore
         assert left == max(E - len(closed), site.units.least)
     assert not torch.allclose(small(xs), whole)
+
+
+def test_layers_may_be_as_wide_as_there_are_experts() -> None:
+    class Wide(Mixture):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Sequential(nn.Linear(6, E), nn.Tanh(), nn.Linear(E, E))
+            del self.shift  # which does not run, and might read what is as wide
+
+        def logits(self, x: Tensor) -> Tensor:
+            return self.gate(x)
+
+    torch.manual_seed(0)
+    net = gated(Wide())
+    assert {"gate.0", "experts.members"} <= net.sites.keys()
+    randomise_gates(net)
+    close(net, [0, 2])
+    assert len(net.compact().get_submodule("experts")) == E - 2  # pyright: ignore
+    torch.testing.assert_close(net.compact()(x := inputs()), net(x), rtol=1e-9, atol=1e-9)
 
 
 def test_gates_of_units_within_experts_and_of_experts_agree_at_any_k() -> None:

@@ -37,7 +37,7 @@ def settled(
         if not isinstance(u, ExpertUnits):
             continue
         reason = differs({name: u})
-        for choice in _choices(model, u) if reason is not None else ():
+        for choice in _choices(model, u, {n: v for n, v in sites.items() if v is not u}) if reason is not None else ():
             trouble = differs({name: choice})
             if trouble is None:
                 found[name], reason = choice, None
@@ -56,9 +56,9 @@ def _places(u: ExpertUnits) -> tuple[object, ...]:
     return (*((s.tensor, s.dim) for s in u.slices), *u.widths)
 
 
-def _choices(model: nn.Module, u: ExpertUnits) -> Iterator[ExpertUnits]:
-    """Yield what a site of experts may be, with every floor that is tried; the given site comes first."""
-    for variant in variants(model, u.name.rpartition(".")[0]):
+def _choices(model: nn.Module, u: ExpertUnits, others: Mapping[str, Units]) -> Iterator[ExpertUnits]:
+    """Yield what a site of experts may be beside others, with every floor that is tried; the given site comes first."""
+    for variant in variants(model, u.name.rpartition(".")[0], others):
         for least in (n for n in _FLOORS if n < u.size):
             norms = [replace(n, least=least) for n in variant.norms]
             yield replace(variant, norms=norms, sparse=u.sparse)

@@ -103,7 +103,7 @@ _PRODUCTS: dict[Any, int] = {
     Tensor.mm: 1,
 }
 _SUMS = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__})
-_TURNED = frozenset({Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__})  # pyright: ignore[reportAttributeAccessIssue]
+_TURNED = frozenset({Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.T.__get__, Tensor.mT.__get__})  # pyright: ignore[reportAttributeAccessIssue]
 _FORMS = _TURNED | {
     Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type, Tensor.type_as
 }  # fmt: skip

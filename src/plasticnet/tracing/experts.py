@@ -40,8 +40,9 @@ def find_experts(
     found: dict[str, ExpertUnits] = {}
     reasons: dict[str, str] = {}
     for name in names:
-        first = next(variants(model, name), None)
-        reason = _trouble(model, name, first, {**sites, **found})
+        others = {**sites, **found}
+        first = next(variants(model, name, others), None) or next(variants(model, name, {}), None)
+        reason = _trouble(model, name, first, others)
         if reason is not None or first is None:
             reasons[name] = reason or "no experts"
         else:
@@ -49,7 +50,7 @@ def find_experts(
     return found, reasons
 
 
-def variants(model: nn.Module, name: str) -> Iterator[ExpertUnits]:
+def variants(model: nn.Module, name: str, sites: Mapping[str, Units]) -> Iterator[ExpertUnits]:
     """Yield what the experts of this name may be, the likeliest first.
 
     They differ in the parameter that is taken to be the router's, and in the attributes that follow their number. The
@@ -58,7 +59,9 @@ def variants(model: nn.Module, name: str) -> Iterator[ExpertUnits]:
     Args:
         model: The model.
         name: The name of a list of modules, or of a module with stacked parameters.
+        sites: The other sites, whose units have places of their own: a layer may be as wide as there are experts.
     """
+    taken = {(s.tensor, s.dim) for u in sites.values() for s in u.slices}
     count, blocks, stacks = _members(model, name)
     inside = stacks or [n for n, _ in model.named_parameters() if n.startswith(f"{name}.")]
     within = [name, *_above(name)] if stacks else _above(name)
@@ -71,6 +74,8 @@ def variants(model: nn.Module, name: str) -> Iterator[ExpertUnits]:
         own = [t for t in beside if owner(t) == owner(router)]
         for rows in dict.fromkeys((((router, dim), *_first(own)), (*routers, *_first(beside)))):
             where = dict.fromkeys([*rows, *((t, 0) for t in stacks)])
+            if taken.intersection(where):
+                continue
             slices = [Slice(t, d, np.arange(count)[:, None], (1,)) for t, d in where]
             chosen = [(router, dim), *(r for r in rows if r[0] in beside)]  # some routers choose by biased scores
             norms = [Norm(above, -1, t, d, CHOICE) for t, d in chosen]
