@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from plasticnet.learning.estimators import Draw
 from plasticnet.learning.sampler import Sampler
 from tests.kit.draws import REMEMBERED
+
+# Programs that tests start have one thread, too: several of them run at a time, and their threads would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -203,8 +203,9 @@ def _ascend(net: GatedModel, new: Mapping[str, Tensor], loss: Loss, share: float
             weight -= along(scale, r.dim, weight.dim()) * gradients[r.tensor]
         uphill = _gradients(net, loss, list(dict.fromkeys(n for n, *_ in incoming)))
     finally:
-        for name, before in kept.items():
-            parameters[name].copy_(before)
+        with torch.no_grad():  # again, because an interrupt may leave gradients on
+            for name, before in kept.items():
+                parameters[name].copy_(before)
     for name, dim, index in incoming:
         rows = parameters[name].detach().transpose(0, dim)
         own = rows[index]
