@@ -110,6 +110,7 @@ def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tm
         (tmp_path / f"{name}.json").write_bytes((committed / f"{name}.json").read_bytes())
     monkeypatch.setattr(peers_table, "RESULTS", tmp_path)
     monkeypatch.setattr(peers_table, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(peers_table, "SEEDS", 1)
     task, ways = clouds(), ("plasticnet", "magnitude")
     measured = partial(peers.measure, "clouds", task, ways=ways)
     measured(seed=100, budgets=(0.3,))
