@@ -20,7 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    torch.set_grad_enabled(True)  # which a test that interrupts others may have left off
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +33,3 @@ def _remember_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(Sampler, "draw", remembering)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests that interrupt others come last, because an interrupt within torch may leave it in an odd state."""
-    items.sort(key=lambda item: item.path.name in ("test_interrupts.py", "test_soak.py"))

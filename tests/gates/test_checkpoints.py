@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from plasticnet import PlasticError, PlasticNet
+from tests.kit.interrupts import interrupted, lines_of
 from tests.kit.networks import images, randomise_gates
 
 X, Y = torch.randn(10, 4), torch.arange(10) % 3
@@ -252,6 +254,21 @@ def test_reentrant_checkpoints_are_refused_where_they_would_be_wrong() -> None:
     with torch.no_grad():
         net(x)
     assert checkpoint(torch.sin, torch.ones(2, requires_grad=True), use_reentrant=True).sum() > 0  # pyright: ignore
+
+
+def test_an_interrupted_run_lets_no_later_one_go_unnoticed() -> None:
+    """Wherever a run is interrupted, reentrant checkpoints are refused under gates, and run outside of them."""
+    x = torch.randn(4, 8)
+    plain = PlasticNet(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), x)
+    net = PlasticNet(Old(), x).train()
+    plain.sites["0"].phi.data[0] = net.sites["a"].phi.data[0] = -1.0
+    plain(x)
+    for at in range(lines_of(lambda: plain(x))):
+        with suppress(KeyboardInterrupt), interrupted(at):
+            plain(x)
+        with pytest.raises(PlasticError, match="gradient checkpointing"):
+            net(x)
+        assert checkpoint(torch.sin, torch.ones(2, requires_grad=True), use_reentrant=True).sum() > 0  # pyright: ignore
 
 
 @pytest.mark.slow

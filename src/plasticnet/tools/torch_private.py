@@ -320,10 +320,12 @@ def forget_parametrized() -> None:
 _RUN_AGAIN = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 
 
-def replace_checkpointing(
+def ways_of_checkpointing(
     wrapped: Callable[[Callable[..., Any]], Callable[..., Any]], before_reentrant: Callable[[], None]
-) -> Callable[[], None]:
-    """Change what gradient checkpointing does, and return a function that puts everything back.
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a function that changes what gradient checkpointing does, and one that puts everything back.
+
+    Each may be called several times in a row.
 
     Args:
         wrapped: Returns what is run again in the backward pass, from the function that torch would run.
@@ -339,6 +341,6 @@ def replace_checkpointing(
         before_reentrant()
         return reentrant.apply(*args, **kwargs)
 
-    replaced = {name: wrapping(own) for name, own in kept.items()}
-    checkpoint.__dict__.update(replaced, CheckpointFunction=SimpleNamespace(apply=apply))
-    return lambda: checkpoint.__dict__.update(kept, CheckpointFunction=reentrant)
+    replaced: dict[str, Any] = {name: wrapping(own) for name, own in kept.items()}
+    replaced["CheckpointFunction"], kept["CheckpointFunction"] = SimpleNamespace(apply=apply), reentrant
+    return lambda: checkpoint.__dict__.update(replaced), lambda: checkpoint.__dict__.update(kept)
