@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plasticnet.checking.compare import BLIND, FINE, ROUGH, Comparing, Pattern
+from plasticnet.checking.compare import BLIND, DISAGREE, FINE, ROUGH, Comparing, Pattern
 from plasticnet.checking.culprits import Comparison, Repair, culprits
 from plasticnet.checking.experts import settled
 from plasticnet.checking.reached import reaching, unsure
@@ -72,12 +72,18 @@ def self_check(
 def _without_chance(
     model: nn.Module, traced: Trace, calls: Sequence[Call], step: Callable[[str], None]
 ) -> Trace | None:
-    """Return what a check finds if all sites pass it together, at once or after a first difference twice; else None."""
-    wanted = 1
-    for seed in range(1 + _OTHERS):
+    """Return what a check finds if all sites pass it together, at once or after a first difference twice; else None.
+
+    What is no difference of outputs, such as a model that does not run when it is cut, is not left to chance.
+    """
+    found = _trial(model, traced, calls, 0, step, _together)
+    if not found.frozen:
+        return found
+    passed = 0
+    for seed in range(1, 1 + _OTHERS) if DISAGREE in found.frozen.values() else ():
         found = _trial(model, traced, calls, seed, step, _together)
-        wanted += -1 if not found.frozen else int(seed == 0)
-        if wanted == 0:
+        passed += not found.frozen
+        if passed == 2:
             return found
     return None
 
@@ -269,17 +275,12 @@ def _apart(sites: Mapping[str, Units]) -> list[Pattern]:
         base = len(_counts(size))
         while base > 1 and len({place % base**digits for place in found}) < len(found):
             digits += 1
-    return [partial(by, digit=digit) for digit in range(1, digits) for by in (_falling_by, _rising_by)]
+    return [partial(_by_digit, by=by, digit=digit) for digit in range(1, digits) for by in (_falling, _rising)]
 
 
-def _falling_by(units: int, site: int, digit: int) -> Tensor:
-    """Return what `_falling` does, by another digit of the place of a site; see `_apart`."""
-    return _falling(units, site // len(_counts(units)) ** digit)
-
-
-def _rising_by(units: int, site: int, digit: int) -> Tensor:
-    """Return what `_rising` does, by another digit of the place of a site; see `_apart`."""
-    return _rising(units, site // len(_counts(units)) ** digit)
+def _by_digit(units: int, site: int, by: Pattern, digit: int) -> Tensor:
+    """Return what a pattern does by another digit of the place of a site; see `_apart`."""
+    return by(units, site // len(_counts(units)) ** digit)
 
 
 def _rising(units: int, site: int) -> Tensor:

@@ -27,7 +27,7 @@ from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units, without
 FINE, ROUGH = 2e-6, 1e-3
 # What rounding makes of outputs in half precision after some dozen layers.
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
 STOPS = "the model does not run when units are cut"
 _KEEPS = "cutting its units changes what the model keeps for its next call in {names}"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
@@ -135,7 +135,7 @@ class Comparing:
             except Exception as error:  # a norm that counts open units may need the length of what it gets
                 return f"the model does not run while its units are masked: {error}"
             if relative_difference(masked, compared) > self._allowed(masked):
-                return self._unsteady() or _DISAGREE
+                return self._unsteady() or DISAGREE
             if relative_difference(kept, left) > self._allowed(masked):
                 return _KEEPS.format(names=", ".join(names))
             if not masked:
@@ -175,14 +175,13 @@ class Comparing:
             drawn = {n: blocks(u.size) if isinstance(u, BlockUnits) else pattern(u.size, i) for i, (n, u) in numbered}
             return {n: z.to(device) for n, z in drawn.items()}
 
-        last = self.patterns[-1]
-        for pattern in self.patterns if not all(isinstance(u, ExpertUnits) for u in sites.values()) else ():
+        last, alone = self.patterns[-1], all(isinstance(u, ExpertUnits) for u in sites.values())
+        for pattern in self.patterns if not alone else ():
             yield gates(pattern, torch.ones), pattern is last
         if any(isinstance(u, BlockUnits) for u in sites.values()):
             yield gates(last, lambda n: torch.rand(n).round()), False
             yield gates(last, torch.zeros), True
         if any(isinstance(u, ExpertUnits) for u in sites.values()):  # a forward may treat experts by their place
-            alone = all(isinstance(u, ExpertUnits) for u in sites.values())
             drawn = [_some_closed] * (_DRAWN if alone else 0)
             for experts in (_first_closed, _last_closed, _first_half_closed, _every_other, *drawn):
                 yield gates(last, experts), False
