@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import numpy as np
 
@@ -293,6 +294,11 @@ class BlockUnits(Units):
             tensor: The name of the module or the tensor.
         """
         return next((i for i, block in enumerate(self.blocks) if f"{tensor}.".startswith(f"{block}.")), None)
+
+
+def is_skipped(units: Units) -> TypeGuard[BlockUnits]:
+    """Return whether closed units of a site are skipped when the model runs, as blocks are, and experts are not."""
+    return isinstance(units, BlockUnits) and not isinstance(units, ExpertUnits)
 
 
 @dataclass

@@ -119,17 +119,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         raise PlasticError(f"the factory returned a {type(model).__name__}, not an nn.Module")
     model.eval()  # this comes first, because in training mode spectral_norm changes when its weight is read
     lost = {key: recipe.get(key, []) for key in ("removed", "experts")}
-    for key, names in lost.items():
-        for name in names if isinstance(names, list) else [None]:
-            if not isinstance(name, str) or not name:
-                raise PlasticError(f"{path}: damaged (which blocks or experts were removed)")
-            _submodule(path, model, name)
-            if key == "removed":
-                remove_block(model, name)
-            elif isinstance(_submodule(path, model, name.rpartition(".")[0]), nn.ModuleList):
-                remove_expert(model, name)
-            else:
-                raise PlasticError(f"{path} belongs to another architecture: {name!r} is no module of a list")
+    _remove(path, model, **lost)
     takes = mapping_in(path, recipe, "takes")
     for name, axis in takes.items():
         indices = tensors.get(f"{name}.0.indices")
@@ -150,15 +140,8 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         if not isinstance(resized, list) or not all(isinstance(pair, list) for pair in resized):
             raise PlasticError(f"{path}: damaged (which dimensions were resized)")
         widths = [[name, a] for name, own in recipe["attributes"].items() for a in own if a not in WIDTHS]
-        setattr(
-            model,
-            RECORD,
-            {
-                "resized": resized,
-                "widths": widths,
-                **{k: names for k, names in lost.items() if names or k == "removed"},
-            },
-        )
+        gone = {key: names for key, names in lost.items() if names or key == "removed"}
+        setattr(model, RECORD, {"resized": resized, "widths": widths, **gone})
     _set_tensors(path, model, tensors, resized)
     for name, size in heads.items():
         free_heads(model.get_submodule(name), size)
@@ -246,6 +229,25 @@ def _fits(old: Any, value: Any) -> bool:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers by name, those included that a state dict leaves out."""
     return dict([*module.named_parameters(), *module.named_buffers()])
+
+
+def _remove(path: str | os.PathLike[str], model: nn.Module, removed: Any, experts: Any) -> None:
+    """Remove blocks and experts from a model, whose names a file gives.
+
+    Raises:
+        PlasticError: The file is damaged, or belongs to another architecture.
+    """
+    for names in (removed, experts):
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise PlasticError(f"{path}: damaged (which blocks or experts were removed)")
+    for name in removed:
+        _submodule(path, model, name)
+        remove_block(model, name)
+    for name in experts:
+        _submodule(path, model, name)
+        if not isinstance(_submodule(path, model, name.rpartition(".")[0]), nn.ModuleList):
+            raise PlasticError(f"{path} belongs to another architecture: {name!r} is no module of a list")
+        remove_expert(model, name)
 
 
 def _submodule(path: Any, model: nn.Module, name: str) -> nn.Module:

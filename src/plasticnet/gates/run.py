@@ -32,7 +32,7 @@ from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.torch_private import is_compiled, parameters_of
-from plasticnet.units import CHOICE, BlockUnits, ExpertUnits, Norm, Units, gate_offsets, gate_positions
+from plasticnet.units import CHOICE, Norm, Units, gate_offsets, gate_positions, is_skipped
 
 
 class Gating:
@@ -74,7 +74,7 @@ class Gating:
         self.blocks = [
             (model.get_submodule(block), offsets[name] + i)
             for name, u in sites.items()
-            if isinstance(u, BlockUnits) and not isinstance(u, ExpertUnits)
+            if is_skipped(u)
             for i, block in enumerate(u.blocks)
         ]
         self._normed = [(name, offsets[name], u.size, u.least) for name, u in sites.items() if u.norms]

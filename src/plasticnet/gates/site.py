@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
 from plasticnet.tools.fsdp_private import keep_whole
-from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units
+from plasticnet.units import BlockUnits, InputUnits, Units, is_skipped
 
 # Gates start with this phi in a new network: they are open, with pi = 0.95 at k = 7, the setting of the authors.
 INITIAL_LOGIT = 3.0 / 7
@@ -156,8 +156,7 @@ class Site(_Gates):
     @property
     def _lowest(self) -> int:
         """The fewest units that a site can have: what its norms need, mostly 1; 0 for blocks, which may all close."""
-        skipped = isinstance(self.units, BlockUnits) and not isinstance(self.units, ExpertUnits)
-        return 0 if skipped else self.units.least
+        return 0 if is_skipped(self.units) else self.units.least
 
     @property
     def least(self) -> int:

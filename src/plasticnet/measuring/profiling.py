@@ -24,7 +24,7 @@ from plasticnet.tools.table import format_table, readable_bytes
 from plasticnet.tools.torch_private import storage_key
 from plasticnet.tools.trees import tensors_within
 from plasticnet.tracing.trace import trace
-from plasticnet.units import BlockUnits, ExpertUnits
+from plasticnet.units import is_skipped
 
 PROFILE_COLUMNS = ("module", "parameters", "MACs", "peak memory", "ms")
 
@@ -220,8 +220,7 @@ def _closed_blocks(twin: nn.Module) -> list[str]:
     work.
     """
     sites = twin.sites.values() if isinstance(twin, GatedModel) else []
-    skipped = [s for s in sites if isinstance(s.units, BlockUnits) and not isinstance(s.units, ExpertUnits)]
-    blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in skipped if isinstance(s.units, BlockUnits)]
+    blocks = [(s.units.blocks, s.open | (s.grace > 0)) for s in sites if is_skipped(s.units)]
     return [name for names, kept in blocks for name, stays in zip(names, kept, strict=True) if not stays]
 
 

@@ -22,7 +22,7 @@ from plasticnet.surgery.rewrite import apply_plan, replace_tensors
 from plasticnet.surgery.survivors import alive, check_multiple, read_units, survivors
 from plasticnet.tools.sharding import as_whole
 from plasticnet.tools.snapshot import duplicate
-from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units
+from plasticnet.units import BlockUnits, ExpertUnits, InputUnits, Units, is_skipped
 
 
 def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
@@ -84,12 +84,10 @@ def cut(
     values = {name: _kept(u, factors[name], (best or {}).get(name)) for name, u in sites.items()}
     gone, experts = list[str](), list[str]()
     for n, u in sites.items():
-        if isinstance(u, BlockUnits):
-            closed = [b for b, f in zip(u.blocks, values[n], strict=True) if f == 0]
-            if not isinstance(u, ExpertUnits):
-                gone += closed
-            elif u.listed:
-                experts += closed
+        if is_skipped(u):
+            gone += _closed(u, values[n])
+        elif isinstance(u, ExpertUnits) and u.listed:
+            experts += _closed(u, values[n])
     sites = _without(sites, [*gone, *experts])
     for block in gone:
         remove_block(model, block)
@@ -109,6 +107,11 @@ def cut(
     return model
 
 
+def _closed(u: BlockUnits, factors: np.ndarray) -> list[str]:
+    """Return the names of the blocks or experts whose factor is 0."""
+    return [b for b, f in zip(u.blocks, factors, strict=True) if f == 0]
+
+
 def _kept(u: Units, factors: Tensor, best: np.ndarray | None) -> np.ndarray:
     """Return the factors of units, with 1 for units that stay although they are closed, because too few are open.
 
@@ -118,8 +121,7 @@ def _kept(u: Units, factors: Tensor, best: np.ndarray | None) -> np.ndarray:
         best: The units that stay then; by default the first ones.
     """
     f = factors.cpu().numpy().copy()
-    skipped = isinstance(u, BlockUnits) and not isinstance(u, ExpertUnits)
-    if not skipped and (f != 0).sum() < u.least:
+    if not is_skipped(u) and (f != 0).sum() < u.least:
         stay = np.arange(min(u.least, len(f))) if best is None else best
         f[stay[f[stay] == 0]] = 1.0
     return f

@@ -21,7 +21,7 @@ from plasticnet.gates.site import ASLEEP, INITIAL_LOGIT, OPEN_LOGIT, Site, set_l
 from plasticnet.surgery.optimizers import check_optimizers, forget
 from plasticnet.surgery.plan import Sources
 from plasticnet.tracing.identity import ends_of
-from plasticnet.units import BlockUnits, ExpertUnits, InputUnits
+from plasticnet.units import BlockUnits, InputUnits, is_skipped
 
 
 def put_to_sleep(net: GatedModel, first: int) -> None:
@@ -161,9 +161,7 @@ def _as_beside(net: GatedModel, woken: Sequence[tuple[Site, str]]) -> dict[str, 
 
 def _block_sites(net: GatedModel) -> dict[str, Site]:
     """Return the sites of blocks by name, without those of experts, which never sleep."""
-    units = {name: site.units for name, site in net.sites.items()}
-    names = [n for n, u in units.items() if isinstance(u, BlockUnits) and not isinstance(u, ExpertUnits)]
-    return {name: net.sites[name] for name in names}
+    return {name: site for name, site in net.sites.items() if is_skipped(site.units)}
 
 
 def _blocks(site: Site) -> tuple[str, ...]:
