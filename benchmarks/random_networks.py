@@ -37,18 +37,32 @@ COUNTED = ("status", "kinds", "starts", "outputs", "options", "estimators", "ref
 
 def child(seeds: range, seconds: float) -> None:
     """Check networks, and print a line of JSON for each."""
-    import torch
     from random_checks import check
     from random_recipes import draw, smaller
+
+    def simplest(recipe: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        fit = row["status"] != "unfit"
+        return minimised(recipe, row, lambda r: check(r, seconds), smaller) if fit else recipe
+
+    print_rows(seeds, draw, lambda recipe: check(recipe, seconds), simplest)
+
+
+def print_rows(
+    seeds: range,
+    draw: Callable[[int], dict[str, Any]],
+    check: Callable[[dict[str, Any]], dict[str, Any]],
+    simplest: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Check the networks that ``draw`` gives, and print a line of JSON for each, with its recipe where it fails."""
+    import torch
 
     torch.set_num_threads(1)
     for seed in seeds:
         print(json.dumps({"seed": seed}), flush=True)  # so that it is known which network ended the process
         recipe = draw(seed)
-        row = {"seed": seed, **check(recipe, seconds)}
+        row = {"seed": seed, **check(recipe)}
         if row["status"] in BAD:
-            fit = row["status"] != "unfit"
-            row["recipe"] = minimised(recipe, row, lambda r: check(r, seconds), smaller) if fit else recipe
+            row["recipe"] = simplest(recipe, row)
         print(json.dumps(row), flush=True)
 
 

@@ -220,10 +220,40 @@ def trial(seed: int, work: Path, peaceful: dict[str, Any], times: dict[str, floa
     return row
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run trials until there were so many kills; return 1 where something was not equal."""
+def begun(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a file of trials with these settings goes on from."""
     from common import environment
 
+    before = json.loads(path.read_text()) if path.exists() else {"settings": None}
+    trials = before["trials"] if before["settings"] == settings else []
+    return {"environment": environment(), "settings": settings, "trials": trials}
+
+
+def repeated(result: dict[str, Any], options: argparse.Namespace, trial: Callable[[int, Path], dict[str, Any]]) -> int:
+    """Run trials until there were so many kills; return 1 where something was not equal.
+
+    Args:
+        result: What is there already, to which trials are added.
+        options: The options "count", "minutes", "work" and "out" of the command line.
+        trial: Runs the trial of a number, counted from 0, in a folder.
+    """
+    trials, end = result["trials"], time.monotonic() + 60 * options.minutes
+    work = Path(tempfile.mkdtemp(prefix="soak-", dir=options.work))
+    while sum(sum(t["kills"].values()) for t in trials) < options.count and time.monotonic() < end:
+        row = trial(len(trials), work)
+        trials.append({**row, "commit": result["environment"]["commit"]})
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(row, flush=True)
+    bad = [t for t in trials if t["status"] != "equal"]
+    if bad:
+        print(f"what is left of the trials: {work}")
+    else:
+        shutil.rmtree(work)
+    return int(bool(bad))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run trials until there were so many kills; return 1 where something was not equal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100, help="how many kills, those of earlier calls included")
     parser.add_argument("--minutes", type=float, default=600.0, help="no trial begins after so many minutes")
@@ -231,30 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     settings = {"runs": RUNS, "common": f"{COMMON} {' '.join(OFTEN)}"}
-    result: dict[str, Any] = {"environment": environment(), "settings": settings, "trials": []}
-    if options.out.exists():
-        before = json.loads(options.out.read_text())
-        if before["settings"] == settings:
-            result["trials"] = before["trials"]
+    result = begun(options.out, settings)
     with tempfile.TemporaryDirectory() as folder:  # so that the processes find everything imported
         train("prune, with a price", Path(folder) / "warm", resume=False)
-    trials, end = result["trials"], time.monotonic() + 60 * options.minutes
-    work, peaceful, times = (
-        Path(tempfile.mkdtemp(prefix="soak-", dir=options.work)),
-        dict[str, Any](),
-        dict[str, float](),
-    )
-    while sum(sum(t["kills"].values()) for t in trials) < options.count and time.monotonic() < end:
-        row = trial(len(trials), work, peaceful, times)
-        trials.append({**row, "commit": result["environment"]["commit"]})
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(row, flush=True)
-    bad = [t for t in trials if t["status"] != "equal"]
-    if not bad:
-        shutil.rmtree(work)
-    else:
-        print(f"what is left of the trials: {work}")
-    return int(bool(bad))
+    peaceful, times = dict[str, Any](), dict[str, float]()
+    return repeated(result, options, lambda number, work: trial(number, work, peaceful, times))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from random_networks import BAD, again, minimised, reason, rows_of, show, write
+from random_networks import BAD, again, minimised, print_rows, reason, rows_of, show, write
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
@@ -37,17 +37,12 @@ def checked(recipe: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 def child(seeds: range, seconds: float) -> None:
     """Check networks, and print a line of JSON for each."""
-    import torch
     from soak_recipes import draw, smaller
 
-    torch.set_num_threads(1)
-    for seed in seeds:
-        print(json.dumps({"seed": seed}), flush=True)  # so that it is known which network ended the process
-        recipe = draw(seed)
-        row = {"seed": seed, **checked(recipe, seconds)}
-        if row["status"] in BAD:
-            row["recipe"] = minimised(recipe, row, lambda r: checked(r, seconds), smaller, 120.0)
-        print(json.dumps(row), flush=True)
+    def own(recipe: dict[str, Any]) -> dict[str, Any]:
+        return checked(recipe, seconds)
+
+    print_rows(seeds, draw, own, lambda recipe, row: minimised(recipe, row, own, smaller, 120.0))
 
 
 def tally(content: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -246,7 +245,7 @@ def trial(seed: int, work_folder: Path, peaceful: dict[str, Any], most: int = KI
 
 def main(arguments: list[str] | None = None) -> int:
     """Run trials until there were so many kills; return 1 where something was not equal."""
-    from common import environment
+    from soak_kills import begun, repeated
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=30, help="how many kills, those of earlier calls included")
@@ -263,26 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
         work(run, Path(folder))
         return 0
     settings = {"runs": list(RUNS), "epochs": EPOCHS, "batches": BATCHES, "every": EVERY, "kills": options.kills}
-    result: dict[str, Any] = {"environment": environment(), "settings": settings, "trials": []}
-    if options.out.exists():
-        before = json.loads(options.out.read_text())
-        if before["settings"] == settings:
-            result["trials"] = before["trials"]
+    result = begun(options.out, settings)
     import plasticnet  # noqa: F401, so that the processes find it imported
 
-    trials, end = result["trials"], time.monotonic() + 60 * options.minutes
-    folder, peaceful = Path(tempfile.mkdtemp(prefix="soak-", dir=options.work)), dict[str, Any]()
-    while sum(sum(t["kills"].values()) for t in trials) < options.count and time.monotonic() < end:
-        row = trial(options.seed + len(trials), folder, peaceful, options.kills)
-        trials.append({**row, "commit": result["environment"]["commit"]})
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(row, flush=True)
-    bad = [t for t in trials if t["status"] != "equal"]
-    if bad:
-        print(f"what is left of the trials: {folder}")
-    else:
-        shutil.rmtree(folder)
-    return int(bool(bad))
+    peaceful = dict[str, Any]()
+    return repeated(result, options, lambda number, work: trial(options.seed + number, work, peaceful, options.kills))
 
 
 if __name__ == "__main__":

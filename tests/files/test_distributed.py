@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +30,9 @@ from plasticnet import (
 from tests.kit.networks import assert_same, mlp
 from tests.kit.processes import everywhere, together
 from tests.kit.shares import assert_near, everything
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from soak_kills import write_kill
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 if dist.is_available():
@@ -178,7 +180,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_or_the_new(tmp_
     for place in range(1, 100):
         number = os.fork()
         if not number:
-            kill_before_a_write(folder, place)
+            write_kill(folder, place)
             save_distributed(folder, net, extra="new")
             os._exit(0)
         ended = os.WIFEXITED(os.waitpid(number, 0)[1])
@@ -194,19 +196,6 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_old_or_the_new(tmp_
     files = {p.name.partition(".")[2] for p in folder.iterdir()}
     assert files == {"metadata", "distcp", "txt"}
     assert len(list(folder.iterdir())) == 3
-
-
-def kill_before_a_write(folder: Path, place: int) -> None:
-    """Let this process die before a certain time that it opens, renames or removes a file in the folder."""
-    left = [place]
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(str(folder)):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(audit)
 
 
 def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
