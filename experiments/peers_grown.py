@@ -10,8 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peers_training import DECAY, Start, anew, batches
-from pruning import cycle
+from peers_training import DECAY, Start, anew, train
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -19,25 +18,22 @@ import plasticnet as pn
 FIRST = 3  # units of each site at first
 READ = 512  # inputs from which new units are found
 FACTORS = (1.0, 0.5, 0.25, 0.1, 0.03)  # by which the new units of GroMo may be scaled
-Losses = Callable[[], Tensor]
 
 
-def _train(start: Start, network: nn.Module, rate: float, grow: Callable[[float, torch.optim.Optimizer], Any]) -> None:
-    """Train, and call ``grow`` with the share of the growth that is due, and the optimizer. It may return one."""
+def _train(
+    start: Start,
+    network: nn.Module,
+    rate: float,
+    grow: Callable[[float, torch.optim.Optimizer], torch.optim.Optimizer],
+) -> None:
+    """Train, and call ``grow`` in the first half with the share of the growth that is due, and the optimizer."""
     epochs = start.task.dense + start.task.epochs
     growing = epochs // 2
-    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=DECAY)
-    for epoch in range(epochs):
-        network.train()
-        order = list(batches(start.task))
-        for n, i in enumerate(order):
-            optimizer.param_groups[0]["lr"] = cycle((epoch + n / len(order)) / epochs, rate)
-            optimizer.zero_grad()
-            start.taught(network, i).mean().backward()
-            optimizer.step()
-        if epoch < growing:
-            optimizer = grow((epoch + 1) / growing, optimizer) or optimizer
-    network.eval()
+
+    def after(epoch: int, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return grow((epoch + 1) / growing, optimizer) if epoch < growing else optimizer
+
+    train(start.task, network, epochs, rate, start.taught, after_epoch=after)
 
 
 def _due(first: int, last: int, share: float, now: int) -> int:
@@ -52,11 +48,12 @@ def gradmax(start: Start, widths: Mapping[str, int], rate: float) -> nn.Module:
     net = pn.PlasticNet(small, (start.task.parts[0][0][:2],))
     first = {name: len(site) for name, site in net.sites.items()}
 
-    def grow(share: float, optimizer: torch.optim.Optimizer) -> None:
+    def grow(share: float, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         due = {name: _due(n, widths[name], share, len(net.sites[name])) for name, n in first.items()}
         i = start.chosen()[:READ]
         counts = {name: n for name, n in due.items() if n}
         net.grow(counts, optimizer, init="gradmax", loss=lambda: start.taught(net, i))
+        return optimizer
 
     _train(start, net, rate, grow)
     return net.compact()

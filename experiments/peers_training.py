@@ -67,6 +67,7 @@ def train(
     extra: Callable[[], Tensor] | None = None,
     own: Sequence[nn.Parameter] = (),
     own_rate: float = 0.0,
+    after_epoch: Callable[[int, torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
 ) -> None:
     """Train a network in place.
 
@@ -79,6 +80,8 @@ def train(
         extra: What is added to the mean loss of every step.
         own: Parameters that are not the network's, such as gates.
         own_rate: Their learning rate, which does not change.
+        after_epoch: Called with the number of each epoch that is over and the optimizer; it returns the one that goes
+            on, for a network that has changed.
     """
     groups = [{"params": list(network.parameters()), "weight_decay": DECAY}]
     if own:
@@ -96,6 +99,8 @@ def train(
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), CLIP)
             optimizer.step()
+        if after_epoch is not None:
+            optimizer = after_epoch(epoch, optimizer)
     network.eval()
 
 
