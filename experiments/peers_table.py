@@ -140,6 +140,8 @@ def picture(rows: Rows, task: str) -> str:
     }
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         places = figure.subplots(1, len(axes), sharey=True)
         for place, (name, of) in zip(places, axes.items(), strict=True):
             for way in SETTINGS:
@@ -153,6 +155,9 @@ def picture(rows: Rows, task: str) -> str:
                     width = 2.2 if way == OURS else 1.0
                     place.errorbar(x, y, d, label=way, marker=MARKS[way], ms=4, lw=width, capsize=2)
             place.set_xscale("log")
+            place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+            place.xaxis.set_minor_formatter(NullFormatter())
             place.set_xlabel(name)
         dense = mean(r["test"] for r in found if r["way"] == "dense")
         for place in places:
