@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ from tests.kit.draws import REMEMBERED
 
 # Programs that tests start have one thread, too: several of them run at a time, and their threads would only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Where the tests run in the background of a shell, Ctrl-C is ignored by them and by the programs that they start, and a
+# test that sends it would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

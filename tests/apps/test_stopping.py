@@ -50,9 +50,10 @@ import os, signal, sys, time
 from plasticnet.apps.stopping import stopped_by_signals
 with stopped_by_signals() as stop:
     print("in", flush=True)
-    while stop.signal is None:
+    end = time.monotonic() + 60
+    while stop.signal is None and time.monotonic() < end:
         time.sleep(0.01)
-    print("first", flush=True)
+    print("first" if stop.signal else "no signal", flush=True)
     time.sleep(600)  # a long step
 """
 
