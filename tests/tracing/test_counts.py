@@ -97,7 +97,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "hrnet_w18_small", "densenet121", "repvgg_a0"])
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "hrnet_w18_small", "repvgg_a0"])
 @pytest.mark.parametrize("features_only", [True, False])
 def test_models_of_timm(name: str, features_only: bool) -> None:
     timm = pytest.importorskip("timm")
