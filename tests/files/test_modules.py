@@ -255,6 +255,14 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
         save(model, tmp_path / "q.safetensors")
 
 
+@pytest.mark.parametrize("name", ["small.pt", "small.pth", "small.ckpt"])
+def test_a_name_for_torch_save_is_refused(name: str, tmp_path: Path) -> None:
+    """Who reads it by torch.load would find no module in it."""
+    with pytest.raises(PlasticError, match=r"torch\.load does not read: call it .*small\.safetensors"):
+        save(nn.Linear(3, 2), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_norms_folded_after_the_cut(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Normed(), torch.randn(50, 3, 6, 6)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         module: A plain module, such as `PlasticNet.compact` returns.
-        path: The file, which is replaced if it exists; it is in the safetensors format.
+        path: The file, which is replaced if it exists; it is in the safetensors format, so that the name may not end
+            as those of ``torch.save`` do (.pt, .pth, .ckpt).
 
     Raises:
         PlasticError: The module is a `PlasticNet` or holds one, has layers that `sparsify` made or weights
-            that were quantised, or cannot be written.
+            that were quantised, or cannot be written; or the name of the file is one for ``torch.save``.
 
     Example:
         >>> import tempfile, torch, plasticnet as pn
@@ -54,6 +56,11 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> again[0]
         Linear(in_features=4, out_features=3, bias=True)
     """
+    if Path(path).suffix in (".pt", ".pth", ".ckpt"):
+        raise PlasticError(
+            f"{os.fspath(path)}: save writes safetensors, which torch.load does not read: call it "
+            f"{Path(path).with_suffix('.safetensors')}, or write the module by torch.save"
+        )
     if any(isinstance(child, PlasticNet) for child in module.modules()):
         raise PlasticError("save takes a plain module: net.compact(); to go on training, use save_checkpoint")
     if sparse := sparse_layers(module):
