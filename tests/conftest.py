@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from plasticnet.learning.estimators import Draw
+from plasticnet.learning.coupling import Draw
 from plasticnet.learning.sampler import Sampler
 from tests.kit.draws import REMEMBERED
 

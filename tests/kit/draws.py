@@ -5,7 +5,7 @@ from __future__ import annotations
 from weakref import WeakKeyDictionary
 
 from plasticnet import PlasticNet
-from plasticnet.learning.estimators import Draw
+from plasticnet.learning.coupling import Draw
 from plasticnet.learning.sampler import Sampler
 
 REMEMBERED: WeakKeyDictionary[Sampler, Draw] = WeakKeyDictionary()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet import ESTIMATORS, Budget, PlasticNet, Schedule, Stage
-from plasticnet.learning.estimators import copula, correlation
+from plasticnet.learning.coupling import copula, correlation
 from plasticnet.tools.statistics import running_statistics
 from tests.kit.draws import last_draw
 

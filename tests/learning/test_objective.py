@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plasticnet import PlasticNet
 from plasticnet.gates.site import probabilities
-from plasticnet.learning.estimators import Draw, where_it_matters
+from plasticnet.learning.coupling import Draw, where_it_matters
 
 K, SCALE = 2.0, 3.0  # of the gates, and of the loss, as a loss scaler does it
 Loss = Callable[[nn.Module], Tensor]

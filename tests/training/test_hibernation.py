@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from plasticnet import PlasticNet
-from plasticnet.learning.estimators import Draw, Estimator
+from plasticnet.learning.coupling import Draw
+from plasticnet.learning.estimators import Estimator
 from plasticnet.learning.sampler import Source
 from tests.kit.networks import ConvNet, images, mlp
 

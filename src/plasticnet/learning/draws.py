@@ -11,7 +11,7 @@ from torch import Tensor
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import probabilities
-from plasticnet.learning.estimators import Draw
+from plasticnet.learning.coupling import Draw
 from plasticnet.learning.sampler import Pass, Sampler
 from plasticnet.tools.inputs import batch_size
 from plasticnet.tools.snapshot import RandomState

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
+from plasticnet.learning.coupling import Draw
 from plasticnet.learning.draws import mixed
-from plasticnet.learning.estimators import Draw, Estimator
+from plasticnet.learning.estimators import Estimator
 from plasticnet.learning.sampler import Sampler, Step
 from plasticnet.tools.precision import full_precision, product, widened
 

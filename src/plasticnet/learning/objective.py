@@ -15,9 +15,9 @@ from plasticnet.gates.site import probabilities
 from plasticnet.gates.wrapped import enter
 from plasticnet.learning.alike import Alike
 from plasticnet.learning.closing import measure_missed
+from plasticnet.learning.coupling import Draw
 from plasticnet.learning.draws import draws_per_sample, gates_of_pass
 from plasticnet.learning.estimate import Scaled, estimate, surrogate, training_gates
-from plasticnet.learning.estimators import Draw
 from plasticnet.learning.finite import check_logits
 from plasticnet.learning.guard import guarded
 from plasticnet.learning.passes import ByBatch, run_aside, run_closure, run_replaying

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.learning.estimators import ESTIMATORS, Draw, Estimator
+from plasticnet.learning.coupling import Draw
+from plasticnet.learning.estimators import ESTIMATORS, Estimator
 from plasticnet.learning.missed import Missed
 from plasticnet.learning.prefix import Prefix
 from plasticnet.tools.snapshot import RandomState
