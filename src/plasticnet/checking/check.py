@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plasticnet.checking.compare import BLIND, DISAGREE, FINE, ROUGH, Comparing, Pattern
+from plasticnet.checking.compare import BLIND, DISAGREE, DISAGREE_IN_TRAINING, FINE, ROUGH, Comparing, Pattern
 from plasticnet.checking.culprits import Comparison, Repair, culprits
 from plasticnet.checking.experts import settled
 from plasticnet.checking.reached import reaching, unsure
@@ -80,7 +80,8 @@ def _without_chance(
     if not found.frozen:
         return found
     passed = 0
-    for seed in range(1, 1 + _OTHERS) if DISAGREE in found.frozen.values() else ():
+    differs = {DISAGREE, DISAGREE_IN_TRAINING}.intersection(found.frozen.values())
+    for seed in range(1, 1 + _OTHERS) if differs else ():
         found = _trial(model, traced, calls, seed, step, _together)
         passed += not found.frozen
         if passed == 2:
@@ -206,9 +207,10 @@ def _precise(twin: nn.Module, calls: Sequence[Call], traced: Trace, patterns: li
     try:
         run = Comparing(*in_precision(twin, calls, torch.float64), FINE, patterns, traced.stateful, traced.random)
         run.reference = run.outputs(run.model)
-        return run
     except Exception:  # a model may refuse double precision in any way; it is then compared in its own
-        return Comparing(twin, calls, ROUGH, patterns, traced.stateful, traced.random)
+        run = Comparing(twin, calls, ROUGH, patterns, traced.stateful, traced.random)
+    run.keep_what_repeats()
+    return run
 
 
 def random_gates(units: int, share: float) -> Tensor:

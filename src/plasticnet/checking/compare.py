@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,10 +30,15 @@ FINE, ROUGH = 2e-6, 1e-3
 # What rounding makes of outputs in half precision after some dozen layers.
 _COARSE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 DISAGREE = "cutting its units changes the output: the model uses its width in a way that tracing cannot see"
+DISAGREE_IN_TRAINING = (
+    "cutting its units changes the output in training mode: there the model uses its width in a way that tracing "
+    "cannot see"
+)
 STOPS = "the model does not run when units are cut"
 _KEEPS = "cutting its units changes what the model keeps for its next call in {names}"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
 _DRAWN = 8  # how many random choices of closed experts are compared
+_SEED = 1  # of the generators that are not torch's, in training mode
 _REPEATS = 4  # how often a model is called again to find out whether it repeats itself
 _UNSTEADY = (
     "the model gives other outputs whenever it is called, so that nothing can be compared: it draws random numbers "
@@ -75,9 +82,27 @@ class Comparing:
         """The outputs of the model with all units open."""
         return self.outputs(self.model)
 
+    def keep_what_repeats(self) -> None:
+        """Leave out the calls in training mode in which the model fails, or gives other outputs when called again.
+
+        Nothing can be compared in them. Their draws may be out of reach, as those of a generator of the model's own.
+        """
+        kept = [call for call in self.calls if not call.training or self._repeats(call)]
+        if len(kept) < len(self.calls):
+            self.calls = kept
+            self.reference = self.outputs(self.model)
+
+    def _repeats(self, call: Call) -> bool:
+        """Return whether the model gives the same outputs in two runs of a call."""
+        try:
+            first, again = (self._call(call, self.model, _plainly, lambda _: [])[0] for _ in range(2))
+        except Exception:  # the model may refuse its random parameters here, in any way
+            return False
+        return relative_difference(first, again) <= self._allowed(first)
+
     def outputs(self, model: nn.Module) -> list[Tensor]:
         """Return the outputs of a model, which is left as it was, in all calls."""
-        return self._called(model, _plainly)[0]
+        return [t for outputs in self._called(model, _plainly)[0] for t in outputs]
 
     def masked(self, sites: Mapping[str, Units], factors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the outputs of the whole model with the gates multiplied in.
@@ -86,11 +111,11 @@ class Comparing:
             sites: The sites that have gates.
             factors: The gates of each of these sites, shape (units,).
         """
-        return self._called(self.model, _masking(sites, factors))[0]
+        return [t for outputs in self._called(self.model, _masking(sites, factors))[0] for t in outputs]
 
     def _called(
         self, model: nn.Module, run: Callable[..., Any], keeps: Callable[[nn.Module], list[Tensor]] = lambda _: []
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[list[Tensor]], list[Tensor]]:
         """Return the outputs in all calls, each of which begins with the same state and draws the same numbers.
 
         Args:
@@ -99,18 +124,23 @@ class Comparing:
             keeps: Returns what is to be known of the model as each call leaves it.
 
         Returns:
-            The outputs, and what ``keeps`` returns.
+            The outputs of each call, and what ``keeps`` returns.
         """
-        found, kept = list[Tensor](), list[Tensor]()
-        for call in self.calls:
-            twin = sharing(model) if self.stateful else model  # because a state need not lie in a buffer
-            with left_as_it_was(twin), _mode(twin, call.training):
-                for _ in range(2 if self.stateful else 1):
-                    args, kwargs = copy_inputs((call.args, call.kwargs))
-                    with EvenDraws() if self.random else nullcontext():
-                        found += _comparable(call.read(run(twin, args, kwargs)))
-                kept += keeps(twin)
-        return found, kept
+        found = [self._call(call, model, run, keeps) for call in self.calls]
+        return [outputs for outputs, _ in found], [t for _, kept in found for t in kept]
+
+    def _call(
+        self, call: Call, model: nn.Module, run: Callable[..., Any], keeps: Callable[[nn.Module], list[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the outputs in one call, and what ``keeps`` returns; the arguments are those of `_called`."""
+        found: list[Tensor] = []
+        twin = sharing(model) if self.stateful else model  # because a state need not lie in a buffer
+        with left_as_it_was(twin), _mode(twin, call.training):
+            for _ in range(2 if self.stateful else 1):
+                args, kwargs = copy_inputs((call.args, call.kwargs))
+                with EvenDraws() if self.random else nullcontext():
+                    found += _comparable(call.read(run(twin, args, kwargs)))
+            return found, keeps(twin)
 
     def cut_differs(self, sites: Mapping[str, Units]) -> str | None:
         """Return why masking and cutting differ for these sites, or None if they agree under every pattern.
@@ -134,14 +164,17 @@ class Comparing:
                 masked, kept = self._called(self.model, run, keeps)
             except Exception as error:  # a norm that counts open units may need the length of what it gets
                 return f"the model does not run while its units are masked: {error}"
-            if relative_difference(masked, compared) > self._allowed(masked):
-                return self._unsteady() or DISAGREE
-            if relative_difference(kept, left) > self._allowed(masked):
+            every = [t for outputs in masked for t in outputs]
+            allowed, pairs = self._allowed(every), zip(self.calls, masked, compared, strict=True)
+            wrong = [call.training for call, a, b in pairs if relative_difference(a, b) > allowed]
+            if wrong:
+                return self._unsteady() or (DISAGREE_IN_TRAINING if all(wrong) else DISAGREE)
+            if relative_difference(kept, left) > allowed:
                 return _KEEPS.format(names=", ".join(names))
-            if not masked:
+            if not every:
                 return "the model has no floating-point output to compare"
             closed = any((f == 0).any() for f in factors.values())
-            if telling and self.vouch and closed and all(map(torch.equal, self.reference, masked)):
+            if telling and self.vouch and closed and all(map(torch.equal, self.reference, every)):
                 return BLIND
         return None
 
@@ -264,18 +297,26 @@ def _every_other(n: int) -> Tensor:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within this context the model is in evaluation mode, or in training mode without dropout.
+    """Within this context the model is in evaluation mode, or in training mode without the dropout of torch.
 
-    Dropout would draw differently for other widths. Afterwards the model is in evaluation mode.
+    Dropout would close whole samples, as draws are made comparable. In training mode the generators of Python and of
+    numpy begin with the same number, too. Afterwards the model is in evaluation mode.
     """
     model.train(training)
     for module in model.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, Dropout) and type(module).__module__ == nn.Dropout.__module__:
             module.eval()
+    drawn = (random.getstate(), np.random.get_state()) if training else None
+    if drawn is not None:
+        random.seed(_SEED)
+        np.random.seed(_SEED)
     try:
         yield
     finally:
         model.eval()
+        if drawn is not None:
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])
 
 
 def _comparable(tree: Any) -> list[Tensor]:

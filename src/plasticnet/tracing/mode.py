@@ -28,6 +28,7 @@ from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, has_labels, labelled, plain
 from plasticnet.tracing.liveness import Liveness
+from plasticnet.tracing.operations import Operations
 from plasticnet.units import READ, SCRIPTED
 
 # A rule moves labels. It is called with the tracer, the operation, its two kinds of arguments, and its result.
@@ -66,6 +67,7 @@ class Tracer(TorchDispatchMode):
         dimensions: The labels of the dimensions of heads that the last product of queries and keys has summed over.
         names: The name of each parameter and buffer, by its ``id``.
         parameters: The shapes of the parameters, by name.
+        operations: What the last run consisted of.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Tracer(TorchDispatchMode):
         self.dimensions: np.ndarray | None = None
         self.names: dict[int, str] = {}
         self.parameters = {name: p.shape for name, p in model.named_parameters()}
+        self.operations = Operations()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names[id(tensor)] = name
             axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
@@ -128,6 +131,7 @@ class Tracer(TorchDispatchMode):
     def run(self, call: Call) -> None:
         """Run the model once on copies of the inputs of a call, and freeze all labels in what is read of its output."""
         args, kwargs = copy_inputs((call.args, call.kwargs))
+        self.operations = Operations()
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor) and tensor.dim():
                 self.batch = self.batch or tensor.shape[0]
@@ -200,6 +204,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.operations.note(func, args, kwargs, self.names.get(id(args[0])) if args else None)
         out, before = func(*args, **kwargs), len(self.ledger.frozen)
         self.facts.seen.update(self.names[id(t)] for t in tensors if id(t) in self.names)
         if differentiates_now():  # The model takes a gradient. Whatever gates do to its function, they do to that, too.

@@ -18,6 +18,7 @@ from plasticnet.tools.snapshot import duplicate
 from plasticnet.tools.torch_private import buffers_of
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.mode import Tracer
+from plasticnet.tracing.operations import Operations
 from plasticnet.tracing.state import Kept, follow
 
 # How often a model in which values steer is run with random parameters to reach the modules that did not run: in all,
@@ -53,7 +54,7 @@ def observe(model: nn.Module, tracer: Callable[..., Tracer], calls: Sequence[Cal
         tracer: Makes a tracer from a model and the facts.
         calls: The calls in evaluation mode; the first one must succeed, and every other in one mode at least.
         both: Whether the self-check compares all calls in training mode, too, and not only those that use other
-            parameters there.
+            parameters or run other operations there.
 
     Raises:
         PlasticError: The model rejects a set of inputs.
@@ -72,9 +73,10 @@ def _observe(
     """Run a model; ``given`` are the same calls with the tensors that the caller gave."""
     runs = Runs()
     failed: dict[int, Exception] = {}
+    evaluated: dict[int, Operations] = {}
     for i, call in enumerate(calls):
         try:
-            _run(model, tracer, runs.facts, call)
+            evaluated[i] = _run(model, tracer, runs.facts, call)
             runs.calls.append(given[i])
         except Exception as error:  # a model can raise anything
             failed[i] = error
@@ -84,7 +86,7 @@ def _observe(
     trained = 0
     for i, call in enumerate(calls if 0 not in failed else []):
         try:
-            ran = _run_training(model, tracer, runs.facts, replace(call, training=True))
+            times, ran = _run_training(model, tracer, runs.facts, replace(call, training=True))
         except Exception as error:
             if wants_gradients(error) or isinstance(error, PlasticError):
                 raise  # All runs are then repeated with gradients, or the caller's `outputs` does not fit.
@@ -93,8 +95,8 @@ def _observe(
             trained += 1
             failed.pop(i, None)
             more = both or any(name in runs.facts.seen - runs.evaluated for name, _ in model.named_parameters())
-            if i > 0 or more:
-                runs.calls.append(replace(_doubled(given[i]) if ran == 2 else given[i], training=True))
+            if i > 0 or more or not ran.same_as(evaluated[i], numbers=times == 1):
+                runs.calls.append(replace(_doubled(given[i]) if times == 2 else given[i], training=True))
     for i, error in failed.items():
         which = "the example inputs" if i == 0 else f"more_inputs[{i - 1}]"
         with blaming_inputs(model, given[i].args, given[i].kwargs, which):
@@ -104,10 +106,13 @@ def _observe(
     return runs
 
 
-def _run(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Call) -> None:
+def _run(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Call) -> Operations:
     """Trace one run of a copy of a model, and a second one where the model keeps something from call to call.
 
     A parameter is multiplied as often as in the first run in evaluation that used it.
+
+    Returns:
+        The operations of the first run.
     """
     twin = duplicate(model).train(call.training)  # on a copy, because a merged LoRA changes its parameters here
     running = tracer(twin, facts=facts, count=not call.training)
@@ -115,26 +120,26 @@ def _run(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Ca
     counted, facts.uses = facts.uses, {}
     try:
         running.run(call)
+        operations = running.operations
         counted = {**facts.uses, **counted}
         follow(running, before, call)
     finally:
         facts.uses = counted
+    return operations
 
 
-def _run_training(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Call) -> int:
-    """Trace a run in training mode, and return how often its batch was repeated for it.
+def _run_training(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, call: Call) -> tuple[int, Operations]:
+    """Trace a run in training mode, and return how often its batch was repeated for it, and its operations.
 
     BatchNorm refuses statistics over a single sample. So where the run fails, the batch is doubled.
     """
     try:
-        _run(model, tracer, facts, call)
-        return 1
+        return 1, _run(model, tracer, facts, call)
     except (ValueError, RuntimeError) as error:
         try:
-            _run(model, tracer, facts, _doubled(call))
+            return 2, _run(model, tracer, facts, _doubled(call))
         except Exception:
             raise error from None  # that of the inputs as they are says more
-        return 2
 
 
 def _reach(model: nn.Module, tracer: Callable[..., Tracer], facts: Facts, calls: Sequence[Call]) -> None:
