@@ -13,6 +13,7 @@ from plasticnet.tracing.experts import variants
 from plasticnet.units import ExpertUnits, Units
 
 _FLOORS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # how many experts may have to stay, as is tried
+_BY_NAME = "; a closed expert is taken out of its dict: let forward go through the dict by .items() or .values()"
 
 
 def settled(
@@ -46,7 +47,9 @@ def settled(
             if not trouble.startswith(STOPS) or (same and reason is not None and reason.startswith(STOPS)):
                 reason = trouble  # what runs comes nearer to the truth than what does not
         if reason is not None:
-            bad[name] = reason
+            kept = model.get_submodule(name.rpartition(".")[0])
+            by_name = isinstance(kept, nn.ModuleDict) and reason.startswith(STOPS)
+            bad[name] = f"{reason}{_BY_NAME}" if by_name else reason
             del found[name]
     return found, bad
 

@@ -252,8 +252,8 @@ def _remove(path: str | os.PathLike[str], model: nn.Module, removed: Any, expert
         remove_block(model, name)
     for name in experts:
         _submodule(path, model, name)
-        if not isinstance(_submodule(path, model, name.rpartition(".")[0]), nn.ModuleList):
-            raise PlasticError(f"{path} belongs to another architecture: {name!r} is no module of a list")
+        if not isinstance(_submodule(path, model, name.rpartition(".")[0]), nn.ModuleList | nn.ModuleDict):
+            raise PlasticError(f"{path} belongs to another architecture: {name!r} is no module of a list or a dict")
         remove_expert(model, name)
 
 

@@ -33,15 +33,15 @@ class Experts(nn.ModuleList):
 
 
 def remove_expert(model: nn.Module, name: str) -> None:
-    """Take the expert of this name out of its list, which becomes one of `Experts` if it is none.
+    """Take the expert of this name out of its dict, or out of its list, which becomes one of `Experts` if it is none.
 
     Args:
         model: The model.
-        name: The name of the expert, whose owner is an ``nn.ModuleList``.
+        name: The name of the expert, whose owner is an ``nn.ModuleList`` or an ``nn.ModuleDict``.
     """
     listed, _, key = name.rpartition(".")
     held = model.get_submodule(listed)
-    if not isinstance(held, Experts):
+    if not isinstance(held, Experts | nn.ModuleDict):
         owner, _, leaf = listed.rpartition(".")
         experts = Experts().train(held.training)
         for own, child in children_of(held).items():

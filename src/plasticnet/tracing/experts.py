@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from plasticnet.errors import PlasticError
 from plasticnet.layers.experts import Experts
 from plasticnet.tools.torch_private import children_of, parameters_of
-from plasticnet.units import CHOICE, BlockUnits, ExpertUnits, Norm, Slice, Units, Width, owner
+from plasticnet.units import CHOICE, BlockUnits, ExpertUnits, Norm, Slice, Units, Width, family_of, owner
 
 
 def find_experts(
@@ -70,26 +70,64 @@ def variants(model: nn.Module, name: str, sites: Mapping[str, Units]) -> Iterato
         return
     routers = _routers(model, above, inside, count)
     beside = [t for t, p in _outside(model, above, inside) if p.dim() == 1 and len(p) == count]
-    for router, dim in sorted(routers, key=lambda r: r[1]):
+    for rows, chosen in _rows(model, routers, beside):
+        where = dict.fromkeys([*rows, *((t, 0) for t in stacks)])
+        if taken.intersection(where):
+            continue
+        slices = [Slice(t, d, np.arange(count)[:, None], (1,)) for t, d in where]
+        norms = [Norm(above, -1, t, d, CHOICE) for t, d in chosen]
+        site = ExpertUnits(
+            f"{name}.members", count, slices, norms=norms, growable=False, blocks=blocks,
+            ends=(None,) * count, listed=not stacks,
+        )  # fmt: skip
+        for widths in _widths(model, name, above, count):
+            yield replace(site, widths=widths)
+
+
+_Places = tuple[tuple[str, int], ...]  # parameters and buffers, each with the dimension of the experts
+
+
+def _rows(
+    model: nn.Module, routers: Sequence[tuple[str, int]], beside: Sequence[str]
+) -> Iterator[tuple[_Places, _Places]]:
+    """Yield what may have an entry for each expert, and those of them by which a router chooses; the likeliest first.
+
+    Some routers choose by biased scores. Where several tasks share the experts, each has a router of its own.
+
+    Args:
+        model: The model.
+        routers: The matrices that may be a router's, each with its dimension of the experts.
+        beside: The vectors with an entry for each expert.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    routers = sorted(routers, key=lambda r: r[1])
+    listed = _together(routers, lambda r: (shapes[r[0]], r[1], family_of(r[0])))
+    others = [group for group in _together(routers, lambda r: (shapes[r[0]], r[1])) if group not in listed]
+    shared = {group: (*group, *_first([t for t in beside if owner(t) in _owners(group)])) for group in listed + others}
+    yield from ((shared[group], shared[group]) for group in listed)
+    for router, dim in routers:
         own = [t for t in beside if owner(t) == owner(router)]
         for rows in dict.fromkeys((((router, dim), *_first(own)), (*routers, *_first(beside)))):
-            where = dict.fromkeys([*rows, *((t, 0) for t in stacks)])
-            if taken.intersection(where):
-                continue
-            slices = [Slice(t, d, np.arange(count)[:, None], (1,)) for t, d in where]
-            chosen = [(router, dim), *(r for r in rows if r[0] in beside)]  # some routers choose by biased scores
-            norms = [Norm(above, -1, t, d, CHOICE) for t, d in chosen]
-            site = ExpertUnits(
-                f"{name}.members", count, slices, norms=norms, growable=False, blocks=blocks,
-                ends=(None,) * count, listed=not stacks,
-            )  # fmt: skip
-            for widths in _widths(model, name, above, count):
-                yield replace(site, widths=widths)
+            yield rows, ((router, dim), *(r for r in rows if r[0] in beside))
+    yield from ((shared[group], shared[group]) for group in others)
+
+
+def _together(places: Iterable[tuple[str, int]], key: Callable[[tuple[str, int]], object]) -> list[_Places]:
+    """Return the groups of two and more places that have a key in common."""
+    groups: dict[object, list[tuple[str, int]]] = {}
+    for place in places:
+        groups.setdefault(key(place), []).append(place)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _owners(places: _Places) -> set[str]:
+    """Return the names of the modules that own tensors."""
+    return {owner(t) for t, _ in places}
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Return whether a module is a plain list of modules, from which some can be taken."""
-    return type(module) in (nn.ModuleList, Experts)
+    """Return whether a module is a plain list or dict of modules, from which some can be taken."""
+    return type(module) in (nn.ModuleList, nn.ModuleDict, Experts)
 
 
 def _members(model: nn.Module, name: str) -> tuple[int, tuple[str, ...], list[str]]:
@@ -160,7 +198,10 @@ def _is_sparse(model: nn.Module, units: ExpertUnits, uses: Mapping[str, float]) 
 def _trouble(model: nn.Module, name: str, first: ExpertUnits | None, sites: Mapping[str, Units]) -> str | None:
     """Return why experts cannot be units, as far as the model shows it without a run, or None."""
     if _members(model, name)[0] < 2:
-        return "experts are two or more modules of a plain nn.ModuleList, or lie in parameters of three dimensions"
+        return (
+            "experts are two or more modules of a plain nn.ModuleList or nn.ModuleDict, or lie in parameters of three "
+            "dimensions"
+        )
     if first is None:
         return "nothing around the experts has a matrix with a row for each of them, as a router has"
     for other, u in sites.items():
