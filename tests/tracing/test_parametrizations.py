@@ -77,7 +77,7 @@ ROWS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 FROZEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "scaled by the largest entry": (lambda _, w: w / w.abs().max(), "reduced over its channels"),
     "softmax over the rows": (lambda _, w: w.softmax(0), _COMPUTED),
-    "a mask that is no buffer": (lambda _, w: w * MASK.to(w), "something fixed"),
+    "a mask that is no buffer": (lambda _, w: w * MASK.to(w), "neither a parameter nor a buffer"),
 }
 
 

@@ -130,7 +130,7 @@ FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "triangle": (lambda x: x.transpose(1, 2).tril().transpose(1, 2), "cut to a triangle with its channels"),
     "diagonal": (lambda x: x.diagonal(0, 1, 2)[:, None].expand(-1, 8, -1, -1), "read along a diagonal of its channels"),
     "flat roll": (lambda x: x.roll(16), "reordered"),
-    "numbers in order": (lambda x: x * torch.ones(x.shape[1]).to(x).cumsum(0)[:, None, None], "nothing to cut there"),
+    "numbers in order": (lambda x: x * torch.ones(x.shape[1]).to(x).cumsum(0)[:, None, None], "that forward makes"),
     "data-dependent control flow": (lambda x: x if x.amax() > 0 else -x, "reduced|read"),
     "noise of fixed width": (lambda x: x + torch.randn(1, 8, 1, 1), "does not run when units are cut"),
     "hard-coded divisor": (lambda x: x / x.shape[1], "way that tracing cannot see"),

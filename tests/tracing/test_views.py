@@ -114,7 +114,7 @@ def noisy(x: Tensor) -> Tensor:
 
 FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "written into noise": (noisy, "combined with something"),
-    "a fixed number of channels": (lambda x: x + torch.arange(8).view(1, 8, 1, 1), "combined with something"),
+    "a fixed number of channels": (lambda x: x + torch.arange(8).view(1, 8, 1, 1), "that forward makes"),
     "strided": (lambda x: x.as_strided((len(x), 8, 4, 4), (128, 16, 1, 4)), "does not run when units are cut"),
     "pixel shuffle and back": (cut_up, "does not run when units are cut"),
     "padding over the channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), "padded over its channels"),

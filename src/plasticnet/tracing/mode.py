@@ -24,6 +24,7 @@ from plasticnet.tools.torch_private import (
     written_arguments,
 )
 from plasticnet.tools.trees import tensors_within
+from plasticnet.tracing.constants import Constants
 from plasticnet.tracing.counts import Counting
 from plasticnet.tracing.facts import Facts
 from plasticnet.tracing.labels import NO_LEVERS, Axis, Levers, Mark, Tag, has_labels, labelled, plain
@@ -68,6 +69,7 @@ class Tracer(TorchDispatchMode):
         names: The name of each parameter and buffer, by its ``id``.
         parameters: The shapes of the parameters, by name.
         operations: What the last run consisted of.
+        constants: Which tensors follow neither from parameters and buffers nor from inputs.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Tracer(TorchDispatchMode):
         self.dimensions: np.ndarray | None = None
         self.names: dict[int, str] = {}
         self.parameters = {name: p.shape for name, p in model.named_parameters()}
-        self.operations = Operations()
+        self.operations, self.constants = Operations(), Constants(model)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.names[id(tensor)] = name
             axes = tuple(labelled(self.ledger.fresh(name, d, n)) if n else plain(n) for d, n in enumerate(tensor.shape))
@@ -211,7 +213,9 @@ class Tracer(TorchDispatchMode):
             self.liveness.differentiated = True
             return out
         written = [(t, self.tag(t).levers) for t in written_arguments(func, args, kwargs)]
+        constant = self.constants.behind(func, tensors, [self.tags.get(t) for t in tensors])
         self._move(func, tensors, args, kwargs, out)
+        self.constants.note(constant, tensors_within(out))
         for t, levers in written:
             self._forget_levers(t, levers)
         self.liveness.note(func, tensors, out, self.ledger.frozen[before:])
@@ -321,6 +325,8 @@ class Tracer(TorchDispatchMode):
             axis: The axis of the vector.
         """
         if vector is not None and vector.dim():
+            constant = self.constants.among([vector])
+            reason = f"combined with {constant}" if constant else reason
             self.meet(labels, self.ledger.read(self.tag(vector), axis), reason)
 
     def produce(self, weight: Tensor, axis: int, merging: bool = False) -> Axis:

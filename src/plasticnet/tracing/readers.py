@@ -39,7 +39,8 @@ def contract(tracer: Tracer, x: Tensor, x_axis: int, weight: Tensor, w_axis: int
     labels, columns = tracer.ledger.read(tx, x_axis), tracer.ledger.read(tw, w_axis)
     levers = tw.levers_of(w_axis)
     if not tw.static or not levers:
-        reason = _FIXED if tw.static else _PRODUCT
+        constant = tracer.constants.among([weight])
+        reason = f"multiplied with {constant}" if constant else _FIXED if tw.static else _PRODUCT
         tracer.ledger.freeze(labels, reason)
         tracer.ledger.freeze(columns, reason)
         return
@@ -75,10 +76,12 @@ def pair(tracer: Tracer, x: Tensor, x_axis: int, y: Tensor, y_axis: int) -> None
     """
     tx, ty = tracer.tag(x), tracer.tag(y)
     labels, others = tracer.ledger.read(tx, x_axis), tracer.ledger.read(ty, y_axis)
-    tracer.meet(labels, others, _PAIR)
+    constant = tracer.constants.among([x, y])
+    reason = f"multiplied with {constant}" if constant else _PAIR
+    tracer.meet(labels, others, reason)
     if not close_at_birth(tracer, tx.levers_of(x_axis) or ty.levers_of(y_axis)):
-        tracer.ledger.freeze(labels, _PAIR)
-        tracer.ledger.freeze(others, _PAIR)
+        tracer.ledger.freeze(labels, reason)
+        tracer.ledger.freeze(others, reason)
 
 
 def close_at_birth(tracer: Tracer, levers: Levers) -> bool:

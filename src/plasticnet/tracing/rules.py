@@ -52,6 +52,8 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
     """
     if any(t.labelled for t in tags):
         tags = [tracer.ledger.settle(t) for t in tags]
+    constant = tracer.constants.among(operands)
+    beside = (constant,) if constant else ()
     axes: list[Axis] = []
     for i in range(-ndim, 0):
         here = [(t, len(t.axes) + i) for t in tags if len(t.axes) >= -i]
@@ -62,7 +64,7 @@ def _broadcast(tracer: Tracer, operands: list[Tensor], tags: list[Tag], ndim: in
                 tracer.ledger.freeze(tracer.ledger.read(t, a), "one channel broadcast over many")
         if not part:  # the result takes the labels of a parameter rather than those of its mask
             full.sort(key=lambda place: not place[0].levers_of(place[1]))
-        axes.append(join_axes(tracer, full, size, part))
+        axes.append(join_axes(tracer, full, size, part, *beside))
     return Tag(tuple(axes))
 
 

@@ -37,7 +37,12 @@ def dim_of(dim: int, ndim: int) -> int:
     return dim % max(ndim, 1)
 
 
-def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, part: bool = False) -> Axis:
+_PLAIN = "something that has nothing to cut there"
+
+
+def join_axes(
+    tracer: Tracer, places: list[tuple[Tag, int]], size: int, part: bool = False, beside: str = _PLAIN
+) -> Axis:
     """Return the axis of the result where tensors are combined entry by entry, and join the labels of their axes.
 
     Args:
@@ -46,6 +51,7 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, part: bo
         size: The length of the axis.
         part: Whether the result is written into the first tensor, which is a view of another one. If its entries were
             equal, the labels cannot pass, because the other tensor gets none.
+        beside: What has nothing to cut there, if one of them has not, for people to read.
     """
     factors = [t.axes[a] for t, a in places]
     found = next((f for f in factors if has_labels(f)), None)
@@ -61,7 +67,7 @@ def join_axes(tracer: Tracer, places: list[tuple[Tag, int]], size: int, part: bo
             continue
         labels = tracer.ledger.read(t, a)
         if compared:
-            tracer.meet(union, labels, "combined with something that has nothing to cut there")
+            tracer.meet(union, labels, f"combined with {beside}")
             union = np.where(labels < 0, -1, union)
         else:
             union, compared = labels, True
