@@ -131,7 +131,23 @@ def test_new_dimensions_change_nothing(way: str) -> None:
 def test_a_scale_that_follows_the_size_is_frozen(way: str, product: str) -> None:
     net, _ = net_of(way, product)
     assert not [n for n in net.sites if n.startswith("attn.q")]
-    assert [n for n in net.frozen if n.startswith("attn.q")]
+    (reason,) = {reason for n, reason in net.frozen.items() if n.startswith("attn.q")}
+    assert "self.scale = head_dim ** -0.5, and give it as scale=self.scale" in reason
+
+
+def test_for_multihead_attention_the_reason_says_to_leave_it_out() -> None:
+    class Plain(Net):
+        def __init__(self) -> None:
+            super().__init__("packed")
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).tanh()
+            return self.out(x + self.attn(x, x, x)[0])
+
+    x = torch.randn(3, 5, 4)
+    assert "without head_dims=" in pn.PlasticNet(Plain(), (x,), head_dims="attn").frozen["attn"]
+    assert "attn" in pn.PlasticNet(Plain(), (x,)).sites
 
 
 def test_without_it_heads_are_the_units() -> None:

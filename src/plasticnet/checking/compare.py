@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -35,6 +36,12 @@ DISAGREE_IN_TRAINING = (
     "cannot see"
 )
 STOPS = "the model does not run when units are cut"
+# What torch says where a tensor of a fixed size meets one that was cut, and the way out.
+_NAMES_SIZES = re.compile(r"\b(sizes?|shapes?)\b", re.IGNORECASE)
+_SIZES = (
+    "; where forward writes a size as a number, take it from a shape, as x.shape[-1], or from a whole number that is "
+    "an attribute of a module, as self.width, which follows"
+)
 _KEEPS = "cutting its units changes what the model keeps for its next call in {names}"
 _IMPOSSIBLE = "its parameters or attributes cannot be changed: {error!r}"
 _DRAWN = 8  # how many random choices of closed experts are compared
@@ -157,8 +164,7 @@ class Comparing:
             try:
                 compared, left = self._called(small, _plainly, partial(_copies, names))
             except Exception as error:  # a forward that hard-codes a width can raise anything
-                what = str(error).splitlines()[0][:200] if str(error) else repr(error)
-                return f"{STOPS}: {what}"
+                return _stopped(error)
             try:
                 run, keeps = _masking(sites, factors), partial(_copies_of_cut, names, sites, factors)
                 masked, kept = self._called(self.model, run, keeps)
@@ -237,6 +243,12 @@ class Comparing:
         except Exception as error:  # a forward that hard-codes a width can raise anything
             return f"the model does not run when units are added: {error}"
         return None
+
+
+def _stopped(error: Exception) -> str:
+    """Return that a model does not run when units are cut, with its error, and the way out where it names sizes."""
+    what = str(error).splitlines()[0][:200] if str(error) and not isinstance(error, KeyError) else repr(error)
+    return f"{STOPS}: {what}{_SIZES if _NAMES_SIZES.search(what) else ''}"
 
 
 def _plainly(model: nn.Module, args: Any, kwargs: Any) -> Any:

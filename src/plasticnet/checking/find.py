@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from plasticnet.checking.check import self_check
+from plasticnet.checking.compare import DISAGREE, DISAGREE_IN_TRAINING, STOPS
 from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import MORE, Call, Outputs, calls_of
@@ -21,6 +22,12 @@ from plasticnet.tools.progress import Progress
 from plasticnet.tracing.trace import explore
 from plasticnet.units import ExpertUnits, Units, owner, without_lost_inputs
 
+_SCALE = (
+    "; with head_dims= the scale of the products of queries and keys must not follow the size of a head, as the "
+    "default of F.scaled_dot_product_attention and 1 / sqrt(q.shape[-1]) do: keep it as "
+    "self.scale = head_dim ** -0.5, and give it as scale=self.scale; nn.MultiheadAttention takes none, so that its "
+    "heads are cut as a whole, without head_dims="
+)
 Patterns = str | Sequence[str]  # one pattern of names or several, with the wildcards of fnmatch
 
 
@@ -120,13 +127,29 @@ def _found(
             UserWarning,
             stacklevel=6,
         )
-    frozen = {n: r for n, r in traced.frozen.items() if n not in _routers(traced.sites)} | ungated
+    reasons = {n: _explained(n, r, patterns["head_dims"]) for n, r in traced.frozen.items()}
+    frozen = {n: r for n, r in reasons.items() if n not in _routers(traced.sites)} | ungated
     return Found(traced.sites, tuple(tensors), traced.uses, frozen, excluded, traced.checked)
 
 
 def _routers(sites: Mapping[str, Units]) -> set[str]:
     """Return the names of routers whose rows belong to experts, and whose outputs tracing itself has frozen."""
     return {owner(n.tensor) for u in sites.values() if isinstance(u, ExpertUnits) for n in u.norms}
+
+
+def _explained(name: str, reason: str, head_dims: Sequence[str]) -> str:
+    """Return why something is frozen, with the way out where the dimensions of heads change what attention computes.
+
+    Args:
+        name: The name of what is frozen.
+        reason: What the self-check says.
+        head_dims: Name patterns of the modules in whose heads the dimensions are the units.
+    """
+    parts = name.partition("#")[0].split(".")
+    within = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    asked = any(fnmatchcase(module, pattern) for module in within for pattern in head_dims)
+    found = reason in (DISAGREE, DISAGREE_IN_TRAINING) or reason.startswith(STOPS)
+    return f"{reason}{_SCALE}" if asked and found else reason
 
 
 def _listed(name: str, patterns: Patterns) -> tuple[str, ...]:

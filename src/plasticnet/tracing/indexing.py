@@ -19,7 +19,7 @@ from plasticnet.tracing.levers import layout
 from plasticnet.tracing.mode import RULES, Tracer, rule
 from plasticnet.tracing.views import dim_of, join_axes, tensors_in
 
-_INDEXED = "indexed by position"
+_INDEXED = "indexed by position: an index is not followed, and a slice, split or chunk is"
 _VARIES = "an index that may differ between its channels, and is not cut with them"
 _PART = "only the first of its channels are indexed"
 
