@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -36,6 +37,11 @@ class Grid:
     """
 
     labels: np.ndarray
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """The labels that are not -1, each once and in ascending order."""
+        return np.unique(self.labels[self.labels >= 0])
 
 
 @dataclass(frozen=True, eq=False)

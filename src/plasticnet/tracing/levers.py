@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,8 @@ def _left(ledger: Ledger, old: Axis, levers: Levers, axis: Axis) -> Levers:
 
 def _shares(a: Axis, b: Axis) -> bool:
     """Return whether two axes have labels in common."""
-    for f in (f for f in a if f.grid is not None):
-        for g in (g for g in b if g.grid is not None):
-            if f.grid is g.grid:
-                return True
-            known = np.concatenate([np.unique(x.grid.labels[x.grid.labels >= 0]) for x in (f, g) if x.grid is not None])
-            if len(np.unique(known)) < len(known):
-                return True
-    return False
+    one, other = ([f.grid for f in axis if f.grid is not None] for axis in (a, b))
+    return any(g is h or len(np.intersect1d(g.known, h.known, assume_unique=True)) for g, h in product(one, other))
 
 
 def layout(*names: str) -> Callable[[Rule], Rule]:

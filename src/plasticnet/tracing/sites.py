@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from plasticnet.tracing.branches import freeze_for_other_branches
 from plasticnet.tracing.counts import attach_counts
 from plasticnet.tracing.facts import Facts
+from plasticnet.tracing.labels import Ledger
 from plasticnet.units import InputUnits, Slice, Trace, Units, owner
 
 _EMBEDDING = "the features of an embedding; residual=True gates them"
@@ -25,7 +26,7 @@ class _Classes:
 
     Attributes:
         of: The class of each label.
-        order: All labels, ordered by class.
+        order: The labels that belong to a tensor, ordered by class.
         starts: Where each class begins in this order. A further entry says where the last class ends.
     """
 
@@ -34,7 +35,7 @@ class _Classes:
     starts: np.ndarray
 
     def members(self, c: int) -> np.ndarray:
-        """Return the labels of a class in ascending order."""
+        """Return the labels of a class that belong to a tensor, in ascending order."""
         return self.order[self.starts[c] : self.starts[c + 1]]
 
 
@@ -56,7 +57,7 @@ def build(facts: Facts, unseen: Sequence[str], refused: str | None = None) -> Tr
         if tensor in unseen:
             ledger.freeze(labels, "never used while the model ran")
     names = [(tensor, dim) for tensor, dim, _ in origins]
-    classes = _classes(ledger.total, ledger.pairs)
+    classes = _classes(ledger)
     if refused is not None:
         why = f"the model does not run in training mode ({refused})"
         freeze_for_other_branches(ledger, classes.of, unseen, why, "then")
@@ -108,13 +109,15 @@ def _ordered(facts: Facts, names: Sequence[tuple[str, int]]) -> list[tuple[str, 
     return sorted(found, key=lambda key: (key[0] in facts.inputs, names.index(key)))
 
 
-def _classes(total: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> _Classes:
+def _classes(ledger: Ledger) -> _Classes:
     """Return the connected components of labels that are joined in pairs."""
+    total, pairs = ledger.total, ledger.pairs
     a = np.concatenate([p[0] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     b = np.concatenate([p[1] for p in pairs]) if pairs else np.zeros(0, dtype=np.int64)
     graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(total, total))
     count, of = connected_components(graph, directed=False)
     order = np.argsort(of, kind="stable")
+    order = order[~ledger.are_free(order)]
     return _Classes(of, order, np.searchsorted(of[order], np.arange(count + 1)))
 
 
@@ -156,7 +159,6 @@ def _sites_of(
     for c in mine:
         reason = reasons.get(c)
         members = classes.members(c)
-        members = members[~facts.ledger.are_free(members)]
         born_in = tuple(origin_of[members].tolist()) if reason is None else ()
         if reason is None:
             if born_in not in unread:
