@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,9 +126,17 @@ def test_resume_of_nothing_is_refused(
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Path:
-    succeed(*MOONS, "--out", tmp_path / "run")
-    return tmp_path / "run"
+def started(tmp_path: Path, run: Path) -> Path:
+    """A copy of a finished run, which a test may damage."""
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("cli") / "run"
+    succeed(*MOONS, "--out", out)
+    return out
 
 
 def test_resume_with_other_settings_is_refused(
