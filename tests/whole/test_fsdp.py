@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,6 +160,7 @@ def batches(n: int, width: int = 4, size: int = 6) -> list[list[Tensor]]:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
+    """All in one pair of processes, because each has to import torch."""
     together(
         tmp_path,
         gradients_of_every_estimator,
@@ -167,6 +168,18 @@ def test_two_ranks(tmp_path: Path) -> None:
         within_a_larger_module,
         accumulated,
         sharded_before_the_network_was_made,
+        trained_as_in_one_process,
+        to_a_budget_as_under_ddp,
+        grown_as_under_ddp,
+        statistics_of_norms,
+        resized_wherever_it_stands,
+        in_half_precision,
+        uneven_shards,
+        states_load,
+        what_needs_the_whole,
+        orders_that_are_refused,
+        other_meshes,
+        undone,
     )
 
 
@@ -204,7 +217,7 @@ def gradients_of_many_networks(rank: int) -> None:
         lambda: built(Checkpointed, gates="batch", estimator="disarm"),
         lambda: built(Recurrent, gates="batch"),
     ]
-    for make, shard in product(makers, (WAYS["network"], WAYS["model"])):
+    for make, shard in zip(makers, cycle((WAYS["network"], WAYS["model"])), strict=False):
         same_gradients(rank, make, shard)
     for make in (makers[0], makers[1], makers[2], makers[4], makers[5]):
         same_gradients(rank, make, layers)
@@ -285,19 +298,6 @@ def sharded_before_the_network_was_made(rank: int) -> None:
 
 
 # -- sizes ------------------------------------------------------------------------------------
-
-
-def test_two_ranks_change_their_sizes(tmp_path: Path) -> None:
-    together(
-        tmp_path,
-        trained_as_in_one_process,
-        to_a_budget_as_under_ddp,
-        grown_as_under_ddp,
-        statistics_of_norms,
-        resized_wherever_it_stands,
-        in_half_precision,
-        uneven_shards,
-    )
 
 
 def trained_as_in_one_process(rank: int) -> None:
@@ -502,10 +502,6 @@ def uneven_shards(rank: int) -> None:
 
 
 # -- everything else --------------------------------------------------------------------------
-
-
-def test_two_ranks_do_the_rest(tmp_path: Path) -> None:
-    together(tmp_path, states_load, what_needs_the_whole, orders_that_are_refused, other_meshes, undone)
 
 
 def states_load(rank: int) -> None:
