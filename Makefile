@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick versions lint wheel zoo cost gates growth random soak detectors interrupts integrations docs clean \
+.PHONY: demo test quick versions lint wheel zoo cost gates growth random soak heavy integrations docs clean \
 	experiments experiments-peers experiments-peers-images experiments-peers-others experiments-small experiments-full \
 	experiments-gpu
 
@@ -130,13 +130,11 @@ experiments-gpu: $(VENV)/.installed
 		$(BIN)/python experiments/paper_cifar.py --data-dir $(DATA) --kept $(CACHE)/$$data-$$network-$$mode.safetensors \
 			--data $$data --network $$network --mode $$mode || exit 1; done; done; done
 
-# All detectors of torchvision; the heavy ones are left out of `make test`.
-detectors: $(VENV)/.installed
-	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_detectors.py
-
-# Calls that are interrupted at 150 of their lines each; `make test` tries 30.
-interrupts: $(VENV)/.installed
-	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_interrupts.py
+# What `make test` leaves out or samples: all detectors of torchvision, calls that are interrupted at 150 of their lines
+# each, and the example of adapters' ranks. Some ten minutes.
+heavy: $(VENV)/.installed
+	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_detectors.py tests/whole/test_interrupts.py \
+		tests/whole/test_readme.py
 
 $(VENV)/.integrations: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,integrations]"

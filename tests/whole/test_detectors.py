@@ -53,7 +53,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 
-_HEAVY = pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes minutes: make detectors")
+_HEAVY = pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes minutes: make heavy")
 NAMES = [n if n == "ssdlite" else pytest.param(n, marks=_HEAVY) for n in DETECTORS]
 
 

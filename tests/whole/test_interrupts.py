@@ -169,7 +169,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-POINTS = 150 if "PLASTICNET_HEAVY" in os.environ else 30  # `make interrupts` looks at the most
+POINTS = 150 if "PLASTICNET_HEAVY" in os.environ else 30  # `make heavy` looks at the most
 
 
 def made(name: str) -> Case:

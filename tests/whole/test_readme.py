@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -155,6 +156,7 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes a minute: make heavy")
 def test_ranks_of_adapters() -> None:
     """The example itself compares what PEFT loads and merges with the network."""
     pytest.importorskip("peft")
