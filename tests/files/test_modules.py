@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
@@ -261,6 +262,44 @@ def test_a_name_for_torch_save_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(PlasticError, match=r"torch\.load does not read: call it .*small\.safetensors"):
         save(nn.Linear(3, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+class Unread(nn.Module):
+    """Calls no layer, but multiplies with weights, and leaves out what else a layer has.
+
+    Args:
+        kind: Which layer has what is never read.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.conv, self.norm = nn.Conv1d(5, 8, 1), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "cosine":
+            y = F.linear(x, F.normalize(self.a.weight, dim=1))
+        elif self.kind == "convolution":
+            y = F.conv1d(x[..., None], self.conv.weight)[..., 0]
+        else:
+            y = self.a(x)
+        if self.kind == "statistics":
+            y = F.batch_norm(y, None, None, self.norm.weight, self.norm.bias, training=True)
+        return self.head(y.relu())
+
+
+@pytest.mark.parametrize("kind", ["cosine", "convolution", "statistics"])
+def test_a_vector_that_the_model_does_not_read(kind: str, tmp_path: Path) -> None:
+    x = torch.randn(6, 5)
+    net = PlasticNet(Unread(kind), (x,)).eval()
+    randomise_gates(net)
+    small = net.compact()
+    save(small, tmp_path / "m")
+    loaded = load(tmp_path / "m", lambda: Unread(kind))
+    assert {n: t.shape for n, t in loaded.state_dict().items()} == {n: t.shape for n, t in small.state_dict().items()}
+    assert torch.equal(loaded(x), small(x))
+    torch.testing.assert_close(loaded(x), net(x))
 
 
 def test_norms_folded_after_the_cut(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         free_heads(model.get_submodule(name), size)
     unfuse_encoders(model)
     for name, module in model.named_modules():
-        for what in mismatches(module, groups.get(name), weights.get(name)):
+        for what in mismatches(module, groups.get(name), weights.get(name), _unread(name, module, resized)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
     for name in takes:
         take, layer = model.get_submodule(f"{name}.0"), model.get_submodule(f"{name}.1")
@@ -166,10 +166,27 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     return model
 
 
+def _unread(name: str, module: nn.Module, resized: list[list[Any]] | None) -> list[str]:
+    """Return the names of the vectors of a module that the cut has left as they were; others must fit its weight.
+
+    The model does not read such a vector, as where it multiplies with the weight of a linear layer and leaves out its
+    bias. That a file has it as the factory does was checked as it was loaded.
+
+    Args:
+        name: The name of the module.
+        module: The module.
+        resized: Pairs of a tensor's name and a dimension, in which the cut has resized it; None if that is not known.
+    """
+    prefix = f"{name}." if name else ""
+    held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return [leaf for leaf, t in held if resized is not None and t.dim() == 1 and [prefix + leaf, 0] not in resized]
+
+
 def _new_biases(module: nn.Module, resized: list[list[Any]]) -> list[list[Any]]:
     """Return the biases that layers have got since they were cut, as from a BatchNorm folded into them.
 
-    They are as long as the outputs of the layer, so that a file may resize them with it.
+    They are as long as the outputs of the layer, so that a file may resize them with it. A bias of another length is
+    one that the model does not read.
 
     Args:
         module: The compact module.
@@ -180,7 +197,12 @@ def _new_biases(module: nn.Module, resized: list[list[Any]]) -> list[list[Any]]:
         prefix = f"{name}." if name else ""
         outputs = 1 if isinstance(layer, ConvTranspose) else 0
         new = [f"{prefix}bias", 0] not in resized and [f"{prefix}weight", outputs] in resized
-        if new and isinstance(layer, nn.Linear | Conv) and layer.bias is not None:
+        if (
+            new
+            and isinstance(layer, nn.Linear | Conv)
+            and layer.bias is not None
+            and len(layer.bias) == layer.weight.shape[outputs]
+        ):
             found.append([f"{prefix}bias", 0])
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -268,13 +268,14 @@ def group_size(module: nn.Module) -> int | None:
     return None
 
 
-def mismatches(module: nn.Module, group: int | None, weight: str | None) -> Iterator[str]:
+def mismatches(module: nn.Module, group: int | None, weight: str | None, unread: Collection[str] = ()) -> Iterator[str]:
     """Yield descriptions of where a module's attributes contradict the shapes of its parameters.
 
     Args:
         module: The module.
         group: The `group_size` that it must have, or None.
         weight: The name of its weight, as `weights_of` has found it before the sizes changed, or None.
+        unread: The names of vectors of the module that keep their length, because nothing reads them.
     """
     expected = dict(_expected(module, weight))
     outputs = next((v for n, v in expected.items() if n in ("out_features", "out_channels", *_NORM_WIDTHS)), None)
@@ -283,7 +284,7 @@ def mismatches(module: nn.Module, group: int | None, weight: str | None) -> Iter
         # torch.nn.utils.prune computes the bias from the other two, at the next call only
         for name in (leaf, f"{leaf}_orig", f"{leaf}_mask"):
             vector = held.get(name)
-            if outputs is not None and vector is not None and vector.shape != (outputs,):
+            if outputs is not None and vector is not None and vector.shape != (outputs,) and name not in unread:
                 yield f"{name} has shape {tuple(vector.shape)}, for {outputs} outputs"
     if isinstance(module, Conv) and weight == "weight":
         groups = module.weight.shape[0] // group if group else 1
