@@ -91,6 +91,11 @@ def test_the_reason_names_what_cannot_be_cut_and_the_way_out(held: str, named: s
     assert "register_buffer" in reason
 
 
+@pytest.mark.parametrize("held", ["attribute", "where", "list", "dict", "global"])
+def test_the_rows_of_a_masked_weight_are_named_too(held: str) -> None:
+    assert "hold it in a buffer" in pn.trace(Masked(held), (torch.randn(5, 4),)).frozen["layer"]
+
+
 def test_a_buffer_is_the_way_out() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4, dtype=torch.float64)

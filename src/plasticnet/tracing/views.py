@@ -68,7 +68,9 @@ def join_axes(
         labels = tracer.ledger.read(t, a)
         if compared:
             tracer.meet(union, labels, f"combined with {beside}")
-            union = np.where(labels < 0, -1, union)
+            # What a constant freezes keeps its labels, so that it is named as what produces units.
+            kept = beside != _PLAIN and not part
+            union = np.where(union < 0, labels, union) if kept else np.where(labels < 0, -1, union)
         else:
             union, compared = labels, True
     complete = (tracer.ledger.read(Tag((found,)), 0) == union).all()
