@@ -60,6 +60,30 @@ class Tupled(Attention):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
+class Separate(Attention):
+    """As in Llama: keys and values have a number of heads of their own, here that of the queries.
+
+    Args:
+        written: Whether the size of a head is written where heads are split, and not found by torch.
+    """
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.num_key_heads, self.size = HEADS, SIZE if written else -1
+        self.qkv = nn.Linear(WIDTH, HEADS * SIZE)
+        self.k, self.v = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(WIDTH, HEADS * SIZE)
+        self.register_buffer("turned", torch.randn(LENGTH, SIZE))
+
+    def split(self, x: Tensor, heads: int) -> Tensor:
+        return (x.view(*x.shape[:2], heads, self.size).transpose(1, 2) * self.turned).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.split(self.qkv(x), self.num_heads)
+        k, v = self.split(self.k(x), self.num_key_heads), self.split(self.v(x), self.num_key_heads)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
 class HardCoded(Attention):
     """Divides the width that comes in, which is not the width of the heads that are left."""
 
@@ -89,6 +113,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
     "num_heads": (Attention, {"num_heads": 4, "head_dim": 3}, {"num_heads": 2, "head_dim": 3}),
     "split_size": (Splitting, {"split_size": 12, "head_dim": 3}, {"split_size": 6, "head_dim": 3}),
     "tuple": (Tupled, {"sizes": (3, 4, 3)}, {"sizes": (3, 2, 3)}),
+    "two that stop in the same words": (
+        lambda: Separate(False), {"num_heads": 4, "num_key_heads": 4}, {"num_heads": 2, "num_key_heads": 2},
+    ),
+    "the same, with the size of a head": (
+        lambda: Separate(True), {"num_heads": 4, "num_key_heads": 4}, {"num_heads": 2, "num_key_heads": 2},
+    ),
     "equal by chance": (
         lambda: Attention(3, 3), {"num_heads": 3, "head_dim": 3}, {"num_heads": 2, "head_dim": 3},
     ),

@@ -142,7 +142,7 @@ def _trial(
         bad[n] = "all its channels form a single unit, which can be neither cut nor added to"
         del good[n]
     step("single weights")
-    return replace(traced, sites=without_lost_inputs(good), frozen=bad)
+    return replace(traced, sites=without_lost_inputs(good), frozen={n: str(reason) for n, reason in bad.items()})
 
 
 def _under_all(run: Comparing, others: Callable[[int], Comparing]) -> Comparison:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from plasticnet.checking.culprits import Stopped, stopped
 from plasticnet.checking.draws import EvenDraws
 from plasticnet.gates.run import Gating
 from plasticnet.surgery.compact import cut
@@ -245,10 +246,10 @@ class Comparing:
         return None
 
 
-def _stopped(error: Exception) -> str:
+def _stopped(error: Exception) -> Stopped:
     """Return that a model does not run when units are cut, with its error, and the way out where it names sizes."""
     what = str(error).splitlines()[0][:200] if str(error) and not isinstance(error, KeyError) else repr(error)
-    return f"{STOPS}: {what}{_SIZES if _NAMES_SIZES.search(what) else ''}"
+    return stopped(f"{STOPS}: {what}{_SIZES if _NAMES_SIZES.search(what) else ''}", error)
 
 
 def _plainly(model: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,28 @@ from collections.abc import Callable, Mapping
 
 from plasticnet.units import Units, family_of
 
+
+class Stopped(str):
+    """Why a model does not run, and where it stopped.
+
+    Attributes:
+        place: The place in the code of each function that was running. Where queries and keys are split into heads one
+            after the other, both may fail with the same words.
+    """
+
+    place: tuple[int, ...] = ()
+
+
+def stopped(reason: str, error: Exception) -> Stopped:
+    """Return why a model does not run, with the place that an error comes from."""
+    found = Stopped(reason)
+    frame = error.__traceback__
+    while frame is not None:
+        found.place += (frame.tb_lasti,)
+        frame = frame.tb_next
+    return found
+
+
 Comparison = Callable[[Mapping[str, Units]], str | None]  # returns why a comparison of these sites fails, or None
 Repair = Callable[[Comparison, Mapping[str, Units]], dict[str, Units] | None]  # returns sites that pass, or None
 _LARGE_FAMILY = 5  # a family with more members than this is judged by three of them

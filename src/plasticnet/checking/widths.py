@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from plasticnet.checking.culprits import Comparison
+from plasticnet.checking.culprits import Comparison, Stopped
 from plasticnet.surgery.attributes import candidates
 from plasticnet.units import Units, Width, family_of
 
@@ -111,7 +111,7 @@ def _search(kinds: Sequence[Kind], trouble: Callable[[tuple[Kind, ...]], str | N
     """Yield sets of attributes that remove the trouble, small ones first.
 
     Small sets come first because an attribute that is changed without need may be wrong elsewhere. A set is extended
-    only if adding its last attribute has changed the trouble.
+    only if adding its last attribute has changed the trouble, or the place where the model stops.
 
     Args:
         kinds: The kinds of the attributes that may have to follow the size.
@@ -129,9 +129,14 @@ def _search(kinds: Sequence[Kind], trouble: Callable[[tuple[Kind, ...]], str | N
                 now = trouble(choice)
                 if now is None:
                     yield choice
-                elif now != before:
+                elif now != before or _place(now) != _place(before):
                     extended.append((choice, now))
         level = extended
+
+
+def _place(trouble: str | None) -> tuple[int, ...]:
+    """Return the place where the model stops, or an empty one where it runs."""
+    return trouble.place if isinstance(trouble, Stopped) else ()
 
 
 def _with(
