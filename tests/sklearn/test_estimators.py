@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from sklearn.base import clone
 from sklearn.datasets import make_classification, make_moons, make_regression
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -28,7 +29,9 @@ ESTIMATORS = [PlasticMLPClassifier, PlasticMLPRegressor]
 @pytest.mark.filterwarnings("ignore")  # the checks fit on data of every kind
 @parametrize_with_checks([PlasticMLPClassifier(), PlasticMLPRegressor()])
 def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
-    check(estimator)
+    """Only those checks that ask for accuracy get all epochs; the others would need as long to say the same."""
+    learns = check.func.__name__.endswith("_train")
+    check(estimator if learns else clone(estimator).set_params(max_iter=12))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
