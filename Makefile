@@ -131,10 +131,10 @@ experiments-gpu: $(VENV)/.installed
 			--data $$data --network $$network --mode $$mode || exit 1; done; done; done
 
 # What `make test` leaves out or samples: all detectors of torchvision, calls that are interrupted at 150 of their lines
-# each, and the example of adapters' ranks. Some ten minutes.
+# each, and the examples that take long. Some ten minutes.
 heavy: $(VENV)/.installed
 	PLASTICNET_HEAVY=1 $(BIN)/python -m pytest tests/whole/test_detectors.py tests/whole/test_interrupts.py \
-		tests/whole/test_readme.py
+		tests/whole/test_readme.py tests/oneshot/test_prune.py
 
 $(VENV)/.integrations: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,integrations]"

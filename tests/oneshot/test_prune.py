@@ -21,6 +21,7 @@ import plasticnet as pn
 from plasticnet import PlasticError, PlasticNet
 from plasticnet.oneshot.scores import KINDS
 from tests.kit.blocks import InOrder
+from tests.kit.heavy import heavy
 from tests.kit.networks import ConvNet, assert_same, images, mlp, randomise_gates, train_step
 
 SCOPES: tuple[Literal["global", "uniform"], ...] = ("global", "uniform")
@@ -272,6 +273,7 @@ def test_what_sensitivity_refuses() -> None:
 
 
 @pytest.mark.slow
+@heavy
 def test_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way meets its budget and is not far from the dense network in the end."""
     path = Path(__file__).parents[2] / "examples" / "from_trained.py"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 
 import plasticnet as pn
 from plasticnet.tools.trees import tensors_within
+from tests.kit.heavy import heavy
 
 PLAIN: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": 4}
 SMALL: dict[str, Any] = {"min_size": 64, "max_size": 96}
@@ -53,8 +53,7 @@ DETECTORS: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 
-_HEAVY = pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes minutes: make heavy")
-NAMES = [n if n == "ssdlite" else pytest.param(n, marks=_HEAVY) for n in DETECTORS]
+NAMES = [n if n == "ssdlite" else pytest.param(n, marks=heavy) for n in DETECTORS]
 
 
 def example(dtype: torch.dtype) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

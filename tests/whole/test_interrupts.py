@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from tests.kit.blocks import InOrder
+from tests.kit.heavy import RUNS
 from tests.kit.interrupts import interrupted, lines_of
 from tests.kit.networks import assert_same
 
@@ -169,7 +169,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-POINTS = 150 if "PLASTICNET_HEAVY" in os.environ else 30  # `make heavy` looks at the most
+POINTS = 150 if RUNS else 30  # `make heavy` looks at the most
 
 
 def made(name: str) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
@@ -21,6 +20,7 @@ from pyarrow import parquet
 from plasticnet.apps.data import load_data
 from plasticnet.apps.models import factory
 from tests.kit.commands import succeed
+from tests.kit.heavy import heavy
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +64,7 @@ def test_python_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@heavy
 @pytest.mark.parametrize("way", [(), ("--ddp",)])
 def test_example_of_several_processes(way: tuple[str, ...]) -> None:
     command = [sys.executable, str(ROOT / "examples" / "distributed.py"), *way]
@@ -156,7 +157,7 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("PLASTICNET_HEAVY" not in os.environ, reason="it takes a minute: make heavy")
+@heavy
 def test_ranks_of_adapters() -> None:
     """The example itself compares what PEFT loads and merges with the network."""
     pytest.importorskip("peft")
@@ -172,6 +173,7 @@ def test_ranks_of_adapters() -> None:
 
 
 @pytest.mark.slow
+@heavy
 def test_after_shrinking() -> None:
     command = [sys.executable, str(ROOT / "examples" / "after_shrinking.py")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # it checks its own outputs
