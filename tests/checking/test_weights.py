@@ -157,14 +157,14 @@ def test_unbiased(name: str, units: bool) -> None:
     net.sampler.estimator = name
     exact = exact_gradient(net, x, y)
     net.train()
-    steps, found = 500, []
+    steps, found = 1200 if name == "ar" else 600, []  # "ar" has the most noise
     for _ in range(steps):
         loss = net.expected_loss(lambda: F.cross_entropy(net(x), y, reduction="none"))
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [g.phi for g in net.all_gates()])]))
     stacked = torch.stack(found)
     error = stacked.std(0) / steps**0.5
     assert ((stacked.mean(0) - exact).abs() <= 4.5 * error + 1e-9).all()
-    assert error.median() < exact.abs().max() / 3  # noise does not hide the gradient
+    assert error.median() < exact.abs().max() / 4  # noise does not hide the gradient
 
 
 def test_one_kind_is_flipped_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
