@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from plasticnet.checking.compare import BLIND, DISAGREE, DISAGREE_IN_TRAINING, FINE, ROUGH, Comparing, Pattern
+from plasticnet.checking.compare import BLIND, DIFFERS, FINE, ROUGH, Comparing, Pattern
 from plasticnet.checking.culprits import Comparison, Repair, culprits
 from plasticnet.checking.experts import settled
 from plasticnet.checking.reached import reaching, unsure
@@ -80,8 +80,7 @@ def _without_chance(
     if not found.frozen:
         return found
     passed = 0
-    differs = {DISAGREE, DISAGREE_IN_TRAINING}.intersection(found.frozen.values())
-    for seed in range(1, 1 + _OTHERS) if differs else ():
+    for seed in range(1, 1 + _OTHERS) if DIFFERS.intersection(found.frozen.values()) else ():
         found = _trial(model, traced, calls, seed, step, _together)
         passed += not found.frozen
         if passed == 2:

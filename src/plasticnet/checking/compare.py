@@ -36,6 +36,7 @@ DISAGREE_IN_TRAINING = (
     "cutting its units changes the output in training mode: there the model uses its width in a way that tracing "
     "cannot see"
 )
+DIFFERS = frozenset({DISAGREE, DISAGREE_IN_TRAINING})
 STOPS = "the model does not run when units are cut"
 # What torch says where a tensor of a fixed size meets one that was cut, and the way out.
 _NAMES_SIZES = re.compile(r"\b(sizes?|shapes?)\b", re.IGNORECASE)

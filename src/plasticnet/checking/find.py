@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from plasticnet.checking.check import self_check
-from plasticnet.checking.compare import DISAGREE, DISAGREE_IN_TRAINING, STOPS
+from plasticnet.checking.compare import DIFFERS, STOPS
 from plasticnet.checking.weights import gateable
 from plasticnet.errors import PlasticError
 from plasticnet.tools.inputs import MORE, Call, Outputs, calls_of
@@ -148,7 +148,7 @@ def _explained(name: str, reason: str, head_dims: Sequence[str]) -> str:
     parts = name.partition("#")[0].split(".")
     within = [".".join(parts[: n + 1]) for n in range(len(parts))]
     asked = any(fnmatchcase(module, pattern) for module in within for pattern in head_dims)
-    found = reason in (DISAGREE, DISAGREE_IN_TRAINING) or reason.startswith(STOPS)
+    found = reason in DIFFERS or reason.startswith(STOPS)
     return f"{reason}{_SCALE}" if asked and found else reason
 
 
