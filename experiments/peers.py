@@ -5,8 +5,8 @@ also learns from the wide network's outputs, to reach a share of its multiply-ad
 in all of them. Each way has six settings to choose from (peers_ways.py), and takes the one whose error on validation
 data is smallest at the second smallest budget on seed 100, which is not measured. Test data are read once a run.
 
-"plasticnet" is `pn.shrink` or gates that learn under a budget; the six settings decide between these, too. "same
-widths" knows the widths that it has found, and starts from random weights with the epochs of both trainings together.
+Two ways are plasticnet's: `pn.shrink`, and gates that learn under a budget. "same widths" knows the widths that
+`pn.shrink` has found, and starts from random weights with the epochs of both trainings together.
 
 A run takes some seconds to two minutes on one core, all of them some six hours: python experiments/peers.py --data-dir
 DIR. Adds rows to results/peers_TASK.json after each run, and goes on from there, so that processes may measure tasks
@@ -28,7 +28,7 @@ import torch
 from common import environment, write, written
 from peers_tasks import TASKS, Task
 from peers_training import Start, gated, train
-from peers_ways import FULL, OURS, SETTINGS, made
+from peers_ways import OURS, PEERS, SETTINGS, SHRINK, made
 from pruning import operations
 from torch import nn
 
@@ -156,8 +156,8 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
             }
         )
     for key in todo:
-        ours = [r for r in rows_of(name, way=OURS, share=key["share"], seed=seed) if "failed" not in r]
-        widths = min(ours, key=lambda r: r["validation"])["widths"] if ours else {}
+        ours = [r for r in rows_of(name, way=SHRINK, share=key["share"], seed=seed) if "failed" not in r]
+        widths = ours[0]["widths"] if ours else {}  # those before the training, which the settings do not change
         found = run(key["way"], start, key["share"], key["setting"], widths)
         add({**key, **found, "dense_seconds": seconds})
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=list(FULL))
+    parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=[*OURS, *PEERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 1, 2, 3], help="0 is the largest")
     parser.add_argument("--all", action="store_true", help="all ways, and not only those of the full grid")

@@ -12,7 +12,7 @@ from typing import Any
 from common import RESULTS, between, how, publish, spread, svg
 from gates_table import grouped, table
 from peers_tasks import TASKS
-from peers_ways import FULL, OURS, SETTINGS
+from peers_ways import OURS, PEERS, SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs"
 TUNING = 100
@@ -29,9 +29,11 @@ def measured(rows: Rows) -> Rows:
 
 
 def seeds_of(rows: Rows) -> int:
-    """With how many seeds every way was measured that was measured at all."""
+    """With how many seeds every way of the full grid was measured, at every budget."""
     found = grouped([r for r in measured(rows) if r["way"] != "dense"], "way", "share")
-    return min((len({r["seed"] for r in group}) for group in found.values()), default=0)
+    seeds = {key: len({r["seed"] for r in group}) for key, group in found.items()}
+    shares = {share for _, share in seeds}
+    return min((seeds.get((way, share), 0) for way in (*OURS, *PEERS) for share in shares), default=0)
 
 
 def seconds(row: dict[str, Any]) -> float:
@@ -68,22 +70,24 @@ def by_budget(rows: Rows, task: str) -> str:
 
 
 def verdict(rows: Rows) -> str:
-    """At how many budgets ours is on or above each way of the full grid: its mean within the spread, or better."""
+    """At how many budgets ours are on or above each way of the full grid: the mean within the spread, or better."""
     cells = []
     for task, found in grouped(measured(rows), "task").items():
-        name, line = task[0] if isinstance(task, tuple) else task, []
-        shares = sorted({r["share"] for r in found if r["way"] != "dense"})
-        for way in FULL[1:]:
-            better = level = total = 0
-            for share in shares:
-                ours, theirs = ([r["test"] for r in found if (r["way"], r["share"]) == (w, share)] for w in (OURS, way))
-                if ours and theirs:
-                    total += 1
-                    better += mean(ours) <= mean(theirs)
-                    level += mean(theirs) < mean(ours) <= mean(theirs) + max(deviation(ours), deviation(theirs))
-            line.append(f"{better} + {level} of {total}" if total else "")
-        cells.append([name, *line])
-    return "\n".join(table(["task", *FULL[1:]], cells))
+        name = task[0] if isinstance(task, tuple) else task
+        cells += [[name, our, *(compared(found, our, way) for way in PEERS)] for our in OURS]
+    return "\n".join(table(["task", "way", *PEERS], cells))
+
+
+def compared(rows: Rows, our: str, way: str) -> str:
+    """At how many budgets one of our ways is better than another way, and at how many it is level."""
+    better = level = total = 0
+    for share in sorted({r["share"] for r in rows if r["way"] != "dense"}):
+        ours, theirs = ([r["test"] for r in rows if (r["way"], r["share"]) == (w, share)] for w in (our, way))
+        if ours and theirs:
+            total += 1
+            better += mean(ours) <= mean(theirs)
+            level += mean(theirs) < mean(ours) <= mean(theirs) + max(deviation(ours), deviation(theirs))
+    return f"{better} + {level} of {total}" if total else ""
 
 
 def deviation(values: list[float]) -> float:
@@ -104,11 +108,11 @@ def search(content: dict[str, Any]) -> str:
     """The estimators beside the Optuna search."""
     cells = []
     for (task, way), found in grouped(sorted(content["results"], key=lambda r: r["task"]), "task", "way").items():
-        ours = {r["seed"]: r["seconds"] for r in content["results"] if (r["task"], r["way"]) == (task, OURS)}
+        ours = {r["seed"]: r["seconds"] for r in content["results"] if (r["task"], r["way"]) == (task, "plasticnet")}
         ratios = [ours[r["seed"]] / r["seconds"] for r in found if r["seed"] in ours]
         sizes = spread([r["parameters"] for r in found], 0)
         scores, times = spread([100 * r["score"] for r in found]), spread([r["seconds"] for r in found], 0)
-        ratio = f"{median(ratios):.2f}" if ratios and way != OURS else ""
+        ratio = f"{median(ratios):.2f}" if ratios and way != "plasticnet" else ""
         cells.append([task, way, str(len(found)), scores, sizes, times, ratio])
     header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
     return "\n".join([*table(header, cells), "", how(content["environment"])])
@@ -152,7 +156,7 @@ def picture(rows: Rows, task: str) -> str:
                 ]
                 if points:
                     x, y, d = zip(*points, strict=True)
-                    width = 2.2 if way == OURS else 1.0
+                    width = 2.2 if way in OURS else 1.0
                     place.errorbar(x, y, d, label=way, marker=MARKS[way], ms=4, lw=width, capsize=2)
             place.set_xscale("log")
             place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -172,9 +176,8 @@ def picture(rows: Rows, task: str) -> str:
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
     searched, smallest = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("width_search", "few_units"))
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("peers_*.json"))]
-    named = {content["results"][0]["task"]: content for content in found}
-    contents = {name: named[name] for name in sorted(named, key=lambda name: [*TASKS, name].index(name))}
+    paths = {name: RESULTS / f"peers_{name.lower()}.json" for name in TASKS}
+    contents = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     tasks = [name for name, content in contents.items() if seeds_of(content["results"]) >= SEEDS]
     rows = [row for name in tasks for row in contents[name]["results"]]
     page = DOCS / "peers.md"

@@ -126,7 +126,7 @@ def _pruned(start: Start, setting: Setting, slopes: Mapping[str, Tensor], ratio:
 
 
 def same_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
-    """The widths that plasticnet has found, from random weights."""
+    """The widths that `pn.shrink` has found, from random weights."""
     return _from_random(start, widths, setting)
 
 
@@ -144,11 +144,12 @@ def _from_random(start: Start, widths: Widths, setting: Setting) -> nn.Module:
 
 
 RATES, FEW = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (4e-3, 12e-3, 32e-3)
-OURS = "plasticnet"
+SHRINK, GATES = "plasticnet, shrink", "plasticnet, gates"
 
 # Every way has as many settings to choose from by validation data, on a seed that is not measured.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    OURS: [{"how": how, "rate": rate} for how in ("shrink", "gates") for rate in FEW],
+    SHRINK: [{"rate": rate} for rate in RATES],
+    GATES: [{"rate": rate} for rate in RATES],
     "magnitude": [{"uniform": False, "rate": rate} for rate in RATES],
     "Torch-Pruning, Taylor": [
         {"importance": "GroupTaylorImportance", "everywhere": everywhere, "rate": rate}
@@ -170,13 +171,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "GradMax": [{"rate": rate} for rate in RATES],
     "GroMo": [{"rate": rate} for rate in RATES],
 }
-FULL = (OURS, "magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
+OURS = (SHRINK, GATES)
+PEERS = ("magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
 
 
 def made(way: str, start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
-    """The network of a way. ``widths`` are those that plasticnet has found for this budget and seed."""
-    if way == OURS:
-        return {"shrink": shrink, "gates": gates}[setting["how"]](start, share, setting, widths)
+    """The network of a way. ``widths`` are those that `pn.shrink` has found for this budget and seed."""
+    if way in OURS:
+        return {SHRINK: shrink, GATES: gates}[way](start, share, setting, widths)
     if way.startswith("magnitude"):
         return magnitude(start, share, setting, widths)
     if way.startswith("Torch-Pruning"):
