@@ -37,7 +37,7 @@ Attempt = Callable[[Start, float], nn.Module]  # from the wide network and the l
 def _shrunk(start: Start, model: nn.Module, share: float) -> nn.Module:
     """What `pn.shrink` makes of a network, for a share of the wide network's multiply-adds."""
     x = start.task.parts[0][0]
-    most = share * gated(start).cost.full("macs")
+    most = share * float(gated(start).cost.full("macs"))
     return pn.shrink(model, x[start.chosen()].split(128), pn.Budget(macs=most))[0]
 
 
