@@ -116,13 +116,15 @@ experiments-small: $(VENV)/.peers
 # All peers on two tasks, MNIST to the end, growth, and CIFAR-10: days on two cores. CACHE=DIR keeps what is trained.
 experiments-full: experiments
 	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks housing Adult --budgets 1 2 --all
-	$(BIN)/python experiments/peers_table.py
+	$(BIN)/python experiments/peers_attempts.py --data-dir $(DATA)
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
+	$(BIN)/python experiments/few_pixels.py --data-dir $(DATA)
 	$(MAKE) growth gates DATA=$(DATA)
 	$(BIN)/python experiments/cifar_cut.py --data-dir $(DATA) --cache $(CACHE)
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE)
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --share 0.73
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --depth 56 --share 0.476
+	$(BIN)/python experiments/peers_table.py
 
 # The paper's ResNet-56 and WRN-28-10, on torchvision's CIFAR in DATA: days on a GPU.
 experiments-gpu: $(VENV)/.installed

@@ -4,8 +4,9 @@
 double precision, cut and grown twenty times with training steps in between, then compacted, saved and loaded. After
 every change the optimizer may hold nothing of what is gone. The kinds are none of random_networks.py, from which only
 the way to run, to count and to make smaller is taken. Results are written after every chunk, and a call goes on from
-them. ``--again`` runs the networks that have failed once more, ``--seed N --count 1`` runs one network, and
-``--recipe '{...}'`` one that was made smaller. soak_table.py writes docs/soak.md.
+them. ``--jobs 2`` checks them in two processes. ``--again`` runs the networks that have failed once more,
+``--seed N --count 1`` runs one network, and ``--recipe '{...}'`` one that was made smaller. soak_table.py writes
+docs/soak.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="how many networks, those of earlier calls included")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of the processor for one network")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no chunk after this time")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes check networks side by side")
     parser.add_argument("--again", action="store_true", help="run what has failed once more")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--recipe", type=json.loads, help="check this recipe only")
@@ -92,6 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     return soak(seeds, options)
 
 
+def chunk_of(left: list[int]) -> range:
+    """Return the next seeds that follow one another, as many as one process checks."""
+    following = takewhile(lambda pair: pair[1] == left[0] + pair[0], enumerate(left[:CHUNK]))
+    return range(left[0], left[0] + len(list(following)))
+
+
 def soak(seeds: range, options: argparse.Namespace) -> int:
     """Check many networks and write what was found."""
     from common import environment
@@ -110,18 +120,21 @@ def soak(seeds: range, options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     left = [seed for seed in seeds if seed not in done]
     while left and time.monotonic() < end:
-        chunk = range(
-            left[0], left[0] + next((i for i, s in enumerate(left[:CHUNK]) if s != left[0] + i), len(left[:CHUNK]))
-        )
-        rows = list(rows_of(chunk, options, __file__))
-        tally(content, rows)
-        content["done"].append({"seeds": [chunk.start, chunk.stop - 1], "commit": now["commit"], "date": now["date"]})
-        for row in rows:
-            if row["status"] in BAD:
-                show(row, __file__)
+        chunks = []
+        while left and len(chunks) < options.jobs:
+            chunks.append(chunk_of(left))
+            left = left[len(chunks[-1]) :]
+        with ThreadPoolExecutor(len(chunks)) as pool:  # each thread waits for a process
+            found = list(pool.map(lambda chunk: list(rows_of(chunk, options, __file__)), chunks))
+        for chunk, rows in zip(chunks, found, strict=True):
+            tally(content, rows)
+            done_now = {"seeds": [chunk.start, chunk.stop - 1], "commit": now["commit"], "date": now["date"]}
+            content["done"].append(done_now)
+            for row in rows:
+                if row["status"] in BAD:
+                    show(row, __file__)
         write(options.out, content)
-        print(f"{chunk.stop - 1}: {content['counts']['status']}", flush=True)
-        left = left[len(chunk) :]
+        print(f"{chunks[-1].stop - 1}: {content['counts']['status']}", flush=True)
     return int(any(f.get("again", f)["status"] in BAD for f in content["failures"]))
 
 

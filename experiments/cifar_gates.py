@@ -141,11 +141,16 @@ def with_gates(training: Training, share: float) -> nn.Module:
 
 
 def by_torch_pruning(dense: nn.Module, share: float, train: Data, held_out: Data, chosen: Tensor) -> nn.Module:
-    """The whole network cut by group Taylor importance, in the scope that is better on held-out images."""
+    """The whole network cut by group Taylor importance, in the scope that is better on held-out images.
+
+    The shortcuts pad channels, which Torch-Pruning does not follow: it ends in an IndexError. So it is told to leave
+    alone what the shortcuts carry, and cuts the channels within blocks.
+    """
     from torch_pruning.pruner import BasePruner
     from torch_pruning.pruner.importance import GroupTaylorImportance
 
     slopes, x = copy.deepcopy(dense), train[0][chosen]
+    carried = [n for n, m in dense.named_modules() if isinstance(m, nn.Conv2d) and not n.endswith(".conv1")]
     for i in chosen.split(BATCH):
         F.cross_entropy(slopes(train[0][i]), train[1][i]).backward()
     found = []
@@ -155,7 +160,7 @@ def by_torch_pruning(dense: nn.Module, share: float, train: Data, held_out: Data
             model = copy.deepcopy(dense)
             pruner = BasePruner(
                 model, x[:2], importance=GroupTaylorImportance(), global_pruning=everywhere, pruning_ratio=ratio,
-                max_pruning_ratio=0.95, ignored_layers=[model.get_submodule("linear")],
+                max_pruning_ratio=0.95, ignored_layers=[model.get_submodule(name) for name in ("linear", *carried)],
             )  # fmt: skip
             for p, q in zip(model.parameters(), slopes.parameters(), strict=True):
                 p.grad = None if q.grad is None else q.grad.clone()

@@ -173,6 +173,20 @@ def targets(content: Mapping[str, Any]) -> list[str]:
     return table(header, cells)
 
 
+def pixels(content: Mapping[str, Any]) -> list[str]:
+    """What the pixels that a small MLP can afford tell, with few hidden units behind them and with many."""
+    cells = []
+    for (chosen, wide), rows in grouped(content["results"], "pixels", "wide").items():
+        sizes = ", ".join("-".join(map(str, r["sizes"])) for r in rows)
+        costs = spread([r["macs"] for r in rows], 0)
+        cells.append(
+            [chosen, "wide" if wide else "of the budget", sizes, costs, spread([r["validation"] for r in rows])]
+        )
+    dense = spread([r["dense"] for r in content["results"][:: len(cells)]])
+    cells.append(["all", "wide", "784-300-100-10", "266,200", dense])
+    return table(["pixels", "hidden units", "sizes", "multiply-adds", "validation error, %"], cells)
+
+
 def headline(content: Mapping[str, Any]) -> list[str]:
     """The same for docs/results.md: mean errors only, beside what others have published."""
     cells = []
@@ -252,6 +266,7 @@ PARTS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], list[str]]]] = {
     "estimators": (RESULTS / "ablation.json", runs("estimators")),
     "ideas": (RESULTS / "ablation.json", runs("ideas")),
     "targets": (RESULTS / "lenet_targets.json", targets),
+    "pixels": (RESULTS / "few_pixels.json", pixels),
     "budgets": (RESULTS / "budgets.json", budgets),
     "precisions": (RESULTS / "half_precision.json", precisions),
     "interpolation": (RESULTS / "interpolation.json", interpolation),

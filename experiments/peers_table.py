@@ -118,6 +118,42 @@ def search(content: dict[str, Any]) -> str:
     return "\n".join([*table(header, cells), "", how(content["environment"])])
 
 
+def attempts(content: dict[str, Any]) -> str:
+    """What was tried at a tenth of the multiply-adds: a column for each task and learning rate."""
+    rows, cells = content["results"], []
+    columns = list(dict.fromkeys((r["task"], r["rate"]) for r in rows))
+    for (attempt,), found in grouped(rows, "attempt").items():
+        errors = [[r["validation"] for r in found if (r["task"], r["rate"]) == column] for column in columns]
+        digits = [DIGITS.get(task, 2) for task, _ in columns]
+        times = [
+            median(r["seconds"] for r in found if r["task"] == task) for task in dict.fromkeys(c[0] for c in columns)
+        ]
+        cells.append([attempt, *map(spread, errors, digits), *(f"{t:.0f}" for t in times)])
+    header = ["attempt", *(f"{task}, rate {rate}" for task, rate in columns)]
+    header += [f"CPU s, {task}" for task in dict.fromkeys(c[0] for c in columns)]
+    return "\n".join([*table(header, cells), "", how(content["environment"])])
+
+
+def cifar(content: dict[str, Any]) -> str:
+    """ResNets on CIFAR-10: each way beside the whole network that was trained for as many further epochs."""
+    rows, cells = content["results"], []
+    of = grouped(rows, "depth", "epochs", "share", "way")
+    for (depth, epochs, share, way), found in of.items():
+        whole = of.get((depth, epochs, 1.0, "dense"), [])
+        less = f"{mean(r['test'] for r in found) - mean(r['test'] for r in whole):+.2f}" if whole else ""
+        cells.append(
+            [
+                f"ResNet-{depth}", f"{share:.0%}", way, str(epochs), str(len(found)),
+                spread([r["test"] for r in found]), less if way != "dense" else "",
+                spread([100 * r["macs"] for r in found]),
+                spread([r["parameters"] for r in found], 0), spread([r["seconds"] for r in found], 0),
+            ]
+        )  # fmt: skip
+    header = ["network", "budget", "way", "further epochs", "seeds", "test accuracy, %", "against dense"]
+    header += ["multiply-adds, %", "parameters", "CPU s"]
+    return "\n".join([*table(header, cells), "", how(content["environment"])])
+
+
 def few(content: dict[str, Any]) -> str:
     """The smallest budget with the usual minimum and without."""
     cells = [
@@ -175,7 +211,8 @@ def picture(rows: Rows, task: str) -> str:
 
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
-    searched, smallest = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("width_search", "few_units"))
+    names = ("width_search", "few_units", "peers_attempts", "cifar_gates")
+    searched, smallest, tried, resnets = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     paths = {name: RESULTS / f"peers_{name.lower()}.json" for name in TASKS}
     contents = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     tasks = [name for name, content in contents.items() if seeds_of(content["results"]) >= SEEDS]
@@ -184,7 +221,8 @@ def main() -> int:
     text = between(page.read_text(), "verdict", verdict(rows))
     parts = [f"{by_budget(rows, task)}\n\n{how(contents[task]['environment'])}" for task in tasks]
     text = between(text, "budgets", "\n\n".join(parts))
-    text = between(text, "choices", choices(rows))
+    text = between(between(text, "choices", choices(rows)), "attempts", attempts(tried))
+    text = between(text, "cifar", cifar(resnets))
     text = between(between(text, "search", search(searched)), "few", few(smallest))
     return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
 

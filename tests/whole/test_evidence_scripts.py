@@ -102,16 +102,19 @@ def test_operations_are_those_of_the_layers() -> None:
 @pytest.mark.slow
 def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    names = ("verdict", "budgets", "choices", "search", "few")
+    names = ("verdict", "budgets", "choices", "search", "few", "attempts", "cifar")
     page = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
     (tmp_path / "docs" / "peers.md").write_text(page)
     committed = Path(common.__file__).parent / "results"
-    for name in ("width_search", "few_units"):
+    for name in ("width_search", "few_units", "peers_attempts", "cifar_gates"):
         (tmp_path / f"{name}.json").write_bytes((committed / f"{name}.json").read_bytes())
     monkeypatch.setattr(peers_table, "RESULTS", tmp_path)
     monkeypatch.setattr(peers_table, "DOCS", tmp_path / "docs")
     monkeypatch.setattr(peers_table, "SEEDS", 1)
-    task, ways = clouds(), ("plasticnet", "magnitude")
+    monkeypatch.setattr(peers_table, "OURS", ("plasticnet, shrink",))
+    monkeypatch.setattr(peers_table, "PEERS", ("magnitude",))
+    monkeypatch.setattr(peers_table, "TASKS", {"clouds": clouds})
+    task, ways = clouds(), ("plasticnet, shrink", "magnitude")
     measured = partial(peers.measure, "clouds", task, ways=ways)
     measured(seed=100, budgets=(0.3,))
     measured(seed=0, budgets=(0.3,))
@@ -122,7 +125,7 @@ def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tm
     assert len(after) == len(before) + 2
     assert peers_table.main() == 0
     text = (tmp_path / "docs" / "peers.md").read_text()
-    assert "| plasticnet |" in text
+    assert "| plasticnet, shrink |" in text
     assert (tmp_path / "docs" / "peers-clouds.svg").exists()
 
 
