@@ -97,10 +97,12 @@ def deviation(values: list[float]) -> float:
 
 def choices(rows: Rows) -> str:
     """The settings that validation data have chosen."""
+    of = grouped(measured(rows), "task", "way")
     cells = []
-    for (task, way), found in grouped([r for r in measured(rows) if r["way"] != "dense"], "task", "way").items():
-        chosen = found[0]["setting"]
-        cells.append([task, way, ", ".join(f"{k} {v}" for k, v in chosen.items())])
+    for task in dict.fromkeys(task for task, _ in of):
+        for way in (way for way in SETTINGS if (task, way) in of):
+            chosen = of[task, way][0]["setting"]
+            cells.append([task, way, ", ".join(f"{k} {v}" for k, v in chosen.items())])
     return "\n".join(table(["task", "way", "setting"], cells))
 
 
