@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, load_data
+from plasticnet.apps.scores import evaluate
 
 NAME, SEEDS, EPOCHS, HIGHEST, BATCH = "few_pixels", (0, 1, 2), 30, 3e-3, 128
 POINT, PLASTIC = POINTS["d"], 10  # the epochs in which gates learn
@@ -96,8 +97,7 @@ def main() -> None:
         data = load_data("mnist", options.data_dir, seed)
         trained, outputs, _ = dense(POINT.network, data, seed)
         pixels, widths = kept(trained, outputs, data)
-        with torch.no_grad():
-            whole = 100 * float(trained(data.val.x).argmax(1).ne(data.val.y).double().mean())
+        whole = 100 * (1 - evaluate(trained, data.val)[1])
         rows = []
         for name, chosen in {"gates": pixels, "evenly": evenly(len(pixels))}.items():
             for hidden in (widths, WIDE):

@@ -25,6 +25,7 @@ from peers import started, widths_of
 from peers_tasks import TASKS
 from peers_training import Start, by_scores, gated, train
 from peers_ways import gates
+from pruning import operations
 from torch import nn
 
 import plasticnet as pn
@@ -37,7 +38,7 @@ Attempt = Callable[[Start, float], nn.Module]  # from the wide network and the l
 def _shrunk(start: Start, model: nn.Module, share: float) -> nn.Module:
     """What `pn.shrink` makes of a network, for a share of the wide network's multiply-adds."""
     x = start.task.parts[0][0]
-    most = share * float(gated(start).cost.full("macs"))
+    most = share * operations(start.dense, x)
     return pn.shrink(model, x[start.chosen()].split(128), pn.Budget(macs=most))[0]
 
 

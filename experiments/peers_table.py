@@ -20,6 +20,7 @@ SEEDS = 3  # a task is shown once it was measured with so many
 ERRORS = {"housing": "mean squared error", "Shakespeare": "perplexity"}
 DIGITS = {"housing": 4}
 MARKS = dict(zip(SETTINGS, "osD^v<>Pp*XhH", strict=False))
+ESTIMATORS = "plasticnet"  # what the estimators are called in width_search.json
 Rows = list[dict[str, Any]]
 
 
@@ -110,11 +111,11 @@ def search(content: dict[str, Any]) -> str:
     """The estimators beside the Optuna search."""
     cells = []
     for (task, way), found in grouped(sorted(content["results"], key=lambda r: r["task"]), "task", "way").items():
-        ours = {r["seed"]: r["seconds"] for r in content["results"] if (r["task"], r["way"]) == (task, "plasticnet")}
+        ours = {r["seed"]: r["seconds"] for r in content["results"] if (r["task"], r["way"]) == (task, ESTIMATORS)}
         ratios = [ours[r["seed"]] / r["seconds"] for r in found if r["seed"] in ours]
         sizes = spread([r["parameters"] for r in found], 0)
         scores, times = spread([100 * r["score"] for r in found]), spread([r["seconds"] for r in found], 0)
-        ratio = f"{median(ratios):.2f}" if ratios and way != "plasticnet" else ""
+        ratio = f"{median(ratios):.2f}" if ratios and way != ESTIMATORS else ""
         cells.append([task, way, str(len(found)), scores, sizes, times, ratio])
     header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
     return "\n".join([*table(header, cells), "", how(content["environment"])])
@@ -124,15 +125,14 @@ def attempts(content: dict[str, Any]) -> str:
     """What was tried at a tenth of the multiply-adds: a column for each task and learning rate."""
     rows, cells = content["results"], []
     columns = list(dict.fromkeys((r["task"], r["rate"]) for r in rows))
+    tasks = list(dict.fromkeys(task for task, _ in columns))
     for (attempt,), found in grouped(rows, "attempt").items():
         errors = [[r["validation"] for r in found if (r["task"], r["rate"]) == column] for column in columns]
         digits = [DIGITS.get(task, 2) for task, _ in columns]
-        times = [
-            median(r["seconds"] for r in found if r["task"] == task) for task in dict.fromkeys(c[0] for c in columns)
-        ]
+        times = [median(r["seconds"] for r in found if r["task"] == task) for task in tasks]
         cells.append([attempt, *map(spread, errors, digits), *(f"{t:.0f}" for t in times)])
     header = ["attempt", *(f"{task}, rate {rate}" for task, rate in columns)]
-    header += [f"CPU s, {task}" for task in dict.fromkeys(c[0] for c in columns)]
+    header += [f"CPU s, {task}" for task in tasks]
     return "\n".join([*table(header, cells), "", how(content["environment"])])
 
 
