@@ -201,6 +201,7 @@ def picture(rows: Rows, task: str) -> str:
             place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
             place.xaxis.set_minor_formatter(NullFormatter())
             place.set_xlabel(name)
+            place.tick_params(axis="x", labelsize=7)  # wide numbers would touch one another
         dense = mean(r["test"] for r in found if r["way"] == "dense")
         for place in places:
             place.axhline(dense, ls=":", color="grey", lw=1)
