@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick versions lint wheel zoo cost gates growth random soak heavy integrations docs clean \
+.PHONY: demo test quick versions lint wheel zoo cost gates growth random soak fuzz heavy integrations docs clean \
 	experiments experiments-peers experiments-peers-images experiments-peers-others experiments-small experiments-full \
 	experiments-gpu
 
@@ -88,6 +88,14 @@ soak: $(VENV)/.installed
 		$(BIN)/python benchmarks/soak_denormals.py || code=1; \
 		$(BIN)/python benchmarks/soak_long.py $(LONG) || code=1; \
 		$(BIN)/python benchmarks/soak_table.py && exit $$code
+
+$(VENV)/.fuzz: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,fuzz]"
+	touch $@
+
+# Files that a fuzzer makes, which sees what each of them reaches: FUZZ="--count 100000" for so many of each kind.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python benchmarks/soak_coverage.py $(FUZZ); code=$$?; $(BIN)/python benchmarks/soak_table.py && exit $$code
 
 $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test,peers]"

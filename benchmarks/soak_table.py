@@ -24,7 +24,7 @@ PAGE_TEXT = """# Soaks
 What becomes of trainings that are killed, of files that are damaged or crafted, of networks that change their size
 again and again, and of a training that takes long. `make soak` goes on with the first four (benchmarks/soak_kills.py,
 soak_ranks.py, soak_files.py and soak_networks.py there), repeats the others (soak_denormals.py and soak_long.py), and
-writes this page (soak_table.py).
+writes this page (soak_table.py); `make fuzz` lets a fuzzer make files.
 
 ## Trainings that are killed
 
@@ -73,6 +73,16 @@ or refused by a `PlasticError`.
 {files_table}
 
 {files_environment}
+
+The same is done by a fuzzer that sees which branches of plasticnet an input reaches, keeps those that reach new ones,
+and changes them further (atheris, benchmarks/soak_coverage.py). Half of the changes are its own, half those above.
+"Branches" are what the sound files reach, and what was reached in the end.
+
+**{coverage_summary}**
+
+{coverage_table}
+
+{coverage_environment}
 
 ## Networks that change their size again and again
 
@@ -230,6 +240,22 @@ def files(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def coverage(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is said of files that a fuzzer made."""
+    found, total = content["rows"], Counter[str]()
+    for row in found:
+        total.update(row["counts"])
+    bad = Counter(f["found"] for row in found for f in row["failures"])
+    what = ", ".join(f"{n:,} {kind}" for kind, n in bad.items()) or "no other error, no crash, no hang"
+    rows = [(r["kind"], *(r["counts"].get(k, 0) for k in ("read", "refused")), r["first"], r["last"]) for r in found]
+    return {
+        "coverage_summary": f"{sum(total.values()):,} files: {total['read']:,} were read, {total['refused']:,} refused; "
+        f"{what}.",
+        "coverage_table": table(("file", "read", "refused", "branches at first", "in the end"), rows),
+        "coverage_environment": environment(content["environment"], (r["commit"] for r in found), "kinds"),
+    }
+
+
 def long(content: Mapping[str, Any]) -> dict[str, str]:
     """Return what is said of a long training."""
     settings, found = content["settings"], content["found"]
@@ -286,7 +312,7 @@ def environment(e: Mapping[str, Any], commits: Iterable[str], what: str | None) 
 def main() -> int:
     """Write the page, or compare it with --check."""
     parts = {"kills": kills, "ranks": ranks, "files": files, "networks": networks, "long": long}
-    parts["denormals"] = denormals
+    parts |= {"coverage": coverage, "denormals": denormals}
     texts: dict[str, str] = {}
     for name, part in parts.items():
         texts |= part(json.loads((RESULTS / f"soak_{name}.json").read_text()))

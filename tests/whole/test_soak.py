@@ -40,6 +40,18 @@ def test_files_that_are_damaged_or_crafted() -> None:
 
 
 @pytest.mark.slow
+def test_files_that_a_fuzzer_makes(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="the fuzzer is not installed: make fuzz")
+    command = [sys.executable, str(BENCHMARKS / "soak_coverage.py"), "--count", "500", "--out", str(tmp_path / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    rows = json.loads((tmp_path / "found").read_text())["rows"]
+    assert len(rows) == 15
+    assert all(sum(row["counts"].values()) >= 500 for row in rows)
+    assert any(row["last"] > row["first"] for row in rows)  # it sees what is reached
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is found in another way")
 def test_a_long_training_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "soak_long.py"), "--steps", "120", "--resizes", "40"]
