@@ -248,6 +248,23 @@ def test_a_model_that_is_given_to_shrink_stays_as_it_was() -> None:
         assert_same(state(), before)
 
 
+def test_a_pass_gives_the_parameters_back_whichever_line_of_that_is_interrupted() -> None:
+    case, x = norms(), torch.randn(6, 4)
+
+    def call() -> None:
+        case.net.train().expected_loss(lambda: case.net(x).square().mean(1)).backward()
+
+    call()
+    parameters, lines = list(case.net.parameters()), lines_of(call, "tools/lending.py")
+    assert lines
+    for at in range(lines):
+        with pytest.raises(KeyboardInterrupt), interrupted(at, "tools/lending.py"):
+            call()
+        assert all(p is q for p, q in zip(case.net.parameters(), parameters, strict=True))
+        assert all(isinstance(m.weight, nn.Parameter) for m in case.net.modules() if isinstance(m, nn.Linear))
+        call()
+
+
 def test_an_interrupted_step_is_taken_again_as_if_nothing_had_happened() -> None:
     states = []
     for at in (None, 2000, 4000):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from plasticnet.errors import PlasticError
 from plasticnet.gates.readers import Reader, multiplied
 from plasticnet.layers.skip import Skip
-from plasticnet.tools.lending import lend
+from plasticnet.tools.lending import lend, take_back
 from plasticnet.tools.shapes import along
 from plasticnet.tools.sharding import is_sharded
 from plasticnet.tools.torch_private import (
@@ -65,26 +66,38 @@ def swapped(
         for module, leaf in places[name]:
             held.setdefault(module, {})[leaf] = tensor
     lists: list[list[Any]] = [flat_weights(module) for module in recurrent]
-    put_back = [
-        (_exchanged if compiled or is_scripted(module) else lend)(module, replaced) for module, replaced in held.items()
-    ]
-    for module in recurrent:
-        set_flat_weights(module, [getattr(module, name) for name in flat_names(module)])
-    try:
-        yield
-    finally:
-        for back in reversed(put_back):
+    exchanged = {module for module in held if compiled or is_scripted(module)}
+    put_back = [_back(module, replaced, module in exchanged) for module, replaced in held.items()]
+
+    def end() -> None:
+        for back in put_back:
             back()
         for module, weights in zip(recurrent, lists, strict=True):
             set_flat_weights(module, weights)
 
+    try:
+        for module, replaced in held.items():
+            if module in exchanged:
+                parameters_of(module).update(replaced)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            else:
+                lend(module, replaced)
+        for module in recurrent:
+            set_flat_weights(module, [getattr(module, name) for name in flat_names(module)])
+        yield
+    finally:
+        try:
+            end()
+        except KeyboardInterrupt:  # the model would go on with the other tensors
+            end()
+            raise
 
-def _exchanged(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Put tensors in the place of parameters of a module, for all threads, and return what puts the parameters back."""
-    held = parameters_of(module)
-    own = {leaf: held[leaf] for leaf in tensors}
-    held.update(tensors)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return lambda: held.update(own)
+
+def _back(module: nn.Module, tensors: Mapping[str, Tensor], exchanged: bool) -> Callable[[], object]:
+    """Return what puts the parameters of a module back, however often, in whose place these tensors will be."""
+    own = parameters_of(module)
+    if exchanged:
+        return partial(own.update, {leaf: own[leaf] for leaf in tensors})
+    return partial(take_back, module, own)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ its own; torch's functions are replaced while any thread has one.
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -104,6 +105,8 @@ def _wrapped(function: Function) -> Function:
 
 def _refuse_reentrant() -> None:
     """Raise `PlasticError` where a reentrant checkpoint would run layers again without their gates."""
+    if _RUNS.innermost() is not None and torch.is_grad_enabled():
+        gc.collect()  # a run that was interrupted may be held by the cycles of an exception
     if _RUNS.innermost() is not None and torch.is_grad_enabled():
         raise PlasticError(
             "gradient checkpointing with use_reentrant=True (torch.utils.checkpoint) cannot be used while units are "

@@ -125,7 +125,7 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
         PlasticError: The closure never calls the network or returns something else, or a loss is not finite.
     """
     sampler.running = now
-    mode = net.training, net.k
+    mode, free = (net.training, net.k), Pass()
     _RUNNING.closures += 1
     try:
         with (
@@ -133,9 +133,9 @@ def run_closure(net: GatedModel, sampler: Sampler, closure: Callable[[], Tensor]
             running_statistics(net.model) if now.running else nullcontext(),
         ):
             f = closure()
-    finally:
+    finally:  # Python lets no interrupt in where nothing is called
         _RUNNING.closures -= 1
-        sampler.running = Pass()
+        sampler.running = free
     if (net.training, net.k) != mode:
         raise ModeChanged(
             "the closure of expected_loss has changed the mode or the k of the network, as net.eval() does, and so its "

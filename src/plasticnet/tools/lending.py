@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ class _Lent(dict[str, Any]):
         return dict(self.items())
 
 
-def lend(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Let this thread find other tensors in the place of a module's parameters; return what takes them back.
+def lend(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let this thread find other tensors in the place of a module's parameters, until `take_back`.
 
     Other threads go on finding the parameters. The compiler, which reads the dict of the parameters past its methods,
     and TorchScript, which keeps none, would not notice; for these use `parameters_of`.
@@ -78,10 +78,14 @@ def lend(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]
         module: The module, which is not scripted.
         tensors: The tensors, by the names of the parameters that they replace.
     """
-    lent = _Lent(parameters_of(module), tensors)
-    module.__dict__["_parameters"] = lent
+    module.__dict__["_parameters"] = _Lent(parameters_of(module), tensors)
 
-    def take_back() -> None:
-        module.__dict__["_parameters"] = lent.under
 
-    return take_back
+def take_back(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Let a module have its parameters again.
+
+    Args:
+        module: The module.
+        parameters: What `parameters_of` returned before something was lent.
+    """
+    module.__dict__["_parameters"] = parameters
