@@ -1,4 +1,4 @@
-"""A soak: files that a fuzzer makes, which sees the lines that each of them reaches, and goes on from those that are new.
+"""A soak: files that a fuzzer makes, which sees what each of them reaches, and goes on from those that reach more.
 
 The kinds of files, what reads them, and what counts as a failure are those of soak_files.py; the inputs are made by
 atheris (libFuzzer), which is told of the branches within plasticnet. Half of its inputs are its own changes of bytes,

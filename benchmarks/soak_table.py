@@ -249,8 +249,8 @@ def coverage(content: Mapping[str, Any]) -> dict[str, str]:
     what = ", ".join(f"{n:,} {kind}" for kind, n in bad.items()) or "no other error, no crash, no hang"
     rows = [(r["kind"], *(r["counts"].get(k, 0) for k in ("read", "refused")), r["first"], r["last"]) for r in found]
     return {
-        "coverage_summary": f"{sum(total.values()):,} files: {total['read']:,} were read, {total['refused']:,} refused; "
-        f"{what}.",
+        "coverage_summary": f"{sum(total.values()):,} files: {total['read']:,} were read, {total['refused']:,} "
+        f"refused; {what}.",
         "coverage_table": table(("file", "read", "refused", "branches at first", "in the end"), rows),
         "coverage_environment": environment(content["environment"], (r["commit"] for r in found), "kinds"),
     }
