@@ -88,16 +88,25 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Images moved by up to four pixels, each in its own way, half of them mirrored, with channels last in memory.
+    """Images moved by up to four pixels, each in its own way, half of them mirrored, with channels last in memory."""
+    return moved(x, 4, generator, mirrored=0.5)
 
-    Beyond the edge is zero.
+
+def moved(x: Tensor, by: int, generator: torch.Generator | None = None, mirrored: float = 0.0) -> Tensor:
+    """Images moved up or down, and left or right, each in its own way, with channels last in memory.
+
+    Args:
+        x: The images. Beyond their edge is zero.
+        by: The most pixels they are moved by.
+        generator: Of random numbers; by default torch's own.
+        mirrored: The probability that an image is mirrored, too.
     """
     n, _, height, width = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
-    down, right = (torch.randint(0, 9, (n, 1), generator=generator) for _ in range(2))
+    padded = F.pad(x, (by,) * 4)
+    down, right = (torch.randint(0, 2 * by + 1, (n, 1), generator=generator) for _ in range(2))
     rows, columns = down + torch.arange(height), right + torch.arange(width)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    if mirrored:
+        columns = torch.where(torch.rand(n, 1, generator=generator) < mirrored, columns.flip(1), columns)
     one = torch.arange(n)[:, None, None]
     return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
