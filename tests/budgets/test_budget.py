@@ -392,8 +392,11 @@ def test_met_again_after_waking() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"macs": 0}, {"macs": -1.0}, {"params": math.nan}, {"units": "5"}, {"loss": 0.1, "macs": 0.5}, {"macs": True}],
-)
+    [
+        {}, {"macs": 0}, {"macs": -1.0}, {"params": math.nan}, {"units": "5"}, {"loss": 0.1, "macs": 0.5},
+        {"macs": True}, {"macs": torch.ones(2)}, {"units": torch.tensor(True)}, {"params": torch.tensor(math.nan)},
+    ],
+)  # fmt: skip
 def test_bad_budgets(options: dict[str, Any]) -> None:
     with pytest.raises(PlasticError, match="Budget"):
         Budget(**options)
@@ -411,6 +414,8 @@ def test_shares_and_counts() -> None:
     full = reached(net, "parameters")
     assert Budget(params=0.25, units=30).targets(net) == {"parameters": full / 4, "units": 30}
     assert Budget(params=1).targets(net) == {"parameters": full}
+    assert Budget(params=net.cost.full("parameters") / 4) == Budget(params=full / 4)
+    assert type(Budget(macs=torch.tensor(30)).macs) is int
 
 
 def test_what_cannot_be_met_is_refused_at_once() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
@@ -26,7 +27,8 @@ class Budget:
     """The most that a network may cost when it is hardened, or how much loss it may accept to become small.
 
     Where several targets on costs are given, all of them hold. A target of 1 or less for ``macs``, ``params`` or
-    ``units`` is a share of the network that the schedule was given, and a target above 1 is a number.
+    ``units`` is a share of the network that the schedule was given, and a target above 1 is a number. Tensors of one
+    number are taken for it.
 
     A budget of ``loss`` is the other way round. The pressure on parameters and multiply-adds rises for as long as the
     validation loss keeps to its limit. When it exceeds the limit, the gates go back to where they last kept to it.
@@ -59,11 +61,11 @@ class Budget:
 
     def __init__(
         self,
-        macs: float | None = None,
-        params: float | None = None,
-        units: float | None = None,
-        latency_ms: float | None = None,
-        loss: float | None = None,
+        macs: float | Tensor | None = None,
+        params: float | Tensor | None = None,
+        units: float | Tensor | None = None,
+        latency_ms: float | Tensor | None = None,
+        loss: float | Tensor | None = None,
         **unknown: object,
     ) -> None:
         if unknown:
@@ -72,8 +74,9 @@ class Budget:
                 "operations), params, units or latency_ms, or of loss"
             )
         targets = {"macs": macs, "params": params, "units": units, "latency_ms": latency_ms, "loss": loss}
-        for name, value in targets.items():
-            object.__setattr__(self, name, value)
+        for name, value in targets.items():  # costs of a network are tensors
+            targets[name] = value.item() if isinstance(value, Tensor) and not value.dim() else value
+            object.__setattr__(self, name, targets[name])
         given = {n: v for n, v in targets.items() if v is not None}
         for name, value in given.items():
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
