@@ -30,8 +30,8 @@ def measured(rows: Rows) -> Rows:
 
 
 def seeds_of(rows: Rows) -> int:
-    """With how many seeds every way of the full grid was measured, at every budget."""
-    found = grouped([r for r in measured(rows) if r["way"] != "dense"], "way", "share")
+    """With how many seeds every way of the full grid was tried, at every budget."""
+    found = grouped([r for r in rows if r["way"] != "dense" and r["seed"] != TUNING], "way", "share")
     seeds = {key: len({r["seed"] for r in group}) for key, group in found.items()}
     shares = {share for _, share in seeds}
     return min((seeds.get((way, share), 0) for way in (*OURS, *PEERS) for share in shares), default=0)
@@ -47,14 +47,18 @@ def by_budget(rows: Rows, task: str) -> str:
     found = [r for r in measured(rows) if r["task"] == task]
     shares = sorted({r["share"] for r in found if r["way"] != "dense"}, reverse=True)
     dense, cells = [r for r in found if r["way"] == "dense"], []
-    digits = DIGITS.get(task, 2)
+    digits, seeds = DIGITS.get(task, 2), len({r["seed"] for r in dense})
+
+    def cell(errors: list[float]) -> str:
+        some = f" ({len(errors)} of {seeds} seeds)" if 0 < len(errors) < seeds else ""  # the others have failed
+        return f"{spread(errors, digits)}{some}" if errors else ""
+
     for way in SETTINGS:
         mine = [r for r in found if r["way"] == way]
         if mine:
             errors = [[r["test"] for r in mine if r["share"] == share] for share in shares]
-            cells.append([way, *(spread(e, digits) if e else "" for e in errors), f"{median(map(seconds, mine)):.0f}"])
+            cells.append([way, *map(cell, errors), f"{median(map(seconds, mine)):.0f}"])
     header = ["way", *(f"{share:.0%}" for share in shares), "CPU s"]
-    seeds = len({r["seed"] for r in dense})
     what = ERRORS.get(task, "percent wrong")
     return "\n".join(
         [
