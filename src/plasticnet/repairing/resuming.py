@@ -8,7 +8,6 @@ same shape without content. So a pass through the layers one by one costs little
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.weak import TensorWeakRef
 
 from plasticnet.tools.torch_private import version
 
@@ -34,7 +34,7 @@ class _Result:
     def __init__(self, value: Any) -> None:
         tensor = isinstance(value, Tensor)
         self._held = None if tensor else value
-        self._seen = weakref.ref(value) if tensor else None
+        self._seen = TensorWeakRef(value) if tensor else None
         self._like = (value.size(), value.stride(), value.dtype, value.device) if tensor else None
         self._version = 0
 
@@ -60,7 +60,7 @@ class _Result:
             self._seen = None
             return torch.empty_strided(size, stride, dtype=dtype, device=device)
         value = torch.ops.aten.alias.default(value)  # because autograd would not take the same tensor as a view twice
-        self._seen = weakref.ref(value)
+        self._seen = TensorWeakRef(value)
         return value
 
 

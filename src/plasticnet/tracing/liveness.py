@@ -7,7 +7,6 @@ ways changes nothing that anyone reads, whatever it does with channels.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from plasticnet.tools.torch_private import is_transformed, made_of_tensors, storage_key, writes_silently
 
@@ -40,7 +39,7 @@ class _Operation:
 
     read: frozenset[int]
     written: frozenset[int]
-    results: list[weakref.ref[Tensor]]
+    results: list[TensorWeakRef]
     frozen: list[Frozen] = field(default_factory=list)
 
 
@@ -86,7 +85,7 @@ class Liveness:
             written.update((tensor,) if is_view else (tensor, *memory))
         if writes_silently(func):
             written |= taken
-        self._operations.append(_Operation(taken, frozenset(written), [weakref.ref(t) for t in results], frozen))
+        self._operations.append(_Operation(taken, frozenset(written), [TensorWeakRef(t) for t in results], frozen))
 
     def reads(self, tensors: Sequence[Tensor]) -> None:
         """Note that someone reads the values of these tensors."""
