@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,15 @@ EXACT: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "diagonals": (lambda x: x.diagonal(1, 3, -2)[..., None] + x.diagonal(0, 0, 2).permute(2, 0, 1)[:, :, None, :3], 8),
     "einsum with a view": (lambda x: torch.movedim(x, 1, -1).flatten(1, 2).unflatten(1, (4, 4)).movedim(-1, 1), 8),
 }
+ACTIVATIONS: dict[str, Any] = {
+    f.__name__: f
+    for f in (F.celu, F.elu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.relu, F.relu6, F.rrelu)
+} | {"selu": F.selu, "silu": F.silu, "threshold": partial(F.threshold, threshold=0.1, value=0.0)}
+for activation in ACTIVATIONS:
+    EXACT[activation] = ACTIVATIONS[activation], 8
+    EXACT[f"{activation} in place"] = partial(ACTIVATIONS[activation], inplace=True), 8
+EXACT["slopes by chance"] = nn.Sequential(nn.RReLU(), nn.RReLU(inplace=True)), 8
+EXACT["ldexp"] = lambda x: torch.ldexp(x, torch.tensor(2)), 8
 FROZEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "softmax": (lambda x: x.softmax(1), "softmax"),
     "mean over channels": (lambda x: x - x.mean(1, keepdim=True), "reduced over its channels"),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plasticnet.tools.torch_private import schema_name
 
 _SEED = 1_000
+_SLOPES = frozenset({"aten::rrelu_with_noise", "aten::rrelu_with_noise_"})  # these draw slopes while they train
 # What fills a tensor with draws that do not depend on its entries, in place or by the like of it.
 _FILLS = frozenset(
     f"aten::{name}"
@@ -48,6 +49,8 @@ class EvenDraws(TorchDispatchMode):
         self._seed()
         if probability is not None:
             return _zeros_and_ones(name, args[0], probability)
+        if name in _SLOPES and len(args) > 4 and args[4]:
+            return _sloped(name, *args[:4])
         out = func(*args, **kwargs)
         if name in _FILLS and isinstance(out, Tensor) and out.dim() > 1 and out.numel():
             self._seed()
@@ -70,6 +73,14 @@ def _zeros_and_ones(name: str, x: Tensor, probability: Tensor | float) -> Any:
         return x * kept / max(1 - float(probability), 1e-12), kept.clone()
     ones = (drawn < probability).to(x.dtype).expand(x.shape)
     return x.copy_(ones) if name == "aten::bernoulli_" else ones.clone()
+
+
+def _sloped(name: str, x: Tensor, noise: Tensor, lower: float, upper: float) -> Tensor:
+    """Return what a leaky activation makes of x by a slope for each sample, and note the slopes as torch does."""
+    shape = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
+    slope = lower + (upper - lower) * torch.rand(shape).to(x)
+    noise.copy_(torch.where(x > 0, 1.0, slope))
+    return x.mul_(noise) if name == "aten::rrelu_with_noise_" else x * noise
 
 
 def _probability(name: str, args: Any, kwargs: Any) -> Tensor | float | None:

@@ -20,7 +20,10 @@ from plasticnet.tracing.writes import write
 @rule("pointwise", "hardswish", "hardswish_", "_prelu_kernel", "copy_", "log_sigmoid_forward", "masked_fill",
       "masked_fill_", "where", "lerp", "addcmul", "addcdiv", "_to_copy", "native_dropout", "clamp", "fill_", "zero_",
       "bernoulli", "bernoulli_", "uniform_", "normal_", "exponential_", "log_normal_", "cauchy_", "geometric_",
-      "random_", "rand_like", "randn_like", "randint_like", "celu", "clone", "complex", "polar")  # fmt: skip
+      "random_", "rand_like", "randn_like", "randint_like", "celu", "clone", "complex", "polar", "mish_", "threshold_",
+      "rrelu_with_noise", "rrelu_with_noise_",
+      # What torch 2.8 does not call pointwise, and newer versions do:
+      "celu_", "elu_", "hardsigmoid_", "hardtanh_", "ldexp", "leaky_relu", "leaky_relu_", "selu_")  # fmt: skip
 def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """Join aligned axes of equal length, index by index."""
     if schema_name(func) == "aten::copy_" and write(tracer, args[0], args[1]):
