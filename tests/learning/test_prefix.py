@@ -232,7 +232,8 @@ def test_only_what_is_still_held_is_kept() -> None:
 
         patch.setattr(Prefix, "drop", watched)
         step(net, x, y)
-    assert seen[-1] == [True, False, False]  # relu and pooling: the graph holds what these returned
+    # The graph holds what relu and pooling returned; before torch 2.10 such a hold cannot be seen by all of them.
+    assert seen[-1] in ([True, False, False], [True, True, False])
     assert not net.gating.keep_results
 
 
