@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test quick versions lint wheel zoo cost gates growth random soak fuzz heavy integrations docs clean \
-	experiments experiments-peers experiments-peers-images experiments-peers-others experiments-small experiments-full \
+	experiments experiments-peers experiments-peers-tables experiments-peers-texts experiments-small experiments-full \
 	experiments-gpu
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -106,13 +106,13 @@ $(VENV)/.peers: $(VENV)/.installed
 experiments: experiments-peers experiments-small
 	$(BIN)/python experiments/peers_table.py
 
-experiments-peers: experiments-peers-images experiments-peers-others
+experiments-peers: experiments-peers-tables experiments-peers-texts
 
-experiments-peers-images: $(VENV)/.peers
-	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks MNIST Fashion-MNIST Shakespeare
+experiments-peers-tables: $(VENV)/.peers
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks MNIST Fashion-MNIST housing Adult
 
-experiments-peers-others: $(VENV)/.peers
-	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks housing Adult SST-2 ETTh1
+experiments-peers-texts: $(VENV)/.peers
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks SST-2 Shakespeare
 
 experiments-small: $(VENV)/.peers
 	$(BIN)/python experiments/moons.py
@@ -123,6 +123,7 @@ experiments-small: $(VENV)/.peers
 
 # All peers on two tasks, MNIST to the end, growth, and CIFAR-10: days on two cores. CACHE=DIR keeps what is trained.
 experiments-full: experiments
+	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks ETTh1
 	$(BIN)/python experiments/peers.py --data-dir $(DATA) --tasks housing Adult --budgets 1 2 --all
 	$(BIN)/python experiments/peers_attempts.py --data-dir $(DATA)
 	$(BIN)/python experiments/lenet_targets.py --data-dir $(DATA)
