@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -263,12 +264,16 @@ def test_an_interrupted_run_lets_no_later_one_go_unnoticed() -> None:
     net = PlasticNet(Old(), x).train()
     plain.sites["0"].phi.data[0] = net.sites["a"].phi.data[0] = -1.0
     plain(x)
-    for at in range(lines_of(lambda: plain(x))):
-        with suppress(KeyboardInterrupt), interrupted(at):
-            plain(x)
-        with pytest.raises(PlasticError, match="gradient checkpointing"):
-            net(x)
-        assert checkpoint(torch.sin, torch.ones(2, requires_grad=True), use_reentrant=True).sum() > 0  # pyright: ignore
+    gc.freeze()  # each refusal looks for garbage, which takes seconds among what other tests have left
+    try:
+        for at in range(lines_of(lambda: plain(x))):
+            with suppress(KeyboardInterrupt), interrupted(at):
+                plain(x)
+            with pytest.raises(PlasticError, match="gradient checkpointing"):
+                net(x)
+            assert checkpoint(torch.sin, torch.ones(2, requires_grad=True), use_reentrant=True).sum() > 0  # pyright: ignore
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.slow
