@@ -15,14 +15,10 @@ import json
 import os
 import random
 import re
-import resource
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,42 +32,18 @@ EVERY = 1000  # inputs after which what was found is written down
 
 with atheris.instrument_imports(include=["plasticnet"]):
     import soak_files  # its readers import what they read with
+    from common import environment  # which imports plasticnet
     from soak_changes import changed, sealed
-
-    from plasticnet import PlasticError
-
-
-def outcome(reader: Callable[[Path], Any], path: Path) -> tuple[str, str]:
-    """Read a file; return what came of it, and what there is to say of it."""
-    signal.setitimer(signal.ITIMER_REAL, soak_files.SECONDS)
-    try:
-        reader(path)
-        return "read", ""
-    except PlasticError:
-        return "refused", ""
-    except soak_files.Hang:
-        return "hang", traceback.format_exc(limit=-3)
-    except MemoryError:
-        return "memory", traceback.format_exc(limit=-3)
-    except Exception:
-        return "another error", traceback.format_exc(limit=-3)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def fuzz(soak: soak_files.Soak, kind: str, count: int, seed: int, place: Path) -> None:
     """Try inputs of a kind in this process, write what came of them to a file, and end the process."""
-    import torch
-
     suffix, sound, reader = soak.readers[kind]
     corpus, case, found = place / "corpus", place / f"case{suffix}", Counter[str]()
     failures: list[dict[str, str]] = []
     corpus.mkdir()
     for i, content in enumerate(sound):
         (corpus / str(i)).write_bytes(content)
-
-    def hang(*_: Any) -> None:
-        raise soak_files.Hang
 
     def mutated(data: bytes, longest: int, number: int) -> bytes:
         draw = random.Random(number)
@@ -82,7 +54,7 @@ def fuzz(soak: soak_files.Soak, kind: str, count: int, seed: int, place: Path) -
 
     def one(data: bytes) -> None:
         case.write_bytes(data)
-        status, what = outcome(reader, case)
+        status, what = soak_files.outcome(reader, case)
         found[status] += 1
         if status not in soak_files.GOOD:
             failures.append({"found": status, "what": what, "input": data.hex()})
@@ -90,13 +62,7 @@ def fuzz(soak: soak_files.Soak, kind: str, count: int, seed: int, place: Path) -
         if status not in soak_files.GOOD or not done % EVERY or done >= count:
             (place / "found.json").write_text(json.dumps({"counts": found, "failures": failures}))
 
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, hang)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + soak_files.MEMORY,) * 2)
-    log = os.open(place / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    soak_files.bounded(os.open(place / "log", os.O_WRONLY | os.O_CREAT))
     flags = {"runs": count, "seed": seed, "max_len": LONGEST, "mutate_depth": 2, "rss_limit_mb": 0, "handle_alrm": 0}
     flags |= {"cross_over": 0, "reduce_inputs": 0}  # the sound files stay among what is changed
     options = [f"-{name}={value}" for name, value in flags.items()]
@@ -129,8 +95,6 @@ def tried(soak: soak_files.Soak, kind: str, count: int, seed: int) -> dict[str, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Try every kind; return 1 where an input was neither read nor refused."""
-    from common import environment
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=20_000, help="how many inputs of each kind")
     parser.add_argument("--seed", type=int, default=1)

@@ -187,27 +187,47 @@ class Soak:
         """Run one case, and return the kind of file, what came of it, and what there is to say of it."""
         from soak_changes import changed
 
-        from plasticnet import PlasticError
-
         draw = random.Random(seed)
         kind = list(self.readers)[seed % len(self.readers)]
         suffix, sound, reader = self.readers[kind]
         path = self.folder / f"case{suffix}"
         path.write_bytes(changed(draw, draw.choice(sound), suffix))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        try:
-            reader(path)
-            return kind, "read", ""
-        except PlasticError:
-            return kind, "refused", ""
-        except Hang:
-            return kind, "hang", traceback.format_exc(limit=-3)
-        except MemoryError:
-            return kind, "memory", traceback.format_exc(limit=-3)
-        except Exception:
-            return kind, "another error", traceback.format_exc(limit=-3)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        return kind, *outcome(reader, path)
+
+
+def outcome(reader: Callable[[Path], Any], path: Path) -> tuple[str, str]:
+    """Read a file, in a process that is `bounded`; return what came of it, and what there is to say of it."""
+    from plasticnet import PlasticError
+
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        reader(path)
+        return "read", ""
+    except PlasticError:
+        return "refused", ""
+    except Hang:
+        return "hang", traceback.format_exc(limit=-3)
+    except MemoryError:
+        return "memory", traceback.format_exc(limit=-3)
+    except Exception:
+        return "another error", traceback.format_exc(limit=-3)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def bounded(output: int) -> None:
+    """Give this process a bound of memory, one thread, an alarm that ends hangs, and this file for what it prints."""
+    import torch
+
+    def hang(*_: Any) -> None:
+        raise Hang
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, hang)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
 
 
 def chunk(seeds: range, soak: Soak) -> list[dict[str, Any]]:
@@ -232,18 +252,7 @@ def chunk(seeds: range, soak: Soak) -> list[dict[str, Any]]:
 
 def work(seeds: range, soak: Soak, write: int) -> None:
     """Run cases in this process, print a line for each, and end it."""
-    import torch
-
-    def hang(*_: Any) -> None:
-        raise Hang
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, hang)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    bounded(os.open(os.devnull, os.O_WRONLY))
     with open(write, "w") as out:
         for seed in seeds:
             kind, found, what = soak.case(seed)
