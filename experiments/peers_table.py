@@ -17,7 +17,7 @@ from peers_ways import OURS, PEERS, SETTINGS
 DOCS = Path(__file__).parent.parent / "docs"
 TUNING = 100
 SEEDS = 3  # a task is shown once it was measured with so many
-ERRORS = {"housing": "mean squared error", "Shakespeare": "perplexity"}
+ERRORS = {"housing": "mean squared error", "ETTh1": "mean squared error", "Shakespeare": "perplexity"}
 DIGITS = {"housing": 4}
 MARKS = dict(zip(SETTINGS, "osD^v<>Pp*XhH", strict=False))
 ESTIMATORS = "plasticnet"  # what the estimators are called in width_search.json
