@@ -26,7 +26,7 @@ def _ends_of_with(code: CodeType) -> set[int]:
     """
     steps = list(dis.get_instructions(code))
     nones = [step.opname == "LOAD_CONST" and step.argval is None for step in steps]
-    return {steps[i].offset for i in range(len(steps) - 3) if all(nones[i : i + 3]) and not nones[i - 1]}
+    return {steps[i].offset for i in range(len(steps) - 2) if all(nones[i : i + 3])}
 
 
 class _Lines:
