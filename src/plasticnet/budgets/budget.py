@@ -74,9 +74,10 @@ class Budget:
                 "operations), params, units or latency_ms, or of loss"
             )
         targets = {"macs": macs, "params": params, "units": units, "latency_ms": latency_ms, "loss": loss}
-        for name, value in targets.items():  # costs of a network are tensors
-            targets[name] = value.item() if isinstance(value, Tensor) and not value.dim() else value
-            object.__setattr__(self, name, targets[name])
+        # The costs of a network are tensors.
+        targets = {n: v.item() if isinstance(v, Tensor) and not v.dim() else v for n, v in targets.items()}
+        for name, value in targets.items():
+            object.__setattr__(self, name, value)
         given = {n: v for n, v in targets.items() if v is not None}
         for name, value in given.items():
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:

@@ -64,10 +64,14 @@ class EvenDraws(TorchDispatchMode):
             torch.cuda.manual_seed_all(_SEED + self.count)
 
 
+def _one_each(x: Tensor) -> tuple[int, ...]:
+    """Return the shape of one number for each sample, which fits a tensor."""
+    return (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
+
+
 def _zeros_and_ones(name: str, x: Tensor, probability: Tensor | float) -> Any:
     """Return zeros and ones, or what dropout makes of them, from a number for each sample."""
-    shape = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
-    drawn = torch.rand(shape).to(x.device)
+    drawn = torch.rand(_one_each(x)).to(x.device)
     if name == "aten::native_dropout":
         kept = (drawn >= probability).expand(x.shape)
         return x * kept / max(1 - float(probability), 1e-12), kept.clone()
@@ -77,8 +81,7 @@ def _zeros_and_ones(name: str, x: Tensor, probability: Tensor | float) -> Any:
 
 def _sloped(name: str, x: Tensor, noise: Tensor, lower: float, upper: float) -> Tensor:
     """Return what a leaky activation makes of x by a slope for each sample, and note the slopes as torch does."""
-    shape = (x.shape[0], *[1] * (x.dim() - 1)) if x.dim() else ()
-    slope = lower + (upper - lower) * torch.rand(shape).to(x)
+    slope = lower + (upper - lower) * torch.rand(_one_each(x)).to(x)
     noise.copy_(torch.where(x > 0, 1.0, slope))
     return x.mul_(noise) if name == "aten::rrelu_with_noise_" else x * noise
 
@@ -96,7 +99,7 @@ def _probability(name: str, args: Any, kwargs: Any) -> Tensor | float | None:
 
 def _first(out: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
     """Return the like of a draw with a single entry for each sample, whatever the widths of its other axes."""
-    shape = (out.shape[0], *[1] * (out.dim() - 1))
+    shape = _one_each(out)
     narrow = torch.empty(shape, dtype=out.dtype, device=out.device)
     if args and isinstance(args[0], Tensor):
         found = func(narrow, *args[1:], **kwargs)

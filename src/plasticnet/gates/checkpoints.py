@@ -105,9 +105,10 @@ def _wrapped(function: Function) -> Function:
 
 def _refuse_reentrant() -> None:
     """Raise `PlasticError` where a reentrant checkpoint would run layers again without their gates."""
-    if _RUNS.innermost() is not None and torch.is_grad_enabled():
-        gc.collect()  # a run that was interrupted may be held by the cycles of an exception
-    if _RUNS.innermost() is not None and torch.is_grad_enabled():
+    if _RUNS.innermost() is None or not torch.is_grad_enabled():
+        return
+    gc.collect()  # a run that was interrupted may be held by the cycles of an exception
+    if _RUNS.innermost() is not None:
         raise PlasticError(
             "gradient checkpointing with use_reentrant=True (torch.utils.checkpoint) cannot be used while units are "
             "gated; pass use_reentrant=False, or gradient_checkpointing_enable({'use_reentrant': False}) in "
