@@ -222,9 +222,9 @@ PARTS: dict[str, Callable[[Rows], list[str]]] = {
 
 def section(name: str, content: Mapping[str, Any]) -> str:
     """What stands between the markers of a part: how it was measured, and its tables."""
-    e, settings = content["environment"], content["settings"]
+    settings = content["settings"]
     repeats = f", at most {settings['repeats']} repeats" if "repeats" in settings else ""
-    return "\n".join([*PARTS[name](content["results"]), "", how(e).replace(":", f"{repeats}:", 1)])
+    return "\n".join([*PARTS[name](content["results"]), "", how(content).replace(":", f"{repeats}:", 1)])
 
 
 def draw(rows: Rows) -> str:

@@ -56,10 +56,27 @@ def _cpuinfo() -> list[str]:
 
 
 def write(name: str, settings: dict[str, Any], results: Any) -> None:
-    """Write ``results/NAME.json``."""
+    """Write ``results/NAME.json``, with the environments of earlier runs of which it keeps the results."""
     RESULTS.mkdir(exist_ok=True)
-    content = {"environment": environment(), "settings": settings, "results": results}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    path, now = RESULTS / f"{name}.json", environment()
+    before = earlier(json.loads(path.read_text()), now, results) if path.exists() else []
+    content = {"environment": now, **({"earlier": before} if before else {}), "settings": settings, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def earlier(old: dict[str, Any], now: dict[str, Any], results: Any) -> list[dict[str, Any]]:
+    """The environments of all runs but the present one that had a part in results, the latest last.
+
+    Args:
+        old: What the file holds.
+        now: The environment of the present run.
+        results: What the present run writes.
+    """
+    kept = set(map(json.dumps, results)) if isinstance(results, list) else set()
+    if any(json.dumps(row) not in kept for row in old["results"]):
+        return []  # the run began anew
+    runs = [*old.get("earlier", []), old["environment"]]
+    return [run for run in runs if any(run[k] != now[k] for k in ("command", "commit", "device"))]
 
 
 def written(name: str) -> list[dict[str, Any]]:
@@ -90,12 +107,14 @@ def publish(files: Mapping[Path, str]) -> int:
     return 0
 
 
-def how(e: dict[str, Any]) -> str:
-    """A line on how results were obtained, from their environment."""
+def how(content: dict[str, Any]) -> str:
+    """A line on how results were obtained, from the content of their file."""
+    e, before = content["environment"], len(content.get("earlier", []))
+    runs = f" Some rows come from {before} earlier run{'s' * (before > 1)}, which the JSON names." if before else ""
     after = f" before and {e['load_after']:.1f} after" if "load_after" in e else " at the end"
     return (
         f"`{e['command']}`: torch {e['torch']}, {e['threads']} thread, {e['device']}, load {e['load']:.1f}{after}, "
-        f"{e['date']}, commit {e['commit']}."
+        f"{e['date']}, commit {e['commit']}.{runs}"
     )
 
 

@@ -281,7 +281,7 @@ def main() -> int:
         rows = content["results"] if isinstance(content["results"], list) else []
         commits = sorted({r["commit"] for r in rows if "commit" in r} or {content["environment"]["commit"]})
         found = {**content["environment"], "commit": ", ".join(commits)}
-        text = between(text, name, "\n".join([*make(content), "", how(found)]))
+        text = between(text, name, "\n".join([*make(content), "", how({**content, "environment": found})]))
     points, picture = (json.loads(PARTS[name][0].read_text()) for name in ("targets", "interpolation"))
     readme = between(RESULTS_PAGE.read_text(), "targets", "\n".join(headline(points)))
     return publish({PAGE: text, RESULTS_PAGE: readme, PICTURE: draw(picture["results"])})

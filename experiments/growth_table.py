@@ -239,7 +239,7 @@ def main() -> int:
         content = json.loads((RESULTS / f"{file}.json").read_text())
         commits = sorted({r["commit"] for r in content["results"] if "commit" in r})
         found = {**content["environment"], **({"commit": ", ".join(commits)} if commits else {})}
-        text = between(text, name, "\n".join([*make(content), "", how(found)]))
+        text = between(text, name, "\n".join([*make(content), "", how({**content, "environment": found})]))
     return publish({PAGE: text})
 
 

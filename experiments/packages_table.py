@@ -179,9 +179,9 @@ def main() -> int:
     )
     text = PAGE.read_text()
     for name, make in (("targets", targets), ("errors", errors)):
-        text = between(text, name, "\n".join([*make(rows), "", how(content["environment"])]))
+        text = between(text, name, "\n".join([*make(rows), "", how(content)]))
     tried = json.loads((RESULTS / "packages_attempts.json").read_text())
-    lines = [*attempts(tried["results"], content["results"]), "", how(tried["environment"])]
+    lines = [*attempts(tried["results"], content["results"]), "", how(tried)]
     text = between(text, "attempts", "\n".join(lines))
     return publish({PAGE: text})
 

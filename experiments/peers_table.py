@@ -19,7 +19,7 @@ TUNING = 100
 SEEDS = 3  # a task is shown once it was measured with so many
 ERRORS = {"housing": "mean squared error", "ETTh1": "mean squared error", "Shakespeare": "perplexity"}
 DIGITS = {"housing": 4}
-MARKS = dict(zip(SETTINGS, "osD^v<>Pp*XhH", strict=False))
+MARKS = dict(zip((*OURS, *PEERS), "osD^v<", strict=True))  # of the ways that were measured at all budgets
 ESTIMATORS = "plasticnet"  # what the estimators are called in width_search.json
 Rows = list[dict[str, Any]]
 
@@ -122,7 +122,7 @@ def search(content: dict[str, Any]) -> str:
         ratio = f"{median(ratios):.2f}" if ratios and way != ESTIMATORS else ""
         cells.append([task, way, str(len(found)), scores, sizes, times, ratio])
     header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
-    return "\n".join([*table(header, cells), "", how(content["environment"])])
+    return "\n".join([*table(header, cells), "", how(content)])
 
 
 def attempts(content: dict[str, Any]) -> str:
@@ -137,7 +137,7 @@ def attempts(content: dict[str, Any]) -> str:
         cells.append([attempt, *map(spread, errors, digits), *(f"{t:.0f}" for t in times)])
     header = ["attempt", *(f"{task}, rate {rate}" for task, rate in columns)]
     header += [f"CPU s, {task}" for task in tasks]
-    return "\n".join([*table(header, cells), "", how(content["environment"])])
+    return "\n".join([*table(header, cells), "", how(content)])
 
 
 def cifar(content: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def cifar(content: dict[str, Any]) -> str:
         )  # fmt: skip
     header = ["network", "budget", "way", "further epochs", "seeds", "test accuracy, %", "against dense"]
     header += ["multiply-adds, %", "parameters", "CPU s"]
-    return "\n".join([*table(header, cells), "", how(content["environment"])])
+    return "\n".join([*table(header, cells), "", how(content)])
 
 
 def few(content: dict[str, Any]) -> str:
@@ -168,7 +168,7 @@ def few(content: dict[str, Any]) -> str:
         for (way, floor), found in grouped(content["results"], "way", "floor").items()
     ]  # fmt: skip
     header = ["way", "minimum", "seeds", "right before training, %", "right after it, %", "parameters"]
-    return "\n".join([*table(header, cells), "", how(content["environment"])])
+    return "\n".join([*table(header, cells), "", how(content)])
 
 
 def picture_name(task: str) -> str:
@@ -177,7 +177,10 @@ def picture_name(task: str) -> str:
 
 
 def picture(rows: Rows, task: str) -> str:
-    """Curves of the test error by parameters, multiply-adds and latency, with the spread over seeds."""
+    """Curves of the test error by parameters, multiply-adds and latency, with the spread over seeds.
+
+    It shows the ways that were measured at all budgets.
+    """
     found = [r for r in measured(rows) if r["task"] == task]
     axes: dict[str, Callable[[dict[str, Any]], float]] = {
         "parameters": lambda r: r["parameters"],
@@ -190,7 +193,7 @@ def picture(rows: Rows, task: str) -> str:
 
         places = figure.subplots(1, len(axes), sharey=True)
         for place, (name, of) in zip(places, axes.items(), strict=True):
-            for way in SETTINGS:
+            for way, mark in MARKS.items():
                 mine = [r for r in found if r["way"] == way]
                 points = [
                     (mean(map(of, group)), mean(errors := [r["test"] for r in group]), deviation(errors))
@@ -199,7 +202,7 @@ def picture(rows: Rows, task: str) -> str:
                 if points:
                     x, y, d = zip(*points, strict=True)
                     width = 2.2 if way in OURS else 1.0
-                    place.errorbar(x, y, d, label=way, marker=MARKS[way], ms=4, lw=width, capsize=2)
+                    place.errorbar(x, y, d, label=way, marker=mark, ms=4, lw=width, capsize=2)
             place.set_xscale("log")
             place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
@@ -226,7 +229,7 @@ def main() -> int:
     rows = [row for name in tasks for row in contents[name]["results"]]
     page = DOCS / "peers.md"
     text = between(page.read_text(), "verdict", verdict(rows))
-    parts = [f"{by_budget(rows, task)}\n\n{how(contents[task]['environment'])}" for task in tasks]
+    parts = [f"{by_budget(rows, task)}\n\n{how(contents[task])}" for task in tasks]
     text = between(text, "budgets", "\n\n".join(parts))
     text = between(between(text, "choices", choices(rows)), "attempts", attempts(tried))
     text = between(text, "cifar", cifar(resnets))

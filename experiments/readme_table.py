@@ -52,7 +52,7 @@ def results() -> str:
         seeds = str(len(accuracies[1]))
         cells.append([f"ResNet-{depth}", f"{SHARE:.0%}", seeds, f"{dense[depth]:.1f}", *map(spread_of, accuracies)])
     header = ["network", "multiply-adds", "seeds", "whole", "cut, BatchNorm estimated anew", "cut and repaired"]
-    return "\n".join([*table(header, cells), "", how(content["environment"])])
+    return "\n".join([*table(header, cells), "", how(content)])
 
 
 def spread_of(values: list[float]) -> str:

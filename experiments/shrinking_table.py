@@ -246,7 +246,7 @@ def main() -> int:
     text = PAGE.read_text()
     for name, (path, make) in PARTS.items():
         content = json.loads((RESULTS / f"{path}.json").read_text())
-        text = between(text, name, "\n".join([*make(content), "", how(content["environment"])]))
+        text = between(text, name, "\n".join([*make(content), "", how(content)]))
     return publish({PAGE: text})
 
 

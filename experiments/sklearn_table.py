@@ -30,7 +30,7 @@ def main() -> int:
             ]
         )  # fmt: skip
     header = ["task", "way", "seeds", "score, %", "parameters", "CPU s", "time of plasticnet over it"]
-    text = "\n".join([*table(header, cells), "", how(content["environment"])])
+    text = "\n".join([*table(header, cells), "", how(content)])
     return publish({PAGE: between(PAGE.read_text(), "grid", text)})
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +137,24 @@ def pictures(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     colours = torch.randn(10, 3, generator=generator)
     return colours[y][:, :, None, None] + 0.3 * torch.randn(n, 3, 8, 8, generator=generator), y
+
+
+def test_results_name_all_runs_that_they_come_from(monkeypatch: pytest.MonkeyPatch, results: Path) -> None:
+    def run(command: str, rows: list[dict[str, float]]) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["some.py", command])
+        common.write("some", {}, rows)
+        return json.loads((results / "some.json").read_text())
+
+    a, b, c = {"loss": float("nan")}, {"loss": 2.0}, {"loss": 3.0}
+    assert "earlier" not in run("one", [a])
+    assert "earlier" not in run("one", [a, b])  # the same command goes on
+    assert "Some rows" not in common.how(run("one", [a, b]))
+    kept = run("two", [c, b, a])
+    assert kept["environment"]["command"] == "python some.py two"
+    assert [e["command"] for e in kept["earlier"]] == ["python some.py one"]
+    assert "Some rows come from 1 earlier run, which" in common.how(kept)
+    assert [e["command"] for e in run("three", [a, b, c])["earlier"]] == ["python some.py one", "python some.py two"]
+    assert "earlier" not in run("four", [a, b])  # it has begun anew
 
 
 @pytest.mark.slow
