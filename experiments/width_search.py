@@ -23,11 +23,12 @@ from sklearn_grid import run as fitted
 from torch import Tensor, nn
 
 from plasticnet.apps.models import MLP
+from plasticnet.sklearn import PlasticMLPClassifier
 from plasticnet.sklearn.fitting import batch_size, number_of_epochs
 
 NAME, OURS, TRIALS = "width_search", "plasticnet", 40
 NARROWEST, WIDEST = 4, 256
-NOISES, RATE = (0.0, 0.1, 0.2, 0.4), 3e-3
+NOISES, RATE = (0.0, 0.1, 0.2, 0.4), PlasticMLPClassifier().learning_rate_init
 Rows = tuple[Tensor, Tensor]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
-from sklearn.datasets import make_classification, make_moons, make_regression
+from sklearn.datasets import load_iris, load_wine, make_classification, make_moons, make_regression
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -54,22 +54,19 @@ def moons() -> tuple[np.ndarray, np.ndarray]:
 
 def test_it_finds_widths_that_solve_the_task() -> None:
     x, y = moons()
-    model = PlasticMLPClassifier(random_state=0, learning_rate_init=1e-2).fit(x, y)
+    model = PlasticMLPClassifier(random_state=0).fit(x, y)
     assert model.score(x, y) > 0.95
     assert len(model.widths_) == 2
     assert all(3 < width < 60 for width in model.widths_)
     shapes = [tuple(p.shape) for p in model.module_.parameters()]
     assert shapes[0] == (model.widths_[0], 2)
     assert model.n_params_ == sum(int(np.prod(shape)) for shape in shapes)
-    assert len(model.loss_curve_) == model.n_iter_ == 100
+    assert len(model.loss_curve_) == model.n_iter_ == 142  # 1,000 steps, seven in an epoch
 
 
 def test_a_higher_price_makes_a_smaller_network() -> None:
     x, y = moons()
-    sizes = [
-        PlasticMLPClassifier(price, random_state=0, learning_rate_init=1e-2).fit(x, y).n_params_
-        for price in (0.005, 0.05, 0.5)
-    ]
+    sizes = [PlasticMLPClassifier(price, random_state=0).fit(x, y).n_params_ for price in (0.005, 0.05, 0.5)]
     assert sizes[0] > sizes[1] > sizes[2]
 
 
@@ -105,7 +102,7 @@ def test_pipelines_and_grid_search() -> None:
 
 def test_warm_start_goes_on_from_the_network_that_is_there() -> None:
     x, y = moons()
-    model = PlasticMLPClassifier(random_state=0, max_iter=30, warm_start=True, learning_rate_init=1e-2).fit(x, y)
+    model = PlasticMLPClassifier(random_state=0, max_iter=30, warm_start=True).fit(x, y)
     loss = model.loss_curve_[0]
     model.fit(x, y)
     assert model.loss_curve_[0] < loss / 2
@@ -150,7 +147,7 @@ def test_weights_of_rows_and_classes_count() -> None:
 
 def test_several_targets() -> None:
     x, y = make_regression(300, 5, n_targets=3, random_state=0)
-    model = PlasticMLPRegressor(random_state=0, learning_rate_init=1e-2).fit(x, y)
+    model = PlasticMLPRegressor(random_state=0).fit(x, y)
     assert model.predict(x).shape == (300, 3)
     assert model.score(x, y) > 0.95
 
@@ -203,8 +200,17 @@ def test_noise_on_the_inputs_is_chosen_by_rows_that_are_held_out() -> None:
     assert PlasticMLPClassifier(random_state=0, max_iter=30).fit(x[:150], by_heart[:150]).noise_ == 0.0  # too few
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(100, 100), (5000, 100), (20_000, 63), (10**6, 30)])
-def test_large_tables_have_fewer_epochs(rows: int, epochs: int) -> None:
+@pytest.mark.parametrize("load", [load_iris, load_wine])
+def test_a_hundred_rows_are_enough(load: Any) -> None:
+    x, y = load(return_X_y=True)
+    scores = [
+        PlasticMLPClassifier(random_state=seed).fit(x[seed % 2 :: 2], y[seed % 2 :: 2]).score(x, y) for seed in range(4)
+    ]
+    assert min(scores) > 0.9
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(100, 500), (500, 125), (5000, 100), (20_000, 63), (10**6, 30)])
+def test_small_tables_have_more_epochs_and_large_ones_fewer(rows: int, epochs: int) -> None:
     from plasticnet.sklearn.fitting import batch_size, number_of_epochs
 
     assert number_of_epochs(rows, batch_size(rows)) == epochs

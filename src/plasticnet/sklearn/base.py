@@ -47,12 +47,12 @@ class PlasticMLP(BaseEstimator):
 
     def __init__(
         self,
-        price: float = 0.05,
+        price: float = 0.02,
         *,
         hidden_layers: int = 2,
         activation: str = "relu",
         batch_size: Any = "auto",
-        learning_rate_init: float = 3e-3,
+        learning_rate_init: float = 1e-2,
         max_iter: Any = "auto",
         random_state: Any = None,
         tol: float = 1e-4,
@@ -197,7 +197,7 @@ class PlasticMLP(BaseEstimator):
         """Train for one more epoch at the widths that are there."""
         rows = _rows(self._input.scaled(x), y, weight)
         if self._optimizer is None:
-            self._optimizer = torch.optim.Adam(self.module_.parameters(), self.learning_rate_init)
+            self._optimizer = torch.optim.Adam(self.module_.parameters(), self._how(len(rows)).plastic_rate)
         step = partial(plain_step, self._optimizer)
         with torch.enable_grad():
             how = replace(self._how(len(rows)), noise=self.noise_)

@@ -18,8 +18,8 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
     """A multilayer perceptron for classification that chooses the widths of its hidden layers by itself.
 
     It begins with a few units in each hidden layer, grows while its newest units lower the loss by more than they cost,
-    and is then pruned under the same price (see `plasticnet.Growth`). The last fifth of the epochs trains the network
-    at the widths that were found. Columns are normalised inside.
+    and is then pruned under the same price (see `plasticnet.Growth`). Widths are chosen in a quarter of
+    the epochs, or more where these have few steps; the others train the network at the widths that were found. Columns are normalised inside.
 
     Args:
         price: What a parameter costs: so many nats of the summed log-likelihood of all rows. A larger price makes a
@@ -27,9 +27,10 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
         hidden_layers: The number of hidden layers, 1 or more.
         activation: "relu", "gelu" or "tanh".
         batch_size: How many rows a batch has; "auto" takes between 64 and 256.
-        learning_rate_init: The learning rate of Adam, which falls to 0 over the last fifth of the epochs.
+        learning_rate_init: The learning rate of Adam at the widths that were found, from where it falls to 0. It is
+            three tenths of this while widths are chosen.
         max_iter: The number of epochs. About 100 training steps or more are needed to choose widths. "auto" takes 100
-            epochs, or fewer, 30 at least, if these have more than 5,000 steps.
+            epochs; more if these have less than 1,000 steps, and fewer, 30 at least, if they have more than 5,000.
         random_state: A seed, a `RandomState`, or None.
         tol: By how much a held-out loss must fall to count as better, with ``early_stopping``.
         verbose: Whether a line is printed for each epoch.
@@ -68,12 +69,12 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
 
     def __init__(
         self,
-        price: float = 0.05,
+        price: float = 0.02,
         *,
         hidden_layers: int = 2,
         activation: str = "relu",
         batch_size: Any = "auto",
-        learning_rate_init: float = 3e-3,
+        learning_rate_init: float = 1e-2,
         max_iter: Any = "auto",
         random_state: Any = None,
         tol: float = 1e-4,

@@ -19,14 +19,18 @@ from plasticnet.training.stages import Stage
 
 # A hidden layer begins with so many units.
 START = 3
-# This share of the epochs trains at the widths that were found, with a learning rate that falls to 0.
-SETTLED = 0.2
+# Widths are chosen in this share of the epochs, or for so many steps where they have fewer, but in no more than the second
+# share. The other epochs train at the widths that were found, with a learning rate that falls to 0.
+PLASTIC, PLASTIC_STEPS, MOST_PLASTIC = 0.25, 600, 0.8
+# While widths are chosen, weights learn at this share of the learning rate.
+SLOWER = 0.3
 K, GATE_RATE = 7.0, 0.1
 # A batch has between these numbers of rows, and a small epoch about so many batches.
 SMALLEST, LARGEST, BATCHES = 64, 256, 32
 
-# If nobody says, there are so many epochs, or fewer, but not below the second number, if these have so many batches.
-EPOCHS, FEWEST_EPOCHS, MOST_BATCHES = 100, 30, 5000
+# If nobody says, there are so many epochs; more where these have fewer batches than the first number, and fewer, but not
+# below the second number of epochs, where they have more than the second one.
+EPOCHS, FEWEST_EPOCHS, FEWEST_BATCHES, MOST_BATCHES = 100, 30, 1000, 5000
 
 # It returns the losses of rows from outputs and targets, shape (rows,).
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +66,7 @@ class Training:
     Attributes:
         losses: The losses of rows.
         price: What a parameter costs in the loss, as a multiple of one over the weight of all rows.
-        rate: The learning rate.
+        rate: The learning rate at the widths that were found, before it falls.
         batch: How many rows a batch has.
         epochs: How many epochs there are.
         noise: The standard deviation of the noise that is added to the inputs.
@@ -81,11 +85,17 @@ class Training:
         Args:
             rows: How many rows an epoch has.
         """
-        settled = max(1, round(SETTLED * self.epochs))
-        plastic = self.epochs - settled
+        steps = max(1, math.ceil(rows / self.batch))
+        plastic = max(PLASTIC * self.epochs, PLASTIC_STEPS / steps)
+        plastic = min(math.ceil(min(plastic, MOST_PLASTIC * self.epochs)), self.epochs - 1)
         # Growth has the first half of the plastic epochs, and judges units after so many steps.
-        enough = int(LATE * plastic) * math.ceil(rows / self.batch) > STEPS
-        return [Stage(plastic, K), Stage(settled)] if enough else [Stage(self.epochs)]
+        enough = int(LATE * plastic) * steps > STEPS
+        return [Stage(plastic, K), Stage(self.epochs - plastic)] if enough else [Stage(self.epochs)]
+
+    @property
+    def plastic_rate(self) -> float:
+        """The learning rate of the weights while widths are chosen."""
+        return SLOWER * self.rate
 
 
 def batch_size(rows: int) -> int:
@@ -100,7 +110,8 @@ def number_of_epochs(rows: int, batch: int) -> int:
         rows: How many rows an epoch has.
         batch: How many rows a batch has.
     """
-    return max(FEWEST_EPOCHS, min(EPOCHS, MOST_BATCHES // math.ceil(max(rows, 1) / batch)))
+    batches = math.ceil(max(rows, 1) / batch)
+    return max(FEWEST_EPOCHS, min(max(EPOCHS, FEWEST_BATCHES // batches), MOST_BATCHES // batches))
 
 
 def perceptron(widths: list[int], activation: str, dtype: torch.dtype) -> nn.Sequential:
@@ -137,7 +148,7 @@ class Fit:
         self.rows, self.how = rows, how
         whole = len(rows) <= how.batch
         self.net = PlasticNet(model, (rows.x[:2],), gates="batch" if whole else "auto")
-        self.optimizer = torch.optim.Adam(self.net.param_groups(how.rate, GATE_RATE))
+        self.optimizer = torch.optim.Adam(self.net.param_groups(how.plastic_rate, GATE_RATE))
         pressure = Pressure(how.price / max(float(rows.weight.sum()), 1.0), cost="parameters")
         stages = how.stages(len(rows))
         growth = Growth() if stages[0].plastic else None
@@ -152,7 +163,8 @@ class Fit:
         settled = self.schedule.stages[-1].epochs
         while self.schedule.epoch < self.schedule.epochs:
             left = self.schedule.epochs - self.schedule.epoch
-            self.optimizer.param_groups[0]["lr"] = self.how.rate * min(1.0, left / settled)
+            rate = self.how.plastic_rate if left > settled else self.how.rate * left / settled
+            self.optimizer.param_groups[0]["lr"] = rate
             yield one_epoch(self.net, self._step, self.rows, self.how, order)
             self.schedule.step()
 

@@ -24,9 +24,10 @@ class PlasticMLPRegressor(RegressorMixin, PlasticMLP):
         hidden_layers: The number of hidden layers, 1 or more.
         activation: "relu", "gelu" or "tanh".
         batch_size: How many rows a batch has; "auto" takes between 64 and 256.
-        learning_rate_init: The learning rate of Adam, which falls to 0 over the last fifth of the epochs.
+        learning_rate_init: The learning rate of Adam at the widths that were found, from where it falls to 0. It is
+            three tenths of this while widths are chosen.
         max_iter: The number of epochs. About 100 training steps or more are needed to choose widths. "auto" takes 100
-            epochs, or fewer, 30 at least, if these have more than 5,000 steps.
+            epochs; more if these have less than 1,000 steps, and fewer, 30 at least, if they have more than 5,000.
         random_state: A seed, a `RandomState`, or None.
         tol: By how much a held-out loss must fall to count as better, with ``early_stopping``.
         verbose: Whether a line is printed for each epoch.
