@@ -18,8 +18,9 @@ class PlasticMLPClassifier(ClassifierMixin, PlasticMLP):
     """A multilayer perceptron for classification that chooses the widths of its hidden layers by itself.
 
     It begins with a few units in each hidden layer, grows while its newest units lower the loss by more than they cost,
-    and is then pruned under the same price (see `plasticnet.Growth`). Widths are chosen in a quarter of
-    the epochs, or more where these have few steps; the others train the network at the widths that were found. Columns are normalised inside.
+    and is then pruned under the same price (see `plasticnet.Growth`). Widths are chosen in a quarter of the epochs, or
+    in more where these have few steps; the others train the network at the widths that were found. Columns are
+    normalised inside.
 
     Args:
         price: What a parameter costs: so many nats of the summed log-likelihood of all rows. A larger price makes a

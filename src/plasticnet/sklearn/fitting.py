@@ -19,7 +19,7 @@ from plasticnet.training.stages import Stage
 
 # A hidden layer begins with so many units.
 START = 3
-# Widths are chosen in this share of the epochs, or for so many steps where they have fewer, but in no more than the second
+# Widths are chosen in this share of the epochs, or for so many steps where it has fewer, but in no more than the second
 # share. The other epochs train at the widths that were found, with a learning rate that falls to 0.
 PLASTIC, PLASTIC_STEPS, MOST_PLASTIC = 0.25, 600, 0.8
 # While widths are chosen, weights learn at this share of the learning rate.
@@ -28,8 +28,8 @@ K, GATE_RATE = 7.0, 0.1
 # A batch has between these numbers of rows, and a small epoch about so many batches.
 SMALLEST, LARGEST, BATCHES = 64, 256, 32
 
-# If nobody says, there are so many epochs; more where these have fewer batches than the first number, and fewer, but not
-# below the second number of epochs, where they have more than the second one.
+# If nobody says, there are so many epochs; more where these have fewer batches than the first number of batches, and
+# fewer, but not below the second number of epochs, where they have more than the second one.
 EPOCHS, FEWEST_EPOCHS, FEWEST_BATCHES, MOST_BATCHES = 100, 30, 1000, 5000
 
 # It returns the losses of rows from outputs and targets, shape (rows,).
