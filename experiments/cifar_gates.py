@@ -37,28 +37,33 @@ TEMPERATURE, TEACHER, DECAY = 4.0, 0.5, 1e-4
 PERIODS = 4  # steps of the schedule in an epoch
 WAYS = ("gates", "shrink", "Torch-Pruning", "dense")
 Data = tuple[Tensor, Tensor]
+Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a network, for images and labels
 
 
-def losses(model: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def taught(teacher: nn.Module) -> Losses:
     """The losses of images, from their labels and the whole network's outputs."""
-    with torch.no_grad():
-        wanted = teacher(x)
-    return pn.distillation(model(x), wanted, y, temperature=TEMPERATURE, weight=TEACHER)
+
+    def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher(x)
+        return pn.distillation(model(x), wanted, y, temperature=TEMPERATURE, weight=TEACHER)
+
+    return losses
 
 
 class Training:
     """A training that is kept after every epoch, and that goes on from there.
 
     Args:
-        teacher: The whole network.
+        losses: The losses that are made small.
         data: Images and labels to train on.
         epochs: The number of epochs.
         seed: The order and the augmentation follow from it.
         kept: The file.
     """
 
-    def __init__(self, teacher: nn.Module, data: Data, epochs: int, seed: int, kept: Path) -> None:
-        self.teacher, self.data, self.epochs, self.kept = teacher, data, epochs, kept
+    def __init__(self, losses: Losses, data: Data, epochs: int, seed: int, kept: Path) -> None:
+        self.losses, self.data, self.epochs, self.kept = losses, data, epochs, kept
         self.generator = torch.Generator().manual_seed(seed)
         self.done, self.seconds = 0, 0.0
 
@@ -95,25 +100,32 @@ class Training:
             print(f"{self.kept.stem}: epoch {self.done} of {self.epochs}, {self.seconds:.0f} CPU s", flush=True)
 
 
-def plainly(training: Training, model: nn.Module) -> nn.Module:
-    """Train a network in the ordinary way."""
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
+def plainly(training: Training, model: nn.Module, rate: float = RATE) -> nn.Module:
+    """Train a network in the ordinary way, with this highest learning rate."""
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=DECAY)
 
     def step(x: Tensor, y: Tensor, place: float) -> None:
         model.train()
-        optimizer.param_groups[0]["lr"] = cycle(place, RATE)
+        optimizer.param_groups[0]["lr"] = cycle(place, rate)
         optimizer.zero_grad()
-        losses(model, training.teacher, x, y).mean().backward()
+        training.losses(model, x, y).mean().backward()
         optimizer.step()
 
     training.run({"model": model, "optimizer": optimizer}, step, lambda: None)
     return model.eval()
 
 
-def with_gates(training: Training, share: float) -> nn.Module:
-    """Prune in one training: gates learn for the first half of it."""
+def with_gates(training: Training, model: nn.Module, share: float, rate: Callable[[float], float]) -> nn.Module:
+    """Prune in one training: gates learn for the first half of it.
+
+    Args:
+        training: The training.
+        model: The network, which is copied.
+        share: The share of the multiply-adds that may stay.
+        rate: The learning rate of the weights, from the place in the training.
+    """
     x, _ = training.data
-    net = pn.PlasticNet(copy.deepcopy(training.teacher), (x[:2],))
+    net = pn.PlasticNet(copy.deepcopy(model), (x[:2],))
     gates, weights = list(net.gates.parameters()), list(net.model.parameters())
     optimizers = [
         torch.optim.SGD(weights, RATE, momentum=0.9, weight_decay=DECAY),
@@ -125,10 +137,8 @@ def with_gates(training: Training, share: float) -> nn.Module:
 
     def step(x: Tensor, y: Tensor, place: float) -> None:
         net.train()
-        first = half / training.epochs
-        rate = PLASTIC_RATE if place < first else cycle((place - first) / (1 - first), RATE)
-        optimizers[0].param_groups[0]["lr"] = rate
-        loss = net.expected_loss(lambda: losses(net, training.teacher, x, y)) + schedule.penalty()
+        optimizers[0].param_groups[0]["lr"] = rate(place)
+        loss = net.expected_loss(lambda: training.losses(net, x, y)) + schedule.penalty()
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -181,7 +191,12 @@ def trained(way: str, dense: nn.Module, share: float, data: tuple[Data, Data], t
     chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(training.generator.initial_seed()))
     chosen = chosen[:CALIBRATE]
     if way == "gates":
-        return with_gates(training, share)
+        first = training.epochs // 2 / training.epochs
+
+        def rate(place: float) -> float:
+            return PLASTIC_RATE if place < first else cycle((place - first) / (1 - first), RATE)
+
+        return with_gates(training, dense, share, rate)
     if way == "shrink":
         return plainly(training, pn.shrink(dense, train[0][chosen].split(BATCH), pn.Budget(macs=share))[0])
     if way == "Torch-Pruning":
@@ -212,7 +227,7 @@ def main() -> None:
                 continue
             torch.manual_seed(seed)
             kept = options.cache / f"{way}-{options.depth}-{key['share']}-{options.epochs}-{seed}.safetensors"
-            training = Training(dense.eval(), train, options.epochs, seed, kept)
+            training = Training(taught(dense.eval()), train, options.epochs, seed, kept)
             small = trained(way, dense.eval(), options.share, (train, held_out), training)
             row = {**key, "held out": accuracy(small, *held_out), "test": accuracy(small, *test)}
             row |= {"before": accuracy(dense, *test), "macs": operations(small, x) / operations(dense, x)}

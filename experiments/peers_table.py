@@ -140,8 +140,8 @@ def attempts(content: dict[str, Any]) -> str:
     return "\n".join([*table(header, cells), "", how(content)])
 
 
-def cifar(content: dict[str, Any]) -> str:
-    """ResNets on CIFAR-10: each way beside the whole network that was trained for as many further epochs."""
+def cifar(content: dict[str, Any], epochs_are: str) -> str:
+    """ResNets on CIFAR-10: each way beside the whole network that was trained for as many epochs, as these are called."""
     rows, cells = content["results"], []
     of = grouped(rows, "depth", "epochs", "share", "way")
     for (depth, epochs, share, way), found in of.items():
@@ -155,7 +155,7 @@ def cifar(content: dict[str, Any]) -> str:
                 spread([r["parameters"] for r in found], 0), spread([r["seconds"] for r in found], 0),
             ]
         )  # fmt: skip
-    header = ["network", "budget", "way", "further epochs", "seeds", "test accuracy, %", "against dense"]
+    header = ["network", "budget", "way", epochs_are, "seeds", "test accuracy, %", "against dense"]
     header += ["multiply-adds, %", "parameters", "CPU s"]
     return "\n".join([*table(header, cells), "", how(content)])
 
@@ -221,8 +221,8 @@ def picture(rows: Rows, task: str) -> str:
 
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
-    names = ("width_search", "few_units", "peers_attempts", "cifar_gates")
-    searched, smallest, tried, resnets = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = ("width_search", "few_units", "peers_attempts", "cifar_gates", "cifar_scratch")
+    searched, smallest, tried, resnets, from_random = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     paths = {name: RESULTS / f"peers_{name.lower()}.json" for name in TASKS}
     contents = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     tasks = [name for name, content in contents.items() if seeds_of(content["results"]) >= SEEDS]
@@ -232,7 +232,8 @@ def main() -> int:
     parts = [f"{by_budget(rows, task)}\n\n{how(contents[task])}" for task in tasks]
     text = between(text, "budgets", "\n\n".join(parts))
     text = between(between(text, "choices", choices(rows)), "attempts", attempts(tried))
-    text = between(text, "cifar", cifar(resnets))
+    text = between(text, "cifar", cifar(resnets, "further epochs"))
+    text = between(text, "scratch", cifar(from_random, "epochs"))
     text = between(between(text, "search", search(searched)), "few", few(smallest))
     return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
 

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 
 import cifar
 import cifar_gates
+import cifar_scratch
 import common
 import paper_cifar
 import peers
@@ -165,7 +166,7 @@ def test_a_cifar_training_goes_on_where_it_was_cut_off(way: str, tmp_path: Path)
 
     def trained(name: str, epochs: int, most: int) -> torch.nn.Module | None:
         torch.manual_seed(1)
-        training = cifar_gates.Training(dense, data, epochs, 0, tmp_path / f"{name}.safetensors")
+        training = cifar_gates.Training(cifar_gates.taught(dense), data, epochs, 0, tmp_path / f"{name}.safetensors")
         if most < epochs:
             monkey = pytest.MonkeyPatch()
             save, done = pn.save_checkpoint, []
@@ -194,6 +195,33 @@ def test_a_cifar_training_goes_on_where_it_was_cut_off(way: str, tmp_path: Path)
     assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
     if way != "dense":
         assert operations(whole, data[0]) <= 0.5 * operations(dense, data[0])
+
+
+@pytest.mark.slow
+def test_a_resnet_from_random_weights_is_pruned_in_its_one_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.save(pictures(5256), tmp_path / "train.pt")
+    torch.save(pictures(50), tmp_path / "test.pt")
+    options = [
+        "--data-dir",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path),
+        "--depth",
+        "8",
+        "--epochs",
+        "2",
+        "--images",
+        "256",
+    ]
+    monkeypatch.setattr(sys, "argv", ["cifar_scratch.py", *options])
+    for _ in range(2):  # what is there is not run again
+        cifar_scratch.main()
+    dense, gates, known = common.written("cifar_scratch")
+    assert gates["macs"] == known["macs"] <= 0.5
+    assert gates["widths"] == known["widths"] != dense["widths"]
+    assert not list(tmp_path.glob("scratch-*"))
 
 
 @pytest.mark.slow
