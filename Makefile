@@ -132,7 +132,8 @@ experiments-full: experiments
 	$(BIN)/python experiments/cifar_cut.py --data-dir $(DATA) --cache $(CACHE)
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE)
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --share 0.73
-	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --depth 56 --share 0.476
+	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --depth 56 --share 0.476 --epochs 4
+	$(BIN)/python experiments/cifar_scratch.py --data-dir $(DATA) --cache $(CACHE)
 	$(BIN)/python experiments/peers_table.py
 
 # The paper's ResNet-56 and WRN-28-10, on torchvision's CIFAR in DATA: days on a GPU.
