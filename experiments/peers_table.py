@@ -142,7 +142,7 @@ def attempts(content: dict[str, Any]) -> str:
 
 
 def cifar(content: dict[str, Any], epochs_are: str) -> str:
-    """ResNets on CIFAR-10: each way beside the whole network that was trained for as many epochs, as these are called."""
+    """ResNets on CIFAR-10: each way beside the whole network after as many epochs, as the header calls them."""
     rows, cells = content["results"], []
     of = grouped(rows, "depth", "epochs", "share", "way")
     for (depth, epochs, share, way), found in of.items():
