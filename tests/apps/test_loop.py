@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticError, load, save, save_checkpoint
@@ -98,6 +99,22 @@ def test_a_run_is_decided_by_its_seed(data: Data, whole: dict) -> None:
     first, second, other = (train_run(model(), data, replace(config, seed=s), "prune").summary for s in (0, 0, 1))
     assert timeless(first) == timeless(second)
     assert timeless(first) != timeless(other)
+
+
+def test_dense_runs_are_ordinary_training_whose_rate_falls_at_the_end(data: Data) -> None:
+    config = replace(CONFIG, epochs=8)
+    result = train_run(model(), data, config, "dense").compact
+    plain = model()
+    torch.manual_seed(config.seed)
+    optimizer = torch.optim.Adam(plain.parameters(), config.lr)
+    for share in (1, 1, 1, 1, 1, 1, 1, 0.5):
+        optimizer.param_groups[0]["lr"] = share * config.lr
+        plain.train()
+        for i in torch.randperm(len(data.train)).split(config.batch):
+            optimizer.zero_grad()
+            F.cross_entropy(plain(data.train.x[i]), data.train.y[i]).backward()
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), result.parameters(), strict=True))
 
 
 def test_without_resume_it_starts_anew(data: Data, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def train_command(
         list[str] | None, typer.Option(help="A name pattern of layers whose input features get gates.")
     ] = None,
     start: Annotated[int, typer.Option(help="The number of units per site from which growth starts.")] = START,
-    lr: Annotated[float, typer.Option(help="The learning rate of the weights (Adam).")] = 3e-3,
+    lr: Annotated[
+        float, typer.Option(help="The learning rate of the weights (Adam), which falls to 0 in the end.")
+    ] = 3e-3,
     gate_lr: Annotated[float, typer.Option(help="The learning rate of the gates (Adam).")] = 1e-1,
     seed: Annotated[int, typer.Option(help="The seed of the weights, the draws, the batches and the data split.")] = 0,
     device: Annotated[str, typer.Option(help=f"Where to compute: {', '.join(DEVICES)}.")] = "cpu",

@@ -154,6 +154,7 @@ def _one_epoch(
     """Train to the end of an epoch, let the schedule end it, and return its record, unless something is not finite."""
     net, schedule = training.net, training.schedule
     k = net.k
+    training.optimizer.param_groups[0]["lr"] = config.rate(schedule.epoch)
     loss = train_epoch(training, data.train, config, data.task, place=place, after_step=after_step)
     started = time.process_time()
     if not math.isfinite(loss):  # a sum of finite losses

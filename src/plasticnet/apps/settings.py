@@ -52,7 +52,7 @@ class Config:
         inputs: Name patterns of layers whose input features get gates.
         start: The number of units per site from which growth starts.
         batch: The batch size.
-        lr: Adam's learning rate for the model's parameters.
+        lr: Adam's learning rate for the model's parameters, which falls to 0 over the last quarter of the epochs.
         gate_lr: Adam's learning rate for the logits of the gates.
         weight_decay: Adam's weight decay for the model's parameters.
         seed: The seed of everything random.
@@ -100,8 +100,17 @@ class Config:
             return [Stage(self.epochs, math.inf)]
         if self.epochs < 3:
             raise PlasticError(f"epochs={self.epochs}: the three stages need at least 3")
-        first, last = max(1, round(0.05 * self.epochs)), max(1, round(0.25 * self.epochs))
+        first, last = max(1, round(0.05 * self.epochs)), self._last
         return [Stage(first, math.inf), Stage(self.epochs - first - last, self.k, self.k_end), Stage(last, math.inf)]
+
+    def rate(self, epoch: int) -> float:
+        """Return the learning rate of the model's parameters in an epoch, counted from 0, in all modes alike."""
+        return self.lr * min(1.0, (self.epochs - epoch) / self._last)
+
+    @property
+    def _last(self) -> int:
+        """The number of epochs in which the network is hardened."""
+        return max(1, round(0.25 * self.epochs))
 
 
 @dataclass(frozen=True)
