@@ -222,8 +222,10 @@ def picture(rows: Rows, task: str) -> str:
 
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
-    names = ("width_search", "few_units", "peers_attempts", "cifar_gates")
-    searched, smallest, tried, resnets = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = ("width_search", "few_units", "peers_attempts", "cifar_gates", "cifar_scratch")
+    searched, smallest, tried, resnets, from_random = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
+    )
     paths = {name: RESULTS / f"peers_{name.lower()}.json" for name in TASKS}
     contents = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     tasks = [name for name, content in contents.items() if seeds_of(content["results"]) >= SEEDS]
@@ -234,6 +236,7 @@ def main() -> int:
     text = between(text, "budgets", "\n\n".join(parts))
     text = between(between(text, "choices", choices(rows)), "attempts", attempts(tried))
     text = between(text, "cifar", cifar(resnets, "further epochs"))
+    text = between(text, "scratch", cifar(from_random, "epochs"))
     text = between(between(text, "search", search(searched)), "few", few(smallest))
     return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
 
