@@ -105,11 +105,11 @@ def test_operations_are_those_of_the_layers() -> None:
 @pytest.mark.slow
 def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
-    names = ("verdict", "budgets", "choices", "search", "few", "attempts", "cifar")
+    names = ("verdict", "budgets", "choices", "search", "few", "attempts", "cifar", "scratch")
     page = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in names)
     (tmp_path / "docs" / "peers.md").write_text(page)
     committed = Path(common.__file__).parent / "results"
-    for name in ("width_search", "few_units", "peers_attempts", "cifar_gates"):
+    for name in ("width_search", "few_units", "peers_attempts", "cifar_gates", "cifar_scratch"):
         (tmp_path / f"{name}.json").write_bytes((committed / f"{name}.json").read_bytes())
     monkeypatch.setattr(peers_table, "RESULTS", tmp_path)
     monkeypatch.setattr(peers_table, "DOCS", tmp_path / "docs")
