@@ -59,6 +59,13 @@ def tuned(depth: int, folder: Path, cache: Path, train: Data, held_out: Data) ->
     return {"state": best, "held out": found}
 
 
+def decoded(folder: Path, cache: Path) -> tuple[Data, Data, Data]:
+    """Images to train on, those held out, and those to test on."""
+    x, y = cached(cache / "train.pt", lambda: images(folder, "train", 50_000))
+    test = cached(cache / "test.pt", lambda: images(folder, "test", 10_000))
+    return (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT]), test
+
+
 def prepared(depth: int, folder: Path, cache: Path) -> tuple[nn.Module, Data, Data, Data, dict[str, Any]]:
     """The network that is "dense", images to train on, those held out, and those to test on, and how it was trained.
 
@@ -67,9 +74,7 @@ def prepared(depth: int, folder: Path, cache: Path) -> tuple[nn.Module, Data, Da
         folder: Where images and published weights are.
         cache: Where decoded images and the network are kept.
     """
-    x, y = cached(cache / "train.pt", lambda: images(folder, "train", 50_000))
-    test = cached(cache / "test.pt", lambda: images(folder, "test", 10_000))
-    train, held_out = (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT])
+    train, held_out, test = decoded(folder, cache)
     first = cached(cache / f"dense{depth}.pt", lambda: tuned(depth, folder, cache, train, held_out))
     dense = published(depth, folder)
     dense.load_state_dict(first["state"])

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar import ResNet, accuracy, images
-from cifar_cut import HELD_OUT, cached
+from cifar import ResNet, accuracy
+from cifar_cut import decoded
 from cifar_gates import DECAY, GATE_RATE, PERIODS, Training, plainly, with_gates
 from common import known, write, written
-from pruning import cycle, operations
+from pruning import cycle, operations, renewed
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -45,12 +45,7 @@ def anew(depth: int, x: Tensor, seed: int, channels: Mapping[str, int] | None = 
     torch.manual_seed(seed)
     model: nn.Module = ResNet(depth)
     if channels is not None:
-        net = pn.PlasticNet(model, (x[:2],))
-        net.resize({name: range(n) for name, n in channels.items()})
-        model = net.compact()
-        for module in model.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        model = renewed(pn.PlasticNet(model, (x[:2],)), channels)
     return model
 
 
@@ -66,9 +61,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    x, y = cached(options.cache / "train.pt", lambda: images(options.data_dir, "train", 50_000))
-    test = cached(options.cache / "test.pt", lambda: images(options.data_dir, "test", 10_000))
-    held_out, train = ((x[rows], y[rows]) for rows in (slice(HELD_OUT), slice(HELD_OUT, HELD_OUT + options.images)))
+    train, held_out, test = decoded(options.data_dir, options.cache)
+    train = train[0][: options.images], train[1][: options.images]
     base = {"depth": options.depth, "epochs": options.epochs, "images": options.images}
     for seed in options.seeds:
         for way in WAYS:
@@ -80,7 +74,7 @@ def main() -> None:
                 like = {**key, "way": "gates"}
                 channels = next(r["widths"] for r in written(NAME) if like.items() <= r.items())
             model = anew(options.depth, train[0], seed, channels)
-            kept = options.cache / f"scratch-{way}-{options.depth}-{options.share}-{options.epochs}-{seed}.safetensors"
+            kept = options.cache / f"scratch-{'-'.join(map(str, key.values()))}.safetensors"
             training = Training(losses, train, options.epochs, seed, kept)
             if way == "gates":
                 small = with_gates(training, model, options.share, lambda place: cycle(place, RATE))

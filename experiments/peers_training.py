@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from peers_tasks import Task
-from pruning import cycle
+from pruning import cycle, renewed
 from torch import Tensor, nn
 
 import plasticnet as pn
@@ -112,13 +112,7 @@ def gated(start: Start) -> pn.PlasticNet:
 def anew(start: Start, widths: Mapping[str, int]) -> nn.Module:
     """A network of these widths with random weights."""
     torch.manual_seed(start.seed)
-    net = gated(start)
-    net.resize({name: range(n) for name, n in widths.items()})
-    small = net.compact()
-    for module in small.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
-    return small
+    return renewed(gated(start), widths)
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+import plasticnet as pn
 
 
 def operations(network: nn.Module, x: Tensor) -> int:
@@ -54,3 +56,13 @@ def smallest_cut(
 def cycle(place: float, rate: float) -> float:
     """The learning rate at a place of the training, from 0 to 1: up over the first tenth, then down along a cosine."""
     return rate * min(place / 0.1 + 0.05, 0.5 + 0.5 * math.cos(math.pi * place))
+
+
+def renewed(net: pn.PlasticNet, widths: Mapping[str, int]) -> nn.Module:
+    """A network of these widths, with random weights, of the kind of another, which is cut."""
+    net.resize({name: range(n) for name, n in widths.items()})
+    small = net.compact()
+    for module in small.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    return small

@@ -203,19 +203,8 @@ def test_a_resnet_from_random_weights_is_pruned_in_its_one_training(
 ) -> None:
     torch.save(pictures(5256), tmp_path / "train.pt")
     torch.save(pictures(50), tmp_path / "test.pt")
-    options = [
-        "--data-dir",
-        str(tmp_path),
-        "--cache",
-        str(tmp_path),
-        "--depth",
-        "8",
-        "--epochs",
-        "2",
-        "--images",
-        "256",
-    ]
-    monkeypatch.setattr(sys, "argv", ["cifar_scratch.py", *options])
+    options = {"--data-dir": tmp_path, "--cache": tmp_path, "--depth": 8, "--epochs": 2, "--images": 256}
+    monkeypatch.setattr(sys, "argv", ["cifar_scratch.py", *(str(part) for pair in options.items() for part in pair)])
     for _ in range(2):  # what is there is not run again
         cifar_scratch.main()
     dense, gates, known = common.written("cifar_scratch")

@@ -85,7 +85,7 @@ class Training:
         Args:
             rows: How many rows an epoch has.
         """
-        steps = max(1, math.ceil(rows / self.batch))
+        steps = number_of_batches(rows, self.batch)
         plastic = max(PLASTIC * self.epochs, PLASTIC_STEPS / steps)
         plastic = min(math.ceil(min(plastic, MOST_PLASTIC * self.epochs)), self.epochs - 1)
         # Growth has the first half of the plastic epochs, and judges units after so many steps.
@@ -103,6 +103,11 @@ def batch_size(rows: int) -> int:
     return min(max(rows // BATCHES, SMALLEST), LARGEST)
 
 
+def number_of_batches(rows: int, batch: int) -> int:
+    """Return how many batches so many rows are, one at least."""
+    return math.ceil(max(rows, 1) / batch)
+
+
 def number_of_epochs(rows: int, batch: int) -> int:
     """Return how many epochs there are if nobody says.
 
@@ -110,7 +115,7 @@ def number_of_epochs(rows: int, batch: int) -> int:
         rows: How many rows an epoch has.
         batch: How many rows a batch has.
     """
-    batches = math.ceil(max(rows, 1) / batch)
+    batches = number_of_batches(rows, batch)
     return max(FEWEST_EPOCHS, min(max(EPOCHS, FEWEST_BATCHES // batches), MOST_BATCHES // batches))
 
 
