@@ -101,14 +101,29 @@ def moved(x: Tensor, by: int, generator: torch.Generator | None = None, mirrored
         generator: Of random numbers; by default torch's own.
         mirrored: The probability that an image is mirrored, too.
     """
-    n, _, height, width = x.shape
-    padded = F.pad(x, (by,) * 4)
-    down, right = (torch.randint(0, 2 * by + 1, (n, 1), generator=generator) for _ in range(2))
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    n, width = len(x), x.shape[3]
+    down, right = moves(n, by, generator)
+    columns = right[:, None] + torch.arange(width)
     if mirrored:
         columns = torch.where(torch.rand(n, 1, generator=generator) < mirrored, columns.flip(1), columns)
-    one = torch.arange(n)[:, None, None]
-    return padded[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return _taken(x, by, down, columns)
+
+
+def moves(n: int, by: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """By how much n images are moved, down and to the right: from 0 to twice ``by``, which is in the middle."""
+    down, right = (torch.randint(0, 2 * by + 1, (n, 1), generator=generator)[:, 0] for _ in range(2))
+    return down, right
+
+
+def shifted(x: Tensor, by: int, down: Tensor, right: Tensor) -> Tensor:
+    """Images moved as ``moves`` says, with channels last in memory; beyond their edge is zero."""
+    return _taken(x, by, down, right[:, None] + torch.arange(x.shape[3]))
+
+
+def _taken(x: Tensor, by: int, down: Tensor, columns: Tensor) -> Tensor:
+    rows = down[:, None] + torch.arange(x.shape[2])
+    one = torch.arange(len(x))[:, None, None]
+    return F.pad(x, (by,) * 4)[one, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def epochs(

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar import moved
+from cifar import moved, moves, shifted
 from common import environment, write, written
 from torch import Tensor, nn
 
@@ -132,6 +132,7 @@ POINTS["k"] = replace(POINTS["j"], title=f"{POINTS['j'].title}, images moved", m
 POINTS["h"] = replace(
     POINTS["d"], title=f"{POINTS['d'].title}, taught by LeNet-5", taught_by="LeNet-5", plastic=30, last=120
 )
+POINTS["l"] = replace(POINTS["h"], title=f"{POINTS['h'].title}, images moved", moved=1)
 
 
 class LeNet(LeNet5):
@@ -163,15 +164,17 @@ class MLP(nn.Module):
         return self.fc3(F.dropout(x, self.dropout, self.training))
 
 
-Teacher = Callable[[Tensor, Tensor], Tensor]  # outputs for these rows, whose images may have been moved
+def answers(model: nn.Module, x: Tensor, by: int) -> Tensor:
+    """A network's outputs for images moved down and to the right by as many pixels as the first two places say."""
+    model.eval()
+    places = range(2 * by + 1)
 
+    def outputs(down: int, right: int) -> Tensor:
+        parts = (shifted(part, by, *(torch.full((len(part),), n) for n in (down, right))) for part in x.split(1000))
+        return torch.cat([model(part) for part in parts])
 
-def teacher_of(model: nn.Module, outputs: Tensor, by: int) -> Teacher:
-    """What answers images: the outputs of a network, computed before or, where images are moved, for each batch."""
-    if not by:
-        return lambda i, _: outputs[i]
-    model = copy.deepcopy(model).eval()
-    return lambda _, images: torch.no_grad()(model)(images)
+    with torch.no_grad():
+        return torch.stack([torch.stack([outputs(down, right) for right in places]) for down in places])
 
 
 # The networks: how to make one, and the epochs of the dense one.
@@ -185,7 +188,7 @@ def one_cycle(step: int, steps: int, rate: float) -> float:
 
 
 def dense(name: str, data: Data, seed: int, by: int = 0) -> tuple[nn.Module, Tensor, float]:
-    """The dense network, its outputs for the training images, and the CPU seconds; images are moved by some pixels."""
+    """The dense network, its answers to the training images, and the CPU seconds; images are moved by some pixels."""
     make, epochs = NETWORKS[name]
     torch.manual_seed(seed)
     started, x, y = time.process_time(), data.train.x, data.train.y
@@ -201,17 +204,15 @@ def dense(name: str, data: Data, seed: int, by: int = 0) -> tuple[nn.Module, Ten
             loss.backward()
             optimizer.step()
             step += 1
-    model.eval()
-    with torch.no_grad():
-        outputs = torch.cat([model(part) for part in x.split(1000)])
+    outputs = answers(model, x, by)
     model.dropout = 0.0  # pyright: ignore[reportArgumentType]
     return model, outputs, time.process_time() - started
 
 
 def run(
-    point: Point, end: str, trained: nn.Module, teacher: Teacher, data: Data, seed: int, widths: list[int]
+    point: Point, end: str, trained: nn.Module, taught: Tensor, data: Data, seed: int, widths: list[int]
 ) -> dict[str, Any]:
-    """One network to its end; ``teacher`` answers images of some rows, ``widths`` are those of a known one."""
+    """One network to its end; ``taught`` are the answers of a teacher, ``widths`` are those of a known one."""
     torch.manual_seed(seed)
     started, x, y = time.process_time(), data.train.x, data.train.y
     model = copy.deepcopy(trained)
@@ -228,8 +229,8 @@ def run(
         net.resize({name: range(width) for name, width in zip(net.sites, widths, strict=True)})
     optimizer = torch.optim.AdamW(net.param_groups(RATE, GATE_RATE, weight_decay=0.0))
 
-    def losses(images: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
-        return pn.distillation(net(images), answers, labels, temperature=point.temperature, weight=point.teacher)
+    def losses(images: Tensor, outputs: Tensor, labels: Tensor) -> Tensor:
+        return pn.distillation(net(images), outputs, labels, temperature=point.temperature, weight=point.teacher)
 
     growth = pn.Growth() if end == "grown" else None
     plastic, ordinary = point.plastic, point.last
@@ -250,8 +251,11 @@ def run(
                 if last:
                     optimizer.param_groups[0].update(lr=one_cycle(step, steps, point.rate), weight_decay=point.decay)
                     step += 1
-                images = moved(x[i], point.moved) if point.moved else x[i]
-                batch = images, teacher(i, images), y[i]
+                if point.moved:
+                    down, right = moves(len(i), point.moved)
+                    batch = shifted(x[i], point.moved, down, right), taught[down, right, i], y[i]
+                else:
+                    batch = x[i], taught[0, 0, i], y[i]
                 loss = net.expected_loss(partial(losses, *batch)) + schedule.penalty()
                 optimizer.zero_grad()
                 loss.backward()
@@ -301,7 +305,7 @@ def main() -> None:
             seconds = sum(teachers[key][2] for key in set(keys))
             commit = environment()["commit"]  # of the code that is loaded
             widths = next((r["units"] for r in written(o.name) if _key(r) == (name, "pruned", seed)), [])
-            found = run(point, end, trained, teacher_of(*by[:2], point.moved), data, seed, widths)
+            found = run(point, end, trained, by[1], data, seed, widths)
             found["cpu_seconds"] += seconds
             result = {"point": name, "end": end, "seed": seed, "dense_error": error, "commit": commit, **found}
             print({k: v for k, v in result.items() if k != "history"}, flush=True)
