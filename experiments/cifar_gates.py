@@ -5,7 +5,8 @@ ways have as many further epochs with augmentation, SGD, one cycle of the learni
 divergence from the whole network's outputs. "gates" learns which channels stay for the first half of them, under the
 budget; "shrink" begins with `pn.shrink`; "Torch-Pruning" with its group Taylor importance, over all layers or in each,
 of which the better one on held-out images is taken after the cut, with BatchNorm estimated anew; "dense" is the whole
-network. Test images are read once, at the end of each training.
+network. "gates, a quarter" are gates that learn for the first quarter. Test images are read once, at the end of each
+training.
 
 Ten epochs of ResNet-20 take three quarters of an hour on one core: python experiments/cifar_gates.py --data-dir DIR
 --cache DIR. A training that was cut off goes on after its last epoch. Adds rows to results/cifar_gates.json.
@@ -35,7 +36,8 @@ NAME, CALIBRATE = "cifar_gates", 2048
 RATE, GATE_RATE, PLASTIC_RATE = 0.02, 0.02, 0.005  # the highest rates of the weights, of gates, and while gates move
 TEMPERATURE, TEACHER, DECAY = 4.0, 0.5, 1e-4
 PERIODS = 4  # steps of the schedule in an epoch
-WAYS = ("gates", "shrink", "Torch-Pruning", "dense")
+PLASTIC = {"gates": 0.5, "gates, a quarter": 0.25}  # the share of the epochs in which gates learn
+WAYS = (*PLASTIC, "shrink", "Torch-Pruning", "dense")
 Data = tuple[Tensor, Tensor]
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a network, for images and labels
 
@@ -115,14 +117,17 @@ def plainly(training: Training, model: nn.Module, rate: float = RATE) -> nn.Modu
     return model.eval()
 
 
-def with_gates(training: Training, model: nn.Module, share: float, rate: Callable[[float], float]) -> nn.Module:
-    """Prune in one training: gates learn for the first half of it.
+def with_gates(
+    training: Training, model: nn.Module, share: float, rate: Callable[[float], float], plastic: int
+) -> nn.Module:
+    """Prune in one training: gates learn for its first epochs.
 
     Args:
         training: The training.
         model: The network, which is copied.
         share: The share of the multiply-adds that may stay.
         rate: The learning rate of the weights, from the place in the training.
+        plastic: For how many epochs gates learn.
     """
     x, _ = training.data
     net = pn.PlasticNet(copy.deepcopy(model), (x[:2],))
@@ -131,8 +136,7 @@ def with_gates(training: Training, model: nn.Module, share: float, rate: Callabl
         torch.optim.SGD(weights, RATE, momentum=0.9, weight_decay=DECAY),
         torch.optim.Adam(gates, GATE_RATE),
     ]
-    half = training.epochs // 2
-    stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((training.epochs - half) * PERIODS)]
+    stages = [pn.Stage(plastic * PERIODS, 7.0), pn.Stage((training.epochs - plastic) * PERIODS)]
     schedule = pn.Schedule(net, optimizers, stages, budget=pn.Budget(macs=share))
 
     def step(x: Tensor, y: Tensor, place: float) -> None:
@@ -190,13 +194,14 @@ def trained(way: str, dense: nn.Module, share: float, data: tuple[Data, Data], t
     train, held_out = data
     chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(training.generator.initial_seed()))
     chosen = chosen[:CALIBRATE]
-    if way == "gates":
-        first = training.epochs // 2 / training.epochs
+    if way in PLASTIC:
+        plastic = int(PLASTIC[way] * training.epochs)
+        first = plastic / training.epochs
 
         def rate(place: float) -> float:
             return PLASTIC_RATE if place < first else cycle((place - first) / (1 - first), RATE)
 
-        return with_gates(training, dense, share, rate)
+        return with_gates(training, dense, share, rate, plastic)
     if way == "shrink":
         return plainly(training, pn.shrink(dense, train[0][chosen].split(BATCH), pn.Budget(macs=share))[0])
     if way == "Torch-Pruning":

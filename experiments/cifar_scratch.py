@@ -77,7 +77,9 @@ def main() -> None:
             kept = options.cache / f"scratch-{'-'.join(map(str, key.values()))}.safetensors"
             training = Training(losses, train, options.epochs, seed, kept)
             if way == "gates":
-                small = with_gates(training, model, options.share, lambda place: cycle(place, RATE))
+                small = with_gates(
+                    training, model, options.share, lambda place: cycle(place, RATE), options.epochs // 2
+                )
             else:
                 small = plainly(training, model, RATE)
             row = {**key, "held out": accuracy(small, *held_out), "test": accuracy(small, *test)}

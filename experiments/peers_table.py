@@ -12,14 +12,14 @@ from typing import Any
 from common import RESULTS, between, how, publish, spread, svg
 from gates_table import grouped, table
 from peers_tasks import TASKS
-from peers_ways import OURS, PEERS, SETTINGS
+from peers_ways import ANEW, OURS, PEERS, SETTINGS
 
 DOCS = Path(__file__).parent.parent / "docs"
 TUNING = 100
 SEEDS = 3  # a task is shown once it was measured with so many
 ERRORS = {"housing": "mean squared error", "ETTh1": "mean squared error", "Shakespeare": "perplexity"}
 DIGITS = {"housing": 4}
-MARKS = dict(zip((*OURS, *PEERS), "osD^v<", strict=True))  # of the ways that were measured at all budgets
+MARKS = dict(zip((*OURS, *PEERS, ANEW), "osD^v<P", strict=True))  # of the ways that were measured at all budgets
 ESTIMATORS = "plasticnet"  # what the estimators are called in width_search.json
 Rows = list[dict[str, Any]]
 
@@ -79,7 +79,8 @@ def verdict(rows: Rows) -> str:
     cells = []
     for task, found in grouped(measured(rows), "task").items():
         name = task[0] if isinstance(task, tuple) else task
-        cells += [[name, our, *(compared(found, our, way) for way in PEERS)] for our in OURS]
+        ours = [our for our in (*OURS, ANEW) if any(r["way"] == our for r in found)]
+        cells += [[name, our, *(compared(found, our, way) for way in PEERS)] for our in ours]
     return "\n".join(table(["task", "way", *PEERS], cells))
 
 
@@ -202,7 +203,7 @@ def picture(rows: Rows, task: str) -> str:
                 ]
                 if points:
                     x, y, d = zip(*points, strict=True)
-                    width = 2.2 if way in OURS else 1.0
+                    width = 2.2 if way in (*OURS, ANEW) else 1.0
                     place.errorbar(x, y, d, label=way, marker=mark, ms=4, lw=width, capsize=2)
             place.set_xscale("log")
             place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

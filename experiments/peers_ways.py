@@ -1,8 +1,8 @@
 """The ways to a smaller network that peers.py compares, each with its settings to try.
 
 A way gets the trained wide network (`Start`), a share of the multiply-adds, and a setting. It returns a network that
-costs at most this share, after as many epochs of the same training as all others have. "same widths" and "uniform
-widths" begin from random weights instead, and so have the epochs of the wide network, too.
+costs at most this share, after as many epochs of the same training as all others have. "same widths", "uniform widths"
+and "plasticnet, from random weights" begin from random weights instead, and have the epochs of the wide network, too.
 """
 
 from __future__ import annotations
@@ -39,18 +39,28 @@ def shrink(start: Start, share: float, setting: Setting, widths: Widths) -> nn.M
 
 def gates(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """Gates of plasticnet that learn under a budget for half of the epochs; the rest is ordinary training."""
-    task, net = start.task, gated(start)
-    optimizer = torch.optim.AdamW(net.param_groups(PLASTIC * setting["rate"], GATE_RATE, weight_decay=0.0))
-    half = task.epochs // 2
-    stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((task.epochs - half) * PERIODS)]
+    return _with_gates(start, gated(start), start.task.epochs, share, setting["rate"])
+
+
+def from_random(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """One training from random weights at the full width, for the epochs of both; gates learn in its first half."""
+    sizes = {name: len(site) for name, site in gated(start).sites.items()}
+    net = pn.PlasticNet(anew(start, sizes), (start.task.parts[0][0][:2],))
+    return _with_gates(start, net, start.task.dense + start.task.epochs, share, setting["rate"])
+
+
+def _with_gates(start: Start, net: pn.PlasticNet, epochs: int, share: float, rate: float) -> nn.Module:
+    task, half = start.task, epochs // 2
+    optimizer = torch.optim.AdamW(net.param_groups(PLASTIC * rate, GATE_RATE, weight_decay=0.0))
+    stages = [pn.Stage(half * PERIODS, 7.0), pn.Stage((epochs - half) * PERIODS)]
     schedule = pn.Schedule(net, optimizer, stages, budget=pn.Budget(macs=share))
-    for epoch in range(task.epochs):
+    for epoch in range(epochs):
         order, last = list(batches(task)), epoch >= half
         for n, i in enumerate(order):
             net.train()
             if last:
-                place = (epoch - half + n / len(order)) / (task.epochs - half)
-                optimizer.param_groups[0].update(lr=cycle(place, setting["rate"]), weight_decay=DECAY)
+                place = (epoch - half + n / len(order)) / (epochs - half)
+                optimizer.param_groups[0].update(lr=cycle(place, rate), weight_decay=DECAY)
             loss = net.expected_loss(lambda i=i: start.taught(net, i)) + schedule.penalty()
             optimizer.zero_grad()
             loss.backward()
@@ -127,29 +137,30 @@ def _pruned(start: Start, setting: Setting, slopes: Mapping[str, Tensor], ratio:
 
 def same_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """The widths that `pn.shrink` has found, from random weights."""
-    return _from_random(start, widths, setting)
+    return _at_widths(start, widths, setting)
 
 
 def uniform_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """The same share of every layer's width, from random weights."""
     net = gated(start)
     pn.prune_once(net, pn.Budget(macs=share), scores="magnitude", scope="uniform")
-    return _from_random(start, {name: len(site) for name, site in net.sites.items()}, setting)
+    return _at_widths(start, {name: len(site) for name, site in net.sites.items()}, setting)
 
 
-def _from_random(start: Start, widths: Widths, setting: Setting) -> nn.Module:
+def _at_widths(start: Start, widths: Widths, setting: Setting) -> nn.Module:
     network = anew(start, widths)
     train(start.task, network, start.task.dense + start.task.epochs, setting["rate"], start.taught)
     return network
 
 
 RATES, FEW = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (4e-3, 12e-3, 32e-3)
-SHRINK, GATES = "plasticnet, shrink", "plasticnet, gates"
+SHRINK, GATES, ANEW = "plasticnet, shrink", "plasticnet, gates", "plasticnet, from random weights"
 
 # Every way has as many settings to choose from by validation data, on a seed that is not measured.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     SHRINK: [{"rate": rate} for rate in RATES],
     GATES: [{"rate": rate} for rate in RATES],
+    ANEW: [{"rate": rate} for rate in RATES],
     "magnitude": [{"uniform": False, "rate": rate} for rate in RATES],
     "Torch-Pruning, Taylor": [
         {"importance": "GroupTaylorImportance", "everywhere": everywhere, "rate": rate}
@@ -171,14 +182,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "GradMax": [{"rate": rate} for rate in RATES],
     "GroMo": [{"rate": rate} for rate in RATES],
 }
-OURS = (SHRINK, GATES)
+OURS = (SHRINK, GATES)  # in the full grid
 PEERS = ("magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
 
 
 def made(way: str, start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """The network of a way. ``widths`` are those that `pn.shrink` has found for this budget and seed."""
-    if way in OURS:
-        return {SHRINK: shrink, GATES: gates}[way](start, share, setting, widths)
+    if way in (*OURS, ANEW):
+        return {SHRINK: shrink, GATES: gates, ANEW: from_random}[way](start, share, setting, widths)
     if way.startswith("magnitude"):
         return magnitude(start, share, setting, widths)
     if way.startswith("Torch-Pruning"):

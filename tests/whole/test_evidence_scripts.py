@@ -159,7 +159,7 @@ def test_results_name_all_runs_that_they_come_from(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["gates", "shrink", "dense"])
+@pytest.mark.parametrize("way", ["gates", "gates, a quarter", "shrink", "dense"])
 def test_a_cifar_training_goes_on_where_it_was_cut_off(way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense, data, held_out = cifar.ResNet(8).eval(), pictures(256), pictures(50)
