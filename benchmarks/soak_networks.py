@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "experiments"))
 RESULT = HERE / "results" / "soak_networks.json"
 AMPLE = 3600.0  # seconds, which no network needs
-CHUNK = 25  # how many networks a process checks before results are written
+CHUNK = 100  # how many networks a process checks before results are written
 SUMS = ("sites", "resizes", "cut", "added", "seconds")
 
 
