@@ -1,10 +1,10 @@
-"""What the pixels that a small MLP for MNIST can afford tell at most, whatever the widths behind them.
+"""What is learned of the pixels that a small MLP for MNIST can afford, whatever the widths behind them.
 
 The point "d" of lenet_targets.py asks 784-300-100 for 1.6 % error with 9,000 multiply-adds, which leave some hundred
 pixels. Here networks are trained on the pixels that gates have kept, and on as many that lie evenly over the image
 (every other one, row by row shifted by one): once with the widths that gates have found, and once with 300 and 100
 hidden units and dropout. All learn from random weights, and from the outputs of the dense network of lenet_targets.py.
-The errors are those of validation data, on its seeds for settings.
+No image is moved. The errors are those of validation data, on its seeds for settings.
 
 Ten minutes on one core: python experiments/few_pixels.py --data-dir DIR. Adds rows to results/few_pixels.json and goes
 on from there; gates_table.py writes them into docs/gates.md.
