@@ -207,15 +207,15 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv1d(4, 8, 1)
-        self.grouped = nn.Conv1d(8, 8, 3, padding=1, groups=2)
-        self.depthwise = nn.Conv1d(8, 8, 3, padding=1, groups=8)
-        self.up = nn.ConvTranspose1d(8, 8, 2, stride=2)
-        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
-        self.lstm = nn.LSTM(8, 6, batch_first=True)
-        self.left, self.right = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.first = nn.Conv1d(4, 64, 1)
+        self.grouped = nn.Conv1d(64, 64, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv1d(64, 64, 3, padding=1, groups=64)
+        self.up = nn.ConvTranspose1d(64, 64, 2, stride=2)
+        self.attention = nn.MultiheadAttention(64, 8, batch_first=True)
+        self.lstm = nn.LSTM(64, 48, batch_first=True)
+        self.left, self.right = nn.Linear(48, 5), nn.Linear(48, 5)
         self.bilinear = nn.Bilinear(5, 5, 4)
-        self.fixed = nn.Linear(6, 6)
+        self.fixed = nn.Linear(48, 48)
         self.scale = nn.Parameter(torch.ones(4))
         self.head = nn.Linear(4, 3)
 
@@ -227,7 +227,7 @@ class Odd(nn.Module):
 
 
 def test_odd_shapes() -> None:
-    x = torch.randn(3, 4, 6)
+    x = torch.randn(16, 4, 48)  # so much that the widths decide about the time
     net = PlasticNet(Odd(), (x,))
     assert len(net.sites) >= 5
     found = net.measure_latency((x,), networks=8, repeats=1)
