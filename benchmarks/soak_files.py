@@ -1,10 +1,10 @@
 """A soak: damaged and crafted files are read, or refused by a `PlasticError`; never a crash, a hang, or much memory.
 
-``make soak`` runs ``python benchmarks/soak_files.py --count 50000`` and soak_kills.py. Sound files of every kind that
-is read are changed at random: bytes are flipped, cut out, doubled and overwritten, and what is JSON in them gets other
-values and keys. Files with a checksum mostly get the right one for what they have become, or nothing behind it would
-be tried. Each case has five seconds, and a GiB of memory more than the process has. Results are written after every
-chunk, and a call goes on from them. ``--seed N --count 1`` runs one case. soak_table.py writes docs/soak.md.
+``make soak`` runs ``python benchmarks/soak_files.py --count 50000`` beside the other soaks. Sound files of every kind
+that is read are changed at random: bytes are flipped, cut out, doubled and overwritten, and what is JSON in them gets
+other values and keys. Files with a checksum mostly get the right one for what they have become, or nothing behind it
+would be tried. Each case has five seconds, and a GiB of memory more than the process has. Results are written after
+every chunk, and a call goes on from them. ``--seed N --count 1`` runs one case. soak_table.py writes docs/soak.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A soak: `plasticnet train`, killed again and again, must end as a run that nothing has interrupted, to the bit.
 
-``make soak`` runs ``python benchmarks/soak_kills.py --count 100`` and soak_files.py. A trial is one run: it is killed,
-resumed, killed again, and in the end compared with the run of the same settings that was left in peace. Kills come at
-any moment, while a file is written, or while an epoch is ended (where units are cut and grown), and in some trials the
-newest checkpoint is damaged after a kill. Results are written after every trial, and a call with the same settings goes
-on from them. soak_table.py writes docs/soak.md.
+``make soak`` runs ``python benchmarks/soak_kills.py --count 100`` beside the other soaks. A trial is one run: it is
+killed, resumed, killed again, and in the end compared with the run of the same settings that was left in peace. Kills
+come at any moment, while a file is written, or while an epoch is ended (where units are cut and grown), and in some
+trials the newest checkpoint is damaged after a kill. Results are written after every trial, and a call with the same
+settings goes on from them. soak_table.py writes docs/soak.md.
 """
 
 from __future__ import annotations

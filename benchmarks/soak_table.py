@@ -23,8 +23,9 @@ PAGE_TEXT = """# Soaks
 
 What becomes of trainings that are killed, of files that are damaged or crafted, of networks that change their size
 again and again, and of a training that takes long. `make soak` goes on with the first four (benchmarks/soak_kills.py,
-soak_ranks.py, soak_files.py and soak_networks.py there), repeats the others (soak_denormals.py and soak_long.py), and
-writes this page (soak_table.py); `make fuzz` lets a fuzzer make files.
+soak_ranks.py, soak_files.py and soak_networks.py there) up to the numbers that it is given, as in `make soak
+NETWORKS=10000`, repeats the others (soak_denormals.py and soak_long.py), and writes this page (soak_table.py);
+`make fuzz` lets a fuzzer make files.
 
 ## Trainings that are killed
 
@@ -63,10 +64,10 @@ the norm are those of rank 0.
 
 ## Files that are damaged or crafted
 
-Sound files are changed at random, one to four times each: bytes are flipped, cut out, doubled and overwritten, and what
-is JSON in them gets other values and keys. Seven of ten files with a checksum get the one that fits what they have
-become. Each case may take {seconds} seconds, and {memory} GiB of memory more than the process has. A file must be read,
-or refused by a `PlasticError`.
+Sound files are changed at random, once, twice or four times each: bytes are flipped, cut out, doubled and overwritten,
+and what is JSON in them gets other values and keys. Seven of ten files with a checksum get the one that fits what they
+have become. Each case may take {seconds} seconds, and {memory} GiB of memory more than the process has. A file must be
+read, or refused by a `PlasticError`.
 
 **{files_summary}**
 
@@ -132,7 +133,8 @@ of the same widths whose weights were drawn anew. It keeps such weights where op
 
 - A kill ends the process, and not the computer: what the disk has not yet written is not lost here. Files are brought
   to the disk (fsync) before they get their name, which is not tested by this.
-- The trainings are small ones of multilayer perceptrons on handwritten digits, on the CPU with one thread.
+- The trainings that are killed are small ones of multilayer perceptrons, on handwritten digits or, in two processes, on
+  random vectors, on the CPU with one thread.
 - Where a processor does not mind numbers next to zero, times say little of them; the counts hold everywhere.
 - That a crafted file is read does not mean that the module can run: see [SECURITY.md](../SECURITY.md).
 """
@@ -151,7 +153,7 @@ def kills(content: Mapping[str, Any]) -> dict[str, str]:
     total = sum(sum(t["kills"].values()) for t in trials)
     equal = sum(t["status"] == "equal" for t in trials)
     bad = Counter(t["status"] for t in trials if t["status"] != "equal")
-    what = ", ".join(f"{n} {status}" for status, n in bad.items()) or "none is different"
+    what = ", ".join(f"{n} {status}" for status, n in bad.items()) or "no training differed"
     damage: Counter[str] = Counter()
     for t in trials:
         damage.update(t["damaged"])
@@ -173,7 +175,7 @@ def ranks(content: Mapping[str, Any]) -> dict[str, str]:
         rows.append((run, len(own), *counts.values(), sum(t["status"] == "equal" for t in own)))
     total, equal = sum(sum(t["kills"].values()) for t in trials), sum(t["status"] == "equal" for t in trials)
     bad = Counter(t["status"] for t in trials if t["status"] != "equal")
-    what = ", ".join(f"{n} {status}" for status, n in bad.items()) or "none is different, and none has hung"
+    what = ", ".join(f"{n} {status}" for status, n in bad.items()) or "no training differed, and none has hung"
     return {
         "every": str(settings["every"]),
         "ranks_summary": f"{len(trials)} trainings, {total} kills: {equal} trainings ended equal to the bit; {what}.",
@@ -305,7 +307,7 @@ def environment(e: Mapping[str, Any], commits: Iterable[str], what: str | None) 
     at = ", ".join(f"{n:,} {what} at {c}" if what else c for c, n in found.items())
     return (
         f"plasticnet {e['plasticnet']}, torch {e['torch']}; Python {e['python']}, {e['device']}; load {e['load']:.1f} "
-        f"at the begin; {e['date']}; commit: {at}."
+        f"at the beginning; {e['date']}; commit: {at}."
     )
 
 

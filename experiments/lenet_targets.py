@@ -9,7 +9,7 @@ from the same outputs. No augmentation, but for the point that moves its images;
 Settings were chosen on the validation data of seeds 0 and 1; those of points i to k are those of a. Point m follows
 Beyer et al. (arXiv 2106.05237): a student that sees what its teacher sees gets better for very long, without labels.
 
-About 4 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
+About 8 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
 after every run, and goes on from there.
 """
 

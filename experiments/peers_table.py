@@ -79,21 +79,32 @@ def verdict(rows: Rows) -> str:
     cells = []
     for task, found in grouped(measured(rows), "task").items():
         name = task[0] if isinstance(task, tuple) else task
-        ours = [our for our in (*OURS, ANEW) if any(r["way"] == our for r in found)]
-        cells += [[name, our, *(compared(found, our, way) for way in PEERS)] for our in ours]
-    return "\n".join(table(["task", "way", *PEERS], cells))
+        for our in (our for our in (*OURS, ANEW) if any(r["way"] == our for r in found)):
+            of = [standings(found, our, way) for way in PEERS]
+            everywhere = [min((level for level in at if level is not None), default=0) for at in zip(*of, strict=True)]
+            cells.append(
+                [name, our, *map(compared, of), f"{sum(level > 0 for level in everywhere)} of {len(everywhere)}"]
+            )
+    return "\n".join(table(["task", "way", *PEERS, "all"], cells))
 
 
-def compared(rows: Rows, our: str, way: str) -> str:
-    """At how many budgets one of our ways is better than another way, and at how many it is level."""
-    better = level = total = 0
-    for share in sorted({r["share"] for r in rows if r["way"] != "dense"}):
+def standings(rows: Rows, our: str, way: str) -> list[int | None]:
+    """How one of our ways stands at each budget: 2 for better than another way, 1 for level, 0 for behind."""
+    found: list[int | None] = []
+    for share in sorted({r["share"] for r in rows if r["way"] == our}):
         ours, theirs = ([r["test"] for r in rows if (r["way"], r["share"]) == (w, share)] for w in (our, way))
-        if ours and theirs:
-            total += 1
-            better += mean(ours) <= mean(theirs)
-            level += mean(theirs) < mean(ours) <= mean(theirs) + max(deviation(ours), deviation(theirs))
-    return f"{better} + {level} of {total}" if total else ""
+        if not theirs:
+            found.append(None)
+            continue
+        beyond = mean(ours) - mean(theirs)
+        found.append(2 if beyond <= 0 else int(beyond <= max(deviation(ours), deviation(theirs))))
+    return found
+
+
+def compared(found: list[int | None]) -> str:
+    """At how many budgets one of our ways is better than another way, and at how many it is level."""
+    total = len(found) - found.count(None)
+    return f"{found.count(2)} + {found.count(1)} of {total}" if total else ""
 
 
 def deviation(values: list[float]) -> float:
