@@ -21,6 +21,7 @@ import cifar
 import cifar_gates
 import cifar_scratch
 import common
+import lenet_targets
 import paper_cifar
 import peers
 import peers_table
@@ -100,6 +101,40 @@ def test_points_multiply_what_is_cut_in_the_end() -> None:
 
 def test_operations_are_those_of_the_layers() -> None:
     assert operations(MLP([6, 32, 24, 4]), torch.zeros(2, 6)) == 6 * 32 + 32 * 24 + 24 * 4
+
+
+@pytest.mark.parametrize("by", [0, 1, 2])
+def test_a_teacher_answers_the_images_that_it_is_shown(by: int) -> None:
+    torch.manual_seed(0)
+    teacher, x = lenet_targets.LeNet(), torch.randn(7, 1, 28, 28)
+    answers = lenet_targets.answers(teacher, x, by)
+    assert answers.shape == (2 * by + 1, 2 * by + 1, 7, 10)
+    down, right = cifar.moves(7, by)
+    torch.testing.assert_close(answers[down, right, torch.arange(7)], teacher(cifar.shifted(x, by, down, right)))
+    torch.testing.assert_close(answers[by, by], teacher(x))  # in the middle nothing is moved
+    torch.manual_seed(3)
+    images = cifar.moved(x, by)
+    torch.manual_seed(3)
+    assert torch.equal(images, cifar.shifted(x, by, *cifar.moves(7, by)))
+
+
+def test_the_last_column_counts_the_budgets_at_which_no_way_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, peers_ = ("plasticnet, shrink",), ("magnitude", "same widths")
+    monkeypatch.setattr(peers_table, "OURS", ours)
+    monkeypatch.setattr(peers_table, "PEERS", peers_)
+    errors = {  # of two seeds at three budgets
+        "plasticnet, shrink": [(1.0, 1.0), (1.1, 1.1), (2.0, 2.0)],
+        "magnitude": [(2.0, 2.0), (1.0, 1.2), (1.0, 1.2)],  # behind, level, ahead
+        "same widths": [(0.5, 0.5), (2.0, 2.0), (2.0, 2.0)],  # ahead, behind, the same
+    }
+    rows = [
+        {"task": "clouds", "way": way, "share": share, "seed": seed, "test": test}
+        for way, budgets in errors.items()
+        for share, tests in zip((0.5, 0.3, 0.1), budgets, strict=True)
+        for seed, test in enumerate(tests)
+    ]
+    line = peers_table.verdict(rows).splitlines()[-1]
+    assert line == "| clouds | plasticnet, shrink | 2 + 0 of 3 | 2 + 0 of 3 | 1 of 3 |"
 
 
 @pytest.mark.slow
