@@ -133,6 +133,7 @@ POINTS["k"] = replace(POINTS["j"], title=f"{POINTS['j'].title}, images moved", m
 POINTS["m"] = replace(
     POINTS["k"], title=f"{POINTS['k'].title}, from the teacher alone, twice as long", last=180, teacher=1.0
 )
+POINTS["n"] = replace(POINTS["k"], title=f"{POINTS['j'].title}, images moved by one pixel", moved=1)
 POINTS["h"] = replace(
     POINTS["d"], title=f"{POINTS['d'].title}, taught by LeNet-5", taught_by="LeNet-5", plastic=30, last=120
 )
