@@ -3,10 +3,10 @@
 A dense network is trained with dropout. "pruned" starts from it: its gates open, they close under a budget, the
 network hardens and is trained on. "grown" starts from random weights with three units a site, grows by the gradient
 until it costs twice the budget, and is then pruned to it in the same way. Both learn from the dense network's
-outputs (distillation), or in one case from those of a dense LeNet-5; the training of these counts in their time.
+outputs (distillation), or an MLP from those of a dense LeNet-5; the training of these counts in their time.
 "known" is for comparison: a network that has the widths of the pruned one from the start, and learns for as many epochs
-from the same outputs. No augmentation, but for the point that moves its images; the test set is read at the end.
-Settings were chosen on the validation data of seeds 0 and 1; those of points i to k are those of a. Point m follows
+from the same outputs. No augmentation, but for points that move their images; the test set is read at the end.
+Settings were chosen on the validation data of seeds 0 and 1; those of points i to n are those of a or d. Point m follows
 Beyer et al. (arXiv 2106.05237): a student that sees what its teacher sees gets better for very long, without labels.
 
 About 8 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
@@ -304,13 +304,13 @@ def main() -> None:
             for key in keys:
                 if key not in teachers:
                     teachers[key] = dense(key[0], data, seed, key[1])
-            trained, by = teachers[keys[0]][0], teachers[keys[1]]
+            trained, taught = teachers[keys[0]][0], teachers[keys[1]][1]
             error = 100 * (1 - evaluate(trained, data.test)[1])
             print(f"dense {network}, seed {seed}: {error:.2f} %", flush=True)
             seconds = sum(teachers[key][2] for key in set(keys))
             commit = environment()["commit"]  # of the code that is loaded
             widths = next((r["units"] for r in written(o.name) if _key(r) == (name, "pruned", seed)), [])
-            found = run(point, end, trained, by[1], data, seed, widths)
+            found = run(point, end, trained, taught, data, seed, widths)
             found["cpu_seconds"] += seconds
             result = {"point": name, "end": end, "seed": seed, "dense_error": error, "commit": commit, **found}
             print({k: v for k, v in result.items() if k != "history"}, flush=True)

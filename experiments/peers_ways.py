@@ -188,8 +188,6 @@ PEERS = ("magnitude", "Torch-Pruning, Taylor", "hard concrete", "same widths")
 
 def made(way: str, start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """The network of a way. ``widths`` are those that `pn.shrink` has found for this budget and seed."""
-    if way in (*OURS, ANEW):
-        return {SHRINK: shrink, GATES: gates, ANEW: from_random}[way](start, share, setting, widths)
     if way.startswith("magnitude"):
         return magnitude(start, share, setting, widths)
     if way.startswith("Torch-Pruning"):
@@ -204,5 +202,6 @@ def made(way: str, start: Start, share: float, setting: Setting, widths: Widths)
         return learned[way](start, share, **setting)
     if way in ("GradMax", "GroMo"):
         return {"GradMax": gradmax, "GroMo": tiny}[way](start, widths, **setting)
-    others: dict[str, Way] = {"same widths": same_widths, "uniform widths": uniform_widths}
+    others: dict[str, Way] = {SHRINK: shrink, GATES: gates, ANEW: from_random}
+    others |= {"same widths": same_widths, "uniform widths": uniform_widths}
     return others[way](start, share, setting, widths)
