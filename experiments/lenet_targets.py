@@ -6,8 +6,9 @@ until it costs twice the budget, and is then pruned to it in the same way. Both 
 outputs (distillation), or an MLP from those of a dense LeNet-5; the training of these counts in their time.
 "known" is for comparison: a network that has the widths of the pruned one from the start, and learns for as many epochs
 from the same outputs. No augmentation, but for points that move their images; the test set is read at the end.
-Settings were chosen on the validation data of seeds 0 and 1; those of points i to n are those of a or d. Point m follows
-Beyer et al. (arXiv 2106.05237): a student that sees what its teacher sees gets better for very long, without labels.
+Settings were chosen on the validation data of seeds 0 and 1; those of points i to n are those of a or d. Point m
+follows Beyer et al. (arXiv 2106.05237): a student that sees what its teacher sees gets better for very long, without
+labels.
 
 About 8 hours on one core: python experiments/lenet_targets.py --data-dir DIR. Writes results/lenet_targets.json
 after every run, and goes on from there.
