@@ -28,7 +28,7 @@ import torch
 from common import environment, write, written
 from peers_tasks import TASKS, Task
 from peers_training import Start, gated, train
-from peers_ways import OURS, PEERS, SETTINGS, SHRINK, made
+from peers_ways import OURS, PEERS, SETTINGS, SHRINK, WIDE, made
 from pruning import operations
 from torch import nn
 
@@ -133,8 +133,8 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
     """All ways on one seed: with all settings on the seed for tuning, else with the ones that were chosen."""
     tuning = seed == TUNING
     todo = []
-    for share in budgets:
-        for way in ways:
+    for way in ways:
+        for share in (1.0,) if way == WIDE else budgets:
             settings = SETTINGS[way] if tuning else [chosen(name, way)]
             for setting in settings:
                 key = {"task": name, "way": way, "share": share, "seed": seed, "setting": setting}
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=[*OURS, *PEERS])
+    parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=[WIDE, *OURS, *PEERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 1, 2, 3], help="0 is the largest")
     parser.add_argument("--all", action="store_true", help="all ways, and not only those of the full grid")

@@ -31,7 +31,7 @@ def measured(rows: Rows) -> Rows:
 
 def seeds_of(rows: Rows) -> int:
     """With how many seeds every way of the full grid was tried, at every budget."""
-    found = grouped([r for r in rows if r["way"] != "dense" and r["seed"] != TUNING], "way", "share")
+    found = grouped([r for r in rows if r["way"] in (*OURS, *PEERS) and r["seed"] != TUNING], "way", "share")
     seeds = {key: len({r["seed"] for r in group}) for key, group in found.items()}
     shares = {share for _, share in seeds}
     return min((seeds.get((way, share), 0) for way in (*OURS, *PEERS) for share in shares), default=0)

@@ -1,8 +1,9 @@
 """The ways to a smaller network that peers.py compares, each with its settings to try.
 
 A way gets the trained wide network (`Start`), a share of the multiply-adds, and a setting. It returns a network that
-costs at most this share, after as many epochs of the same training as all others have. "same widths", "uniform widths"
-and "plasticnet, from random weights" begin from random weights instead, and have the epochs of the wide network, too.
+costs at most this share, after as many epochs of the same training as all others have. "same widths", "uniform widths",
+"plasticnet, from random weights", "GradMax" and "GroMo" begin from random weights instead, and have the epochs of the
+wide network, too. "wide, trained on" cuts nothing.
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ def _pruned(start: Start, setting: Setting, slopes: Mapping[str, Tensor], ratio:
     return model
 
 
+def trained_on(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
+    """The wide network itself, whole, after as many further epochs: what a smaller one is measured by."""
+    return _tuned(start, copy.deepcopy(start.dense), setting)
+
+
 def same_widths(start: Start, share: float, setting: Setting, widths: Widths) -> nn.Module:
     """The widths that `pn.shrink` has found, from random weights."""
     return _at_widths(start, widths, setting)
@@ -153,11 +159,15 @@ def _at_widths(start: Start, widths: Widths, setting: Setting) -> nn.Module:
     return network
 
 
-RATES, FEW = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3), (4e-3, 12e-3, 32e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 SHRINK, GATES, ANEW = "plasticnet, shrink", "plasticnet, gates", "plasticnet, from random weights"
+WIDE = "wide, trained on"
 
-# Every way has as many settings to choose from by validation data, on a seed that is not measured.
+# Validation data choose a setting for each way, on a seed that is not measured. Every way has these rates; a way that
+# has a second choice to make has one rate more, and tries all rates with both.
+MORE = (1e-3, 2e-3, 4e-3, 8e-3, 12e-3, 16e-3, 32e-3)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    WIDE: [{"rate": rate} for rate in RATES],
     SHRINK: [{"rate": rate} for rate in RATES],
     GATES: [{"rate": rate} for rate in RATES],
     ANEW: [{"rate": rate} for rate in RATES],
@@ -165,19 +175,19 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "Torch-Pruning, Taylor": [
         {"importance": "GroupTaylorImportance", "everywhere": everywhere, "rate": rate}
         for everywhere in (False, True)
-        for rate in FEW
+        for rate in MORE
     ],
-    "hard concrete": [{"rate": rate, "gate_rate": g} for rate in FEW for g in (2e-2, 1e-1)],
+    "hard concrete": [{"rate": rate, "gate_rate": g} for rate in MORE for g in (2e-2, 1e-1)],
     "same widths": [{"rate": rate} for rate in RATES],
     "uniform widths": [{"rate": rate} for rate in RATES],
     "magnitude, each layer": [{"uniform": True, "rate": rate} for rate in RATES],
-    "group lasso": [{"rate": rate, "strength": s} for rate in FEW for s in (1e-4, 1e-3)],
-    "straight-through": [{"rate": rate, "gate_rate": g} for rate in FEW for g in (2e-2, 1e-1)],
-    "slimming": [{"rate": rate, "strength": s} for rate in FEW for s in (1e-4, 1e-3)],
+    "group lasso": [{"rate": rate, "strength": s} for rate in MORE for s in (1e-4, 1e-3)],
+    "straight-through": [{"rate": rate, "gate_rate": g} for rate in MORE for g in (2e-2, 1e-1)],
+    "slimming": [{"rate": rate, "strength": s} for rate in MORE for s in (1e-4, 1e-3)],
     "Torch-Pruning, norm": [
         {"importance": "GroupMagnitudeImportance", "everywhere": everywhere, "rate": rate}
         for everywhere in (False, True)
-        for rate in FEW
+        for rate in MORE
     ],
     "GradMax": [{"rate": rate} for rate in RATES],
     "GroMo": [{"rate": rate} for rate in RATES],
@@ -202,6 +212,6 @@ def made(way: str, start: Start, share: float, setting: Setting, widths: Widths)
         return learned[way](start, share, **setting)
     if way in ("GradMax", "GroMo"):
         return {"GradMax": gradmax, "GroMo": tiny}[way](start, widths, **setting)
-    others: dict[str, Way] = {SHRINK: shrink, GATES: gates, ANEW: from_random}
+    others: dict[str, Way] = {SHRINK: shrink, GATES: gates, ANEW: from_random, WIDE: trained_on}
     others |= {"same widths": same_widths, "uniform widths": uniform_widths}
     return others[way](start, share, setting, widths)
