@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
-from common import RESULTS, between, how, publish, spread, svg
+from common import RESULTS, between, how, publish, spread
 from gates_table import grouped, table
+from peers_picture import picture, picture_name
+from peers_standing import TUNING, Rows, measured, seconds, totals, verdict
 from peers_tasks import TASKS
-from peers_ways import ANEW, OURS, PEERS, SETTINGS
+from peers_ways import OURS, PEERS, SETTINGS, WIDE
 
 DOCS = Path(__file__).parent.parent / "docs"
-TUNING = 100
 SEEDS = 3  # a task is shown once it was measured with so many
 ERRORS = {"housing": "mean squared error", "ETTh1": "mean squared error", "Shakespeare": "perplexity"}
 DIGITS = {"housing": 4}
-MARKS = dict(zip((*OURS, *PEERS, ANEW), "osD^v<P", strict=True))  # of the ways that were measured at all budgets
 ESTIMATORS = "plasticnet"  # what the estimators are called in width_search.json
-Rows = list[dict[str, Any]]
 
 
-def measured(rows: Rows) -> Rows:
-    """The rows that count: not those for tuning, and not those that failed."""
-    return [r for r in rows if r["seed"] != TUNING and "failed" not in r]
+def measure_of(task: str) -> str:
+    """What the errors of a task are."""
+    return ERRORS.get(task, "percent wrong")
 
 
 def seeds_of(rows: Rows) -> int:
@@ -37,79 +35,41 @@ def seeds_of(rows: Rows) -> int:
     return min((seeds.get((way, share), 0) for way in (*OURS, *PEERS) for share in shares), default=0)
 
 
-def seconds(row: dict[str, Any]) -> float:
-    """The CPU seconds of a way, with those of the wide network."""
-    return row["seconds"] + row["dense_seconds"]
-
-
 def by_budget(rows: Rows, task: str) -> str:
     """The errors of all ways at all budgets, and their time."""
     found = [r for r in measured(rows) if r["task"] == task]
-    shares = sorted({r["share"] for r in found if r["way"] != "dense"}, reverse=True)
-    dense, cells = [r for r in found if r["way"] == "dense"], []
+    dense, whole = ([r for r in found if r["way"] == way] for way in ("dense", WIDE))
+    shares = sorted({r["share"] for r in found} - {1.0}, reverse=True)
+    cells = []
     digits, seeds = DIGITS.get(task, 2), len({r["seed"] for r in dense})
 
     def cell(errors: list[float]) -> str:
         some = f" ({len(errors)} of {seeds} seeds)" if 0 < len(errors) < seeds else ""  # the others have failed
         return f"{spread(errors, digits)}{some}" if errors else ""
 
-    for way in SETTINGS:
+    for way in (way for way in SETTINGS if way != WIDE):
         mine = [r for r in found if r["way"] == way]
         if mine:
             errors = [[r["test"] for r in mine if r["share"] == share] for share in shares]
             cells.append([way, *map(cell, errors), f"{median(map(seconds, mine)):.0f}"])
     header = ["way", *(f"{share:.0%}" for share in shares), "CPU s"]
-    what = ERRORS.get(task, "percent wrong")
+    what = measure_of(task)
+    after = (
+        f"; trained on: {cell([r['test'] for r in whole])}, {median(map(seconds, whole)):.0f} CPU s" if whole else ""
+    )
     return "\n".join(
         [
             f"### {task}",
             "",
             f"Test error ({what}) by the share of the multiply-adds that is left; {seeds} seed{'s' * (seeds > 1)}. The "
-            f"wide network: {spread([r['test'] for r in dense], digits)}, {median(map(seconds, dense)):.0f} CPU s.",
+            f"wide network before the further epochs: {spread([r['test'] for r in dense], digits)}, "
+            f"{median(map(seconds, dense)):.0f} CPU s{after}.",
             "",
             *table(header, cells),
             "",
             f"![{task}: the test error of each way by parameters, multiply-adds and latency]({picture_name(task)})",
         ]
     )
-
-
-def verdict(rows: Rows) -> str:
-    """At how many budgets ours are on or above each way of the full grid: the mean within the spread, or better."""
-    cells = []
-    for task, found in grouped(measured(rows), "task").items():
-        name = task[0] if isinstance(task, tuple) else task
-        for our in (our for our in (*OURS, ANEW) if any(r["way"] == our for r in found)):
-            of = [standings(found, our, way) for way in PEERS]
-            everywhere = [min((level for level in at if level is not None), default=0) for at in zip(*of, strict=True)]
-            cells.append(
-                [name, our, *map(compared, of), f"{sum(level > 0 for level in everywhere)} of {len(everywhere)}"]
-            )
-    return "\n".join(table(["task", "way", *PEERS, "all"], cells))
-
-
-def standings(rows: Rows, our: str, way: str) -> list[int | None]:
-    """How one of our ways stands at each budget: 2 for better than another way, 1 for level, 0 for behind."""
-    found: list[int | None] = []
-    for share in sorted({r["share"] for r in rows if r["way"] == our}):
-        ours, theirs = ([r["test"] for r in rows if (r["way"], r["share"]) == (w, share)] for w in (our, way))
-        if not theirs:
-            found.append(None)
-            continue
-        beyond = mean(ours) - mean(theirs)
-        found.append(2 if beyond <= 0 else int(beyond <= max(deviation(ours), deviation(theirs))))
-    return found
-
-
-def compared(found: list[int | None]) -> str:
-    """At how many budgets one of our ways is better than another way, and at how many it is level."""
-    total = len(found) - found.count(None)
-    return f"{found.count(2)} + {found.count(1)} of {total}" if total else ""
-
-
-def deviation(values: list[float]) -> float:
-    """The standard deviation, 0 for a single value."""
-    return stdev(values) if len(values) > 1 else 0.0
 
 
 def choices(rows: Rows) -> str:
@@ -184,54 +144,6 @@ def few(content: dict[str, Any]) -> str:
     return "\n".join([*table(header, cells), "", how(content)])
 
 
-def picture_name(task: str) -> str:
-    """The file of a task's picture."""
-    return f"peers-{task.lower()}.svg"
-
-
-def picture(rows: Rows, task: str) -> str:
-    """Curves of the test error by parameters, multiply-adds and latency, with the spread over seeds.
-
-    It shows the ways that were measured at all budgets.
-    """
-    found = [r for r in measured(rows) if r["task"] == task]
-    axes: dict[str, Callable[[dict[str, Any]], float]] = {
-        "parameters": lambda r: r["parameters"],
-        "share of the multiply-adds": lambda r: r["macs"],
-        "CPU ms for 128 inputs": lambda r: r["latency"]["small"],
-    }
-
-    def draw(figure: Any) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        places = figure.subplots(1, len(axes), sharey=True)
-        for place, (name, of) in zip(places, axes.items(), strict=True):
-            for way, mark in MARKS.items():
-                mine = [r for r in found if r["way"] == way]
-                points = [
-                    (mean(map(of, group)), mean(errors := [r["test"] for r in group]), deviation(errors))
-                    for _, group in grouped(sorted(mine, key=lambda r: r["share"]), "share").items()
-                ]
-                if points:
-                    x, y, d = zip(*points, strict=True)
-                    width = 2.2 if way in (*OURS, ANEW) else 1.0
-                    place.errorbar(x, y, d, label=way, marker=mark, ms=4, lw=width, capsize=2)
-            place.set_xscale("log")
-            place.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            place.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-            place.xaxis.set_minor_formatter(NullFormatter())
-            place.set_xlabel(name)
-            place.tick_params(axis="x", labelsize=7)  # wide numbers would touch one another
-        dense = mean(r["test"] for r in found if r["way"] == "dense")
-        for place in places:
-            place.axhline(dense, ls=":", color="grey", lw=1)
-        places[0].set_ylabel(f"{task}: {ERRORS.get(task, 'percent wrong')}")
-        places[-1].legend(fontsize=7)
-        figure.tight_layout()
-
-    return svg(draw, (11, 4))
-
-
 def main() -> int:
     """Fill the page, and draw the pictures; or compare with --check."""
     names = ("width_search", "few_units", "peers_attempts", "cifar_gates", "cifar_scratch")
@@ -243,14 +155,15 @@ def main() -> int:
     tasks = [name for name, content in contents.items() if seeds_of(content["results"]) >= SEEDS]
     rows = [row for name in tasks for row in contents[name]["results"]]
     page = DOCS / "peers.md"
-    text = between(page.read_text(), "verdict", verdict(rows))
+    text = between(between(page.read_text(), "totals", totals(rows)), "verdict", verdict(rows))
     parts = [f"{by_budget(rows, task)}\n\n{how(contents[task])}" for task in tasks]
     text = between(text, "budgets", "\n\n".join(parts))
     text = between(between(text, "choices", choices(rows)), "attempts", attempts(tried))
     text = between(text, "cifar", cifar(resnets, "further epochs"))
     text = between(text, "scratch", cifar(from_random, "epochs"))
     text = between(between(text, "search", search(searched)), "few", few(smallest))
-    return publish({page: text} | {DOCS / picture_name(task): picture(rows, task) for task in tasks})
+    pictures = {DOCS / picture_name(task): picture(rows, task, measure_of(task)) for task in tasks}
+    return publish({page: text} | pictures)
 
 
 if __name__ == "__main__":
