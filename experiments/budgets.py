@@ -1,7 +1,7 @@
 """Budgets met at the first try: MLP, LeNet-5 and ResNet-20, by parameters, MACs and units, with one setting for all.
 
 Digits throughout: 8x8 for the MLP, enlarged to 28x28 for LeNet-5, and to 16x16 with three channels for ResNet-20.
-About 20 minutes on one core. Writes results/budgets.json.
+About 20 minutes on one core. Adds rows to results/budgets.json, and goes on from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, write, written
+from common import environment, known, write, written
 from torch import Tensor, nn
 
 from plasticnet import Budget, PlasticNet, Schedule, Stage
@@ -110,42 +110,39 @@ def result(net: PlasticNet, data: Data, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def budgets_of(name: str) -> list[dict[str, float] | None]:
+    """None for the dense network, then all costs and shares, and two losses on the first network."""
+    shares: list[dict[str, float] | None] = [{kind: share} for kind in COSTS for share in SHARES]
+    return [None, *shares, *({"loss": loss} for loss in LOSSES if name == "MLP 256-128")]
+
+
+def row_of(make: Callable[[], nn.Module], data: Data, budget: dict[str, float] | None) -> dict[str, Any]:
+    """One training, and how near it has come to its budget."""
+    net, schedule, seconds = train(make, data, Budget(**budget) if budget else None)
+    row: dict[str, Any] = {"budget": budget}
+    if budget and "loss" in budget:
+        row |= {"limit": schedule.force.reference + budget["loss"]}
+    elif budget:
+        cost = COSTS[next(iter(budget))]
+        target, reached = schedule.force.targets[cost], costs(net)[cost]
+        whole = costs(PlasticNet(make(), (data.train.x[:2],)))[cost]
+        row |= {"target": target, "reached": reached, "below_percent": 100 * (1 - reached / target)}
+        row |= {"share": reached / whole, "one_more": cheapest(make, data, net, cost)}
+    return row | result(net, data, seconds)
+
+
 def main() -> None:
-    """All costs and shares, and two losses on the first network: for all networks, or those that are named, whose
-    results take the place of earlier ones."""
+    """What is not there yet, for all networks, or for those that are named."""
     torch.set_num_threads(1)
-    chosen = sys.argv[1:] or list(networks())
-    commit = environment()["commit"]
-    results = [r for r in written("budgets") if r["network"] not in chosen]
-    for name, (make, data) in networks().items():
-        if name not in chosen:
-            continue
-        net, _, seconds = train(make, data, None)
-        full = costs(net)
-        of = {"network": name, "commit": commit}
-        dense = {**of, "budget": None, **result(net, data, seconds)}
-        results.append(dense)
-        print(dense, flush=True)
-        for kind, cost in COSTS.items():
-            for share in SHARES:
-                net, schedule, seconds = train(make, data, Budget(**{kind: share}))
-                target, reached = schedule.force.targets[cost], costs(net)[cost]
-                results.append(
-                    {**of, "budget": {kind: share}, "target": target, "reached": reached,
-                     "below_percent": 100 * (1 - reached / target), "share": reached / full[cost],
-                     "one_more": cheapest(make, data, net, cost), **result(net, data, seconds)}
-                )  # fmt: skip
-                print({k: v for k, v in results[-1].items() if k != "sites"}, flush=True)
-        for loss in LOSSES if name == "MLP 256-128" else ():
-            budget = Budget(loss=loss)
-            net, schedule, seconds = train(make, data, budget)
-            limit = schedule.force.reference + loss
-            results.append(
-                {**of, "budget": {"loss": loss}, "limit": limit, **result(net, data, seconds)}
-            )  # fmt: skip
-            print(results[-1], flush=True)
-    results.sort(key=lambda r: list(networks()).index(r["network"]))
-    write("budgets", {**SETTINGS, "shares": SHARES, "default": asdict(Budget(macs=0.5))}, results)
+    every = networks()
+    for name in sys.argv[1:] or list(every):
+        for budget in budgets_of(name):
+            if known("budgets", network=name, budget=budget):
+                continue
+            row = {"network": name, "commit": environment()["commit"], **row_of(*every[name], budget)}
+            print({k: v for k, v in row.items() if k != "sites"}, flush=True)
+            rows = sorted([*written("budgets"), row], key=lambda r: list(every).index(r["network"]))
+            write("budgets", {**SETTINGS, "shares": SHARES, "default": asdict(Budget(macs=0.5))}, rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,9 +33,8 @@ def environment() -> dict[str, Any]:
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": re.sub(r"(--(?:data-dir|cache)[ =])\S+", r"\1DIR", command),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *without_folders(sys.argv[1:])]),
         "plasticnet": plasticnet.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -47,6 +46,15 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip() + (" and changes" if changed else ""),
     }
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command, with DIR for the folders of a machine."""
+    before = ["", *arguments]
+    return [
+        "DIR" if last in ("--data-dir", "--cache") else re.sub(r"^(--(?:data-dir|cache)=).*", r"\1DIR", argument)
+        for last, argument in zip(before, arguments, strict=False)
+    ]
 
 
 def _cpuinfo() -> list[str]:

@@ -4,7 +4,7 @@ An MLP 256-128 with all gates at phi = 3/7, trained at one k from beginning to e
 parameters. At k = 0 the gates are dropout's, at k = infinity there are none: both ends are compared with
 plain PyTorch networks, with and without `nn.Dropout`, over more seeds.
 
-About 12 minutes: python experiments/interpolation.py. Writes results/interpolation.json.
+About 12 minutes: python experiments/interpolation.py. Adds rows to results/interpolation.json, and goes on from there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import write
+from common import known, write, written
 from torch import nn
 
 import plasticnet as pn
@@ -89,19 +91,24 @@ def main() -> None:
     """Every k, and the two ends by hand."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
-    results = []
     for seed in range(END_SEEDS):
         data = load_data("digits", seed=seed)
         for k in KS if seed < SEEDS else (0.0, math.inf):
-            started = time.process_time()
-            row = {"k": "inf" if math.isinf(k) else k, "seed": seed, **gated(k, data, seed)}
-            results.append({**row, "cpu_seconds": time.process_time() - started})
+            add("inf" if math.isinf(k) else k, seed, partial(gated, k, data, seed))
         for dropout in (True, False):
-            results.append({"k": "dropout" if dropout else "plain", "seed": seed, **plain(dropout, data, seed)})
-        print(seed, [(r["k"], r["val_accuracy"], r["parameters"]) for r in results if r["seed"] == seed], flush=True)
+            add("dropout" if dropout else "plain", seed, partial(plain, dropout, data, seed))
+
+
+def add(k: float | str, seed: int, run: Callable[[], dict[str, Any]]) -> None:
+    """Run what is not there yet, and add its row."""
+    if known("interpolation", k=k, seed=seed):
+        return
+    started = time.process_time()
+    row = {"k": k, "seed": seed, **run(), "cpu_seconds": time.process_time() - started}
+    print(k, seed, row["val_accuracy"], row["parameters"], flush=True)
     settings = {"epochs": EPOCHS, "penalty": PRESSURE.strength, "cost": PRESSURE.cost, "scale": PRESSURE.scale}
     settings |= {"batch": CONFIG.batch, "lr": CONFIG.lr, "gate_lr": CONFIG.gate_lr, "phi": INITIAL_LOGIT}
-    write("interpolation", settings, results)
+    write("interpolation", settings, [*written("interpolation"), row])
 
 
 if __name__ == "__main__":

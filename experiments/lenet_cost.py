@@ -4,7 +4,8 @@ The three runs of a seed take turns, an epoch each, in one process with one thre
 machine meets all of them; their process CPU time is compared. All see the same data and the same learning rate,
 which falls linearly to 0 over the last 12 epochs. The test set is read once, at the end of a run.
 
-About 17 minutes a seed: python experiments/lenet_cost.py --data-dir DIR. Writes results/lenet_cost.json.
+About 17 minutes a seed: python experiments/lenet_cost.py --data-dir DIR. Adds the rows of a seed to
+results/lenet_cost.json when it is done, and goes on from there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
+from common import known, write, written
 
 import plasticnet as pn
 from plasticnet.apps.data import Data, Split, load_data
@@ -112,11 +113,12 @@ def main() -> None:
         "epochs": EPOCHS, "decay": DECAY, "periods": PERIODS, "rates": LR, "penalty": PENALTY, "plastic": PLASTIC,
         "start": START, "batch": 128, "jobs": arguments.jobs,
     }  # fmt: skip
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(one_seed, arguments.seeds, [arguments.data_dir] * len(arguments.seeds)))
     sys.argv = [sys.argv[0], "--data-dir", "DIR", "--seeds", *map(str, arguments.seeds), "--jobs", str(arguments.jobs)]
     torch.set_num_threads(1)
-    write("lenet_cost", settings, [r for group in results for r in group])
+    left = [seed for seed in arguments.seeds if not known("lenet_cost", seed=seed)]
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for results in pool.map(one_seed, left, [arguments.data_dir] * len(left)):
+            write("lenet_cost", settings, [*written("lenet_cost"), *results])
 
 
 if __name__ == "__main__":

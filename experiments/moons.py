@@ -1,6 +1,6 @@
 """The authors' moons task: prune from 100-80 and grow from 3-3, gates on the 100 inputs and 80 hidden units.
 
-About 2 minutes on one core. Writes results/moons.json.
+About 2 minutes on one core. Adds rows to results/moons.json, and goes on from there.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import torch
-from common import write
+from common import known, write, written
 
 from plasticnet.apps.data import load_data
 from plasticnet.apps.loop import train_run
@@ -24,11 +24,12 @@ CONFIG = Config(
 def main() -> None:
     """Three seeds, both directions."""
     torch.set_num_threads(1)
-    results = []
     for seed in range(3):
         config = Config(**{**asdict(CONFIG), "seed": seed})
         data = load_data("moons", seed=seed)
         for mode in ("prune", "grow"):
+            if known("moons", seed=seed, mode=mode):
+                continue
             torch.manual_seed(seed)
             model = MLP([100, 80, 2])
             full = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
@@ -38,12 +39,10 @@ def main() -> None:
             grown_last = max((r["epoch"] for r in history if r["grown"]), default=None)
             summary = {k: v for k, v in result.summary.items() if k not in ("profile", "test_score", "val_score")}
             summary |= {f"{part}_accuracy": result.summary[f"{part}_score"] for part in ("test", "val")}
-            results.append(
-                {"seed": seed, **summary, "weights": weights, "weights_gone": 1 - weights / full,
-                 "last_growth_epoch": grown_last}
-            )  # fmt: skip
-            print(results[-1], flush=True)
-    write("moons", asdict(CONFIG), results)
+            row = {"seed": seed, **summary, "weights": weights, "weights_gone": 1 - weights / full}
+            row |= {"last_growth_epoch": grown_last}
+            print(row, flush=True)
+            write("moons", asdict(CONFIG), [*written("moons"), row])
 
 
 if __name__ == "__main__":

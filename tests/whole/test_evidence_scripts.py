@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
@@ -192,6 +194,23 @@ def test_it_goes_on_and_its_table_is_written(monkeypatch: pytest.MonkeyPatch, tm
     text = (tmp_path / "docs" / "peers.md").read_text()
     assert "| plasticnet, shrink |" in text
     assert (tmp_path / "docs" / "peers-clouds.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["budgets", "interpolation", "moons"])
+def test_what_is_there_is_not_run_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = (Path(common.__file__).parent / "results" / f"{name}.json").read_bytes()
+    path = common.RESULTS / f"{name}.json"
+    path.write_bytes(committed)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    importlib.import_module(name).main()
+    assert path.read_bytes() == committed
+
+
+def test_the_command_can_be_run_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = ["--ways", "plasticnet, gates", "magnitude"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--data-dir", "some folder", "--cache=another one", *ways])
+    command = shlex.split(common.environment()["command"])
+    assert command == ["python", "peers.py", "--data-dir", "DIR", "--cache=DIR", *ways]
 
 
 def pictures(n: int) -> tuple[torch.Tensor, torch.Tensor]:
