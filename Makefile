@@ -59,13 +59,16 @@ gates: $(VENV)/.installed
 	$(BIN)/python experiments/few_pixels.py --data-dir $(DATA)
 	$(BIN)/python experiments/gates_table.py
 
-# Growth, and what it is compared with: an hour. What another rule has grown is measured anew; all else stays.
+# Growth, and what it is compared with: some hours. What another rule has grown is measured anew; all else stays.
 growth: $(VENV)/.installed
 	$(BIN)/python experiments/growth_stalls.py
 	$(BIN)/python experiments/growth_depth.py
 	$(BIN)/python experiments/growth_peers.py --data-dir $(DATA)
 	$(BIN)/python experiments/growth_budget.py --data-dir $(DATA)
 	$(BIN)/python experiments/growth_lifelong.py --data-dir $(DATA)
+	for task in digits housing adult MNIST Fashion-MNIST; do \
+		$(BIN)/python experiments/growth_price.py --task $$task --data-dir $(DATA) || exit 1; done
+	$(BIN)/python experiments/growth_few.py --data-dir $(DATA)
 	$(BIN)/python experiments/growth_table.py
 
 # Random networks: exact, or frozen with a reason. RANDOM="--resume" goes on from what is there, and "--again" runs what
@@ -127,8 +130,8 @@ experiments-full: experiments
 	$(BIN)/python experiments/peers_attempts.py --data-dir $(DATA)
 	$(MAKE) growth gates DATA=$(DATA)
 	$(BIN)/python experiments/cifar_cut.py --data-dir $(DATA) --cache $(CACHE)
-	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE)
-	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --share 0.73
+	for share in 0.4 0.73; do $(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) \
+		--share $$share --ways dense gates shrink Torch-Pruning || exit 1; done
 	$(BIN)/python experiments/cifar_gates.py --data-dir $(DATA) --cache $(CACHE) --depth 56 --share 0.476 --epochs 4
 	$(BIN)/python experiments/cifar_scratch.py --data-dir $(DATA) --cache $(CACHE)
 	for table in peers_table shrinking_table; do $(BIN)/python experiments/$$table.py || exit 1; done

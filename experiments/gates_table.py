@@ -207,9 +207,10 @@ def label(k: float | str) -> str:
 
 
 def interpolation(content: Mapping[str, Any]) -> list[str]:
-    """A row for each k, and the two ends by hand."""
+    """A row for each k, and the two ends by hand, all with the same seeds; then the ends with all that they have."""
+    seeds = set.intersection(*({r["seed"] for r in rows} for rows in grouped(content["results"], "k").values()))
     cells = []
-    for (k,), rows in grouped(content["results"], "k").items():
+    for (k,), rows in grouped([r for r in content["results"] if r["seed"] in seeds], "k").items():
         names = {"dropout": "nn.Dropout(0.5), by hand", "plain": "no dropout, by hand"}
         transition = f"{fmean(r['transition'] for r in rows):.3f}" if "transition" in rows[0] else ""
         cells.append(

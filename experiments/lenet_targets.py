@@ -1,4 +1,4 @@
-"""Operating points on MNIST that are better than the published ones, from a large network and from three units a site.
+"""Operating points on MNIST beside published ones, from a large network and from three units a site.
 
 A dense network is trained with dropout. "pruned" starts from it: its gates open, they close under a budget, the
 network hardens and is trained on. "grown" starts from random weights with three units a site, grows by the gradient
