@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from cifar import BATCH, accuracy, augmented
 from cifar_cut import prepared
-from common import known, write, written
+from common import environment, known, write, written
 from norms import reestimated
 from pruning import cycle, operations, smallest_cut
 from torch import Tensor, nn
@@ -237,6 +237,7 @@ def main() -> None:
             row = {**key, "held out": accuracy(small, *held_out), "test": accuracy(small, *test)}
             row |= {"before": accuracy(dense, *test), "macs": operations(small, x) / operations(dense, x)}
             row |= {"parameters": sum(p.numel() for p in small.parameters()), "seconds": training.seconds}
+            row["commit"] = environment()["commit"]
             print(row, flush=True)
             settings = {"rate": RATE, "gate rate": GATE_RATE, "plastic rate": PLASTIC_RATE, "periods": PERIODS}
             settings |= {"temperature": TEMPERATURE, "teacher": TEACHER, "decay": DECAY, "calibrate": CALIBRATE}
