@@ -74,7 +74,7 @@ def verdict(rows: Rows) -> str:
     """The same, task by task, and at how many budgets none of the four peers is ahead."""
     cells = []
     for (task,), found in grouped(with_chosen(rows), "task").items():
-        for our in (our for our in (*OURS, CHOSEN, ANEW) if any(r["way"] == our for r in found)):
+        for our in (our for our in (*OURS, ANEW) if any(r["way"] == our for r in found)):
             of = [standings(list(found), our, way) for way in PEERS]
             everywhere = [
                 min((at for at in budget if at is not None), default=BEHIND) for budget in zip(*of, strict=True)
