@@ -31,7 +31,7 @@ from plasticnet.surgery.optimizers import Optimizers, listed
 from plasticnet.surgery.plan import Sources
 from plasticnet.surgery.resize import grow, prune, resize
 from plasticnet.surgery.undo import undone_on_error
-from plasticnet.tools.gradients import with_gradients_if_needed
+from plasticnet.tools.gradients import outside_inference_mode, with_gradients_if_needed
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.likeness import warn_of_shadows, with_signature
 from plasticnet.tools.sharding import as_whole, held_parameters
@@ -113,7 +113,7 @@ class PlasticNet(GatedModel):
         sampler = Sampler(estimator, gates)
         if not isinstance(model, nn.Module) or any(isinstance(m, GatedModel) for m in model.modules()):
             raise PlasticError(f"{type(model).__name__}: a plain nn.Module is needed, one that is not gated yet")
-        with as_whole(model):
+        with as_whole(model), outside_inference_mode():
             found = with_gradients_if_needed(
                 lambda: find(
                     model, example_inputs, more_inputs=more_inputs, outputs=outputs, inputs=inputs, exclude=exclude,
@@ -369,7 +369,7 @@ class PlasticNet(GatedModel):
             multiple_of: As in `prune`; by default what the network was last pruned to, by `prune` or by a `Schedule`.
                 Closed units that stay for this are read with weights of zero.
         """
-        with self.lock:
+        with self.lock, outside_inference_mode():
             return compacted(self, multiple_of)
 
     # -- saving -------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from plasticnet.net import PlasticNet
 from plasticnet.surgery.attributes import WIDTHS, group_size, mismatches, weights_of
 from plasticnet.surgery.rewrite import replace_tensors
 from plasticnet.tools.feature_info import feature_widths, with_feature_widths
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.torch_private import Conv, ConvTranspose, made_of_tensors, unsaved_buffers
 
 
@@ -88,6 +89,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     write_file(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
 
 
+@outside_inference_mode()
 def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
     """Build the module that `save` wrote into a file.
 

@@ -35,6 +35,7 @@ from plasticnet.gates.site import (
 )
 from plasticnet.gates.structure import Structure
 from plasticnet.gates.tiers import Tiers
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
 from plasticnet.tools.sharding import checked_mesh
@@ -53,6 +54,7 @@ class Sizes:
     past: bool = False
 
 
+_Mode = tuple[float, bool]  # k, and whether the inference mode of torch is on
 _Versions = tuple[tuple[Tensor, int], ...]  # tensors, each with how often it had been changed in place
 
 
@@ -86,6 +88,7 @@ class GatedModel(nn.Module):
         PlasticError: Another network that lives has gates on some of the parameters.
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         model: nn.Module,
@@ -115,12 +118,13 @@ class GatedModel(nn.Module):
         self.tiers = Tiers(0.0)
         self._frozen = dict(frozen)
         self._k = math.inf
-        self._means: tuple[float, _Versions, tuple[Tensor, bool]] | None = None
-        self._means_of_weights: tuple[float, _Versions, Mapping[str, Tensor] | None] | None = None
+        self._means: tuple[_Mode, _Versions, tuple[Tensor, bool]] | None = None
+        self._means_of_weights: tuple[_Mode, _Versions, Mapping[str, Tensor] | None] | None = None
         self.refresh()
         check_free(self)
         register(self)
 
+    @outside_inference_mode()
     def refresh(self) -> None:
         """Compute anew what depends on the sizes of the sites; this must be called after every change of them."""
         with self.lock:
@@ -139,6 +143,7 @@ class GatedModel(nn.Module):
         self.latency = latency
         self.refresh()
 
+    @outside_inference_mode()
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         with buffers_stay_shared(self):
             super()._apply(fn, recurse)
@@ -216,6 +221,11 @@ class GatedModel(nn.Module):
                 for g in self.all_gates():
                     g.phi.grad = None
 
+    @property
+    def _mode(self) -> _Mode:
+        """What the mean gates depend on beside the logits: k, and whether `torch.inference_mode` is on."""
+        return self._k, torch.is_inference_mode_enabled()
+
     def mean_gates(self) -> tuple[Tensor, bool]:
         """Return the gates of units at evaluation.
 
@@ -230,8 +240,8 @@ class GatedModel(nn.Module):
         if not sites[0].phi.is_cuda:
             return mean_gates(sites, self._k)
         now = _versions([t for s in sites for t in (s.phi, s.grace)])
-        if self._means is None or self._means[0] != self._k or not _unchanged(self._means[1], now):
-            self._means = (self._k, now, mean_gates(sites, self._k))
+        if self._means is None or self._means[0] != self._mode or not _unchanged(self._means[1], now):
+            self._means = (self._mode, now, mean_gates(sites, self._k))
         return self._means[2]
 
     def mean_weights(self) -> Mapping[str, Tensor] | None:
@@ -244,11 +254,11 @@ class GatedModel(nn.Module):
             return None
         now = _versions([w.phi for w in weights])
         kept = self._means_of_weights
-        if not self.like.is_cuda or kept is None or kept[0] != self._k or not _unchanged(kept[1], now):
+        if not self.like.is_cuda or kept is None or kept[0] != self._mode or not _unchanged(kept[1], now):
             refuse_nan(weights)
             all_open = math.isinf(self._k) and all(bool(w.open.all()) for w in weights)
             found = None if all_open else {w.name: w.mean_gate(self._k) for w in weights}
-            self._means_of_weights = kept = (self._k, now, found)
+            self._means_of_weights = kept = (self._mode, now, found)
         return kept[2]
 
     def acted_on(self) -> dict[str, Tensor]:
@@ -316,6 +326,7 @@ class GatedModel(nn.Module):
         with self.lock:
             return super().train(mode)
 
+    @outside_inference_mode()
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.lock:
             memo[id(self)] = twin = type(self).__new__(type(self))

@@ -24,7 +24,7 @@ from plasticnet.learning.finite import check_logits, check_loss
 from plasticnet.learning.prefix import Diverged
 from plasticnet.learning.replay import Player, Recorder
 from plasticnet.learning.sampler import Pass, Sampler
-from plasticnet.tools.gradients import wants_gradients
+from plasticnet.tools.gradients import outside_inference_mode, wants_gradients
 from plasticnet.tools.snapshot import Snapshot, left_as_it_was
 from plasticnet.tools.statistics import running_statistics
 from plasticnet.tools.trees import tensors_within
@@ -175,11 +175,13 @@ def _again(net: GatedModel, sampler: Sampler, now: Pass, hold: int, function: Ca
 def changing(net: GatedModel, sampler: Sampler) -> Iterator[None]:
     """Let nothing else run or change the network while its sizes change within this context.
 
+    Within it `torch.inference_mode` is off.
+
     Raises:
         PlasticError: A closure of `expected_loss` is running, whose passes must all have the same sizes; or modules of
             the model were replaced.
     """
-    with net.lock:
+    with net.lock, outside_inference_mode():
         if sampler.running.role != "free":
             raise PlasticError(
                 "the sizes of the network cannot change in the closure of expected_loss; do it afterwards"

@@ -20,9 +20,11 @@ from plasticnet.surgery.optimizers import Optimizers, listed
 from plasticnet.surgery.survivors import survivors
 from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import Forward
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.inputs import Loss, Outputs
 
 
+@outside_inference_mode()
 def prune_once(
     net: PlasticNet,
     budget: Budget,

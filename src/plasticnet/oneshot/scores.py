@@ -18,6 +18,7 @@ from plasticnet.oneshot.minimum import Watched
 from plasticnet.oneshot.replaceable import unreplaceable
 from plasticnet.oneshot.sums import in_double, sums_by_unit
 from plasticnet.tools.batches import Forward
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.half import products_in_single
 from plasticnet.tools.inputs import Loss, Outputs
 from plasticnet.tools.sharding import refuse_sharded
@@ -43,6 +44,7 @@ class UnitScores(dict[str, Tensor]):
         self.kind = kind
 
 
+@outside_inference_mode()
 def scores(
     net: PlasticNet,
     kind: str = "fisher",

@@ -21,6 +21,7 @@ from plasticnet.surgery.plan import Plan, lengths, plan_resize
 from plasticnet.surgery.resize import adopt
 from plasticnet.surgery.rewrite import apply_plan, replace_tensors, rewrite
 from plasticnet.tools.fsdp_private import give_parts
+from plasticnet.tools.gradients import trainable
 from plasticnet.tools.inputs import MORE
 from plasticnet.tools.sharding import Shards, distributed, gathered, held_parameters, is_sharded
 from plasticnet.tools.torch_private import give_shape
@@ -99,15 +100,19 @@ def _prepare_assignment(net: GatedModel, state: MutableMapping[str, Any], prefix
     Gates are brought to a precision that they can have, and the names of a shared tensor get one tensor.
     """
     for name, t in [*net.gates.named_parameters(prefix="gates"), *net.gates.named_buffers(prefix="gates")]:
-        state[prefix + name] = state[prefix + name].to(t.dtype)
+        state[prefix + name] = _as_held(state[prefix + name].to(t.dtype), t)
     names = net.model.named_parameters("model", remove_duplicate=False)
     held = [*names, *net.model.named_buffers("model", remove_duplicate=False)]
     first: dict[int, Tensor] = {}
     for name, t in held:
         if prefix + name in state:
-            found = state[prefix + name]
-            as_held = nn.Parameter(found, t.requires_grad) if isinstance(t, nn.Parameter) else found
-            state[prefix + name] = first.setdefault(id(t), as_held)
+            state[prefix + name] = first.setdefault(id(t), _as_held(state[prefix + name], t))
+
+
+def _as_held(found: Tensor, own: Tensor) -> Tensor:
+    """Return a tensor of a state dict as a network can hold it in the place of its own: as a parameter or a buffer."""
+    found = trainable(found)
+    return nn.Parameter(found, own.requires_grad) if isinstance(own, nn.Parameter) else found
 
 
 def _load_unsaved(net: GatedModel, state: MutableMapping[str, Any], prefix: str, assign: bool) -> None:
@@ -116,7 +121,7 @@ def _load_unsaved(net: GatedModel, state: MutableMapping[str, Any], prefix: str,
     for name, buffer in net.unsaved().items():
         found = state.pop(prefix + buffer_key(name), None)
         if found is not None:
-            found = found.detach()
+            found = trainable(found.detach())
             pairs.append((buffer, found if assign else found.to(buffer.device, buffer.dtype, copy=True)))
     if pairs:
         replace_tensors(net.model, pairs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from plasticnet.gates.gated import GatedModel
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.sharding import Shards, is_sharded
 from plasticnet.tools.snapshot import Snapshot
 from plasticnet.tools.torch_private import give_shape
@@ -33,6 +34,7 @@ def undone_on_error(
     A resize makes new parameters and leaves the old ones alone, so that these need no copies. Within this context they
     stay in memory, though, together with the state that the optimizers had of them. Only what may be changed in place
     is copied: buffers, gates, what optimizers keep of gates, and the blocks that sleep, since they wake anew.
+    Within it `torch.inference_mode` is off.
 
     Args:
         net: The network.
@@ -40,12 +42,13 @@ def undone_on_error(
         others: Objects whose attributes are put back. Lists and dicts among these may be changed in place.
         written: Parameters that get other values, or another shape, in place, and so are copied.
     """
-    before = _Before(net, optimizers, [*others, net.sizes, net.ranks], written)
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise
+    with outside_inference_mode():
+        before = _Before(net, optimizers, [*others, net.sizes, net.ranks], written)
+        try:
+            yield
+        except BaseException:
+            before.restore()
+            raise
 
 
 class _Before:

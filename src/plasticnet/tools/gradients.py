@@ -1,16 +1,18 @@
 """Runs models without gradients where that is possible: a forward that takes a gradient itself needs its graph.
 
-Forces are such a gradient, the derivative of an energy with respect to positions.
+Forces are such a gradient, the derivative of an energy with respect to positions. What changes a network runs outside
+of `torch.inference_mode`, because torch lets nobody train a tensor that was made in it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 # What torch says where a gradient, or a hook on one, is asked for and nothing has a graph.
@@ -24,6 +26,22 @@ class _Scope(threading.local):
 
 
 _SCOPE = _Scope()
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave `torch.inference_mode` within this context, or within a function that this decorates.
+
+    So parameters that are made here can be trained afterwards, and gradients can be taken, as for the prices of units.
+    """
+    inside = torch.is_inference_mode_enabled()  # outside of it, inference_mode(False) would undo a torch.no_grad
+    with torch.inference_mode(False) if inside else nullcontext():
+        yield
+
+
+def trainable(t: Tensor) -> Tensor:
+    """Return a tensor, or a copy of it where it was made in `torch.inference_mode` and could not be trained."""
+    return t.clone() if t.is_inference() else t
 
 
 def wants_gradients(error: BaseException | None) -> bool:

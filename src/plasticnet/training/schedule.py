@@ -21,6 +21,7 @@ from plasticnet.surgery.optimizers import check_optimizers, listed
 from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import check_batches
+from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.sharding import held_parameters, refuse_sharded
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
 from plasticnet.training.metrics import metrics
@@ -91,6 +92,7 @@ class Schedule:
         Linear(in_features=4, out_features=4, bias=True)
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         net: PlasticNet,
@@ -172,6 +174,7 @@ class Schedule:
             return self.net.like.new_zeros(())
         return self.force.penalty(self.net, self.growth, self.epoch, self.timeline.plastic_epochs()[1])
 
+    @outside_inference_mode()
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch: cut and grow the network, and set k for the next epoch.
 
