@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from plasticnet import PlasticError, load, load_checkpoint, save_checkpoint
+from plasticnet import PlasticError, load, load_checkpoint, save, save_checkpoint
 from plasticnet.files.container import FORMAT
 
 WRITTEN = Path(__file__).parent / "written"  # a file of each kind and format, as the code of that format wrote it
@@ -81,3 +81,49 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(PlasticError, match="make tensors of long lists"):
         save_checkpoint({"names": "x" * 2**26}, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- tensors that no file holds -----------------------------------------------------------------
+
+UNHELD: dict[str, tuple[Callable[[], Any], str]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "sparse.*to_dense"),
+    "sparse by rows": (lambda: torch.eye(3).to_sparse_csr(), "sparse.*to_dense"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), "quantised.*dequantize"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested.*unbind"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        "nested.*unbind",
+    ),
+    "meta": (lambda: torch.zeros(2, device="meta"), "meta device.*no values"),
+    "a type without a name": (lambda: torch.ones(2, dtype=torch.complex32), r"safetensors has no torch\.complex32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNHELD)
+def test_tensors_that_no_file_holds_are_refused(kind: str, tmp_path: Path) -> None:
+    make, message = UNHELD[kind]
+    path = tmp_path / "file.safetensors"
+    save_checkpoint({"a": 1}, path)
+    with pytest.raises(PlasticError, match=message):
+        save_checkpoint({"epoch": 1, "state": [{"t": make()}]}, path)
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", make())
+    with pytest.raises(PlasticError, match=message):
+        save(model, path)
+    assert load_checkpoint(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("tree", [[10**5000], [-(10**5000)], {10**5000: 1}])
+def test_whole_numbers_that_python_would_not_read_are_refused(tree: Any, tmp_path: Path) -> None:
+    with pytest.raises(PlasticError, match=r"cannot be written: a whole number has more than .* digits"):
+        save_checkpoint(tree, tmp_path / "file.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_tensors_that_look_at_others_are_whole(tmp_path: Path) -> None:
+    t = torch.tensor([1 + 2j, 3 - 1j])
+    tree = {"conjugate": t.conj(), "imaginary": t.conj().imag, "view": torch.arange(6).view(2, 3).t()[1:]}
+    save_checkpoint(tree, tmp_path / "file.safetensors")
+    found = load_checkpoint(tmp_path / "file.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in tree.items())

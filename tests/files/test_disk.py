@@ -218,3 +218,33 @@ def test_a_file_has_the_rights_that_any_new_file_gets(tmp_path: Path) -> None:
     (tmp_path / "usual").write_text("")
     save(build(), tmp_path / "ours")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+# -- paths --------------------------------------------------------------------------------------
+
+BOTH: dict[str, Callable[[Any], Any]] = {
+    **READERS,
+    "save": lambda path: save(build(), path),
+    "save_checkpoint": lambda path: save_checkpoint({}, path),
+    "replace_file": lambda path: replace_file(path, b""),
+}
+
+
+@pytest.mark.parametrize("call", BOTH)
+@pytest.mark.parametrize("path", [None, 3, "a\0b", b"a\0b", "\ud800", ["a"], True])
+def test_what_is_no_path_is_refused(path: Any, call: str) -> None:
+    with pytest.raises(PlasticError, match="is no path of a file"):
+        BOTH[call](path)
+
+
+@pytest.mark.parametrize("name", [b"plain.safetensors", "\u00e9\U0001f600.safetensors".encode()])
+def test_a_path_of_bytes_is_written_and_read(name: bytes, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/" + name
+    save_checkpoint({"a": 1}, path)
+    assert load_checkpoint(path) == load_checkpoint(tmp_path / os.fsdecode(name)) == {"a": 1}
+    save(build(), path)
+    assert isinstance(load(path, build), nn.Linear)
+    with pytest.raises(PlasticError, match="nowhere/file cannot be written"):
+        save_checkpoint({}, os.fsencode(tmp_path) + b"/nowhere/file")
+    with pytest.raises(PlasticError, match="save writes safetensors"):
+        save(build(), b"small.pt")

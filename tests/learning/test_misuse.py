@@ -229,3 +229,70 @@ def test_a_compact_copy_stays_when_the_network_trains_on() -> None:
     assert torch.equal(small(X), expected)
     own = {p.data_ptr() for p in net.parameters()}
     assert not any(p.data_ptr() in own for p in small.parameters() if isinstance(p, nn.Parameter))
+
+
+# -- what a network cannot run on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0.0, 3.0, math.inf])
+@pytest.mark.parametrize("gates", ["auto", "sample", "batch"])
+def test_a_batch_without_samples(gates: str, k: float) -> None:
+    """The network runs on it, and a mean of no losses is refused; the next batch is treated as if it had been first."""
+    net, other = network(gates=gates), network(gates=gates)
+    net.k = other.k = k
+    assert net(X[:0]).shape == (0, 3)
+    assert net.expected_loss(lambda: losses(net, X[:0]).sum()) == 0
+    net.sampler.samples_apart = None
+    with pytest.raises(PlasticError, match=r"no losses \(shape \(0,\)\).*leave empty batches out"):
+        net.expected_loss(lambda: losses(net, X[:0]))
+    for n in (net, other):
+        torch.manual_seed(1)
+        n.expected_loss(lambda n=n: losses(n)).backward()
+    assert_same(state(net), state(other))
+
+
+CALLS: dict[str, Callable[[PlasticNet, Tensor], Any]] = {
+    "expected_loss": lambda net, x: net.expected_loss(lambda: losses(net, x)),
+    "training": lambda net, x: net(x),
+    "evaluation": lambda net, x: net.eval()(x),
+    "compact": lambda net, x: net.compact(),
+    "prune": lambda net, x: net.prune(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_logits_of_another_length_are_refused(call: str) -> None:
+    net = network()
+    net.sites["0"].phi = nn.Parameter(torch.zeros(5))
+    with pytest.raises(PlasticError, match=r"'0': phi .* shape \(5,\), and the site has 8 units"):
+        CALLS[call](net, X)
+    net.sites["0"].phi = nn.Parameter(torch.zeros(8))
+    CALLS[call](net, X)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_network_on_the_meta_device_runs_nowhere(call: str) -> None:
+    net = network()
+    values = net.state_dict()
+    net.to("meta")
+    with pytest.raises(PlasticError, match=r"on the meta device.*net\.to_empty"):
+        CALLS[call](net, X.to("meta"))
+    net.resize({"0": [0, 1, 2, -1]})  # needs no values
+    net.to_empty(device="cpu").load_state_dict(values)
+    CALLS[call](net, X)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_that_are_made_in_a_closure(copied: Callable[[PlasticNet], PlasticNet]) -> None:
+    net, made = network(), list[PlasticNet]()
+
+    def closure() -> Tensor:
+        made.append(copied(net))
+        found = losses(net)
+        made.append(copied(net))
+        return found
+
+    net.expected_loss(closure).backward()
+    for twin in made:
+        twin.resize({"0": [0, 1]})
+        twin.expected_loss(lambda twin=twin: losses(twin)).backward()

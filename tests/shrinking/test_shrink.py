@@ -386,6 +386,12 @@ def one_shot() -> Iterator[Tensor]:
         ({"batches": [{"x": X, "y": Y}]}, r"takes \['input'\].*forward=lambda"),
         ({"batches": [(X, X, Y)], "model": nn.Bilinear(6, 6, 3)}, r"float32\[320, 6\].*\(\(a, b\), labels\)"),
         ({"batches": [(X[:, :5], Y)]}, r"does not run on the first batch, \(float32\[320, 5\], int64\[320\]\)"),
+        (
+            {"batches": [X] * 3 + [X[:, :5]] * 2},
+            r"Sequential does not run on a batch, float32\[320, 5\].*forward=lambda",
+        ),
+        ({"batches": [(X, Y)] * 3 + [(X[:, :5], Y)] * 3, "epochs": 1}, r"does not run on a batch, \(float32\[320, 5\]"),
+        ({"validate": lambda network: 10**400}, "returned int"),
         ({"batches": [X.byte()]}, "uint8.*floating before"),
         ({"budget": 0.5}, r"budget is 0\.5: .*pn\.Budget\(macs=0\.5\)"),
         ({"budget": BATCHES}, r"^budget is a list: .*in this order: shrink\(model, batches, budget\)$"),

@@ -492,6 +492,10 @@ def test_nothing_to_wake() -> None:
         (3, 0, 7.0),
         (3, 7.0, -1.0),
         (3, 7.0, "9"),
+        (3, 10**400),
+        (3, 10**5000),
+        (3, 7.0, 10**400),
+        (-(10**5000), 7.0),
     ],
 )
 def test_bad_stages(stage: tuple[Any, ...]) -> None:
@@ -504,6 +508,28 @@ def test_no_epochs() -> None:
     for stages in ([], [Stage(0), Stage(0, 7.0)]):
         with pytest.raises(PlasticError, match="at least one stage"):
             Schedule(net, optimizer, stages)
+
+
+@pytest.mark.parametrize("budget", [Budget(loss=0.1), Budget(params=0.5), None])
+@pytest.mark.parametrize("val_loss", ["a", "0.5", [0.5], torch.ones(2), 1 + 2j, 10**400])
+def test_a_validation_loss_that_is_no_number(val_loss: Any, budget: Budget | None) -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0), Stage(1)], budget=budget)
+    for epoch in range(2):
+        with pytest.raises(PlasticError, match=r"val_loss=.*is a number"):
+            schedule.step(val_loss)
+        assert schedule.epoch == epoch
+        schedule.step(torch.tensor(0.5))  # pyright: ignore[reportArgumentType]
+
+
+def test_no_loss_would_be_good_enough_after_one_of_minus_infinity() -> None:
+    net, optimizer = small()
+    schedule = Schedule(net, optimizer, [Stage(1), Stage(3, 7.0), Stage(1)], budget=Budget(loss=0.1))
+    for epoch in range(2):
+        with pytest.raises(PlasticError, match="val_loss=-inf"):
+            schedule.step(-math.inf)
+        assert schedule.epoch == epoch
+        schedule.step(0.5)
 
 
 @pytest.mark.parametrize("val_loss", [None, math.nan])

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
+from plasticnet.tools.reals import real, shown
 
 _COSTS = {"macs": "macs", "params": "parameters", "units": "units", "latency_ms": "latency"}
 
@@ -80,8 +80,8 @@ class Budget:
             object.__setattr__(self, name, value)
         given = {n: v for n, v in targets.items() if v is not None}
         for name, value in given.items():
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-                raise PlasticError(f"Budget({name}={value!r}): a target is a number above 0")
+            if (number := real(value)) is None or not 0 < number < math.inf:
+                raise PlasticError(f"Budget({name}={shown(value)}): a target is a number above 0")
         if not given or (self.loss is not None and len(given) > 1):
             raise PlasticError(
                 f"Budget({', '.join(given)}): give targets among {', '.join(_COSTS)}, or loss, the other way round"

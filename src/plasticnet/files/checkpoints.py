@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.files.container import FORMAT, read_file, write_file
+from plasticnet.files.container import FORMAT, read_file, stored, write_file
+from plasticnet.files.disk import AnyPath
 from plasticnet.tools.sharding import is_sharded
 
 _DEPTH = 64  # the most levels of nested dicts and lists; state dicts have about five
 
 
-def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
+def save_checkpoint(tree: Any, path: AnyPath) -> None:
     """Write a checkpoint: nested dicts, lists and tuples of tensors, numbers, strings and None.
 
     State dicts are such nests. A file holds no pickle, and it appears whole or not at all.
@@ -40,7 +40,7 @@ def save_checkpoint(tree: Any, path: str | os.PathLike[str]) -> None:
     write_file(path, tensors, {"format": FORMAT, "kind": "checkpoint", "tree": encode(tree, tensors)})
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Any:
+def load_checkpoint(path: AnyPath) -> Any:
     """Read a checkpoint that `save_checkpoint` wrote.
 
     Nothing in the file is run, so that a file from elsewhere can be read safely.
@@ -82,7 +82,7 @@ def encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
         )
     if isinstance(tree, Tensor):
         key = f"{len(tensors):06d}"
-        tensors[key] = tree.detach().cpu().contiguous().clone()
+        tensors[key] = stored(tree, f"a tensor of the checkpoint, of shape {_shape(tree)},")
         return {"tensor": key}
     if isinstance(tree, Mapping):
         return {"dict": [[encode(k, tensors), encode(v, tensors, depth + 1)] for k, v in tree.items()]}
@@ -91,6 +91,11 @@ def encode(tree: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     raise PlasticError(f"a checkpoint cannot hold a {type(tree).__name__}")
+
+
+def _shape(t: Tensor) -> str:
+    """Return the shape of a tensor for a message; a nested one has none."""
+    return "?" if t.is_nested else str(tuple(t.shape))
 
 
 def decode(data: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:

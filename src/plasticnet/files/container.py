@@ -7,7 +7,7 @@ nothing else: who changes a file on purpose can compute it anew. Files of format
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from plasticnet.errors import PlasticError
-from plasticnet.files.disk import open_file, replace_file
+from plasticnet.files.disk import AnyPath, open_file, path_of, replace_file
+from plasticnet.tools.torch_private import made_of_tensors
 
 _KEY = "plasticnet"  # the metadata key of the recipe
 FORMAT = 2  # the version of the file format
@@ -31,7 +32,7 @@ _SEALED = BEGINNING + rb'"{\"checksum\": \"'
 _UNKNOWN = "0" * 64  # a checksum, before it is known
 
 
-def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
+def write_file(path: AnyPath, tensors: dict[str, Tensor], recipe: dict[str, Any]) -> None:
     """Write tensors and a recipe into a file, which appears whole or not at all.
 
     There is a single metadata key, so that equal content gives equal bytes. The format has no complex128, so such
@@ -45,12 +46,24 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe:
     Raises:
         PlasticError: The file cannot be written, or its recipe is too long to be read again.
     """
+    path = path_of(path)
     pairs = sorted(n for n, t in tensors.items() if t.dtype == torch.complex128)
     if pairs:
         tensors = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in tensors.items()}
         recipe = {**recipe, "complex": pairs}
-    text = f'{{"checksum": "{_UNKNOWN}", {json.dumps(recipe, sort_keys=True)[1:]}'
-    data = bytearray(serialise(tensors, {_KEY: text}))
+    try:
+        text = f'{{"checksum": "{_UNKNOWN}", {json.dumps(recipe, sort_keys=True)[1:]}'
+    except ValueError as error:
+        most = sys.get_int_max_str_digits()
+        raise PlasticError(
+            f"{path} cannot be written: a whole number has more than {most:,} digits, which Python would not read again"
+        ) from error
+    try:
+        data = bytearray(serialise(tensors, {_KEY: text}))
+    except KeyError as error:
+        raise PlasticError(
+            f"{path} cannot be written: safetensors has no {error.args[0]}; convert the tensor before"
+        ) from error
     if int.from_bytes(data[:8], "little") > _HEADER:
         raise PlasticError(
             f"{path} cannot be written: all but its tensors takes more than {_HEADER:,} bytes: make tensors of long "
@@ -61,7 +74,29 @@ def write_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], recipe:
     replace_file(path, data)
 
 
-def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def stored(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor as a file holds it: on the CPU, contiguous, and with a memory of its own.
+
+    Args:
+        tensor: The tensor.
+        name: What it is called in messages.
+
+    Raises:
+        PlasticError: It has no values, or they do not lie one after the other, as in a sparse tensor.
+    """
+    if tensor.is_meta:
+        raise PlasticError(f"{name} lies on the meta device and has no values to write; load or compute them before")
+    if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided or made_of_tensors(tensor):
+        kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "packed"
+        kind = "sparse" if "sparse" in str(tensor.layout) else kind
+        raise PlasticError(
+            f"{name} is {kind} ({type(tensor).__name__}, {str(tensor.layout).removeprefix('torch.')}), and files hold "
+            "plain tensors: make it one before, as by to_dense(), dequantize() or unbind(), or leave it out"
+        )
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().clone()
+
+
+def read_file(path: AnyPath, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the recipe in a file that `write_file` wrote.
 
     Args:
@@ -71,6 +106,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     Raises:
         PlasticError: The file cannot be read, is damaged, is not one of ours, or is of another kind or format.
     """
+    path = path_of(path)
     sealed = _check(path)
     try:
         with safe_open(path, framework="pt") as f:
@@ -94,7 +130,7 @@ def read_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor
     return tensors, recipe
 
 
-def _check(path: str | os.PathLike[str]) -> bool:
+def _check(path: AnyPath) -> bool:
     """Return whether a file has a checksum. Raises `PlasticError` where it has one of another content."""
     with open_file(path) as file:
         try:

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from plasticnet.errors import PlasticError
 
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]  # what names a file
 # Flags that not every system has: nothing of the user's is followed, waited for, inherited or changed on the way.
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -25,13 +26,28 @@ _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def path_of(path: AnyPath) -> str:
+    """Return the path of a file as text. Raises `PlasticError` where it cannot be one."""
+    try:
+        text = os.fsdecode(path)
+        possible = b"\0" not in os.fsencode(text)
+    except (TypeError, UnicodeError):  # it is something else, or has characters that no name of a file has
+        text, possible = "", False
+    if not possible:
+        raise PlasticError(
+            f"{path!r} is no path of a file: a str, bytes or pathlib.Path is one, without NUL and surrogates"
+        )
+    return text
+
+
+def open_file(path: AnyPath) -> BinaryIO:
     """Open a plain file to read its bytes. A link to one is followed.
 
     Raises:
         PlasticError: It is not there or cannot be read, or it is a folder, a pipe, a socket or a device, for whose
             content one could wait for ever.
     """
+    path = path_of(path)
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
@@ -42,7 +58,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: AnyPath) -> bytes:
     """Return the content of a plain file. Raises `PlasticError` as `open_file` does."""
     with open_file(path) as file:
         try:
@@ -51,7 +67,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
             raise PlasticError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def replace_file(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
+def replace_file(path: AnyPath, data: bytes | bytearray) -> None:
     """Write a file, which appears whole or not at all, also where the computer stops in the middle.
 
     Args:
@@ -61,6 +77,7 @@ def replace_file(path: str | os.PathLike[str], data: bytes | bytearray) -> None:
     Raises:
         PlasticError: The file cannot be written. What it held before is still there.
     """
+    path = path_of(path)
     target, partial = Path(path), None
     try:
         if target.exists() and not target.is_file():

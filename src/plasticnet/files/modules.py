@@ -5,7 +5,6 @@ No pickle is involved. A file can hold tensors, and JSON that is checked before 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError
-from plasticnet.files.container import FORMAT, mapping_in, read_file, write_file
+from plasticnet.files.container import FORMAT, mapping_in, read_file, stored, write_file
+from plasticnet.files.disk import AnyPath, path_of
 from plasticnet.layers.attention import free_heads, head_size, unfuse_encoders
 from plasticnet.layers.experts import remove_expert
 from plasticnet.layers.record import RECORD
@@ -29,7 +29,7 @@ from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.torch_private import Conv, ConvTranspose, made_of_tensors, unsaved_buffers
 
 
-def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(module: nn.Module, path: AnyPath) -> None:
     """Write a compact module, or any other plain module, so that `load` can build it again.
 
     The file holds the tensors, and what a module of the original architecture needs to take this shape. Equal modules
@@ -57,9 +57,10 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> again[0]
         Linear(in_features=4, out_features=3, bias=True)
     """
+    path = path_of(path)
     if Path(path).suffix in (".pt", ".pth", ".ckpt"):
         raise PlasticError(
-            f"{os.fspath(path)}: save writes safetensors, which torch.load does not read: call it "
+            f"{path}: save writes safetensors, which torch.load does not read: call it "
             f"{Path(path).with_suffix('.safetensors')}, or write the module by torch.save"
         )
     if any(isinstance(child, PlasticNet) for child in module.modules()):
@@ -67,7 +68,7 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     if sparse := sparse_layers(module):
         raise PlasticError(f"{sparse[0]!r} is sparse; save what was given to sparsify, and sparsify what load gives")
     for name, tensor in _tensors(module).items():
-        if made_of_tensors(tensor):
+        if made_of_tensors(tensor) and not tensor.is_nested:
             raise PlasticError(
                 f"{name} is a {type(tensor).__name__}, and not a plain tensor; save the module before it is quantised, "
                 "and quantise what load gives"
@@ -86,11 +87,11 @@ def save(module: nn.Module, path: str | os.PathLike[str]) -> None:
     recipe.update((key, record[key]) for key in ("resized", "removed", "experts") if key in record)
     if "resized" in record:
         recipe["resized"] = [*record["resized"], *_new_biases(module, record["resized"])]
-    write_file(path, {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(module).items()}, recipe)
+    write_file(path, {n: stored(t, n) for n, t in _tensors(module).items()}, recipe)
 
 
 @outside_inference_mode()
-def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
+def load(path: AnyPath, factory: Callable[[], nn.Module]) -> nn.Module:
     """Build the module that `save` wrote into a file.
 
     Nothing in the file is run. Widths, tensors and removed blocks are set as the file says, and everything else must
@@ -120,6 +121,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         >>> torch.equal(again(x), small(x))
         True
     """
+    path = path_of(path)
     tensors, recipe = read_file(path, "module")
     if isinstance(factory, nn.Module) or not callable(factory):
         raise PlasticError(f"load takes a factory, such as {type(factory).__name__} itself, not what it returns")
@@ -262,7 +264,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict([*module.named_parameters(), *module.named_buffers()])
 
 
-def _remove(path: str | os.PathLike[str], model: nn.Module, removed: Any, experts: Any) -> None:
+def _remove(path: AnyPath, model: nn.Module, removed: Any, experts: Any) -> None:
     """Remove blocks and experts from a model, whose names a file gives.
 
     Raises:

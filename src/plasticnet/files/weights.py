@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plasticnet.errors import PlasticError, first_line
-from plasticnet.files.disk import open_file
+from plasticnet.files.disk import AnyPath, open_file, path_of
 
 _NESTED = ("state_dict", "model", "model_state_dict")  # keys under which training scripts keep a state dict
 _WRAPPED = ("module.", "_orig_mod.", "model.")  # what wrappers put before every name
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_weights(model: nn.Module, path: AnyPath) -> nn.Module:
     """Load a state dict from a file into a model, and return the model in evaluation mode.
 
     Nothing in the file is run: a file of torch is read with ``weights_only=True``. The state dict may lie under a key
@@ -32,6 +31,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         PlasticError: The file cannot be read, or it does not fit the model. The model was not changed.
     """
+    path = path_of(path)
     state, own = _state(path), model.state_dict()
     for prefix in (*_WRAPPED, *_WRAPPED):  # twice, since wrappers may lie in each other in any order
         if not own.keys() & state.keys() and all(name.startswith(prefix) for name in state):
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _state(path: str) -> dict[str, Any]:
     """Return the state dict in a file."""
     try:
         if Path(path).exists():

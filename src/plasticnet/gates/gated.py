@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from numbers import Real
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -38,6 +37,7 @@ from plasticnet.gates.tiers import Tiers
 from plasticnet.tools.gradients import outside_inference_mode
 from plasticnet.tools.locks import Lock
 from plasticnet.tools.ranks import Ranks
+from plasticnet.tools.reals import real, shown
 from plasticnet.tools.sharding import checked_mesh
 from plasticnet.tools.torch_private import buffers_of, buffers_stay_shared, unsaved_buffers, version
 from plasticnet.units import BlockUnits, Units
@@ -161,6 +161,26 @@ class GatedModel(nn.Module):
             self._ranks.shard(mesh)
         return self._ranks
 
+    def check(self, values: bool = True) -> None:
+        """Raise `PlasticError` where the network holds something else than what was gated.
+
+        Args:
+            values: Whether the values of gates are needed, which there are none of on the meta device.
+        """
+        self.structure.check()
+        for site in self._sites.values():
+            if site.phi.shape != (len(site),):
+                raise PlasticError(
+                    f"{site.name!r}: phi was replaced by logits of shape {tuple(site.phi.shape)}, and the site has "
+                    f"{len(site)} units. Write into the old ones (net.sites[...].phi.data[:] = ...); net.resize "
+                    "changes how many there are"
+                )
+        if values and self.like.is_meta:
+            raise PlasticError(
+                "the network lies on the meta device, where its gates have no values: bring it to a real device by "
+                'net.to_empty(device="cpu"), and load a state dict'
+            )
+
     # -- gates --------------------------------------------------------------------------------
 
     @property
@@ -213,10 +233,11 @@ class GatedModel(nn.Module):
 
     @k.setter
     def k(self, value: float) -> None:
-        if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 0:
-            raise PlasticError(f"k={value!r}: k is a number from 0 (dropout) to infinity (ordinary training)")
+        k = real(value)
+        if k is None or not k >= 0:
+            raise PlasticError(f"k={shown(value)}: k is a number from 0 (dropout) to infinity (ordinary training)")
         with self.lock:
-            self._k = float(value)
+            self._k = k
             if self._k == 0 or math.isinf(self._k):
                 for g in self.all_gates():
                     g.phi.grad = None

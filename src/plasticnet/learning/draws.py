@@ -40,10 +40,10 @@ def gates_of_call(net: GatedModel, sampler: Sampler, now: Pass, args: Any, kwarg
     """
     if now.role == "probe":
         assert now.probe is not None
-        return now.probe(batch_size(args, kwargs))
+        return now.probe(_rows(args, kwargs))
     # The weights are listed, because torch.compile takes every mapping proxy to be full.
     step, weights = now.step, list(net.weights.values())
-    rows = batch_size(args, kwargs) if draws_per_sample(net, sampler) else 1
+    rows = _rows(args, kwargs) if draws_per_sample(net, sampler) else 1
     if step.draw is None:
         with torch.no_grad():  # so that nothing is kept for a backward pass here, and a checkpoint need not repeat it
             step.draw = _draw_units(net, sampler, rows)
@@ -67,6 +67,11 @@ def gates_of_call(net: GatedModel, sampler: Sampler, now: Pass, args: Any, kwarg
             parts = gates(step.weights)[0].split([w.phi.numel() for w in weights])
             now.weights = {w.name: g.view(w.phi.shape) for w, g in zip(weights, parts, strict=True)}
     return now.z
+
+
+def _rows(args: Any, kwargs: Any) -> int:
+    """Return how many rows of gates a call needs that has some for each sample: one, too, for an empty batch."""
+    return max(1, batch_size(args, kwargs))
 
 
 def gates_of_pass(sampler: Sampler, i: int) -> Callable[[Draw], Tensor]:

@@ -58,14 +58,15 @@ def expected_loss(net: GatedModel, sampler: Sampler, closure: Callable[[], Tenso
                 "expected_loss was called in the closure of expected_loss; call net(x) there. Where a callback makes "
                 "an expected loss of a training step that takes it by itself, tell the callback so: expected=True"
             )
-        net.structure.check()
+        net.check()
         check_logits(net, sampler)
         enter(net)
-        before = Snapshot(net.model)
+        before, apart = Snapshot(net.model), sampler.samples_apart
         try:
             return guarded(net, _estimated(net, sampler, closure, before))
         except BaseException:
             before.restore()
+            sampler.samples_apart = apart  # a bad batch says nothing of the others
             raise
 
 

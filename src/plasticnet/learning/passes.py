@@ -62,7 +62,7 @@ def _called(net: GatedModel, sampler: Sampler, args: tuple[Any, ...], kwargs: di
     """Call the network, as `call` does, while this thread has its lock."""
     now = sampler.running
     if now.role == "free" and not torch.compiler.is_dynamo_compiling():
-        net.structure.check()
+        net.check()
     if net.training:
         meet(net)
         if now.role == "free":  # for its own passes `expected_loss` has done this already
@@ -186,7 +186,7 @@ def changing(net: GatedModel, sampler: Sampler) -> Iterator[None]:
             raise PlasticError(
                 "the sizes of the network cannot change in the closure of expected_loss; do it afterwards"
             )
-        net.structure.check()
+        net.check(values=False)
         yield
 
 
@@ -261,7 +261,12 @@ def _check_losses(net: GatedModel, sampler: Sampler, f: Any, now: Pass) -> None:
     """
     if now.calls == 0:
         raise PlasticError("the closure never called the network; compute the loss from net(x), not from net.model(x)")
-    if not isinstance(f, Tensor) or f.dim() > 1 or not f.is_floating_point() or not f.numel():
+    if isinstance(f, Tensor) and not f.numel():
+        raise PlasticError(
+            f"the closure returned no losses (shape {tuple(f.shape)}), as of a batch without samples; leave empty "
+            "batches out"
+        )
+    if not isinstance(f, Tensor) or f.dim() > 1 or not f.is_floating_point():
         what = f"a tensor of shape {tuple(f.shape)} and {f.dtype}" if isinstance(f, Tensor) else f"a {type(f).__name__}"
         raise PlasticError(
             f"the closure returned {what}; it must return the losses of the samples, shape (batch,), "

@@ -21,6 +21,7 @@ from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
 from plasticnet.gates.site import probabilities
 from plasticnet.learning.guard import guarded
+from plasticnet.tools.reals import real
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _weights(cost: str | Mapping[str, float], scale: str) -> dict[str, float]:
 
 def _strong(value: Any) -> bool:
     """Return whether a value is a finite number, 0 or more."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    return (number := real(value)) is not None and 0 <= number < math.inf
 
 
 def limit(net: GatedModel, pattern: str, minimum: int | None, maximum: float, strength: float) -> None:

@@ -144,7 +144,8 @@ class Sampler:
             raise PlasticError(f"gates={self.mode!r}: choose one of auto, sample, batch")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owed": []}  # because the events of a GPU cannot be copied
+        # The events of a GPU cannot be copied, and a copy that is made in a closure runs no closure itself.
+        return {**self.__dict__, "owed": [], "running": Pass()}
 
     @property
     def rule(self) -> Estimator:

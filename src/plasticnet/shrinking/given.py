@@ -18,6 +18,7 @@ from plasticnet.shrinking.tuning import MakeOptimizer
 from plasticnet.surgery.survivors import check_multiple
 from plasticnet.tools.batches import Forward, like_model, run_batch
 from plasticnet.tools.inputs import described
+from plasticnet.tools.reals import as_float
 from plasticnet.tools.snapshot import left_as_it_was
 
 Loss = Callable[[Any, Any], Tensor]
@@ -81,10 +82,8 @@ def try_loss(loss: Loss, twin: nn.Module, batch: Any, forward: Forward | None) -
 
 def error_of(found: Any) -> float:
     """Return as a number what a ``validate`` has returned. Raises `PlasticError` where it is none, or NaN."""
-    try:
-        error = float(found)
-    except (TypeError, ValueError, RuntimeError):
-        raise PlasticError(f"validate= returned {described(found)}; it returns a number, lower for better") from None
+    if (error := as_float(found)) is None:
+        raise PlasticError(f"validate= returned {described(found)}; it returns a number, lower for better")
     if math.isnan(error):
         raise NotFinite("validate= returned NaN, which is neither better nor worse than anything")
     return error

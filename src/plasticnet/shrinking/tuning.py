@@ -129,11 +129,12 @@ def _loss(losses: Callable[[Any], Tensor], batch: Any) -> Tensor:
     """Return the mean loss of a batch. Raises `PlasticError` where BatchNorm has a single value to learn from."""
     try:
         return losses(batch).mean()
-    except ValueError as error:
+    except (ValueError, PlasticError) as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        why = error.__cause__ if isinstance(error, PlasticError) else error
         raise PlasticError(
-            f"a batch of one input is too small for BatchNorm to learn from ({error}): drop_last=True leaves out the "
+            f"a batch of one input is too small for BatchNorm to learn from ({why}): drop_last=True leaves out the "
             "last batch of a DataLoader where it is smaller; or make batches larger"
         ) from error
 

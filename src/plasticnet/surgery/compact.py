@@ -40,7 +40,7 @@ def compacted(net: GatedModel, multiple_of: int | None) -> nn.Module:
     """
     multiple_of = net.multiple_of if multiple_of is None else multiple_of
     check_multiple(multiple_of)
-    net.structure.check()
+    net.check()
     with as_whole(net.model):
         small = duplicate(net.model).eval()
     sites = net.sites.values()

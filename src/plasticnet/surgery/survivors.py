@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from plasticnet.errors import PlasticError
 from plasticnet.gates.gated import GatedModel
+from plasticnet.tools.reals import real, shown
 from plasticnet.units import BlockUnits, InputUnits, Units
 
 
@@ -26,14 +26,15 @@ def to_keep(net: GatedModel, below: float, multiple_of: int) -> dict[str, list[i
     Raises:
         PlasticError: An option is out of range, or gates are not finite.
     """
-    if not isinstance(below, Real) or not 0 <= float(below) <= 1:
-        raise PlasticError(f"below={below!r}: a probability, from 0 to 1")
+    if (least := real(below)) is None or not 0 <= least <= 1:
+        raise PlasticError(f"below={shown(below)}: a probability, from 0 to 1")
     check_multiple(multiple_of)
+    net.check()
     values = {s.name: s.probability(net.k).detach().cpu().numpy() for s in net.sites.values()}
     check_finite(net)
     for site in net.sites.values():  # What sleeps has no say, and stays as it is.
         values[site.name][site.asleep.cpu().numpy()] = 1.0
-    floor = float(np.nextafter(np.float32(below), np.float32(-1)))
+    floor = float(np.nextafter(np.float32(least), np.float32(-1)))
     if net.weights and math.isinf(net.k):
         left = read_units(net, {s.name: s.mean_gate(net.k) > 0 for s in net.sites.values()})
         for value, read_ in zip(values.values(), left, strict=True):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from plasticnet.errors import PlasticError, first_line
+from plasticnet.tools.gradients import wants_gradients
 from plasticnet.tools.snapshot import left_as_it_was
 
 Forward = Callable[[Any, Any], Any]  # runs a model on a batch and returns its output
@@ -129,6 +130,21 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, *, d
     Raises:
         PlasticError: The batch has none of these forms, or the model rejects it.
     """
+    if forward is not None:
+        return _run(model, batch, forward, drop)
+    try:
+        return _run(model, batch, None, drop)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or wants_gradients(error):
+            raise
+        raise PlasticError(
+            f"{type(model).__name__} does not run on a batch, {_shown(batch)}: {first_line(error)}. Batches may differ "
+            f"in their form only as the model allows it; {_FORWARD}"
+        ) from error
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None, drop: tuple[str, ...] = LABELS) -> Any:
+    """Return the output of a model on a batch, as `run_batch` does, and pass on what the model raises."""
     batch = like_model(model, batch)
     if forward is not None:
         return forward(model, batch)
@@ -160,7 +176,7 @@ def arguments_of(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     try:
         with left_as_it_was(model, training=False):
-            run_batch(model, batch, forward)
+            _run(model, batch, forward)
     finally:
         handle.remove()
     if not calls:

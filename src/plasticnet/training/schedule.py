@@ -22,6 +22,7 @@ from plasticnet.surgery.survivors import check_finite, check_multiple
 from plasticnet.surgery.undo import undone_on_error
 from plasticnet.tools.batches import check_batches
 from plasticnet.tools.gradients import outside_inference_mode
+from plasticnet.tools.reals import as_float, shown
 from plasticnet.tools.sharding import held_parameters, refuse_sharded
 from plasticnet.training.cutting import cut_epoch, forget_gates, harden
 from plasticnet.training.metrics import metrics
@@ -252,13 +253,18 @@ class Schedule:
 
     def _loss(self, val_loss: float | None) -> float:
         """Return the mean validation loss over all ranks, or NaN where there is none and none is needed."""
+        given = None if val_loss is None else as_float(val_loss)
+        if val_loss is not None and given is None:
+            raise PlasticError(f"val_loss={shown(val_loss)}: the validation loss is a number")
         by_loss, plastic = self.force.loss is not None, self.stage.plastic
         if not by_loss and not (plastic and self.growth is not None and self.growth.needs_loss):
             return math.nan
-        loss = self.net.ranks.mean(math.nan if val_loss is None else float(val_loss), self.net.like.device)
+        loss = self.net.ranks.mean(math.nan if given is None else given, self.net.like.device)
         if plastic and math.isnan(loss):
             what = "the budget" if by_loss else "growth"
             raise PlasticError(f"val_loss={val_loss}: {what} needs the validation loss of every plastic epoch")
+        if loss == -math.inf:  # after which no loss would ever be good enough
+            raise PlasticError("val_loss=-inf: a loss that is so small is wrong; check the validation data")
         return loss
 
     def _grow(self, loss: float, over: float) -> Turnover:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 
 from plasticnet.errors import PlasticError
+from plasticnet.tools.reals import real, shown
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,16 @@ class Stage:
     k_end: float | None = None
 
     def __post_init__(self) -> None:
-        numbers = type(self.epochs) is int and isinstance(self.k, Real) and not isinstance(self.k, bool)
-        if not numbers or self.epochs < 0 or not self.k >= 0:
-            raise PlasticError(f"Stage(epochs={self.epochs}, k={self.k}): whole epochs and a number, both 0 or more")
-        end = self.k_end
-        if end is not None and not (isinstance(end, Real) and self.plastic and 0 < float(end) < math.inf):
-            raise PlasticError(f"Stage(k={self.k}, k_end={end}): k goes from one finite number above 0 to another")
+        k, epochs = real(self.k), self.epochs
+        if type(epochs) is not int or epochs < 0 or k is None or not k >= 0:
+            raise PlasticError(
+                f"Stage(epochs={shown(epochs)}, k={shown(self.k)}): whole epochs and a number, both 0 or more"
+            )
+        end = real(self.k_end)
+        if self.k_end is not None and (end is None or not (self.plastic and 0 < end < math.inf)):
+            raise PlasticError(
+                f"Stage(k={self.k}, k_end={shown(self.k_end)}): k goes from one finite number above 0 to another"
+            )
 
     @property
     def plastic(self) -> bool:
