@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -411,6 +412,8 @@ def tamper(path: Path, recipe: Callable[[dict], Any], tensors: Callable[[dict], 
     with safe_open(path, framework="pt") as f:
         data = json.loads(f.metadata()["plasticnet"])
     values = load_file(path)
+    data.pop("checksum", None)  # as of a file of format 1, so that it is not the checksum that tells the change
+    data["format"] = 1
     recipe(data)
     tensors(values)
     path.write_bytes(serialise(values, {"plasticnet": json.dumps(data)}))
@@ -467,6 +470,12 @@ def tensor(name: str, value: Tensor) -> Callable[[dict], Any]:
         pytest.param(nothing, tensor("conv.bias", torch.zeros(11)), id="a bias that does not fit"),
         pytest.param(nothing, tensor("fc.0.indices", torch.arange(4)), id="too few indices"),
         pytest.param(nothing, tensor("fc.0.indices", -torch.arange(5)), id="negative indices"),
+        pytest.param(lambda r: r.update(resized=3), nothing, id="resized dimensions that are a number"),
+        pytest.param(lambda r: r["resized"].append("ab"), nothing, id="a resized dimension that is a text"),
+        pytest.param(lambda r: r["resized"].append(["a"]), nothing, id="a resized tensor without a dimension"),
+        pytest.param(lambda r: r["resized"].append([["a"], 0]), nothing, id="a resized tensor without a name"),
+        pytest.param(lambda r: r["resized"].append(["a", 0.0]), nothing, id="a resized dimension that is no whole one"),
+        pytest.param(lambda r: r["resized"].append([{}, {}]), nothing, id="a resized dimension that is a dict"),
     ],
 )  # fmt: skip
 def test_tampered(recipe: Callable[[dict], Any], tensors: Callable[[dict], Any], tmp_path: Path) -> None:
@@ -488,6 +497,23 @@ def test_tampered(recipe: Callable[[dict], Any], tensors: Callable[[dict], Any],
     tamper(path, recipe, tensors)
     with pytest.raises(PlasticError, match="m"):
         load(path, Net)
+
+
+def test_many_resized_dimensions_and_many_tensors_do_not_multiply(tmp_path: Path) -> None:
+    """A crafted file may say of many dimensions that they were resized, and the model may have many, too."""
+
+    def seconds(pairs: int, layers: int) -> float:
+        def factory() -> nn.Module:
+            return nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+
+        save(factory(), tmp_path / "m")
+        tamper(tmp_path / "m", lambda recipe: recipe.update(resized=[["a", 0]] * pairs), nothing)
+        begun = time.process_time()
+        load(tmp_path / "m", factory)
+        return time.process_time() - begun
+
+    both, one, other = (min(seconds(*size) for _ in range(3)) for size in ((40_000, 200), (40_000, 1), (1, 200)))
+    assert both < 3 * (one + other)
 
 
 def mutations(data: bytes) -> Iterator[bytes]:

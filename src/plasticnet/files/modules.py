@@ -5,7 +5,7 @@ No pickle is involved. A file can hold tensors, and JSON that is checked before 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +147,17 @@ def load(path: AnyPath, factory: Callable[[], nn.Module]) -> nn.Module:
     for name, widths in mapping_in(path, recipe, "attributes").items():
         _set_widths(path, _submodule(path, model, name), name, widths)
     resized = recipe.get("resized")
+    dims = None if resized is None else _dimensions(path, resized)
     if resized is not None:
-        if not isinstance(resized, list) or not all(isinstance(pair, list) for pair in resized):
-            raise PlasticError(f"{path}: damaged (which dimensions were resized)")
         widths = [[name, a] for name, own in recipe["attributes"].items() for a in own if a not in WIDTHS]
         gone = {key: names for key, names in lost.items() if names or key == "removed"}
         setattr(model, RECORD, {"resized": resized, "widths": widths, **gone})
-    _set_tensors(path, model, tensors, resized)
+    _set_tensors(path, model, tensors, dims)
     for name, size in heads.items():
         free_heads(model.get_submodule(name), size)
     unfuse_encoders(model)
     for name, module in model.named_modules():
-        for what in mismatches(module, groups.get(name), weights.get(name), _unread(name, module, resized)):
+        for what in mismatches(module, groups.get(name), weights.get(name), _unread(name, module, dims)):
             raise PlasticError(f"{path} belongs to another architecture, or is damaged: {name}: {what}")
     for name in takes:
         take, layer = model.get_submodule(f"{name}.0"), model.get_submodule(f"{name}.1")
@@ -170,7 +169,24 @@ def load(path: AnyPath, factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def _unread(name: str, module: nn.Module, resized: list[list[Any]] | None) -> list[str]:
+def _dimensions(path: str, resized: Any) -> set[tuple[str, int]]:
+    """Return which dimensions of which tensors a file says were resized.
+
+    Args:
+        path: The file, for messages.
+        resized: What the file says: a list of pairs of a tensor's name and a dimension, if it is sound.
+
+    Raises:
+        PlasticError: It is something else.
+    """
+    if not isinstance(resized, list) or not all(
+        isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) and type(p[1]) is int for p in resized
+    ):
+        raise PlasticError(f"{path}: damaged (which dimensions were resized)")
+    return {(name, dim) for name, dim in resized}
+
+
+def _unread(name: str, module: nn.Module, resized: Set[tuple[str, int]] | None) -> list[str]:
     """Return the names of the vectors of a module that the cut has left as they were; others must fit its weight.
 
     The model does not read such a vector, as where it multiplies with the weight of a linear layer and leaves out its
@@ -183,7 +199,7 @@ def _unread(name: str, module: nn.Module, resized: list[list[Any]] | None) -> li
     """
     prefix = f"{name}." if name else ""
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return [leaf for leaf, t in held if resized is not None and t.dim() == 1 and [prefix + leaf, 0] not in resized]
+    return [leaf for leaf, t in held if resized is not None and t.dim() == 1 and (prefix + leaf, 0) not in resized]
 
 
 def _new_biases(module: nn.Module, resized: list[list[Any]]) -> list[list[Any]]:
@@ -315,7 +331,9 @@ def _set_widths(path: Any, module: nn.Module, name: str, widths: Any) -> None:
         setattr(module, attribute, _merged(old, value))
 
 
-def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Any) -> None:
+def _set_tensors(
+    path: Any, model: nn.Module, tensors: Mapping[str, Tensor], resized: Set[tuple[str, int]] | None
+) -> None:
     """Replace every parameter and buffer of a model by that of the file.
 
     Args:
@@ -343,7 +361,7 @@ def _set_tensors(path: Any, model: nn.Module, tensors: Mapping[str, Tensor], res
             raise PlasticError(f"{path}: {name} is {new.dtype} in the file, {old.dtype} in {type(model).__name__}")
         # A buffer that is no part of the state dict may be computed as the model runs, so its shape may be any.
         free = None if name in derived else resized
-        fixed = [d for d in range(old.dim()) if free is not None and [name, d] not in free]
+        fixed = [d for d in range(old.dim()) if free is not None and (name, d) not in free]
         if new.dim() != old.dim() or any(new.shape[d] != old.shape[d] for d in fixed):
             raise PlasticError(
                 f"{path} belongs to another architecture: {name} has shape {tuple(new.shape)} in the file, "
