@@ -17,15 +17,19 @@ from soak_ranks import WHOM  # noqa: E402
 
 RESULTS = HERE / "results"
 MS = ("ms", "ms, drawn anew", "ms at full width", "ms at full width, drawn anew")
+ENDED = {  # what is said of networks with a status
+    "ok": "exact", "wrong": "differed", "crash": "crashed", "error": "ended with an error",
+    "timeout": "took too long", "unfit": "could not be built", "refused": "had nothing to gate",
+}  # fmt: skip
 PAGE = HERE.parent / "docs" / "soak.md"
 
 PAGE_TEXT = """# Soaks
 
-What becomes of trainings that are killed, of files that are damaged or crafted, of networks that change their size
-again and again, and of a training that takes long. `make soak` goes on with the first four (benchmarks/soak_kills.py,
-soak_ranks.py, soak_files.py and soak_networks.py there) up to the numbers that it is given, as in `make soak
-NETWORKS=10000`, repeats the others (soak_denormals.py and soak_long.py), and writes this page (soak_table.py);
-`make fuzz` lets a fuzzer make files.
+This page says what becomes of trainings that are killed, of files that are damaged or crafted, of networks that change
+their size again and again, and of a training that takes long. `make soak` goes on with the first four
+(benchmarks/soak_kills.py, soak_ranks.py, soak_files.py and soak_networks.py there) up to the numbers that it is given,
+as in `make soak NETWORKS=10000`, repeats the others (soak_denormals.py and soak_long.py), and writes this page
+(soak_table.py); `make fuzz` lets a fuzzer make files.
 
 ## Trainings that are killed
 
@@ -77,7 +81,7 @@ read, or refused by a `PlasticError`.
 
 The same is done by a fuzzer that sees which branches of plasticnet an input reaches, keeps those that reach new ones,
 and changes them further (atheris, benchmarks/soak_coverage.py). Half of the changes are its own, half those above.
-"Branches" are what the sound files reach, and what was reached in the end.
+The last two columns count the branches that the sound files reach, and those reached in the end.
 
 **{coverage_summary}**
 
@@ -120,8 +124,9 @@ the median of the first third of the measurements with that of the last. What is
 
 Half of the units of a network are closed, and it trains on with weight decay for {steps} steps, until the weights of
 the closed units are not zero and below the normal numbers of float32. Some processors compute many times slower with
-those; this one takes {minds} times as long for single products of this size. The compact module is timed against one
-of the same widths whose weights were drawn anew. It keeps such weights where open units have died in training, too.
+those; the processor of this run takes {minds} times as long for single products of this size. The compact module is
+timed against one of the same widths whose weights were drawn anew. It keeps such weights where open units have died in
+training, too.
 
 **{denormals_summary}**
 
@@ -131,8 +136,8 @@ of the same widths whose weights were drawn anew. It keeps such weights where op
 
 ## Limits
 
-- A kill ends the process, and not the computer: what the disk has not yet written is not lost here. Files are brought
-  to the disk (fsync) before they get their name, which is not tested by this.
+- A kill ends the process and not the computer, so that what had not reached the disk is not lost in this test. Files
+  are synced (fsync) before they get their name; this soak does not test that.
 - The trainings that are killed are small ones of multilayer perceptrons, on handwritten digits or, in two processes, on
   random vectors, on the CPU with one thread.
 - Where a processor does not mind numbers next to zero, times say little of them; the counts hold everywhere.
@@ -192,23 +197,45 @@ def networks(content: Mapping[str, Any]) -> dict[str, str]:
     status = Counter(counts["status"])
     bad = {name: n for name, n in status.items() if name not in ("ok", "refused")}
     again = Counter(f["again"]["status"] for f in failures if "again" in f)
-    failed = ", ".join(f"{n} {name}" for name, n in bad.items()) or "none failed"
+    failed = in_words(bad, ENDED) or "none failed"
     rows = [
         (str(f["seed"]), f["status"], f["step"], short(f["what"]), f.get("again", {}).get("status", ""))
         for f in failures
     ]
     done = [d for d in content["done"] for _ in range(d["seeds"][1] - d["seeds"][0] + 1)]
-    later = f" Run again later, of those that failed: {', '.join(f'{n} {name}' for name, n in again.items())}."
     return {
         "kinds": str(len(KINDS)),
         "networks_summary": f"{sum(status.values()):,} networks, {totals['resizes']:,} changes of size, in which "
         f"{totals['cut']:,} units were cut and {totals['added']:,} added: {status['ok']:,} are exact to the end, "
-        f"{status['refused']:,} have nothing to gate; {failed}.{later if again else ''}",
+        f"{status['refused']:,} have nothing to gate; {failed}{again_later(sum(bad.values()), again)}.",
         "networks_table": table_of_words(("seed", "found", "at", "what", "run again later"), rows)
         if rows
         else "No network failed.",
         "networks_environment": environment(content["environment"], (d["commit"] for d in done), "networks"),
     }
+
+
+def in_words(counts: Mapping[str, int], words: Mapping[str, str]) -> str:
+    """Return how many networks there are of each status, in words: "2 crashed and 1 was wrong"."""
+    parts = [f"{n:,} {words.get(status, status)}" for status, n in counts.items()]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def again_later(failed: int, again: Mapping[str, int]) -> str:
+    """Return what became of the networks that failed and were run again later.
+
+    Args:
+        failed: How many failed.
+        again: How many of these were run again later, by what was found then.
+    """
+    n = sum(again.values())
+    if not n:
+        return ""
+    who = {1: "it", 2: "both"}.get(n, f"all {n}") if n == failed else f"{n} of them"
+    were = "was" if n == 1 else "were"
+    if set(again) == {"ok"}:
+        return f"; {who} {were} run again later and {'is' if n == 1 else 'are'} exact"
+    return f"; {who} {were} run again later: {in_words(again, ENDED)}"
 
 
 def short(text: str) -> str:
@@ -290,7 +317,7 @@ def denormals(content: Mapping[str, Any]) -> dict[str, str]:
         "minds": f"{content['minds']:.1f}",
         "denormals_summary": f"{before:,} such weights before the cut, {after:,} after it: {slower} is more than "
         f"{allowed:.0%} slower than with other weights.",
-        "denormals_table": table(("network", "right", "such weights", "after", *MS), rows),
+        "denormals_table": table(("network", "training accuracy", "such weights", "after", *MS), rows),
         "denormals_environment": environment(e, [e["commit"]], None),
     }
 
