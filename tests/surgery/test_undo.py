@@ -81,7 +81,7 @@ def raises(_: Tensor) -> Tensor:
 
 FAULTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception]]] = {
     "NaN": (lambda value: value * math.nan, PlasticError),
-    "another shape": (lambda value: value[..., :3], RuntimeError),
+    "another shape": (lambda value: value[..., :3], PlasticError),
     "another error": (raises, OSError),
 }
 

@@ -66,7 +66,7 @@ def test_inputs_that_do_not_fit_change_nothing() -> None:
         net, optimizer, [Stage(1, 7.0), Stage(1)], budget=Budget(units=0.5), repair=[torch.randn(50, 5).double()] * 5
     )
     before, epoch = copy.deepcopy(net.state_dict()), schedule.epoch
-    with pytest.raises(RuntimeError):
+    with pytest.raises(PlasticError, match=r"does not run on a batch, float64\[50, 5\]"):
         schedule.step()
     assert_same(net.state_dict(), before)
     assert schedule.epoch == epoch

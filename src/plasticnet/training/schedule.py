@@ -175,7 +175,6 @@ class Schedule:
             return self.net.like.new_zeros(())
         return self.force.penalty(self.net, self.growth, self.epoch, self.timeline.plastic_epochs()[1])
 
-    @outside_inference_mode()
     def step(self, val_loss: float | None = None) -> Change:
         """End an epoch: cut and grow the network, and set k for the next epoch.
 
@@ -193,7 +192,7 @@ class Schedule:
                 or the inputs to repair it on have no form that is known. Nothing was changed, as when the call is
                 interrupted or memory runs out.
         """
-        with self.net.lock:
+        with self.net.lock, outside_inference_mode():
             return self._ended(val_loss)
 
     def _ended(self, val_loss: float | None) -> Change:
