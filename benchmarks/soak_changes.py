@@ -11,6 +11,7 @@ from typing import Any
 VALUES: list[Any] = [
     None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, -(2**63), 1e999, 0.5, float("nan"), "", "x", "0", "../../x", "\x00",
     "é\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace"), [], {}, [[]], [0], ["0", 0], {"": {}},
+    "<script>", {"<script>": "<script>"}, 10**400, "\ud800",
     {"tensor": "0"}, {"list": 3}, {"dict": [[[], 1]]}, {"tuple": [{"tuple": []}]}, "F64", "I64", "0.weight",
 ]  # fmt: skip
 
@@ -22,6 +23,10 @@ def changed(draw: random.Random, data: bytes, suffix: str) -> bytes:
             data = header_changed(draw, data)
         elif suffix == ".json" and draw.random() < 0.6:
             data = json_changed(draw, data)
+        elif suffix == ".jsonl" and draw.random() < 0.6:
+            lines = data.splitlines(keepends=True) or [b""]
+            at = draw.randrange(len(lines))
+            data = b"".join([*lines[:at], json_changed(draw, lines[at], None) + b"\n", *lines[at + 1 :]])
         else:
             data = bytes_changed(draw, data)
     return sealed(data) if draw.random() < 0.7 else data
@@ -45,10 +50,10 @@ def bytes_changed(draw: random.Random, data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ draw.randrange(1, 256)]) + data[at + 1 :]
 
 
-def json_changed(draw: random.Random, data: bytes) -> bytes:
+def json_changed(draw: random.Random, data: bytes, indent: int | None = 2) -> bytes:
     """Return JSON after one change of a value or a key; where it is none any more, bytes are changed."""
     try:
-        return json.dumps(node_changed(draw, json.loads(data)), indent=2).encode()
+        return json.dumps(node_changed(draw, json.loads(data)), indent=indent).encode()
     except (ValueError, RecursionError):
         return bytes_changed(draw, data)
 

@@ -2,9 +2,10 @@
 
 ``make soak`` runs ``python benchmarks/soak_files.py --count 50000`` beside the other soaks. Sound files of every kind
 that is read are changed at random: bytes are flipped, cut out, doubled and overwritten, and what is JSON in them gets
-other values and keys. Files with a checksum mostly get the right one for what they have become, or nothing behind it
-would be tried. Each case has five seconds, and a GiB of memory more than the process has. Results are written after
-every chunk, and a call goes on from them. ``--seed N --count 1`` runs one case. soak_table.py writes docs/soak.md.
+other values and keys. A run with one such file is shown in a report, and predicts. Files with a checksum mostly get the
+right one for what they have become, or nothing behind it would be tried. Each case has five seconds, and a GiB of
+memory more than the process has. Results are written after every chunk, and a call goes on from them. ``--seed N
+--count 1`` runs one case. soak_table.py writes docs/soak.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +108,12 @@ class Soak:
         }  # fmt: skip
 
     def _runs(self) -> None:
-        from plasticnet.apps.folder import CONFIG, METRICS, PREPARED, read_json, read_run
+        from plasticnet.apps.folder import CONFIG, METRICS, PREPARED, REPORT, SUMMARY, read_run
         from plasticnet.apps.loading import load_any
         from plasticnet.apps.own_data import Reading
+        from plasticnet.apps.predicting import predict
         from plasticnet.apps.prepared import Prepared, read_prepared
+        from plasticnet.apps.runs import compare_runs, rewrite_report, train_modes
         from plasticnet.apps.settings import Config, Run
 
         table = self.folder / "sound.csv"
@@ -123,6 +128,33 @@ class Soak:
             (place / name).write_bytes(path.read_bytes())
             return place / name
 
+        whole = self.folder / "whole"
+        small = replace(run, data=str(table), config=Config(epochs=3))
+        train_modes(small, data, whole)
+
+        def shown(name: str) -> Callable[[Path], None]:
+            """Return what shows a run of which one file is damaged, in its report and in a comparison."""
+            folder = Path(shutil.copytree(whole, self.folder / f"shown {name}"))
+
+            def reader(path: Path) -> None:
+                (folder / name).write_bytes(path.read_bytes())
+                rewrite_report(folder)
+                compare_runs([folder, whole], self.folder / "page.html")
+                for page in (folder / REPORT, self.folder / "page.html"):
+                    assert "<script" not in page.read_text(), page
+
+            return reader
+
+        def predicted(name: str) -> Callable[[Path], int]:
+            """Return what predicts by a run of which one file is damaged."""
+            folder = Path(shutil.copytree(whole, self.folder / f"predicted {name}"))
+
+            def reader(path: Path) -> int:
+                (folder / name).write_bytes(path.read_bytes())
+                return predict(folder, str(table), self.folder / "predictions.csv")
+
+            return reader
+
         self.readers |= {
             "run.json": (
                 ".json",
@@ -130,11 +162,11 @@ class Soak:
                 lambda p: read_run(put(CONFIG, p), "run.json", "write it anew"),
             ),
             "prepared.json": (".json", [prepared], lambda p: read_prepared(put(PREPARED, p).parent, "predict")),
-            "metrics.jsonl": (
-                ".jsonl",
-                [b"".join(b'{"run": "prune", "epoch": %d, "loss": 0.5}\n' % i for i in range(9))],
-                lambda p: read_json(put(METRICS, p), "metrics", "train"),
-            ),
+            "report of run.json": (".json", [(whole / CONFIG).read_bytes()], shown(CONFIG)),
+            "report of summary.json": (".json", [(whole / SUMMARY).read_bytes()], shown(SUMMARY)),
+            "report of metrics.jsonl": (".jsonl", [(whole / METRICS).read_bytes()], shown(METRICS)),
+            "predict by run.json": (".json", [(whole / CONFIG).read_bytes()], predicted(CONFIG)),
+            "predict by prepared.json": (".json", [(whole / PREPARED).read_bytes()], predicted(PREPARED)),
         }
 
     def _tables(self) -> None:

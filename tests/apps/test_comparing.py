@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from plasticnet.apps.comparing import Entry, compare
-from plasticnet.apps.page import page, table
+from plasticnet.apps.page import joined, markup, page, table, text
 from tests.kit.commands import fail, succeed
 
 VOID = {"meta", "path", "br"}
@@ -106,6 +106,16 @@ def test_everything_is_escaped() -> None:
     assert "".join(found.texts).count(evil) >= 5
 
 
+def test_markup_escapes_whatever_is_filled_in_but_markup() -> None:
+    """Also in a format, from an object, and as a part; and markup is not escaped twice."""
+    evil = "<i>&\"'"
+    safe = "&lt;i&gt;&amp;&quot;&#x27;"
+    assert markup("<b>{}</b>{:>9}{x!s}", evil, evil, x=[evil]) == f"<b>{safe}</b>   {safe}[{text(repr(evil))}]"
+    assert joined([evil, markup("<b>{}</b>", evil)]) == f"{safe}<b>{safe}</b>"
+    assert markup("{}{:,}", markup("<b>{}</b>", evil), 1234567) == f"<b>{safe}</b>1,234,567"
+    assert evil not in page(evil, text(evil))
+
+
 def test_nothing_is_loaded() -> None:
     found = Parsed(compare([entry()]))
     assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "use", "image"})
@@ -180,7 +190,7 @@ def test_what_cannot_be_compared_is_refused(
     broken = shutil.copytree(runs[1], tmp_path / "broken")
     (broken / "summary.json").write_text('{"prune": {"mode": "prune"}}')
     line = fail(monkeypatch, capsys, "report", runs[0], broken, "--out", tmp_path / "p.html")
-    assert f"in {broken} is damaged" in line
+    assert f"{broken / 'summary.json'} is damaged" in line
     assert not (tmp_path / "p.html").exists()
     missing = tmp_path / "no folder" / "p.html"
     assert f"{missing} cannot be written" in fail(monkeypatch, capsys, "report", *runs, "--out", missing)

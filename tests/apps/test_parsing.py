@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
 from plasticnet import Budget, PlasticError
 from plasticnet.apps.own_data import Reading
+from plasticnet.apps.parsing import parse
 from plasticnet.apps.settings import Config, Run, device_of, usual_batch, usual_epochs
 
 RUN = Run(
@@ -52,6 +53,10 @@ def test_a_run_comes_back_as_it_was() -> None:
         ("reading.task", "ranking", "reading.task is 'ranking'"),
         ("model", "mlp", "can only grow"),
         ("config.price", -1.0, r"price=-1\.0"),
+        ("config.price", 10**400, "config.price is a number with 401 digits, and too large"),
+        ("config.epochs", 10**400, "config.epochs is a number with 401 digits, and too large"),
+        ("data", "\ud800.csv", r"data is '\\ud800.csv', which holds what is no letter"),
+        ("device", [], "device is a list, and must be one of cpu, cuda, mps"),
     ],
 )
 def test_what_is_refused(path: str, value: Any, message: str) -> None:
@@ -63,6 +68,43 @@ def test_what_is_refused(path: str, value: Any, message: str) -> None:
 def test_nothing_may_be_missing(path: str) -> None:
     with pytest.raises(PlasticError, match=rf"the field '{path.rpartition('.')[2]}'.* is missing"):
         Run.from_dict(changed(path, remove=True))
+
+
+class Inner(TypedDict):
+    size: int
+
+
+class Outer(TypedDict):
+    widths: dict[str, int]
+    parts: list[Inner]
+    k: Literal["inf"] | float
+    more: NotRequired[str]
+
+
+SOUND = {"widths": {"a": 3}, "parts": [{"size": 1}], "k": "inf"}
+
+
+def test_a_record_is_plain_data_without_what_nobody_asks_for() -> None:
+    assert parse(Outer, {**SOUND, "extra": 1, "parts": [{"size": 1, "extra": 2}]}) == SOUND
+    assert parse(Outer, {**SOUND, "k": 7, "more": "text"}) == {**SOUND, "k": 7.0, "more": "text"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": {"a": "3"}}, "widths.a is '3', and must be a whole number"),
+        ({"widths": {"\ud800": 3}}, "widths.a name is "),
+        ({"widths": []}, "widths is a list, and must be an object"),
+        ({"parts": [{}]}, r"the field 'size' in parts\[0\] is missing"),
+        ({"parts": [7]}, r"parts\[0\] is 7, and must be an object"),
+        ({"parts": {}}, "parts is an object, and must be a list"),
+        ({"k": "7"}, "k is '7', and must be a number"),
+        ({"more": None}, "more is None, and must be text"),
+    ],
+)
+def test_what_is_refused_in_a_record(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlasticError, match=message):
+        parse(Outer, {**SOUND, **change})
 
 
 def test_what_is_usual() -> None:

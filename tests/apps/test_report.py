@@ -87,6 +87,17 @@ def test_modules_that_are_gone_or_renamed() -> None:
     assert names["2"][:6] == ["15", "15", "6", "18", "18", "9"]
 
 
+def test_no_value_is_taken_for_markup(measured: dict[int, dict[str, Any]]) -> None:
+    """Whatever it is: the name of a network, a count of units, an epoch, or the size of a batch."""
+    evil = "<script>alert(1)</script>"
+    history = [{**record(e, 7.0, {**measured[5], "batch": evil}), "run": evil} for e in (1, 2)]
+    history[1]["epoch"] = evil
+    result = {"test_score": 0.5, "units": {"0": evil}, "parameters": 10, "macs": 8, "ms_per_1000": 1.0}
+    text = render(evil, {evil: {**result, "profile": {"before": {**measured[9], "batch": evil}}}}, history, {})
+    assert "<script" not in text
+    assert text.count(html.escape(evil)) >= 6
+
+
 HOSTILE = [
     "a$b", "$x", "$a$", r"\$a", r"$\frac", "<script>alert(1)</script>", "a&b", 'q"uo\'te', "new\nline", "a\tand\x00",
     "漢字", "\U0001f600", "é" * 3, "long" * 100, "_hidden", "-->", "]]>", "{0}", "%s", "\x1b[31m", "\u202eto the left",

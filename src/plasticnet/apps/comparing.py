@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plasticnet.apps.drawing import COLOURS, STYLE, Line, curves, key
-from plasticnet.apps.page import page, table, text
+from plasticnet.apps.page import Markup, joined, markup, page, table
 from plasticnet.apps.scores import shown
 
 _COLUMNS = ("network", "data", "model", "test score", "units per site", "parameters", "MACs", "ms per 1,000 inputs",
@@ -53,14 +53,13 @@ def compare(entries: Sequence[Entry]) -> str:
         pictures.append(curves(f"validation {score}", _lines(entries, "val_score", score)))
     pictures.append(curves("parameters", _lines(entries, "parameters"), log=True))
     pictures.append(curves("multiply-adds", _lines(entries, "macs"), log=True))
-    return page(
-        f"plasticnet: {len(entries)} networks",
-        table(_COLUMNS, [_row(entry) for entry in entries])
-        + f'<h2>Epoch by epoch</h2>{key(names)}<div class="pictures">{"".join(pictures)}</div>'
-        + "<h2>Architecture</h2><p>A bar is an epoch, and as high as the site has open units; the sites of a network "
-        "share their scale, which is logarithmic.</p>" + "".join(_sites(i, entry) for i, entry in enumerate(entries)),
-        _STYLE,
-    )
+    body = markup(
+        '{}<h2>Epoch by epoch</h2>{}<div class="pictures">{}</div><h2>Architecture</h2><p>A bar is an epoch, and as '
+        "high as the site has open units; the sites of a network share their scale, which is logarithmic.</p>{}",
+        table(_COLUMNS, [_row(entry) for entry in entries]), key(names), joined(pictures),
+        joined(_sites(i, entry) for i, entry in enumerate(entries)),
+    )  # fmt: skip
+    return page(f"plasticnet: {len(entries)} networks", body, _STYLE)
 
 
 # -- what the files of a run call things: nothing else in here knows it ------------------------
@@ -109,16 +108,16 @@ def _finite(pairs: Sequence[tuple[int, Any]]) -> list[tuple[int, float]]:
     return [(x, y) for x, y in pairs if isinstance(y, int | float) and math.isfinite(y)]
 
 
-def _sites(index: int, entry: Entry) -> str:
+def _sites(index: int, entry: Entry) -> Markup:
     """Return small pictures with bars of the open units of a network's sites, by epoch."""
     units = _units(entry)
     top = max((n for bars in units.values() for _, n in bars), default=1)
-    pictures = "".join(_bars(index, site, bars, top) for site, bars in list(units.items())[:_SITES])
-    rest = f'<p class="faint">and {len(units) - _SITES} more sites</p>' if len(units) > _SITES else ""
-    return f'<h3>{text(entry.name)}</h3><div class="sites">{pictures}</div>{rest}'
+    pictures = joined(_bars(index, site, bars, top) for site, bars in list(units.items())[:_SITES])
+    rest = markup('<p class="faint">and {} more sites</p>', len(units) - _SITES) if len(units) > _SITES else ""
+    return markup('<h3>{}</h3><div class="sites">{}</div>{}', entry.name, pictures, rest)
 
 
-def _bars(index: int, site: str, bars: Sequence[tuple[int, int]], top: int) -> str:
+def _bars(index: int, site: str, bars: Sequence[tuple[int, int]], top: int) -> Markup:
     """Return a picture with a bar for each epoch of a site.
 
     Args:
@@ -134,8 +133,8 @@ def _bars(index: int, site: str, bars: Sequence[tuple[int, int]], top: int) -> s
         for i, (_, n) in enumerate(bars)
     )
     label = f"{site}: {first:,} to {last:,} open units in {len(bars)} epochs"
-    return (
-        f'<figure><svg viewBox="0 0 120 50" role="img" aria-label="{text(label)}"><path class="grid" d="M0 48.5H120"/>'
-        f'<path d="{path}" fill="var(--c{index % COLOURS})"/></svg>'
-        f"<figcaption>{text(site)}: {first:,} → {last:,}</figcaption></figure>"
-    )
+    return markup(
+        '<figure><svg viewBox="0 0 120 50" role="img" aria-label="{}"><path class="grid" d="M0 48.5H120"/>'
+        '<path d="{}" fill="var(--c{})"/></svg><figcaption>{}: {:,} → {:,}</figcaption></figure>',
+        label, path, index % COLOURS, site, first, last,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 from plasticnet.apps.data import Data
 from plasticnet.apps.demo_jobs import PRICE, SHARE, Grown, Shrunk
 from plasticnet.apps.drawing import STYLE, Line, bars, curves, key
-from plasticnet.apps.page import page, table, text
+from plasticnet.apps.page import Markup, joined, markup, page, table
 
 TITLE = "plasticnet: two networks that found their own size"
 STEPS = ("whole", "cut", "cut and repaired")
@@ -73,19 +73,21 @@ def render(shrunk: Shrunk, grown: Grown, data: Data, code: str) -> str:
     """
     first, second = said(shrunk, grown)
     names = [f"{name} units in the {layer}" for layer, name in zip(_LAYERS, map(str, grown.widths[-1]), strict=True)]
-    body = (
-        f'<p class="lead">{text(first)}</p><p class="lead">{text(second)}</p>'
-        f"<h2>A trained network, made smaller</h2>{_shrinking(shrunk)}"
-        f"<h2>A small network that grew</h2>{key(names)}{_growing(grown)}"
-        f"<h2>What the networks were shown, and what they answer</h2>{_digits(shrunk, grown, data)}"
-        f"<h2>The numbers</h2>{table(COLUMNS, rows(shrunk, grown))}"
-        f"<h2>Use the two networks</h2><pre>{text(code)}</pre>"
-        f"<h2>What the words mean</h2>{_words(data)}"
-    )
+    body = markup(
+        '<p class="lead">{}</p><p class="lead">{}</p>'
+        "<h2>A trained network, made smaller</h2>{}"
+        "<h2>A small network that grew</h2>{}{}"
+        "<h2>What the networks were shown, and what they answer</h2>{}"
+        "<h2>The numbers</h2>{}"
+        "<h2>Use the two networks</h2><pre>{}</pre>"
+        "<h2>What the words mean</h2>{}",
+        first, second, _shrinking(shrunk), key(names), _growing(grown), _digits(shrunk, grown, data),
+        table(COLUMNS, rows(shrunk, grown)), code, _words(data),
+    )  # fmt: skip
     return page(TITLE, body, _STYLE)
 
 
-def _shrinking(shrunk: Shrunk) -> str:
+def _shrinking(shrunk: Shrunk) -> Markup:
     """Return the pictures of the first job."""
     steps, sites = shrunk.report.steps, shrunk.report.sites
     right = [(name, a, f"{a:.1%}") for name, a in zip(STEPS, shrunk.accuracies, strict=True)]
@@ -100,14 +102,15 @@ def _shrinking(shrunk: Shrunk) -> str:
         bars("Multiply-adds to read one digit", work, steps[0].macs, [_BEFORE, _AFTER]),
         bars("Units in each hidden layer", left, max(site.before for site in sites), [_BEFORE, _AFTER] * len(sites)),
     ]
-    return (
-        f'<div class="pictures">{"".join(pictures)}</div><p>The cut closes the units that the others can replace best. '
+    return markup(
+        '<div class="pictures">{}</div><p>The cut closes the units that the others can replace best. '
         "The repair then refits the weights that read the remaining units, by least squares, so that each layer "
-        f"computes nearly what it did before. Both took {sum(step.seconds for step in steps[1:]):.1f} seconds.</p>"
-    )
+        "computes nearly what it did before. Both took {:.1f} seconds.</p>",
+        joined(pictures), sum(step.seconds for step in steps[1:]),
+    )  # fmt: skip
 
 
-def _growing(grown: Grown) -> str:
+def _growing(grown: Grown) -> Markup:
     """Return the pictures of the second job."""
     units = [Line(name, list(enumerate(w[i] for w in grown.widths))) for i, name in enumerate(_LAYERS)]
     parameters = [Line("parameters", list(enumerate(grown.parameters)))]
@@ -115,45 +118,55 @@ def _growing(grown: Grown) -> str:
         curves("Units in each hidden layer, epoch by epoch", units),
         curves("Parameters, epoch by epoch; the dashed line is where it ends", parameters, level=grown.parameters[-1]),
     ]
-    return (
-        f'<div class="pictures">{"".join(pictures)}</div><p>After every epoch the newest units were asked by how much '
+    return markup(
+        '<div class="pictures">{}</div><p>After every epoch the newest units were asked by how much '
         "the network would be worse without them. As long as that was more than their parameters cost, others came; "
-        "units that turned out to be worth nothing left again.</p>"
+        "units that turned out to be worth nothing left again.</p>",
+        joined(pictures),
     )
 
 
-def _digits(shrunk: Shrunk, grown: Grown, data: Data) -> str:
+def _digits(shrunk: Shrunk, grown: Grown, data: Data) -> Markup:
     """Return pictures of the first test digits, with the answers of three networks below each."""
     x, y = data.test.x[:_SHOWN], data.test.y[:_SHOWN].tolist()
     networks = {"wide": shrunk.whole, "small": shrunk.small, "grown": grown.network}
     answers = {name: network.eval()(x).argmax(1).tolist() for name, network in networks.items()}
-    figures = "".join(
-        f"<figure>{_digit(image[0], label)}<figcaption>"
-        + "<br>".join(f"{name}: {_answer(a[i], label)}" for name, a in answers.items())
-        + "</figcaption></figure>"
+    figures = joined(
+        markup(
+            "<figure>{}<figcaption>{}</figcaption></figure>",
+            _digit(image[0], label),
+            joined(
+                markup("{}{}: {}", markup("<br>") if place else "", name, _answer(a[i], label))
+                for place, (name, a) in enumerate(answers.items())
+            ),
+        )
         for i, (image, label) in enumerate(zip(x, y, strict=True))
     )
-    return f'<p>The first {_SHOWN} of the {len(data.test)} test digits:</p><div class="digits">{figures}</div>'
+    return markup(
+        '<p>The first {} of the {} test digits:</p><div class="digits">{}</div>', _SHOWN, len(data.test), figures
+    )
 
 
-def _answer(answer: int, label: int) -> str:
+def _answer(answer: int, label: int) -> Markup:
     """Return an answer, and whether it is wrong."""
-    return str(answer) if answer == label else f"<b>{answer}, wrong</b>"
+    return markup("{}" if answer == label else "<b>{}, wrong</b>", answer)
 
 
-def _digit(image: Tensor, label: int) -> str:
+def _digit(image: Tensor, label: int) -> Markup:
     """Return the picture of an image of shape (rows, columns), with values from -1 to 1."""
-    squares = "".join(
-        f'<path d="M{c} {r}h1.02v1.02h-1.02z" fill="var(--ink)" fill-opacity="{(value + 1) / 2:.2f}"/>'
+    square = '<path d="M{} {}h1.02v1.02h-1.02z" fill="var(--ink)" fill-opacity="{:.2f}"/>'
+    squares = joined(
+        markup(square, c, r, (value + 1) / 2)
         for r, line in enumerate(image.tolist())
         for c, value in enumerate(line)
         if value > -1
     )
     height, width = image.shape
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="a handwritten {label}">{squares}</svg>'
+    frame = '<svg viewBox="0 0 {} {}" role="img" aria-label="a handwritten {}">{}</svg>'
+    return markup(frame, width, height, label, squares)
 
 
-def _words(data: Data) -> str:
+def _words(data: Data) -> Markup:
     """Return what the page's words mean."""
     meanings = {
         "unit": "A neuron of a hidden layer. Without it the layers before and after it have fewer weights.",
@@ -164,7 +177,7 @@ def _words(data: Data) -> str:
         f"{PRICE:g} to the log-likelihood of all training digits together, in nats.",
         "test digits": f"{len(data.test)} digits that no network was trained on, and by which nothing was chosen.",
     }
-    return f"<dl>{''.join(f'<dt>{text(word)}</dt><dd>{text(meaning)}</dd>' for word, meaning in meanings.items())}</dl>"
+    return markup("<dl>{}</dl>", joined(markup("<dt>{}</dt><dd>{}</dd>", *pair) for pair in meanings.items()))
 
 
 def _widths(shrunk: Shrunk) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plasticnet.apps.page import text
+from plasticnet.apps.page import Markup, joined, markup
 
 COLOURS = 8  # how many colours the page has; further lines have them again, and are dashed
 _WIDTH, _HEIGHT = 360, 200  # of a picture of curves
@@ -36,12 +36,13 @@ class Line:
     points: Sequence[tuple[int, float]]
 
 
-def key(names: Sequence[str]) -> str:
+def key(names: Sequence[str]) -> Markup:
     """Return a list that says which line is which."""
-    return f'<ul class="key">{"".join(f"<li>{_sample(i)}{text(name)}</li>" for i, name in enumerate(names))}</ul>'
+    entries = joined(markup("<li>{}{}</li>", _sample(i), name) for i, name in enumerate(names))
+    return markup('<ul class="key">{}</ul>', entries)
 
 
-def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float | None = None) -> str:
+def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float | None = None) -> Markup:
     """Return a picture of lines over the epochs.
 
     Args:
@@ -53,7 +54,7 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float
     series = [[(x, y) for x, y in line.points if not log or y > 0] for line in lines]
     values = [y for points in series for _, y in points]
     if not values:
-        return f"<figure><figcaption>{text(title)}: not recorded</figcaption></figure>"
+        return markup("<figure><figcaption>{}: not recorded</figcaption></figure>", title)
     first, last = (end(x for points in series for x, _ in points) for end in (min, max))
     low, high = min(values), max(values)
 
@@ -69,30 +70,33 @@ def curves(title: str, lines: Sequence[Line], *, log: bool = False, level: float
     middle = math.sqrt(low * high) if log else (low + high) / 2
     if all(isinstance(value, int) for value in values):
         middle = round(middle)
-    grid = "".join(
-        f'<path class="grid" d="M{_LEFT} {place(v):.1f}H{_WIDTH - _RIGHT}"/>'
-        f'<text class="axis" x="{_LEFT - 4}" y="{place(v) + 4:.1f}" text-anchor="end">{short(v)}</text>'
-        for v in sorted({low, middle, high})
-    )
-    if level is not None:
-        grid += (
-            f'<path d="M{_LEFT} {place(level):.1f}H{_WIDTH - _RIGHT}" fill="none" stroke="var(--faint)" '
-            'stroke-dasharray="5 3"/>'
+    grid = [
+        markup(
+            '<path class="grid" d="M{} {:.1f}H{}"/><text class="axis" x="{}" y="{:.1f}" text-anchor="end">{}</text>',
+            _LEFT, place(v), _WIDTH - _RIGHT, _LEFT - 4, place(v) + 4, short(v),
         )
-    axis = "".join(
-        f'<text class="axis" x="{across(x):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{word}</text>'
+        for v in sorted({low, middle, high})
+    ]  # fmt: skip
+    if level is not None:
+        dashed = '<path d="M{} {:.1f}H{}" fill="none" stroke="var(--faint)" stroke-dasharray="5 3"/>'
+        grid.append(markup(dashed, _LEFT, place(level), _WIDTH - _RIGHT))
+    axis = [
+        markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="{}">{}</text>', across(x), _HEIGHT - 6, anchor, word)
         for x, (anchor, word) in {first: ("start", f"epoch {first}"), last: ("end", str(last))}.items()
-    )
-    drawn = "".join(
-        f'<path d="M{"L".join(f"{across(x):.1f} {place(y):.1f}" for x, y in points)}" {_stroke(i)}>'
-        f"<title>{text(line.name)}: {short(points[-1][1])} after epoch {points[-1][0]}</title></path>"
+    ]
+    drawn = [
+        markup(
+            '<path d="M{}" {}><title>{}: {} after epoch {}</title></path>',
+            "L".join(f"{across(x):.1f} {place(y):.1f}" for x, y in points), _stroke(i), line.name,
+            short(points[-1][1]), points[-1][0],
+        )
         for i, (line, points) in enumerate(zip(lines, series, strict=True))
         if points
-    )
-    return _figure(title, f"{title} by epoch", _HEIGHT, f"{grid}{axis}{drawn}")
+    ]  # fmt: skip
+    return _figure(title, f"{title} by epoch", _HEIGHT, joined([*grid, *axis, *drawn]))
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, str]], most: float, colours: Sequence[int]) -> str:
+def bars(title: str, rows: Sequence[tuple[str, float, str]], most: float, colours: Sequence[int]) -> Markup:
     """Return a picture of bars that lie below each other, each with words above it.
 
     Args:
@@ -101,13 +105,17 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]], most: float, colour
         most: The value whose bar is as long as the picture is wide.
         colours: For each bar the number of its colour.
     """
-    drawn = "".join(
-        f'<text class="word" x="0" y="{_ROW * i + 15}">{text(words)}</text>'
-        f'<text class="word" x="{_WIDTH}" y="{_ROW * i + 15}" text-anchor="end">{text(shown)}</text>'
-        f'<path class="grid" d="M0 {_ROW * i + 27}H{_WIDTH}"/>'
-        f'<path d="M0 {_ROW * i + 21}h{_WIDTH * value / most:.1f}v12H0z" fill="var(--c{colour})"/>'
+    drawn = joined(
+        markup(
+            '<text class="word" x="0" y="{y}">{words}</text>'
+            '<text class="word" x="{width}" y="{y}" text-anchor="end">{shown}</text>'
+            '<path class="grid" d="M0 {middle}H{width}"/>'
+            '<path d="M0 {top}h{length:.1f}v12H0z" fill="var(--c{colour})"/>',
+            y=_ROW * i + 15, middle=_ROW * i + 27, top=_ROW * i + 21, width=_WIDTH, length=_WIDTH * value / most,
+            words=words, shown=shown, colour=colour,
+        )
         for i, ((words, value, shown), colour) in enumerate(zip(rows, colours, strict=True))
-    )
+    )  # fmt: skip
     label = f"{title}: {', '.join(f'{words} {shown}' for words, _, shown in rows)}"
     return _figure(title, label, _ROW * len(rows), drawn)
 
@@ -120,20 +128,20 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _figure(title: str, label: str, height: int, drawn: str) -> str:
+def _figure(title: str, label: str, height: int, drawn: Markup) -> Markup:
     """Return a figure with its title above the picture."""
-    return (
-        f'<figure><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" role="img" '
-        f'aria-label="{text(label)}">{drawn}</svg></figure>'
-    )
+    return markup(
+        '<figure><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg></figure>',
+        title, _WIDTH, height, label, drawn,
+    )  # fmt: skip
 
 
-def _stroke(index: int) -> str:
+def _stroke(index: int) -> Markup:
     """Return the attributes of a line."""
-    dashes = f' stroke-dasharray="{2 + 3 * (index // COLOURS)} 3"' if index >= COLOURS else ""
-    return f'fill="none" stroke="var(--c{index % COLOURS})" stroke-width="1.6"{dashes}'
+    dashes = markup(' stroke-dasharray="{} 3"', 2 + 3 * (index // COLOURS)) if index >= COLOURS else ""
+    return markup('fill="none" stroke="var(--c{})" stroke-width="1.6"{}', index % COLOURS, dashes)
 
 
-def _sample(index: int) -> str:
+def _sample(index: int) -> Markup:
     """Return the picture of a line for the key."""
-    return f'<svg viewBox="0 0 32 16" aria-hidden="true"><path d="M0 8H32" {_stroke(index)}/></svg>'
+    return markup('<svg viewBox="0 0 32 16" aria-hidden="true"><path d="M0 8H32" {}/></svg>', _stroke(index))

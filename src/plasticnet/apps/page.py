@@ -1,12 +1,15 @@
 """The frame of an HTML page: its style for light and dark, for wide and narrow screens, and its tables.
 
-A page loads nothing from elsewhere. Whatever is not markup of ours goes through `text` or `table`, which escape it.
+A page loads nothing from elsewhere. It is made of `Markup`, and `markup` makes that of templates, which stand in our
+code, and of values, each of which it escapes unless it is markup itself. So nobody can forget to escape.
 """
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from string import Formatter
+from typing import Any, LiteralString
 
 START = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'  # a run's page is told from others by it
 
@@ -40,33 +43,62 @@ th[colspan] { text-align: center; } th[colspan], details td:nth-child(3n + 2) { 
 """
 
 
-def page(title: str, body: str, style: str = "") -> str:
+class Markup(str):
+    """HTML that is written as it is. Plain text, and every other value, is escaped before it comes into a page."""
+
+
+class _Escaping(Formatter):
+    """Fills in templates, and escapes what is filled in."""
+
+    def format_field(self, value: Any, format_spec: str) -> Markup:
+        """Return a value in its format as markup."""
+        return value if isinstance(value, Markup) else text(format(value, format_spec))
+
+
+def markup(template: LiteralString, *values: object, **named: object) -> Markup:
+    """Return a template, in which `str.format` would fill in the values, with these values escaped.
+
+    Args:
+        template: The HTML, which stands in our code.
+        values: What takes the place of ``{}``.
+        named: What takes the place of ``{name}``.
+    """
+    return Markup(_Escaping().vformat(template, values, named))
+
+
+def joined(parts: Iterable[object]) -> Markup:
+    """Return parts one after the other as markup."""
+    return Markup("".join(map(text, parts)))
+
+
+def page(title: str, body: Markup, style: str = "") -> str:
     """Return the text of a page.
 
     Args:
-        title: The title, which is escaped.
-        body: The HTML below the title.
+        title: The title.
+        body: What is below the title.
         style: More CSS.
     """
-    return (
-        f"{START}{html.escape(title)}</title>"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}{style}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
-    )
+    frame = markup(
+        '{title}</title><meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style>'
+        "</head><body><h1>{title}</h1>{body}</body></html>\n",
+        title=title, body=body, style=Markup(_STYLE + style),
+    )  # fmt: skip
+    return START + frame
 
 
-def text(value: object) -> str:
-    """Return a value as text that HTML shows as it is, also within the quotes of an attribute."""
-    return html.escape(str(value))
+def text(value: object) -> Markup:
+    """Return a value as markup that shows it as it is, also within the quotes of an attribute; markup stays markup."""
+    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
     """Return a table, which scrolls by itself where it is wider than the screen; all of its cells are escaped.
 
     Args:
         head: The names of the columns; nothing for a table without a head.
         rows: The cells.
     """
-    top = "<tr>" + "".join(f"<th>{text(c)}</th>" for c in head) + "</tr>" if head else ""
-    body = "".join("<tr>" + "".join(f"<td>{text(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table>{top}{body}</table></div>'
+    top = markup("<tr>{}</tr>", joined(markup("<th>{}</th>", c) for c in head)) if head else ""
+    body = joined(markup("<tr>{}</tr>", joined(markup("<td>{}</td>", c) for c in row)) for row in rows)
+    return markup('<div class="scroll" tabindex="0"><table>{}{}</table></div>', top, body)

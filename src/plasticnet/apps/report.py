@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plasticnet.apps.page import page, table, text
+from plasticnet.apps.page import Markup, joined, markup, page, table
 from plasticnet.apps.scores import shown
 from plasticnet.cost.latency import TIME
 from plasticnet.tools.table import readable_bytes
@@ -102,32 +101,39 @@ def render(
          "2π(1-π), the mean probability that a gate would come out otherwise if it were drawn again.",
          _svg(lambda f: _plasticity(f.subplots(), plastic))),
     ]  # fmt: skip
-    figures = "".join(
-        f'<h2>{name}</h2><figure><div class="scroll" tabindex="0">{svg}</div>'
-        f"<figcaption>{caption}</figcaption></figure>"
+    figures = joined(
+        markup(
+            '<h2>{}</h2><figure><div class="scroll" tabindex="0">{}</div><figcaption>{}</figcaption></figure>',
+            name, svg, caption,
+        )
         for name, caption, svg in pictures
-    )
-    profiles = "".join(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
-    body = (
-        f"{_lead(results, config)}{table(COLUMNS, rows(results))}{figures}<h2>What the network cost</h2>{profiles}"
-        f"<h2>Settings</h2>{table((), config.items())}"
-    )
+    )  # fmt: skip
+    profiles = joined(_profiles(run, results.get(run, {}), h) for run, h in by_run.items())
+    body = markup(
+        "{}{}{}<h2>What the network cost</h2>{}<h2>Settings</h2>{}",
+        _lead(results, config), table(COLUMNS, rows(results)), figures, profiles, table((), config.items()),
+    )  # fmt: skip
     return page(title, body, _STYLE)
 
 
-def _lead(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+def _lead(results: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Markup:
     """Return what was done and what came out, in a sentence for each network."""
-    sentences = "".join(
-        f"<li>{_DONE.get(name, name)} has {'-'.join(str(n) for n in r['units'].values())} units, "
-        f"{r['parameters']:,} parameters and {r['macs']:,} multiply-adds for one input, and reaches "
-        f"{shown(r['test_score'], r.get('task', 'classification'))} on test data that it was not trained on.</li>"
+    sentences = joined(
+        markup(
+            "<li>{} has {} units, {:,} parameters and {:,} multiply-adds for one input, and reaches {} on test data "
+            "that it was not trained on.</li>",
+            _DONE.get(name, name), "-".join(str(n) for n in r["units"].values()), r["parameters"], r["macs"],
+            shown(r["test_score"], r.get("task", "classification")),
+        )
         for name, r in results.items()
-    )
-    model, data = text(config.get("model", "a model")), text(config.get("data", "data"))
-    return f"<p>The model <b>{model}</b> was trained on <b>{data}</b>. What came out:</p><ul>{sentences}</ul>"
+    )  # fmt: skip
+    return markup(
+        "<p>The model <b>{}</b> was trained on <b>{}</b>. What came out:</p><ul>{}</ul>",
+        config.get("model", "a model"), config.get("data", "data"), sentences,
+    )  # fmt: skip
 
 
-def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Markup:
     """Return tables of what the network of a run cost before, during and after training, in total and per module.
 
     Args:
@@ -140,27 +146,22 @@ def _profiles(run: str, result: Mapping[str, Any], history: Sequence[Mapping[str
     plastic = [r for r in measured if r["k"] != "inf"] or measured
     middle = plastic[len(plastic) // 2] if plastic else {}
     profiles = [ends.get("before"), middle.get("profile"), ends.get("after")]
-    head = f"<h3>{html.escape(run)}</h3>"
     if not any(profiles):
-        return f"{head}<p>not recorded</p>"
+        return markup("<h3>{}</h3><p>not recorded</p>", run)
     batch, device = next((p["batch"], p["device"]) for p in profiles if p)
     during = f"epoch {middle['epoch']}, with gates, those of closed units included" if middle else "not recorded"
     about = (
         f"Before: the model that was given. During: {during}. After: the compact network. MACs are those of one "
         f"sample, the rest is for a batch of {batch}; time is {TIME[device]}."
     )
-    total = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{_cell(p, key, write)}</td>' for p in profiles)}</tr>"
-        for key, name, write in _MEASURES
-    )
-    when = "".join(f"<th>{w}</th>" for w in _WHEN)
-    return (
-        f'{head}<p>{about}</p><div class="scroll" tabindex="0"><table><tr><th></th>{when}</tr>{total}</table></div>'
-        f"<details><summary>per module</summary>{_modules(profiles)}</details>"
-    )
+    total = [(name, *(_cell(p, key, write) for p in profiles)) for key, name, write in _MEASURES]
+    return markup(
+        "<h3>{}</h3><p>{}</p>{}<details><summary>per module</summary>{}</details>",
+        run, about, table(("", *_WHEN), total), _modules(profiles),
+    )  # fmt: skip
 
 
-def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
+def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> Markup:
     """Return a table with a row for each module, and with columns before, during and after for each measure."""
     gated = {row["name"] for p in profiles[:2] if p for row in p["rows"]}
 
@@ -170,19 +171,21 @@ def _modules(profiles: Sequence[Mapping[str, Any] | None]) -> str:
     found = [{known(row["name"]): row for row in p["rows"]} if p else None for p in profiles]
     names = dict.fromkeys(name for modules in found if modules for name in modules)
     measures = _MEASURES[:4]
-    head = "".join(f'<th colspan="3">{name}</th>' for _, name, _ in measures)
-    body = "".join(
-        f"<tr><td>{html.escape(name or '(the model)')}</td>"
-        + "".join(
-            f"<td>{_cell(None if m is None else m.get(name, {}), key, write)}</td>"
-            for key, _, write in measures
-            for m in found
+    head = joined(markup('<th colspan="3">{}</th>', name) for _, name, _ in measures)
+    body = joined(
+        markup(
+            "<tr><td>{}</td>{}</tr>",
+            name or "(the model)",
+            joined(
+                markup("<td>{}</td>", _cell(None if m is None else m.get(name, {}), key, write))
+                for key, _, write in measures
+                for m in found
+            ),
         )
-        + "</tr>"
         for name in names
     )
-    when = "".join(f"<th>{w}</th>" for w in _WHEN * len(measures))
-    return f"<table><tr><th></th>{head}</tr><tr><th></th>{when}</tr>{body}</table>"
+    when = joined(markup("<th>{}</th>", w) for w in _WHEN * len(measures))
+    return markup("<table><tr><th></th>{}</tr><tr><th></th>{}</tr>{}</table>", head, when, body)
 
 
 def _cell(profile: Mapping[str, Any] | None, key: str, write: Callable[[Any], str]) -> str:
@@ -201,8 +204,8 @@ def _label(name: str) -> str:
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
-def _svg(draw: Any) -> str:
-    """Return the SVG text of a figure that a function draws."""
+def _svg(draw: Any) -> Markup:
+    """Return the SVG of a figure that a function draws. Matplotlib escapes what stands in it."""
     figure = Figure(figsize=(9, 4), layout="constrained")  # no figure of pyplot, which would outlive an interrupt
     draw(figure)
     buffer = io.StringIO()
@@ -211,7 +214,7 @@ def _svg(draw: Any) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # such letters are shown as boxes
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return Markup(text[text.index("<svg") :])
 
 
 def _size(axes: Axes, by_run: Mapping[str, Any], results: Mapping[str, Any]) -> None:

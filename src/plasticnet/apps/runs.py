@@ -37,7 +37,6 @@ from plasticnet.apps.folder import (
     locked,
     make_folder,
     read_config,
-    read_json,
     read_settings,
     write_text,
 )
@@ -48,6 +47,7 @@ from plasticnet.apps.page import START
 from plasticnet.apps.prepared import Prepared
 from plasticnet.apps.preparing import prepare_run
 from plasticnet.apps.printing import print_results, print_start, progress
+from plasticnet.apps.records import read_records
 from plasticnet.apps.report import render
 from plasticnet.apps.saving import SECONDS, restore_run
 from plasticnet.apps.settings import Mode, Run
@@ -56,6 +56,8 @@ from plasticnet.errors import PlasticError, first_line
 from plasticnet.files.disk import append_file, read_bytes
 from plasticnet.files.modules import save
 from plasticnet.version import __version__
+
+_ANEW = "train --resume, with the options of the run, writes it anew"
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -184,7 +186,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def rewrite_report(folder: Path) -> None:
     """Write the report of a folder again. Raises `PlasticError` where the folder does not hold a finished run."""
     config, results, metrics = _finished(folder)
-    with _complete(folder):
+    with _complete(str(folder)):
         _write_page(folder, config, results, metrics)
 
 
@@ -208,36 +210,38 @@ def compare_runs(folders: Sequence[Path], out: Path) -> None:
     for folder, name in zip(folders, short, strict=True):
         config, results, metrics = _finished(folder)
         title = name if short.count(name) == 1 else str(folder)
-        with _complete(folder):
+        with _complete(str(folder)):
             for run, result in results.items():
                 own = [record for record in metrics if record["run"] == run]
                 label = title if len(results) == 1 else f"{title}, {run}"
                 entries.append(Entry(label, str(config["data"]), str(config["model"]), result, own))
                 compare(entries[-1:])  # so that what is missing is found in its folder
-    write_text(out, compare(entries))
+    with _complete(", ".join(map(str, folders))):
+        write_text(out, compare(entries))
 
 
-def _finished(folder: Path) -> tuple[dict[str, Any], Any, list[Any]]:
+def _finished(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Return the settings, the summary and the records in a folder. Raises `PlasticError` where its run is not over."""
     for name in (CONFIG, SUMMARY, METRICS):
         if not (folder / name).exists():
             way_out = "train --resume goes on with it" if name != CONFIG else "name the --out of a train"
             raise PlasticError(f"{folder} is not a finished run, since it has no {name}: {way_out}")
     config = read_settings(folder, str(folder / CONFIG))
-    way_out = "train --resume, with the options of the run, writes it anew"
-    (results,) = read_json(folder / SUMMARY, str(folder / SUMMARY), way_out)
-    return config, results, read_json(folder / METRICS, str(folder / METRICS), way_out)
+    return config, *read_records(folder, _ANEW)
 
 
 @contextmanager
-def _complete(folder: Path) -> Iterator[None]:
-    """Explain errors in this context, in which the records in a folder are shown, by what these lack."""
-    way_out = "train --resume, with the options of the run, writes it anew"
+def _complete(where: str) -> Iterator[None]:
+    """Explain errors in this context, in which records are shown, by what these lack: their parts do not fit together.
+
+    Args:
+        where: The folder that holds them, or several.
+    """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise PlasticError(
-            f"{SUMMARY} or {METRICS} in {folder} is damaged, as it lacks what a report shows: {way_out}"
+            f"{SUMMARY} or {METRICS} in {where} is damaged, as it lacks what a report shows: {_ANEW}"
         ) from error
 
 
