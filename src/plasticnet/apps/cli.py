@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from plasticnet.apps.cli_train import demo_command, predict_command, train_command
-from plasticnet.apps.console import console, print_line
+from plasticnet.apps.console import accept_any_letter, console, print_line
 from plasticnet.apps.inspecting import inspect_model, print_inspection
 from plasticnet.apps.loading import example_of
 from plasticnet.apps.models import IMAGE, example_inputs, factory, reads_numbers
@@ -204,6 +204,7 @@ def export_command(
 def main() -> None:
     """Run the command line. A `PlasticError` is shown as a line of text, and the exit status is then 2."""
     sys.path.insert(0, str(Path.cwd()))  # so that PACKAGE:FACTORY is found here, as it is with python -m
+    accept_any_letter()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE
@@ -30,6 +32,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Se
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def accept_any_letter() -> None:
+    r"""Let the standard streams write letters that their encoding does not have as ``\u221e`` and the like.
+
+    Otherwise such a letter would end a training where its output goes to a file of another encoding than UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str) -> None:
