@@ -143,6 +143,8 @@ def _classes(values: Sequence[Any]) -> Tensor:
         numbers = np.asarray(values, dtype=np.float64)
     except (ValueError, TypeError):
         return torch.from_numpy(np.unique(np.asarray(values, dtype=str), return_inverse=True)[1])
+    if np.isinf(numbers).any():
+        raise PlasticError(f"the target is infinite in row {int(np.isinf(numbers).argmax()) + 1}")
     whole = bool((numbers == np.round(numbers)).all())
     return torch.from_numpy(numbers.astype(np.int64) if whole else numbers.astype(np.float32))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,15 @@ _FEW, _SHARE = 20, 0.1
 _HELD_OUT = 0.15
 _FEWEST = 3  # a class needs a row for each part
 _ROWS = 20  # what a regression needs at least
+_EXACT = 2.0**53  # from here on a floating number may stand for several whole ones
 
 
 def read_target(values: Sequence[Any], name: str, asked: Task | None, whole: bool) -> tuple[Target, Tensor]:
     """Return what a target asks for, and its rows: the numbers of classes, or the numbers to be predicted.
 
     Text and booleans are classes. Whole numbers are, too, if there are at most 20 different ones, and fewer than a
-    tenth of the rows. Everything else is a regression.
+    tenth of the rows. Everything else is a regression. A class is called what its cells say, as text: 01 and 1 are two
+    classes. Where nobody has said that these are classes, they may be one number, and are refused.
 
     Args:
         values: The target of each row.
@@ -37,8 +42,8 @@ def read_target(values: Sequence[Any], name: str, asked: Task | None, whole: boo
         The target, whose mean and deviation are not known yet, and a tensor of shape (rows,).
 
     Raises:
-        PlasticError: Rows have no target; it is always the same; a class is too rare; or the task that was asked for
-            does not fit.
+        PlasticError: Rows have no target; it is always the same; a class is too rare; a number is written in several
+            ways; or the task that was asked for does not fit.
     """
     if gaps := [row for row, value in enumerate(values) if is_gap(value)]:
         raise PlasticError(
@@ -53,10 +58,12 @@ def read_target(values: Sequence[Any], name: str, asked: Task | None, whole: boo
         return Target(task, name), _regression(numbers, name, whole)
     if numbers is None and asked is None:
         _check_mixed(values, name)
-    cells = _labels(values, numbers)
-    labels, codes, counts = np.unique(cells, return_inverse=True, return_counts=True)
+    labels, codes, counts = np.unique(_names(values), return_inverse=True, return_counts=True)
     if numbers is not None and not _booleans(values):  # 10 comes after 9
-        order = np.argsort(labels.astype(np.float64))
+        exact = [Decimal(label) for label in labels.tolist()]
+        if asked is None:
+            _check_one_writing(labels.tolist(), exact, name)
+        order = np.asarray(sorted(range(len(exact)), key=exact.__getitem__), dtype=np.int64)
         labels, codes, counts = labels[order], np.argsort(order)[codes], counts[order]
     if whole:
         _check_classes(labels, counts, name, numbers is not None)
@@ -87,9 +94,11 @@ def _guess(values: Sequence[Any], numbers: np.ndarray | None) -> Task:
     """Return what a target asks for, by its values."""
     if numbers is None or _booleans(values):
         return "classification"
-    different = len(np.unique(numbers))
-    whole = bool((numbers == np.round(numbers)).all())
-    return "classification" if whole and different <= _FEW and different < _SHARE * len(numbers) else "regression"
+    whole = bool(np.isfinite(numbers).all() and (numbers == np.round(numbers)).all())
+    most = min(_FEW, math.ceil(_SHARE * len(numbers)) - 1)
+    # Large numbers that differ may be one as floating numbers, but not as text.
+    few = whole and len(np.unique(numbers)) <= most and len(set(_names(values))) <= most
+    return "classification" if few else "regression"
 
 
 def _check_mixed(values: Sequence[Any], name: str) -> None:
@@ -120,11 +129,32 @@ def _numbers(values: Sequence[Any]) -> np.ndarray | None:
         return None
 
 
-def _labels(values: Sequence[Any], numbers: np.ndarray | None) -> np.ndarray:
-    """Return the names of classes, shape (rows,)."""
-    if numbers is None or _booleans(values):
-        return np.asarray([str(value).strip() for value in values])
-    return np.asarray([str(int(n)) if n == round(n) else str(n) for n in numbers.tolist()])
+def _names(values: Sequence[Any]) -> list[str]:
+    """Return what cells say, as text: the names of their classes."""
+    if _booleans(values):
+        return list(map(str, values))
+    return [_name(value) for value in values]
+
+
+def _name(value: Any) -> str:
+    """Return what a cell says. Whole numbers whose column had gaps are floating ones, and lose the point again."""
+    if isinstance(value, bool | np.bool_):  # among numbers
+        return str(int(value))
+    if isinstance(value, float | np.floating) and abs(value) < _EXACT and value == round(value):
+        return str(round(value))
+    return str(value).strip()
+
+
+def _check_one_writing(labels: Sequence[str], exact: Sequence[Decimal], name: str) -> None:
+    """Raise `PlasticError` where one number is written in several ways, which may be one class or several."""
+    writings = defaultdict[Decimal, list[str]](list)
+    for label, number in zip(labels, exact, strict=True):
+        writings[number].append(label)
+    if several := next((found for found in writings.values() if len(found) > 1), None):
+        raise PlasticError(
+            f"the target {name!r} has {' and '.join(map(repr, several))}, which are one number: if they are different "
+            "classes, say --task classification; if not, write them alike"
+        )
 
 
 def _regression(numbers: np.ndarray, name: str, whole: bool) -> Tensor:
