@@ -220,6 +220,23 @@ def test_resume_with_damaged_checkpoints_names_them_and_a_way_out(
     succeed(*MOONS, "--out", started, "--resume")
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint-before", "checkpoint-best", "checkpoint-next"])
+def test_a_folder_in_the_place_of_a_checkpoint_is_named(
+    name: str, started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may hold what the user wants to keep; nothing is written before it is out of the way."""
+    path = started / "prune" / f"{name}.safetensors"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in started.rglob("*") if p.is_file()}
+    line = fail(monkeypatch, capsys, "train", "--out", started, "--resume")
+    assert f"{path} is a folder, and in the way of a checkpoint: move it, or remove it" in line
+    assert {p: p.read_bytes() for p in started.rglob("*") if p.is_file()} == before
+    path.rename(started / "moved")
+    succeed("train", "--out", started, "--resume")
+
+
 # -- report, export --------------------------------------------------------------------------
 
 

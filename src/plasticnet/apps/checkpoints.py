@@ -80,8 +80,10 @@ class Checkpoints:
         """Return the newest one that can be read, or None where there are none at all.
 
         Raises:
-            PlasticError: There are some, and none of them can be read.
+            PlasticError: There are some, and none of them can be read; or a folder is where one of them belongs.
         """
+        if folder := next((path for path in self.paths if path.is_dir() and not path.is_symlink()), None):
+            raise PlasticError(f"{folder} is a folder, and in the way of a checkpoint: move it, or remove it")
         passed, errors = list[Path](), list[str]()
         for path in self.paths:
             if not os.path.lexists(path):

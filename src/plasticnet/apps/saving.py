@@ -18,6 +18,7 @@ from plasticnet.apps.identity import differences
 from plasticnet.apps.preparing import Training
 from plasticnet.apps.stopping import Stop
 from plasticnet.errors import PlasticError
+from plasticnet.files.disk import remove_file
 from plasticnet.net import PlasticNet
 
 _KEYS = {"net", "optimizer", "schedule", "rng", "history", "place", "config", "model", "mode", "data_sha256"}
@@ -179,7 +180,7 @@ def resume_run(
     if found.why:
         print_line(found.why)
     for path in found.passed:  # the next checkpoint would take it for a good one
-        path.unlink(missing_ok=True)
+        remove_file(path)
     return found.history, found.place
 
 

@@ -123,6 +123,14 @@ def move_file(old: Path, new: Path) -> None:
     bring_to_disk(new.parent)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file, if there is one. Raises `PlasticError` where this fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise PlasticError(f"{path} cannot be removed: {error.strerror or error}: remove it yourself") from error
+
+
 def remove_partials(folder: Path, names: set[str]) -> None:
     """Remove what processes that were killed have left of files with these names in a folder, and nothing else.
 
