@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from plasticnet.apps.cli_train import demo_command, predict_command, train_command
-from plasticnet.apps.console import accept_any_letter, console, print_line
+from plasticnet.apps.console import accept_any_letter, console, finish_output, print_line
 from plasticnet.apps.inspecting import inspect_model, print_inspection
 from plasticnet.apps.loading import example_of
 from plasticnet.apps.models import IMAGE, example_inputs, factory, reads_numbers
@@ -202,16 +203,33 @@ def export_command(
 
 
 def main() -> None:
-    """Run the command line. A `PlasticError` is shown as a line of text, and the exit status is then 2."""
+    """Run the command line. What is wrong is shown as a line of text, and the exit status is then 2.
+
+    Where nobody reads the output to its end, as in a pipe to head, the command ends quietly, with exit status 1.
+    """
     sys.path.insert(0, str(Path.cwd()))  # so that PACKAGE:FACTORY is found here, as it is with python -m
     accept_any_letter()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            app()
+            try:
+                app()
+            finally:
+                finish_output()
         except PlasticError as error:
-            print(f"plasticnet: {error}", file=sys.stderr)
-            sys.exit(2)
+            _give_up(str(error))
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as error:
+            what = error.strerror or str(error)
+            _give_up(what if error.filename is None else f"{error.filename}: {what}")
+
+
+def _give_up(what: str) -> NoReturn:
+    """Say what is wrong, and end the program."""
+    with suppress(OSError):  # nobody reads it
+        print(f"plasticnet: {what}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:

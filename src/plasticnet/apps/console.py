@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-console = Console()
+from plasticnet.errors import PlasticError
+
+
+class _Console(Console):
+    """A console that leaves it to the program what happens where nobody reads its output."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error on, which rich would turn into an exit."""
+        raise
+
+
+console = _Console()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> None:
@@ -42,6 +55,27 @@ def accept_any_letter() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def finish_output() -> None:
+    """Write what is left of the standard output.
+
+    Raises:
+        PlasticError: It cannot be written, as where a disk is full.
+        BrokenPipeError: Nobody reads it.
+    """
+    stream: TextIO | None = sys.stdout  # a program that was started with it closed has none
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError as error:
+        # What is left goes nowhere, or the interpreter would complain of it at its end.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise PlasticError(f"the output cannot be written: {error.strerror or error}") from error
 
 
 def print_line(text: str) -> None:

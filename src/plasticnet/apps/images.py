@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plasticnet.apps.parsing import is_unicode
 from plasticnet.errors import PlasticError
 from plasticnet.files.disk import read_bytes
 
@@ -52,6 +53,8 @@ def image_folder(folder: Path, how: Pixels) -> tuple[Tensor, list[str] | None, l
     if not (files or plain):
         raise PlasticError(f"--data {folder}: there are no images in it ({', '.join(_IMAGES)})")
     paths = [p for p, _ in files] or plain
+    if strange := next((p for p in paths if not is_unicode(str(p.relative_to(folder)))), None):
+        raise PlasticError(f"--data {folder}: the name {str(strange.relative_to(folder))!a} is not UTF-8: rename it")
     x = _stacked(folder, [_read(read_bytes(p), how, p) for p in paths])
     return x, [name for _, name in files] if files else None, [p.relative_to(folder).as_posix() for p in paths]
 

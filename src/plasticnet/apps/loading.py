@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plasticnet.apps.bounds import check_count
 from plasticnet.apps.data import DATASETS, Data, Split, Target, load_data
 from plasticnet.apps.own_data import Found, Reading, call, check_options, is_pair, joined, read
 from plasticnet.apps.tables import Table, fit_table, plain_numbers
@@ -98,8 +99,7 @@ def read_batches(
     Raises:
         PlasticError: There are no such data, they cannot be read, or a package for it is missing.
     """
-    if batch < 1:
-        raise PlasticError(f"--batch {batch}: a number above 0")
+    check_count(f"--batch {batch}", batch)
     if source in DATASETS:
         train = load_any(source, how).train
         return _batches(train.x, train.y, batch)

@@ -113,10 +113,10 @@ def factory(name: str, shape: Sequence[int], classes: int | None, *, full: bool 
                 f"lenet5 reads images of the shape {IMAGE[1:]}, and not inputs of the shape {tuple(shape)}: give grey "
                 "images and --image-size 28, or another model, such as mlp or torchvision:resnet18"
             )
-        return lambda: LeNet5(outputs)
+        return lambda: _call(LeNet5, name, outputs)
     if head == "mlp":
         widths = [math.prod(shape), *_widths(name, tail), outputs]
-        return lambda: MLP(widths)
+        return lambda: _call(MLP, name, widths)
     if head == "torchvision":
         models = _import("torchvision.models", name)
         return lambda: _call(models.get_model, name, tail, weights=None, **given)

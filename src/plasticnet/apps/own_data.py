@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plasticnet.apps.bounds import check_count, check_finite
 from plasticnet.apps.columns import read_csv, read_parquet
 from plasticnet.apps.data import DATASETS, Task
 from plasticnet.apps.images import Pixels, encoded, image_folder, images_in
@@ -23,6 +24,7 @@ KNOWN = (
     f"{', '.join(DATASETS)}, a .csv or .parquet table, a .npz file with the arrays x and y, a folder with a folder of "
     "images for each class, a .parquet file with images, or PACKAGE:FUNCTION that returns (x, y) or batches"
 )
+_LARGEST = 10_000  # the most rows and columns that images are brought to
 _LABELS = ("label", "labels", "y")  # how the classes of images in a table are called if nobody says
 
 
@@ -54,9 +56,12 @@ class Reading:
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--image-size", self.image_size), ("--std", self.std)):
-            if value is not None and not value > 0:
-                raise PlasticError(f"{option} {value}: a number above 0")
+        if self.image_size is not None:
+            check_count(f"--image-size {self.image_size}", self.image_size, _LARGEST)
+        for option, value in (("--mean", self.mean), ("--std", self.std)):
+            check_finite(f"{option} {value}", value)
+        if not self.std > 0:
+            raise PlasticError(f"--std {self.std}: it must be a number above 0")
         if self.channels not in (None, 1, 3):
             raise PlasticError(f"--channels {self.channels}: 1 for grey, or 3 for colour")
         if self.task not in (None, "classification", "regression"):

@@ -88,8 +88,13 @@ def page(title: str, body: Markup, style: str = "") -> str:
 
 
 def text(value: object) -> Markup:
-    """Return a value as markup that shows it as it is, also within the quotes of an attribute; markup stays markup."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value)))
+    """Return a value as markup that shows it as it is, also within the quotes of an attribute; markup stays markup.
+
+    What cannot be written, as in the name of a file that is not UTF-8, is shown as an escape.
+    """
+    if isinstance(value, Markup):
+        return value
+    return Markup(html.escape(str(value)).encode(errors="backslashreplace").decode())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:

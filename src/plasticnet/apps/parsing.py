@@ -51,10 +51,15 @@ def parse(kind: Any, value: Any, where: str = "") -> Any:
     if kind is float and type(value) in (int, float):
         return float(value)
     if kind in _WORDS and type(value) is kind:
-        if isinstance(value, str) and _LONE.search(value):
+        if isinstance(value, str) and not is_unicode(value):
             raise PlasticError(f"{where or 'the whole'} is {_shown(value)}, which holds what is no letter of Unicode")
         return value
     raise PlasticError(f"{where or 'the whole'} is {_shown(value)}, and must be {_needed(kind)}")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written. The name of a file that is not UTF-8 cannot."""
+    return not _LONE.search(text)
 
 
 def _object(kind: type, value: Any, where: str) -> Any:

@@ -44,6 +44,7 @@ from plasticnet.apps.identity import describe_model, differences, hashes, identi
 from plasticnet.apps.loop import train_run
 from plasticnet.apps.models import factory
 from plasticnet.apps.page import START
+from plasticnet.apps.parsing import is_unicode
 from plasticnet.apps.prepared import Prepared
 from plasticnet.apps.preparing import prepare_run
 from plasticnet.apps.printing import print_results, print_start, progress
@@ -64,6 +65,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise `PlasticError` where a folder holds nothing to resume, or what must not be replaced."""
     if resume and overwrite:
         raise PlasticError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if not is_unicode(str(folder)):
+        raise PlasticError(f"--out {folder}: the name is not UTF-8, so that no network could be read there: rename it")
     if resume:
         read_config(folder)  # so that a folder without a run is refused before a lock is made in it
     else:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from plasticnet.apps.bounds import check_count, check_seed
 from plasticnet.apps.models import START, chooses
 from plasticnet.apps.own_data import Reading
-from plasticnet.apps.parsing import parse
+from plasticnet.apps.parsing import is_unicode, parse
 from plasticnet.budgets.budget import Budget
 from plasticnet.cost.names import check_names
 from plasticnet.errors import PlasticError
@@ -79,8 +80,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "start"):
-            if getattr(self, name) < 1:
-                raise PlasticError(f"{name}={getattr(self, name)}: it must be 1 or more")
+            check_count(f"{name}={getattr(self, name)}", getattr(self, name))
+        check_seed(f"seed={self.seed}", self.seed)
         for name in ("lr", "gate_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise PlasticError(f"{name}={getattr(self, name)}: it must be a number above 0")
@@ -139,6 +140,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise PlasticError(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
+        if not is_unicode(self.data):
+            raise PlasticError(f"--data {self.data}: the name is not UTF-8, so that run.json cannot hold it: rename it")
         if chooses(self.model) and self.mode != "grow":
             raise PlasticError(
                 f"--model {self.model} has no widths to begin with, so that it can only grow: leave out --{self.mode}, "

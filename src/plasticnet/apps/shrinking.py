@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plasticnet.apps.bounds import check_count, check_seed
 from plasticnet.apps.folder import make_folder, write_text
 from plasticnet.apps.loading import read_batches
 from plasticnet.apps.models import IMAGE, factory
@@ -49,6 +50,9 @@ class Options:
             stay as they are.
         head_dims: An option of `shrink`.
         experts: An option of `shrink`.
+
+    Raises:
+        PlasticError: A number is out of range.
     """
 
     batch: int = 64
@@ -64,6 +68,12 @@ class Options:
     like: Path | None = None
     head_dims: Sequence[str] = ()
     experts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_seed(f"--seed {self.seed}", self.seed)
+        for option, value in (("--batch", self.batch), ("--calibrate", self.calibrate), ("--classes", self.classes)):
+            if value is not None:
+                check_count(f"{option} {value}", value)
 
 
 def shrink_model(
