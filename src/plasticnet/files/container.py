@@ -109,6 +109,10 @@ def read_file(path: AnyPath, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     path = path_of(path)
     sealed = _check(path)
     try:
+        os.fsdecode(path).encode()
+    except UnicodeEncodeError as error:
+        raise PlasticError(f"{path} cannot be read: its name is not UTF-8: rename it") from error
+    try:
         with safe_open(path, framework="pt") as f:
             metadata = f.metadata() or {}
             if _KEY not in metadata:
@@ -117,8 +121,6 @@ def read_file(path: AnyPath, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
             for name in recipe.get("complex", []) if isinstance(recipe, dict) else []:
                 tensors[name] = torch.view_as_complex(tensors[name])
-    except UnicodeEncodeError as error:
-        raise PlasticError(f"{path} cannot be read: its name is not UTF-8: rename it") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
         raise PlasticError(f"{path} is not a plasticnet file, or is damaged or cut off") from error
     except OSError as error:
