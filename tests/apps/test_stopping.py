@@ -119,6 +119,20 @@ def test_the_library_installs_no_handlers() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@POSIX
+@pytest.mark.slow
+def test_the_line_that_says_how_to_go_on_stands_alone(tmp_path: Path) -> None:
+    """Also where the output is no terminal, on which the table of the progress ends without a new line."""
+    command = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "2000", "--out", str(tmp_path / "run")]
+    with subprocess.Popen([sys.executable, "-m", "plasticnet", *command], stdout=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run/prune/checkpoint.safetensors").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out.splitlines()[-1].startswith("interrupted, and saved in")
+
+
 def test_resume_alone_takes_the_options_of_the_start(tmp_path: Path) -> None:
     args = ["train", "--data", "moons", "--model", "mlp:6-4", "--epochs", "3", "--batch", "100"]
     succeed(*args, "--out", tmp_path)

@@ -285,7 +285,7 @@ def _train_mode(
     """
     own = folder / mode
     make_folder(own)
-    with Live(console=console, refresh_per_second=8) as live:
+    with _live() as live:
 
         def show(record: dict[str, Any]) -> None:
             metrics.add(mode, record)
@@ -297,10 +297,19 @@ def _train_mode(
             limited=run.limited, on_epoch=show, checkpoint=checkpoints_in(folder, mode).newest, resume=resume,
             seconds=seconds, stop=stop,
         )  # fmt: skip
-    if not console.is_terminal:  # Live ends without a new line where the console is no terminal
-        console.print()
     save(result.compact, own / COMPACT)
     return result.summary
+
+
+@contextmanager
+def _live() -> Iterator[Live]:
+    """Show the progress in this context, and end its line, however the context ends."""
+    try:
+        with Live(console=console, refresh_per_second=8) as live:
+            yield live
+    finally:
+        if not console.is_terminal:  # Live ends without a new line where the console is no terminal
+            console.print()
 
 
 def _check_same(folder: Path, now: Mapping[str, Any]) -> dict[str, Any]:
