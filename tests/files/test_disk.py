@@ -147,7 +147,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     for path, way_out in (
         (tmp_path / "file" / "run", "give another path"),
         (tmp_path / "gone" / "run", f"make the folder {tmp_path / 'gone'}"),
-        (tmp_path, "give another path"),
+        (tmp_path, "remove it, or give another path"),
         (Path("/proc/version/run"), "give another path"),
     ):
         with pytest.raises(PlasticError, match=f"{re.escape(str(path))} cannot be written: .*{re.escape(way_out)}"):

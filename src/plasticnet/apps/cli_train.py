@@ -10,7 +10,7 @@ import torch
 import typer
 
 from plasticnet.apps.console import print_line
-from plasticnet.apps.data import Data
+from plasticnet.apps.data import DATASETS, Data
 from plasticnet.apps.demo import check_demo, demo
 from plasticnet.apps.folder import CONFIG, read_run
 from plasticnet.apps.loading import load_any
@@ -128,7 +128,7 @@ def train_command(
         if data_dir is not None:
             run = replace(run, reading=replace(run.reading, data_dir=str(data_dir)))
         check_folder(out, resume, overwrite)
-        train_modes(run, data_of(run), out, resume=resume, overwrite=overwrite, seconds=checkpoint_seconds)
+        train_modes(run, _data_again(run), out, resume=resume, overwrite=overwrite, seconds=checkpoint_seconds)
         return
     mode = _mode(model, growth=growth, dense=dense, compare=compare)
     if budget is not None and price is not None:
@@ -162,6 +162,19 @@ def data_of(run: Run) -> Data:
     """Return the data of a run, on its device. Raises `PlasticError` where they cannot be read."""
     data = load_any(run.data, run.reading, run.config.seed)
     return (data.floating() if reads_numbers(run.model) else data).to(device_of(run.device))
+
+
+def _data_again(run: Run) -> Data:
+    """Return the data of a run that a file describes; where they are gone, say from where a relative path leads."""
+    try:
+        return data_of(run)
+    except PlasticError as error:
+        path = Path(run.data)
+        if ":" in run.data or path.is_absolute() or path.exists() or run.data in DATASETS:
+            raise
+        raise PlasticError(
+            f"{error}: the path is relative to the folder in which the run began: call the command there"
+        ) from error
 
 
 def _mode(model: str, **asked: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def load_any(source: str, how: Reading, seed: int = 0) -> Data:
         else:
             table = fit_table(found.x, parts[0].tolist())
             x = table.tensor(found.x)
+        if target.task == "regression":
+            target, y = _normalised(target, y, parts[0], x.dtype)
     except PlasticError as error:
         raise PlasticError(f"--data {source}: {error}") from error
-    if target.task == "regression":
-        target, y = _normalised(target, y, parts[0], x.dtype)
     train, val, test = (Split(x[part], y[part]) for part in parts)
     return Data(train, val, test, target, table)
 
@@ -80,6 +81,8 @@ def example_of(source: str, how: Reading) -> tuple[Tensor, int | None]:
 def _normalised(target: Target, y: Tensor, training: Tensor, dtype: torch.dtype) -> tuple[Target, Tensor]:
     """Return the target of a regression with its mean and deviation in training, and the normalised numbers."""
     mean, deviation = float(y[training].mean()), float(y[training].std(correction=0)) or 1.0
+    if not (math.isfinite(mean) and math.isfinite(deviation)):
+        raise PlasticError(f"the target {target.name!r} holds {float(y.abs().max()):g}, which is too large a number")
     kind = dtype if dtype.is_floating_point else torch.float32
     return Target(target.task, target.name, (), mean, deviation), ((y - mean) / deviation).to(kind)
 

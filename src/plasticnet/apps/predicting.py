@@ -48,6 +48,9 @@ def predict(folder: Path, source: str, out: Path, network: str | None = None) ->
     x, files = _inputs(run, prepared, source)
     if tuple(x.shape[1:]) != prepared.shape:
         raise PlasticError(f"--data {source}: inputs of the shape {tuple(x.shape[1:])}, not {prepared.shape}")
+    strange = ~x.isfinite().reshape(len(x), -1).all(1)
+    if strange.any():
+        raise PlasticError(f"--data {source}: row {int(strange.nonzero()[0]) + 1} holds NaN, or too large a number")
     model = load(
         folder / (network or next(iter(run.modes))) / COMPACT, factory(run.built, prepared.shape, prepared.outputs)
     )

@@ -78,7 +78,7 @@ class Table:
         out.
 
         Raises:
-            PlasticError: A column is missing, or holds text where numbers are expected.
+            PlasticError: A column is missing, or holds text where numbers are expected, or a number that is too large.
         """
         names = [c.name for c in (*self.numbers, *self.categories)]
         if missing := [n for n in names if n not in columns]:
@@ -89,7 +89,8 @@ class Table:
             if values is None:
                 raise PlasticError(f"the column {column.name!r} holds text, and held numbers in training")
             empty = np.isnan(values)
-            found.append((np.where(empty, column.median, values) - column.mean) / column.deviation)
+            filled = np.where(empty, column.median, values)
+            found.append(_single(column.name, filled, column.mean, column.deviation))
             if column.gaps:
                 found.append(empty)
         for column in self.categories:
@@ -143,7 +144,7 @@ def plain_numbers(columns: Columns) -> Tensor:
                 f"the column {name!r} {what}: --target names what is to be predicted, --ignore what is to be left out, "
                 "and --like the folder of the run of train whose preparation is to be used"
             )
-        found.append(values.astype(np.float32))
+        found.append(_single(name, values))
     if not found:
         raise PlasticError("there is no column beside the target")
     return torch.from_numpy(np.stack(found, 1))
@@ -191,6 +192,19 @@ def numbers_of(name: str, cells: Sequence[Any]) -> np.ndarray | None:
     return found
 
 
+def _single(name: str, values: np.ndarray, mean: float = 0.0, deviation: float = 1.0) -> np.ndarray:
+    """Return the normalised numbers of a column in single precision. Raises `PlasticError` where one is too large."""
+    with np.errstate(over="ignore"):
+        found = ((values - mean) / deviation).astype(np.float32)
+    if not np.isfinite(found).all():
+        row = int((~np.isfinite(found)).argmax())
+        raise PlasticError(
+            f"the column {name!r} holds {values[row]:g} in row {row + 1}, which is too large beside the others: "
+            "correct it, or leave it empty"
+        )
+    return found
+
+
 def check_commas(name: str, texts: Sequence[Any]) -> None:
     """Raise `PlasticError` where all texts of a column are numbers with commas, which are not names of anything."""
     if all(_COMMA.fullmatch(str(text).strip()) for text in texts):
@@ -205,7 +219,13 @@ def _number(name: str, values: np.ndarray) -> Number:
     present = values[~np.isnan(values)]
     if not len(present):
         raise PlasticError(f"the column {name!r} is empty in all training rows; --ignore {name} leaves it out")
-    mean, deviation = float(present.mean()), float(present.std())
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = float(present.mean()), float(present.std())
+    if not (math.isfinite(mean) and math.isfinite(deviation)):
+        raise PlasticError(
+            f"the column {name!r} holds {present[np.abs(present).argmax()]:g}, too large a number: correct it, leave "
+            f"it empty, or train without the column, by --ignore {name}"
+        )
     constant = deviation <= 1e-12 * max(abs(mean), 1.0)
     return Number(name, float(np.median(present)), mean, 1.0 if constant else deviation, len(present) < len(values))
 

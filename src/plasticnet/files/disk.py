@@ -23,6 +23,7 @@ _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) |
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _NEW = _WRITE | getattr(os, "O_NOFOLLOW", 0)
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{16}\.partial")
+_IN_THE_WAY = (errno.EISDIR, errno.ENXIO, errno.ELOOP)  # a folder, a pipe that nobody reads, and a link
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -81,7 +82,9 @@ def replace_file(path: AnyPath, data: bytes | bytearray) -> None:
     target, partial = Path(path), None
     try:
         if target.exists() and not target.is_file():
-            raise PlasticError(f"{path} cannot be written: it is a folder, a pipe or a device: give another path")
+            raise PlasticError(
+                f"{path} cannot be written: it is a folder, a pipe or a device: remove it, or give another path"
+            )
         partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.partial")
         with open(os.open(partial, _NEW, 0o666), "wb") as file:
             file.write(data)
@@ -151,6 +154,8 @@ def not_written(path: str | os.PathLike[str], error: OSError) -> PlasticError:
         way_out = f"make the folder {Path(path).parent}, or write elsewhere"
     elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
         way_out = "make its folder writable, or write elsewhere"
+    elif error.errno in _IN_THE_WAY:
+        way_out = "remove what lies there"
     else:
         way_out = "give another path"
     return PlasticError(f"{path} cannot be written: {error.strerror or error}: {way_out}")
