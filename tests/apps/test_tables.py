@@ -61,3 +61,8 @@ def test_new_rows_that_do_not_fit() -> None:
         table.tensor({"b": ["1"]})
     with pytest.raises(PlasticError, match="'a' holds text, and held numbers in training"):
         table.tensor({"a": ["x", "y"]})
+
+
+def test_a_table_without_columns_has_no_inputs() -> None:
+    with pytest.raises(PlasticError, match="there is no column"):
+        Table((), ()).tensor({"a": [1]})

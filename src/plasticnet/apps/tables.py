@@ -81,6 +81,8 @@ class Table:
             PlasticError: A column is missing, or holds text where numbers are expected, or a number that is too large.
         """
         names = [c.name for c in (*self.numbers, *self.categories)]
+        if not names:
+            raise PlasticError("there is no column that could be an input")
         if missing := [n for n in names if n not in columns]:
             raise PlasticError(f"the column {missing[0]!r} is missing; the columns are {', '.join(columns)}")
         found: list[np.ndarray] = []
