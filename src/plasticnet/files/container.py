@@ -109,7 +109,7 @@ def read_file(path: AnyPath, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     path = path_of(path)
     sealed = _check(path)
     try:
-        os.fsdecode(path).encode()
+        path.encode()
     except UnicodeEncodeError as error:
         raise PlasticError(f"{path} cannot be read: its name is not UTF-8: rename it") from error
     try:
