@@ -2,13 +2,14 @@
 
 A wide network is trained for each seed. Every way then has the same number of epochs of the same training, in which it
 also learns from the wide network's outputs, to reach a share of its multiply-adds. The time of the wide network counts
-in all of them. Each way has six settings to choose from (peers_ways.py), and takes the one whose error on validation
-data is smallest at the second smallest budget on seed 100, which is not measured. Test data are read once a run.
+in all of them. Each way has six settings to choose from, or fourteen (peers_ways.py), and takes the one whose error on
+validation data is smallest at the second smallest budget on seed 100, which is not measured. Test data are read once a
+run.
 
 Two ways are plasticnet's: `pn.shrink`, and gates that learn under a budget. "same widths" knows the widths that
 `pn.shrink` has found, and starts from random weights with the epochs of both trainings together.
 
-A run takes some seconds to two minutes on one core, all of them some six hours: python experiments/peers.py --data-dir
+A run takes some seconds to two minutes on one core, all of them some eight hours: python experiments/peers.py --data-dir
 DIR. Adds rows to results/peers_TASK.json after each run, and goes on from there, so that processes may measure tasks
 side by side. It needs the extra "peers".
 """
