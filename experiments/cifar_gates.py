@@ -8,8 +8,9 @@ of which the better one on held-out images is taken after the cut, with BatchNor
 network. "gates, a quarter" are gates that learn for the first quarter. Test images are read once, at the end of each
 training.
 
-Ten epochs of ResNet-20 take three quarters of an hour on one core, for each way: python experiments/cifar_gates.py --data-dir DIR
---cache DIR. A training that was cut off goes on after its last epoch. Adds rows to results/cifar_gates.json.
+Ten epochs of ResNet-20 take three quarters of an hour on one core, for each way: python experiments/cifar_gates.py
+--data-dir DIR --cache DIR. A training that was cut off goes on after its last epoch. Adds rows to
+results/cifar_gates.json.
 """
 
 from __future__ import annotations

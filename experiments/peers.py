@@ -9,9 +9,9 @@ run.
 Two ways are plasticnet's: `pn.shrink`, and gates that learn under a budget. "same widths" knows the widths that
 `pn.shrink` has found, and starts from random weights with the epochs of both trainings together.
 
-A run takes some seconds to two minutes on one core, all of them some eight hours: python experiments/peers.py --data-dir
-DIR. Adds rows to results/peers_TASK.json after each run, and goes on from there, so that processes may measure tasks
-side by side. It needs the extra "peers".
+A run takes some seconds to two minutes on one core, all of them some eight hours: python experiments/peers.py
+--data-dir DIR. Adds rows to results/peers_TASK.json after each run, and goes on from there, so that processes may
+measure tasks side by side. It needs the extra "peers".
 """
 
 from __future__ import annotations
