@@ -167,7 +167,11 @@ class GatedModel(nn.Module):
         Args:
             values: Whether the values of gates are needed, which there are none of on the meta device.
         """
-        self.structure.check()
+        try:
+            self.structure.check()
+        except PlasticError:
+            checked_mesh(self)  # FSDP1 takes parameters away, too, and has a message of its own
+            raise
         for site in self._sites.values():
             if site.phi.shape != (len(site),):
                 raise PlasticError(
