@@ -197,8 +197,9 @@ class Distant(nn.Module):
 
 @pytest.mark.parametrize("how", ["expand", "view", "slice", "slice of the later one", "scale"])
 @pytest.mark.parametrize("other", [3, 6, 9])  # of four units 3, 2 or 1 stay open, from layer to layer
-def test_layers_that_agree_by_their_place(how: str, other: int) -> None:
-    net = PlasticNet(Distant(how, other, 10).double(), (x := torch.randn(5, 4).double(),)).eval()
+@pytest.mark.parametrize("inputs", [(), ("out",)])  # a closed input of the last layer takes away the unit that it read
+def test_layers_that_agree_by_their_place(how: str, other: int, inputs: tuple[str, ...]) -> None:
+    net = PlasticNet(Distant(how, other, 10).double(), (x := torch.randn(5, 4).double(),), inputs=inputs).eval()
     assert len(net.sites) >= 8
     for site in net.sites:
         twin, before = copy.deepcopy(net), copy.deepcopy(net)

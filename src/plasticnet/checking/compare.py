@@ -184,7 +184,9 @@ class Comparing:
             closed = any((f == 0).any() for f in factors.values())
             if telling and self.vouch and closed and all(map(torch.equal, self.reference, every)):
                 return BLIND
-        return None
+        # A closed input takes away what it alone reads, so that widths which a pattern tells apart may become equal.
+        behind = {n: u for n, u in sites.items() if not isinstance(u, InputUnits)}
+        return self.cut_differs(behind) if 0 < len(behind) < len(sites) else None
 
     def _unsteady(self) -> str | None:
         """Return that the model itself gives other outputs when it is called again, or None if it does not."""
