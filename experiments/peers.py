@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 from common import environment, write, written
+from peers_standing import TUNING, chosen
 from peers_tasks import TASKS, Task
 from peers_training import Start, gated, train
 from peers_ways import OURS, PEERS, SETTINGS, SHRINK, WIDE, made
 from pruning import operations
 from torch import nn
 
-TUNING = 100  # the seed for tuning
 KEPT = 20_000  # as many outputs of the wide network are kept at most
 
 
@@ -124,10 +124,10 @@ def add(row: dict[str, Any]) -> None:
     write(name, settings, [*written(name), row])
 
 
-def chosen(name: str, way: str) -> dict[str, Any] | None:
+def setting_of(name: str, way: str) -> dict[str, Any] | None:
     """The setting that is best on validation data, or None where none works."""
-    found = [r for r in rows_of(name, way=way, seed=TUNING) if "failed" not in r]
-    return min(found, key=lambda r: r["validation"])["setting"] if found else None
+    best = chosen(rows_of(name, way=way)).get((name, way))
+    return best["setting"] if best else None
 
 
 def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tuple[float, ...]) -> None:
@@ -136,7 +136,7 @@ def measure(name: str, task: Task, seed: int, ways: tuple[str, ...], budgets: tu
     todo = []
     for way in ways:
         for share in (1.0,) if way == WIDE else budgets:
-            settings = SETTINGS[way] if tuning else [chosen(name, way)]
+            settings = SETTINGS[way] if tuning else [setting_of(name, way)]
             for setting in settings:
                 key = {"task": name, "way": way, "share": share, "seed": seed, "setting": setting}
                 if setting is not None and not rows_of(**key):

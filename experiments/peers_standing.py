@@ -20,7 +20,7 @@ def measured(rows: Rows) -> Rows:
 
     Rows of settings that were chosen before further ones were tried stay in the files.
     """
-    of = _settings(rows)
+    of = chosen(rows)
     return [
         r
         for r in rows
@@ -30,7 +30,7 @@ def measured(rows: Rows) -> Rows:
     ]
 
 
-def _settings(rows: Rows) -> dict[tuple[str, str], dict[str, Any]]:
+def chosen(rows: Rows) -> dict[tuple[str, str], dict[str, Any]]:
     """The row of each task and way, among those for tuning, with the smallest error on validation data."""
     tuned = grouped([r for r in rows if r["seed"] == TUNING and "failed" not in r], "task", "way")
     return {(key[0], key[1]): min(found, key=lambda r: r["validation"]) for key, found in tuned.items()}
@@ -38,7 +38,7 @@ def _settings(rows: Rows) -> dict[tuple[str, str], dict[str, Any]]:
 
 def with_chosen(rows: Rows) -> Rows:
     """The rows that count, and once more those of the way that validation data choose among ours."""
-    of = _settings(rows)
+    of = chosen(rows)
     found = measured(rows)
     for task in dict.fromkeys(r["task"] for r in found):
         ours = [of[task, way] for way in OURS if (task, way) in of]
